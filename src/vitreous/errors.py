@@ -1,0 +1,52 @@
+"""What Vitreous says when something is wrong: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VitreousError(Exception):
+    """A mistake that the user can mend. The command line prints its text without a traceback and exits with code 2."""
+
+
+class HostError(VitreousError):
+    """The model is not a host for this graft."""
+
+
+class GraftError(VitreousError):
+    """A graft cannot be put in, or taken out, as things stand."""
+
+
+class NotReached(VitreousError):
+    """A forward pass did not go through a graft."""
+
+
+class MaskError(VitreousError):
+    """An attention mask, or causal attention, does not fit tokens that were inserted or merged."""
+
+
+class SettingError(VitreousError):
+    """A setting has a value that it cannot take."""
+
+
+class DataError(VitreousError):
+    """Images, labels or weights that cannot be read, or do not fit."""
+
+
+class UnknownName(VitreousError):
+    """A name that is not known; the message offers the nearest ones.
+
+    found: what was given; kind: what it should name ("model", "mechanism", "setting"); known: the valid names.
+    """
+
+    def __init__(self, found: str, kind: str, known: Iterable[str], hint: str = ""):
+        known = sorted(known)
+        near = difflib.get_close_matches(found, known, n=3, cutoff=0.5)
+        if near:
+            offer = "Did you mean " + " or ".join(repr(name) for name in near) + "?"
+        elif len(known) <= 20:
+            offer = "Known: " + ", ".join(known) + "."
+        else:
+            offer = f"{len(known)} are known."
+        super().__init__(f"Unknown {kind} {found!r}. {offer}" + (f" {hint}" if hint else ""))
