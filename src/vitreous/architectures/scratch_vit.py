@@ -27,10 +27,10 @@ class ScratchViT(VisionTransformer):
 
     MLP of ratio 4 with GELU, linear layers with bias, no dropout, class token started at zero, inputs in [0, 1].
     Paper: Arampatzakis, Pavlidis, Mitianoudis, Papamarkos, 2026, arXiv 2602.10994, experiments from scratch.
-    Differs: the paper leaves the start of the weights open; here every layer starts as PyTorch starts it, so that a plain
-        and an SVDA arm can share one start. The paper's SVDA arm has separate linear q, k, v, which start as our joint
-        layer does; its plain arm is an `nn.MultiheadAttention`, whose weights for q, k, v start Xavier-uniform and whose
-        biases start at zero. Patches by a strided convolution and eps = 1e-5 in LayerNorm are our reading as well.
+    Differs: the paper leaves the start of the weights open; here every layer starts as PyTorch starts it, so that a
+        plain and an SVDA arm can share one start. The paper's SVDA arm has separate linear q, k, v, which start as our
+        joint layer does; its plain arm is an `nn.MultiheadAttention`, whose weights for q, k, v start Xavier-uniform
+        and whose biases start at zero. Patches by a strided convolution and LayerNorm's eps = 1e-5 are our reading too.
     """
 
     def init_weights(self, mode: str = "reset", needs_reset: bool = True) -> None:
