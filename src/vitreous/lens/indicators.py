@@ -1,0 +1,128 @@
+"""The six interpretability indicators of SVDA, as published and corrected, as pure functions.
+
+Paper: Arampatzakis, Pavlidis, Mitianoudis, Papamarkos, 2026, arXiv 2602.10994 (classification), 2602.11005 (depth).
+*Paper form*: as the public experiments execute it, with natural logarithms and eps = 1e-8. *Corrected form*: what can
+be compared between heads, models and token counts. Which function gives which:
+
+    indicator                paper form                        corrected form
+    spectral entropy         spectral_entropy(sigma)           spectral_entropy(sigma, eps=0)
+    effective rank           effective_rank(sigma)             effective_rank(sigma, eps=0), effective_rank_l1(sigma)
+    spectral sparsity        spectral_sparsity(sigma)          relative_sparsity(sigma)
+    angular alignment        angular_alignment(q, k), of one   the same, over a whole set
+                             noisy image
+    selectivity              selectivity(attention), of one    the same per head over a whole set,
+                             batch, all heads in one           effective_tokens, attention_entropy
+    perturbation robustness  perturbation_robustness           relative_change
+
+sigma is (..., K), q and k are (B, H, N, K), attention is (B, H, N, N) with rows that sum to one. Spectra give one
+value per head, (...); the others give one per image and head, (B, H), so that sums and counts over batches of images
+make the mean over a set. Half precision is computed in float32, float64 stays.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PAPER_EPS = 1e-8
+
+
+def spectral_entropy(sigma: Tensor, *, eps: float = PAPER_EPS) -> Tensor:
+    """Entropy of the energies sigma_k^2, in nats, 0 to log K: how many axes share the energy. (..., K) -> (...).
+
+    H = - sum_k p_k log(p_k + eps), p_k = sigma_k^2 / (sum sigma^2 + eps). The paper's eps lets H depend on the scale of
+    small spectra (|sigma| below about 1e-3) and fall short of 0 by about eps; eps=0 is exact and free of scale.
+    A spectrum of zeros has entropy 0.
+    """
+    return _entropy(_wide(sigma).square(), eps)
+
+
+def effective_rank(sigma: Tensor, *, eps: float = PAPER_EPS) -> Tensor:
+    """exp of `spectral_entropy`: the number of axes that share the energy, 1 to K. (..., K) -> (...).
+
+    The paper averages this over heads and layers (the mean of exponentials). A spectrum of zeros has effective rank 1.
+    """
+    return spectral_entropy(sigma, eps=eps).exp()
+
+
+def effective_rank_l1(sigma: Tensor) -> Tensor:
+    """Roy and Vetterli's effective rank, 1 to K: as `effective_rank(eps=0)`, but of |sigma| / sum |sigma|.
+
+    It weighs magnitudes, not energies, hence is never the smaller of the two. A spectrum of zeros has rank 1.
+    Source: Roy, Vetterli, 2007, "The effective rank: a measure of effective dimensionality", eq. 3 and 4.
+    """
+    return _entropy(_wide(sigma).abs(), 0.0).exp()
+
+
+def spectral_sparsity(sigma: Tensor, threshold: float = 1e-3) -> Tensor:
+    """Share of axes with |sigma_k| < threshold, an absolute one, 0 to 1. (..., K) -> (...)."""
+    size = _wide(sigma).abs()
+    return (size < threshold).to(size.dtype).mean(dim=-1)
+
+
+def relative_sparsity(sigma: Tensor, threshold: float = 1e-3) -> Tensor:
+    """Share of axes with |sigma_k| <= threshold * max |sigma|, 0 to 1, free of scale; 1 for a spectrum of zeros."""
+    size = _wide(sigma).abs()
+    return (size <= threshold * size.amax(dim=-1, keepdim=True)).to(size.dtype).mean(dim=-1)
+
+
+def angular_alignment(q: Tensor, k: Tensor) -> Tensor:
+    """Cosine between a token's own query and key, mean over tokens, -1 to 1. (B, H, N, K) twice -> (B, H).
+
+    Rows are brought to unit length here, so q and k may be given as projected, without sigma. Rotary embedding turns
+    both alike and changes nothing. A row of zeros counts as cosine 0.
+    """
+    return (_unit(q) * _unit(k)).sum(dim=-1).mean(dim=-1)
+
+
+def selectivity(attention: Tensor) -> Tensor:
+    """Gini-Simpson index of the rows, mean over rows: **high is diffuse**, low is selective. (B, H, N, N) -> (B, H).
+
+    1 - sum_j A_ij^2 / ((sum_j A_ij)^2 + eps), from 0 (each row on one token) to 1 - 1/N (uniform), the reverse of what
+    the name suggests. The paper's eps lifts the lower end, and the value for a single token, to 1e-8.
+    """
+    rows = _wide(attention)
+    return (1 - rows.square().sum(dim=-1) / (rows.sum(dim=-1).square() + PAPER_EPS)).mean(dim=-1)
+
+
+def effective_tokens(attention: Tensor) -> Tensor:
+    """1 / sum_j A_ij^2, mean over rows: the number of tokens that a row attends to, 1 to N. (B, H, N, N) -> (B, H)."""
+    return _wide(attention).square().sum(dim=-1).reciprocal().mean(dim=-1)
+
+
+def attention_entropy(attention: Tensor) -> Tensor:
+    """Entropy of the rows, in nats, 0 to log N, mean over rows; 0 log 0 = 0. (B, H, N, N) -> (B, H)."""
+    return torch.special.entr(_wide(attention)).sum(dim=-1).mean(dim=-1)
+
+
+def perturbation_robustness(clean: Tensor, noisy: Tensor) -> Tensor:
+    """|A - A'|_F / (H N^2), all heads of a layer together: **low is robust**. (B, H, N, N) twice -> (B).
+
+    At the same relative change it shrinks with the number of tokens and of heads: never compare it across those.
+    The paper takes one image.
+    """
+    change = _wide(noisy) - _wide(clean)
+    return torch.linalg.vector_norm(change, dim=(-3, -2, -1)) / change[0].numel()
+
+
+def relative_change(clean: Tensor, noisy: Tensor) -> Tensor:
+    """|A - A'|_F / |A|_F per head, 0 = untouched; comparable across token counts. (B, H, N, N) twice -> (B, H)."""
+    clean, noisy = _wide(clean), _wide(noisy)
+    return torch.linalg.vector_norm(noisy - clean, dim=(-2, -1)) / torch.linalg.vector_norm(clean, dim=(-2, -1))
+
+
+def _entropy(weights: Tensor, eps: float) -> Tensor:
+    """- sum p log(p + eps) over the last axis, p = weights / (sum + eps); 0 log 0 = 0, and p = 0 if all are 0."""
+    total = (weights.sum(dim=-1, keepdim=True) + eps).clamp_min(torch.finfo(weights.dtype).tiny)
+    p = weights / total
+    return -torch.special.xlogy(p, p + eps).sum(dim=-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(_wide(x), dim=-1)  # its eps of 1e-12 would vanish in half precision
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
