@@ -1,0 +1,343 @@
+"""Put mechanisms into a model and take them out again; the only code that changes a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitreous import slots
+from vitreous.errors import GraftError, HostError, NotReached
+from vitreous.layers.adoption import REGISTRIES
+from vitreous.mechanism import Mechanism, parse
+
+KINDS = REGISTRIES[:3]  # parameters, buffers, modules: what a module owns by name
+
+
+@dataclass
+class Change:
+    """One exchanged value. shared: (registry, name) of what both modules own, to be handed back on removal."""
+
+    path: str
+    old: Any
+    new: Any
+    shared: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Graft:
+    """The record of one mechanism in one model. digests: of each host tensor as it was, to tell later which changed."""
+
+    mechanism: Mechanism
+    changes: list[Change]
+    digests: dict[str, tuple[int, int]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What `ungraft` took out, and the host tensors whose values changed since (by training, loading, conversion).
+
+    An empty `changed` means: the model computes bit for bit what it did before the graft.
+    """
+
+    mechanisms: tuple[Mechanism, ...]
+    changed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        out = ", ".join(map(str, self.mechanisms))
+        if not self.changed:
+            return f"Removed {out}; the host's tensors are as they were."
+        shown = ", ".join(self.changed[:5]) + (", ..." if len(self.changed) > 5 else "")
+        return f"Removed {out}; {len(self.changed)} host tensors changed since: {shown}"
+
+
+def graft(model: nn.Module, *mechanisms: Mechanism | str) -> nn.Module:
+    """Put mechanisms into the model, in this order, in place; returns the model.
+
+    A mechanism may be given in its text form ("svda:scale=one"). Atomic: if anything fails the model is as before.
+    Graft the bare model, before it is compiled or wrapped. Raises HostError if the model is no host for a mechanism,
+    GraftError if it conflicts with one that is there, SettingError if a setting does not fit the model.
+    """
+    bare(model)
+    with undo_on_error(model):
+        for mechanism in mechanisms:
+            if isinstance(mechanism, str):
+                mechanism = parse(mechanism)
+            if not isinstance(mechanism, Mechanism):
+                raise GraftError(
+                    f"Found {mechanism!r}. Expected a mechanism such as SVDA(), or its text form 'svda'. "
+                    "`vitreous list` shows what there is."
+                )
+            new = mechanism.changes(model)
+            changes = [Change(path, get(model, path), value, shared(get(model, path), value)) for path, value in new.items()]
+            record = Graft(mechanism, changes, digests(model))
+            grafts(model).append(record)
+            done, record.changes = record.changes, []
+            for change in done:
+                put(model, change)
+                record.changes.append(change)
+    return model
+
+
+def ungraft(model: nn.Module, all: bool = False) -> Removal:
+    """Take out the last graft (all=True: every one, last first), in place; the displaced objects come back.
+
+    Trained, loaded or converted host tensors are kept: they are handed back to the displaced modules. Returns what was
+    taken out and which host tensors changed meanwhile. Raises GraftError if nothing is grafted, or if a grafted module
+    was replaced by someone else.
+    """
+    bare(model)
+    present = grafts(model)
+    if not present:
+        raise GraftError("This model has no graft. Expected at least one. See vitreous.grafts(model).")
+    leaving = list(reversed(present if all else present[-1:]))
+    check_removable(model, leaving)
+    removed, changed = [], set()
+    for record in leaving:
+        for change in reversed(record.changes):
+            restore(model, change)
+        present.remove(record)
+        now = digests(model)
+        changed |= {name for name, digest in record.digests.items() if now.get(name) != digest}
+        removed.append(record.mechanism)
+    return Removal(tuple(removed), tuple(sorted(changed)))
+
+
+def grafts(model: nn.Module) -> list[Graft]:
+    """The grafts in the model, first to last: a plain list that travels with copies and pickles of the model."""
+    return model.__dict__.setdefault("grafts", [])
+
+
+def check(model: nn.Module, images: Tensor) -> nn.Module:
+    """One probe forward on images (B, C, H, W), in the model's present mode; returns the model.
+
+    Raises NotReached if the pass does not go through every grafted module. Mode, hooks and random state are as before.
+    """
+    bare(model)
+    called: set[int] = set()
+    expected: list[tuple[Graft, str, nn.Module]] = []
+    lost: list[str] = []
+    for record in grafts(model):
+        for change in record.changes:
+            inside = covered(model, record, change)
+            if get(model, change.path, None) is not change.new and not inside:
+                lost.append(f"{record.mechanism}: {change.path} was replaced after grafting")
+                continue
+            for name, module in fresh(change):
+                if name or not inside:  # a displaced module is not called itself, but its steps live on in the later one
+                    expected.append((record, f"{change.path}.{name}".rstrip("."), module))
+    handles = [module.register_forward_hook(lambda m, *_: called.add(id(m))) for _, _, module in expected]
+    try:
+        with torch.random.fork_rng(devices={t.device for t in model.parameters() if t.is_cuda}), torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    lost += [f"{record.mechanism}: {path} was not called" for record, path, module in expected if id(module) not in called]
+    moved = slots.read_out_moved(model) if slots.family(model) and grafts(model) else None
+    lost += [moved] if moved else []
+    if lost:
+        raise NotReached(
+            "The forward pass does not go through every graft: " + "; ".join(lost) + ". Expected each grafted module to be "
+            "called. Take the grafts out, change the model (head, blocks) first, and graft again."
+        )
+    return model
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of parameters that weight decay should leave alone: the host's own list, and what its grafts name."""
+    names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    last = {word for record in grafts(model) for word in record.mechanism.no_decay}
+    return names | {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in last}
+
+
+def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of all that the grafts brought, in the model's order."""
+    before = {id(p) for record in grafts(model) for change in record.changes for p in parameters(change.old)}
+    mine = {id(p) for record in grafts(model) for change in record.changes for p in parameters(change.new)} - before
+    return {name: p for name, p in model.named_parameters() if id(p) in mine}
+
+
+# -- the parts -----------------------------------------------------------------------------------------------------
+
+
+def bare(model: nn.Module) -> None:
+    """Raise HostError for a wrapper: a graft belongs into the model inside, before it is wrapped."""
+    inner = next((name for name in ("_orig_mod", "module", "model") if isinstance(getattr(model, name, None), nn.Module)), None)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise HostError("The model is scripted (torch.jit). Expected an ordinary module. Graft before scripting.")
+    if not isinstance(model, nn.Module):
+        raise HostError(f"Found a {type(model).__name__}. Expected a torch.nn.Module. Create one with timm.create_model.")
+    if inner and slots.family(model) is None:
+        raise HostError(
+            f"The model is wrapped: {type(model).__name__} around .{inner}. Expected the bare model. Graft it before it is "
+            f"compiled, distributed, averaged or cut into features, or graft the one inside (model.{inner})."
+        )
+
+
+def check_removable(model: nn.Module, leaving: list[Graft]) -> None:
+    """Raise GraftError, before anything is moved, if a path does not hold what its graft put there."""
+    after: dict[str, Any] = {}  # what each path will hold once the later grafts are out
+    for record in leaving:
+        for change in reversed(record.changes):
+            found = after.get(change.path, get(model, change.path, None))
+            if found is not change.new:
+                raise GraftError(
+                    f"{change.path} no longer holds what {record.mechanism} put there, but a {type(found).__name__}. "
+                    "Expected the graft's own module, so that the exchange can be undone. Put it back, or build the "
+                    "model anew and load its weights."
+                )
+            after[change.path] = change.old
+
+
+@contextmanager
+def undo_on_error(model: nn.Module) -> Iterator[None]:
+    """Leave the model as it was if the body raises."""
+    there, had = len(grafts(model)), "grafts" in model.__dict__
+    try:
+        yield
+    except BaseException:
+        for record in reversed(grafts(model)[there:]):
+            for change in reversed(record.changes):
+                restore(model, change)
+            grafts(model).remove(record)
+        raise
+    finally:
+        if not grafts(model) and not had:
+            del model.__dict__["grafts"]
+
+
+def get(model: nn.Module, path: str, *default: Any) -> Any:
+    """The value at a dotted path. Raises HostError if the path is not there and no default is given."""
+    value: Any = model
+    for name in path.split("."):
+        value = getattr(value, name, default[0] if default else MISSING)
+        if value is MISSING:
+            raise HostError(f"The model has no {path}. Expected a timm ViT's attribute names. Use another host.")
+    return value
+
+
+MISSING = object()
+
+
+def owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return (get(model, parent) if parent else model), name
+
+
+def put(model: nn.Module, change: Change) -> None:
+    """Write a new value at its path, converted to the device, dtype and mode of what it displaces."""
+    parent, name = owner(model, change.path)
+    if callable(getattr(type(parent), name, None)):
+        raise GraftError(
+            f"{change.path} is a method of {type(parent).__name__}: a module put there would be saved and trained, but "
+            "never called. Expected a child module or an attribute. Use another slot."
+        )
+    if isinstance(change.new, nn.Module):
+        known = {id(t) for t in tensors(change.old)}
+        like = next((t for t in (*tensors(change.old), *model.parameters()) if t.is_floating_point()), None)
+        for module in change.new.modules():
+            convert(module, like, known)
+        mode = change.old.training if isinstance(change.old, nn.Module) else model.training
+        for _, module in fresh(change):
+            module.training = mode
+    write(parent, name, change.new)
+
+
+def restore(model: nn.Module, change: Change) -> None:
+    """Give the displaced value back its place, with the tensors as they are now."""
+    parent, name = owner(model, change.path)
+    old, new = change.old, change.new
+    if isinstance(old, nn.Module):
+        if isinstance(new, nn.Module):
+            like = next((t for t in (*tensors(new), *model.parameters()) if t.is_floating_point()), None)
+            kept = {id(t) for t in tensors(new)}
+            for kind, key in change.shared:
+                if key in getattr(new, kind):
+                    getattr(old, kind)[key] = getattr(new, kind)[key]
+            alive = {id(m) for m in new.modules()}
+            for module in old.modules():
+                convert(module, like, kept)
+                if id(module) not in alive:
+                    module.training = new.training
+    write(parent, name, old)
+
+
+def write(parent: nn.Module, name: str, value: Any) -> None:
+    if isinstance(parent, (nn.Sequential, nn.ModuleList)) and name.isdigit():
+        parent[int(name)] = value
+        return
+    if name in parent._modules and not isinstance(value, nn.Module):
+        delattr(parent, name)  # else None stays behind among the modules
+    setattr(parent, name, value)
+
+
+def convert(module: nn.Module, like: Tensor | None, known: set[int]) -> None:
+    """Move the module's own tensors to the device and floating dtype of `like`, in place, but for the `known` ones."""
+    if like is None or like.is_meta:
+        return
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in getattr(module, kind).items():
+            if tensor is None or id(tensor) in known:
+                continue
+            target = tensor.data.to(like.device, like.dtype if tensor.is_floating_point() else None)
+            if kind == "_parameters":
+                tensor.data = target
+            else:
+                getattr(module, kind)[name] = target
+
+
+def shared(old: Any, new: Any) -> tuple[tuple[str, str], ...]:
+    """(registry, name) of every parameter, buffer and child that old and new both hold, under the same name."""
+    if not (isinstance(old, nn.Module) and isinstance(new, nn.Module)):
+        return ()
+    return tuple(
+        (kind, name)
+        for kind in KINDS
+        for name, value in getattr(old, kind).items()
+        if value is not None and getattr(new, kind).get(name) is value
+    )
+
+
+def fresh(change: Change) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the modules in a change that the host did not have; plain containers left out."""
+    if not isinstance(change.new, nn.Module):
+        return []
+    old = {id(m) for m in change.old.modules()} if isinstance(change.old, nn.Module) else set()
+    containers = (nn.ModuleList, nn.ModuleDict)
+    return [(n, m) for n, m in change.new.named_modules() if id(m) not in old and not isinstance(m, containers)]
+
+
+def covered(model: nn.Module, record: Graft, change: Change) -> bool:
+    """True if a later graft displaced this change's module in good order (it then runs inside the later one)."""
+    later = grafts(model)[grafts(model).index(record) + 1 :]
+    return any(other.path == change.path for graft_ in later for other in graft_.changes)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else []
+
+
+def parameters(value: Any) -> list[nn.Parameter]:
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    return [value] if isinstance(value, nn.Parameter) else []
+
+
+def digests(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """{name: digest} of every parameter and buffer."""
+    return {name: digest(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> tuple[int, int]:
+    """Two exact sums over the bits of a tensor, the same on every device and number of threads; (0, 0) on meta."""
+    if tensor.is_meta:
+        return 0, 0
+    bits = tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    # Exclusive or alone misses a value that changes everywhere at once, such as a whole bias.
+    return torch.hash_tensor(bits.long()).view(torch.int64).item(), bits.sum(dtype=torch.int64).item()

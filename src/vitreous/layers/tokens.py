@@ -1,0 +1,133 @@
+"""Which token speaks for which place: state that travels with the tokens, and the way back to the picture.
+
+Tokens lie in the order `prefix, patches, inserted`. Steps may merge or drop tokens (then `sizes` and `source` say what
+became of the original ones) and may append tokens at the end (then `read` has one entry for each).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """What a forward pass knows about its tokens beside their values. A step returns a new one.
+
+    sizes:  (B, n) how many original tokens each present one stands for; None: one each. Inserted tokens count 1.
+    source: (B, N) for each of the N original tokens, the index of the present one that speaks for it; None: itself.
+    read:   one entry per inserted token, in order: True if the read-out at `norm` takes it in.
+    """
+
+    sizes: Tensor | None = None
+    source: Tensor | None = None
+    read: tuple[bool, ...] = ()
+
+    @property
+    def inserted(self) -> int:
+        """The number of inserted tokens; they stand at the end."""
+        return len(self.read)
+
+    @property
+    def plain(self) -> bool:
+        """True if every token is an original one in its own place."""
+        return self.sizes is None and self.source is None and not self.read
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens with their state, as one block hands them to the next: x (B, n, D).
+
+    To code that expects a tensor of tokens (timm's `forward_intermediates` slices and reshapes block outputs) it answers
+    with `tokens()`: one token per original place, so feature maps keep their shape.
+    """
+
+    x: Tensor
+    state: TokenState
+
+    def tokens(self) -> Tensor:
+        """(B, N, D): for every original token the one that speaks for it; inserted ones left out."""
+        return restore(self.x, self.state)[0]
+
+    def __getitem__(self, index) -> Tensor:
+        return self.tokens()[index]
+
+    def reshape(self, *shape) -> Tensor:
+        return self.tokens().reshape(*shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tokens().shape
+
+
+def opened(x: Tensor | Stream) -> tuple[Tensor, TokenState]:
+    """Tokens and state; a bare tensor opens a fresh state."""
+    return (x.x, x.state) if isinstance(x, Stream) else (x, TokenState())
+
+
+def insert(x: Tensor, state: TokenState, tokens: Tensor, *, read: bool) -> tuple[Tensor, TokenState]:
+    """Append tokens (B, m, D) at the end of x (B, n, D); `read`: the read-out at `norm` takes them in."""
+    m = tokens.shape[1]
+    sizes = state.sizes
+    if sizes is not None:
+        sizes = torch.cat([sizes, sizes.new_ones(sizes.shape[0], m)], dim=1)
+    x = torch.cat([x, tokens.to(x.dtype)], dim=1)  # (B, n + m, D)
+    return x, replace(state, sizes=sizes, read=state.read + (read,) * m)
+
+
+def split(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
+    """x (B, n, D) as (present original tokens, inserted tokens)."""
+    keep = x.shape[1] - state.inserted
+    return x[:, :keep], x[:, keep:]
+
+
+def restore(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
+    """x (B, n, D) as (one token per original place (B, N, D), inserted tokens (B, m, D))."""
+    original, inserted = split(x, state)
+    if state.source is not None:
+        original = original.gather(1, state.source[..., None].expand(-1, -1, x.shape[-1]))
+    return original, inserted
+
+
+def to_grid(value: Tensor, state: TokenState, grid: tuple[int, int], prefix: int) -> Tensor:
+    """A value per present token, (B, n) or (B, n, C), as a picture (B, H, W) or (B, H, W, C).
+
+    grid: (H, W) in patches, from the caller (`patch_embed.dynamic_feat_size`); prefix: class and register tokens.
+    Raises ValueError if the restored patches do not fill the grid.
+    """
+    flat = value if value.ndim == 3 else value[..., None]
+    patches = restore(flat, state)[0][:, prefix:]
+    if patches.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"{patches.shape[1]} patches do not fill a grid of {grid[0]} x {grid[1]}. Expected H * W patches after "
+            f"{prefix} prefix tokens. Take the grid from model.patch_embed.dynamic_feat_size(image size)."
+        )
+    picture = patches.unflatten(1, grid)
+    return picture if value.ndim == 3 else picture[..., 0]
+
+
+def read_out(tokens: Tensor, inserted: Tensor, heads: slice, *, pooled: bool) -> Tensor:
+    """Let the head see the inserted tokens, through the tokens that it reads anyway: tokens (B, N, D), inserted (B, m, D).
+
+    pooled=False (class and distillation tokens): each becomes the mean of itself and the inserted ones.
+    pooled=True (the head pools over `heads`): the pooled tokens move by one common vector, such that their mean becomes
+    the mean over pooled and inserted tokens together. In an attention pool a common vector leaves the weights as they are
+    (softmax ignores what all keys share), so there too the inserted tokens get their even share m / (n + m).
+    Feature maps keep their shape.
+    """
+    m = inserted.shape[1]
+    target = tokens[:, heads]  # (B, n, D)
+    if pooled:
+        share = m / (target.shape[1] + m)
+        target = target + share * (inserted.mean(1, keepdim=True) - target.mean(1, keepdim=True))
+    else:
+        target = (target + inserted.sum(1, keepdim=True)) / (1 + m)
+    start, stop, _ = heads.indices(tokens.shape[1])
+    return torch.cat([tokens[:, :start], target, tokens[:, stop:]], dim=1)
+
+
+# A lone block that hands on a Stream can be exported, too.
+torch.export.register_dataclass(TokenState)
+torch.export.register_dataclass(Stream)

@@ -1,0 +1,60 @@
+"""Learned tokens beside the host's own: more class tokens, or registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitreous import slots
+from vitreous.errors import SettingError
+from vitreous.layers.tokens import TokenState, insert
+from vitreous.mechanism import Mechanism
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtraTokens(Mechanism):
+    """Learned tokens that join before the first block: class tokens that are read out, or registers that are not.
+
+    Paper: the CLS=5 control of Murata, Hotta 2026, arXiv 2602.02765 (kind=class, tokens=4, read through the same mean as
+        SPC tokens); registers after Darcet et al. 2024, arXiv 2309.16588.
+    Differs: they stand behind the patches instead of before; without position they are a set, so order means nothing.
+    At start: changes the output.
+    Cost: `tokens` more tokens in every block; tokens * D parameters.
+    Settings: kind: class | register. tokens: how many. seed: of their start, N(0, 0.02^2).
+    Raises: HostError on rotary hosts and, for kind=class, where the head cannot read tokens; SettingError.
+    """
+
+    paper: ClassVar[str] = "Murata, Hotta 2026, arXiv 2602.02765; Darcet et al. 2024, arXiv 2309.16588"
+    no_decay: ClassVar[tuple[str, ...]] = ("learned",)
+    examples: ClassVar[tuple[str, ...]] = ("extra_tokens:kind=register,tokens=2",)
+
+    kind: Literal["class", "register"] = "class"
+    tokens: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tokens < 1:
+            raise SettingError(f"Found tokens={self.tokens}. Expected 1 or more. Give such a number.")
+
+    def changes(self, model: nn.Module) -> dict[str, Any]:
+        slots.check_host(model, tokens=True)
+        if self.kind == "class":
+            slots.check_read_out(model, "extra_tokens:kind=class")
+        generator = torch.Generator().manual_seed(self.seed)
+        start = 0.02 * torch.randn(1, self.tokens, slots.width(model), generator=generator)
+        return slots.add_step(model, 0, "before", Learned(start, read=self.kind == "class"))
+
+
+class Learned(nn.Module):
+    """The token step: append the learned tokens (1, m, D) to every image."""
+
+    def __init__(self, start: Tensor, read: bool):
+        super().__init__()
+        self.learned, self.read = nn.Parameter(start), read
+
+    def forward(self, x: Tensor, state: TokenState, qkv: None) -> tuple[Tensor, TokenState]:
+        return insert(x, state, self.learned.expand(len(x), -1, -1), read=self.read)

@@ -1,0 +1,187 @@
+"""SVD-ViT's spatial principal components: leading singular vectors of the tokens become tokens themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitreous import slots
+from vitreous.errors import SettingError
+from vitreous.layers.spectral import leading_subspace, unit_rows
+from vitreous.layers.tokens import TokenState, insert, split
+from vitreous.mechanism import Mechanism
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPC(Mechanism):
+    """Tokens along the leading singular vectors of an image's own tokens, appended after some block and read out.
+
+        X = U S V^T (M x D, class token included),   T = U_n^T X = S_n V_n^T,   SSVA: T' = W(X) T
+
+    Paper: Murata, Hotta 2026, arXiv 2602.02765. Its formulas are known in outline only; ours: the read-out, which is the
+        mean of class token and SPC tokens behind the final norm (it must see them, since insertion after the last block
+        changes accuracy); no centring; signs; SSVA and ID-RSVD in detail (`mixing`, `learned_sketch`).
+    Differs: U carries no gradient unless gradient=through (it is ill-defined where singular values meet).
+    At start: changes the output; read=gated leaves it bit for bit.
+    Cost: a thin randomised SVD of M x D, and `tokens` more tokens in the blocks that follow. No parameters by default.
+    Settings: after (blocks that have run; default depth - 1). components: vectors taken, mixed to `tokens` by SSVA; without
+        SSVA the leading `tokens`. basis: svd, or a control: random, trailing, mean. sketch: oversampling + power steps +
+        learned (ID-RSVD, at most one power step, else its gradient vanishes). ssva: mix. sign: how a vector is turned:
+        sum of entries >= 0 | along the token mean | along the class token | largest entry > 0. gradient: detach | through.
+        rows: raw | unit (vectors of unit, centred rows: without artifact spikes). read: mean | gated (no token is
+        inserted; the SPC tokens are added to what the head reads, through gates that start at 0).
+    Raises: HostError on rotary hosts and where the head cannot read tokens; SettingError.
+    """
+
+    paper: ClassVar[str] = "Murata, Hotta 2026, arXiv 2602.02765"
+    no_decay: ClassVar[tuple[str, ...]] = ("gate", "mix")
+    examples: ClassVar[tuple[str, ...]] = (
+        "spc:after=2,ssva=true",
+        "spc:after=2,read=gated",
+        "spc:after=2,tokens=2,sketch=4+1+true,rows=unit,sign=class",
+    )
+
+    after: int | None = None
+    components: int = 8
+    tokens: int = 4
+    basis: Literal["svd", "random", "trailing", "mean"] = "svd"
+    sketch: tuple[int, int, bool] = (8, 2, False)
+    ssva: bool = False
+    sign: Literal["sum", "mean", "class", "largest"] = "sum"
+    gradient: Literal["detach", "through"] = "detach"
+    rows: Literal["raw", "unit"] = "raw"
+    read: Literal["mean", "gated"] = "mean"
+
+    def __post_init__(self):
+        super().__post_init__()
+        oversample, power, learned = self.sketch
+        if min(self.components, self.tokens) < 1 or min(oversample, power) < 0:
+            raise SettingError(f"Found {self}. Expected components and tokens from 1, sketch from 0+0. Raise the number.")
+        if self.ssva and self.tokens > self.components:
+            raise SettingError(
+                f"Found tokens={self.tokens} and components={self.components}. Expected at most as many tokens as "
+                "components: SSVA mixes components into fewer tokens. Raise components or lower tokens."
+            )
+        if learned and power > 1:
+            raise SettingError(
+                f"Found a learned sketch with {power} power steps. Expected 0 or 1: after more, the vectors no longer "
+                "depend on the sketch and it cannot learn. Use for example sketch=8+1+true."
+            )
+        if learned and self.basis != "svd":
+            raise SettingError(f"Found a learned sketch with basis={self.basis}. Expected basis=svd. Change one of them.")
+
+    @property
+    def exact_at_init(self) -> bool:
+        return self.read == "gated"
+
+    def changes(self, model: nn.Module) -> dict[str, Any]:
+        slots.check_host(model, tokens=True)
+        slots.check_read_out(model, "spc")
+        after = slots.block_count(model, self.after)
+        if self.sign == "class" and not slots.has_class_token(model):
+            raise SettingError(
+                "Found sign=class on a model without a class token. Expected one to compare with. Use sign=sum or mean."
+            )
+        step = Components(self, slots.width(model), *slots.read_tokens(model))
+        return slots.add_step(model, after - 1, "after", step)
+
+
+class Components(nn.Module):
+    """The token step of SPC: (x (B, n, D), state) -> the same with `tokens` more, or with gated additions."""
+
+    def __init__(self, settings: SPC, width: int, heads: tuple[int, int | None], pooled: bool):
+        super().__init__()
+        self.settings, self.heads, self.pooled = settings, heads, pooled
+        n, m = settings.components if settings.ssva else settings.tokens, settings.tokens
+        self.taken = n
+        oversample, _, learned = settings.sketch
+        self.choice = nn.Linear(width, m * n) if settings.ssva else None
+        self.mix = nn.Parameter(torch.zeros(m)) if settings.ssva else None
+        self.sketch = nn.Linear(width, n + oversample, bias=False) if learned else None
+        self.gate = nn.Parameter(torch.zeros(m, width)) if settings.read == "gated" else None
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            if self.choice is not None:  # peaked at its own component, so that mixing starts selective
+                self.choice.weight.zero_()
+                self.choice.bias.copy_(5 * torch.eye(m, n).flatten())
+            if self.sketch is not None:
+                self.sketch.weight.normal_(std=width**-0.5, generator=generator)
+
+    def forward(self, x: Tensor, state: TokenState, qkv: None) -> tuple[Tensor, TokenState]:
+        tokens, _ = split(x, state)  # (B, M, D): inserted ones are no part of the picture
+        made = self.spc_tokens(tokens)  # (B, tokens, D)
+        if self.gate is None:
+            return insert(x, state, made, read=True)
+        # Component tokens are about sqrt(M) times as long as the tokens they are made of; the gate works on usual length.
+        added = (self.gate * made.to(x.dtype)).sum(1, keepdim=True) / tokens.shape[1] ** 0.5  # (B, 1, D)
+        start, stop, _ = slice(*self.heads).indices(tokens.shape[1])
+        return torch.cat([x[:, :start], x[:, start:stop] + added, x[:, stop:]], dim=1), state
+
+    def spc_tokens(self, x: Tensor) -> Tensor:
+        """x (B, M, D) -> component tokens (B, tokens, D) in float32 or wider, signs settled, SSVA done."""
+        settings = self.settings
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            if settings.basis == "mean":
+                made = wide.mean(1, keepdim=True).expand(-1, self.taken, -1)
+            else:
+                made = self.basis(wide).transpose(1, 2) @ wide  # U^T X
+            if self.choice is None:
+                return made
+            weights = mixing(self.choice, self.mix, wide[:, 0] if self.heads[0] == 0 else wide.mean(1), self.taken)
+            return weights @ made
+
+    def basis(self, x: Tensor) -> Tensor:
+        """U (B, M, n): per-token weights, one column per component."""
+        settings, n = self.settings, self.taken
+        oversample, power, _ = settings.sketch
+        if settings.basis == "random":
+            return random_basis(x, n)
+        rows = unit_rows(x) if settings.rows == "unit" else x
+        if settings.gradient == "detach":
+            rows = rows.detach()
+        sign = sign_reference(x.detach(), settings.sign)
+        if settings.basis == "trailing":
+            rank = min(rows.shape[1:])
+            return leading_subspace(rows, rank, method="exact", sign=sign).U[..., -n:]
+        sketch = None if self.sketch is None else learned_sketch(rows, self.sketch)
+        gradient = "through" if self.sketch is not None else settings.gradient
+        return leading_subspace(
+            rows, n, oversample=oversample, power=power, sketch=sketch, sign=sign, gradient=gradient
+        ).U
+
+
+def mixing(choice: nn.Linear, mix: Tensor, summary: Tensor, components: int) -> Tensor:
+    """SSVA, our reading: W (B, m, n), rows that sum to one and say which components each token is made of.
+
+    summary: (B, D), the class token or the token mean; it is normed, and even in the signs of the components.
+    W = (1 - g) I + g softmax(choice(summary)), g = mix (m,) from 0: it starts as the m leading components, exactly.
+    """
+    logits = choice(F.layer_norm(summary, summary.shape[-1:])).unflatten(-1, (-1, components))
+    start = torch.eye(len(mix), components, dtype=logits.dtype, device=logits.device)
+    return start + mix[:, None] * (logits.softmax(-1) - start)
+
+
+def learned_sketch(x: Tensor, selector: nn.Linear) -> Tensor:
+    """ID-RSVD, our reading: a sketch (B, D, k) of tokens that the image itself selects, X^T softmax_tokens(X W_a)."""
+    return x.transpose(1, 2) @ selector(F.layer_norm(x, x.shape[-1:])).softmax(dim=1)
+
+
+def random_basis(x: Tensor, n: int) -> Tensor:
+    """A control: n orthonormal columns (B, M, n) that know nothing of the image, the same for all of M tokens."""
+    noise = torch.randn(1, x.shape[1], n, generator=torch.Generator().manual_seed(0)).to(x)
+    return leading_subspace(noise, n, method="exact", sign=None).U.expand(len(x), -1, -1)
+
+
+def sign_reference(x: Tensor, rule: str) -> Tensor | None:
+    """Per-token reference (B, M) or (M,) along which each vector is turned; None: the largest entry becomes positive."""
+    if rule == "sum":
+        return x.new_ones(x.shape[1])
+    if rule == "largest":
+        return None
+    towards = x[:, :1] if rule == "class" else x.mean(1, keepdim=True)
+    return (x @ towards.transpose(1, 2)).squeeze(-1)

@@ -1,0 +1,197 @@
+"""The places in a ViT where something can be exchanged; the only file that knows a host's attribute names.
+
+Hosts are timm's `VisionTransformer` in all its options, and for the attention slot timm's `Eva` (EVA, EVA-02, DINOv3 and
+other rotary models). A subclass counts as long as it leaves the walk over the blocks alone. Hosts, blocks and attentions
+are matched by class object: thirteen files of timm have a class called `Attention`, and they do not do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from timm.layers import use_reentrant_ckpt
+from timm.models.eva import Eva
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vitreous.errors import GraftError, HostError, SettingError
+from vitreous.layers.attention import HOSTS as ATTENTIONS
+from vitreous.layers.attention import Attention
+from vitreous.layers.block import STATIONS, Block, Close, check_halves
+
+WALKS = ("forward_features", "forward_intermediates")
+Changes = dict[str, Any]
+
+
+def family(model: nn.Module) -> type[nn.Module] | None:
+    """`VisionTransformer`, `Eva`, or None if the model is no host."""
+    for base in (VisionTransformer, Eva):
+        if isinstance(model, base) and all(getattr(type(model), walk) is getattr(base, walk) for walk in WALKS):
+            return base
+    return None
+
+
+def check_host(model: nn.Module, *, tokens: bool = False) -> None:
+    """Raise HostError unless the model is a host; tokens: one whose tokens may be inserted, merged or dropped."""
+    found = family(model)
+    name = type(model).__name__
+    if found is None:
+        raise HostError(
+            f"The model is a {type(model).__module__}.{name}. Expected timm's VisionTransformer (ViT, DeiT, DINOv2, "
+            "SigLIP, CLIP, ...) or Eva (EVA-02, DINOv3, ...), or a subclass that keeps their "
+            f"{' and '.join(WALKS)}. Create such a model with timm.create_model."
+        )
+    if tokens and found is not VisionTransformer:
+        raise HostError(
+            f"The model is a timm {name}, which carries rotary positions for a fixed list of tokens. Token mechanisms "
+            "work on timm's VisionTransformer only. Use a mechanism of the attention slot here, such as svda."
+        )
+    if tokens and use_reentrant_ckpt():
+        raise GraftError(
+            "timm is set to re-entrant gradient checkpointing, which cannot see parameters behind inserted tokens and "
+            "would leave them without gradient. Call timm.layers.set_reentrant_ckpt(False) before grafting."
+        )
+
+
+def depth(model: nn.Module) -> int:
+    return len(model.blocks)
+
+
+def prefix(model: nn.Module) -> int:
+    """The number of class, distillation and register tokens that stand before the patches."""
+    return model.num_prefix_tokens
+
+
+def has_class_token(model: nn.Module) -> bool:
+    return model.cls_token is not None
+
+
+def width(model: nn.Module) -> int:
+    return model.embed_dim
+
+
+def layer_indices(model: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:
+    """The chosen block indices, all if None. Raises SettingError for one that the model does not have."""
+    n = depth(model)
+    chosen = tuple(range(n)) if layers is None else tuple(layers)
+    wrong = [i for i in chosen if not 0 <= i < n]
+    if wrong:
+        raise SettingError(
+            f"Found layers={'+'.join(map(str, wrong))}, but this model has {n} blocks. Expected 0 to {n - 1}, counted as "
+            "in blocks.i. Give layers in that range."
+        )
+    return chosen
+
+
+def block_count(model: nn.Module, after: int | None) -> int:
+    """`after` as a number of blocks, 1 to depth; None: one before the last. Raises SettingError if out of range."""
+    n = depth(model)
+    if after is None:
+        return max(1, n - 1)
+    if not 1 <= after <= n:
+        raise SettingError(
+            f"Found after={after}, but this model has {n} blocks. Expected 1 to {n}: after=n means after n blocks have "
+            "run. Give a number in that range."
+        )
+    return after
+
+
+def plain_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
+    """The attention at `blocks.layer.attn`, if it is one that a mechanism may take over; else HostError or GraftError."""
+    block, path = model.blocks[layer], f"blocks.{layer}.attn"
+    attention = getattr(block, "attn", None)
+    if attention is None:
+        raise HostError(
+            f"{path} does not exist: blocks.{layer} is a {type(block).__name__} without an attention module of its own. "
+            f"Expected one of {names(ATTENTIONS)}. {mechanism} cannot be grafted into this model."
+        )
+    if type(attention) is Attention or type(attention) in ATTENTIONS:
+        return attention
+    if isinstance(attention, Attention):
+        raise GraftError(
+            f"{path} already holds {type(attention).__name__}, which overrides attention itself; {mechanism} would undo "
+            "it. Expected plain attention. Take the other graft out first (vitreous.ungraft), or choose other layers."
+        )
+    kind = type(attention)
+    raise HostError(
+        f"{path} is a {kind.__module__}.{kind.__name__}. Expected one of {names(ATTENTIONS)} (matched by class, since "
+        f"others of the same name work differently). {mechanism} cannot be grafted into this model."
+    )
+
+
+def bilinear_input(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
+    """The norm whose output `blocks.layer.attn` reads, if its scores are a bilinear form of that; else HostError."""
+    block = model.blocks[layer]
+    host, attention = getattr(block, "host", type(block)), block.attn
+    base = getattr(attention, "host", type(attention))
+    if host is not TimmBlock or base is not ATTENTIONS[0] or type(attention.q_norm) is not nn.Identity:
+        raise HostError(
+            f"blocks.{layer} is a {host.__name__} with {base.__name__}"
+            + ("" if type(attention.q_norm) is nn.Identity else " and a query/key norm")
+            + ", where scores are not a product of two linear maps of a normed input. Expected a pre-norm block of timm's "
+            f"vision_transformer without query/key norm. {mechanism} is not possible here; use another start."
+        )
+    return block.norm1
+
+
+def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Changes:
+    """Changes that put a token step at a station ("before", "between", "after") of `blocks.layer`.
+
+    Every block from there on learns to hand on tokens with their state, and `norm` closes the stream.
+    """
+    assert station in STATIONS, station
+    check_host(model, tokens=True)
+    changes: Changes = {}
+    for i in range(layer, depth(model)):
+        block = model.blocks[i]
+        if i > layer and isinstance(block, Block):
+            continue
+        new = (type(block) if isinstance(block, Block) else Block).of(block)
+        changes[f"blocks.{i}"] = new
+        if i > layer:
+            continue
+        new.add_step(station, step)
+        if station == "between":
+            check_halves(block, f"blocks.{i}")
+            if type(block.attn) in ATTENTIONS:
+                changes[f"blocks.{i}.attn"] = Attention.of(block.attn)
+    if not isinstance(model.norm, Close):
+        changes["norm"] = Close.of(model.norm, *read_tokens(model))
+    return changes
+
+
+def read_tokens(model: nn.Module) -> tuple[tuple[int, int | None], bool]:
+    """((start, stop), pooled): which tokens the host's head reads, and whether it pools over them."""
+    if type(model).forward_head is not VisionTransformer.forward_head:
+        return (0, prefix(model)), False  # distilled DeiT: a head each for the class and the distillation token
+    pooled_from = 0 if model.pool_include_prefix else prefix(model)
+    if model.attn_pool is not None or model.global_pool in ("avg", "avgmax", "max"):
+        return (pooled_from, None), True
+    if has_class_token(model):
+        return (0, 1), False
+    return (pooled_from, None), True
+
+
+def check_read_out(model: nn.Module, mechanism: str) -> None:
+    """Raise HostError if the head of this host has no honest way to read inserted tokens."""
+    if model.attn_pool is None and model.global_pool in ("max", "avgmax"):
+        raise HostError(
+            f"The head of this model pools with global_pool={model.global_pool!r}, where inserted tokens have no share. "
+            f"Expected 'token', 'avg' or attention pooling. {mechanism} cannot be read here; call "
+            "model.reset_classifier(classes, 'avg') before grafting, or insert tokens that are not read."
+        )
+
+
+def read_out_moved(model: nn.Module) -> str | None:
+    """Why the read-out at `norm` no longer fits the head, or None. `reset_classifier(n, pool)` can change the head."""
+    if isinstance(model.norm, Close):
+        heads, pooled = read_tokens(model)
+        if (model.norm.heads, model.norm.pooled) != (heads, pooled):
+            return f"norm reads inserted tokens into {model.norm.heads}, but the head now reads {heads}"
+    return None
+
+
+def names(classes: Iterable[type]) -> str:
+    return ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in classes)
