@@ -1,0 +1,397 @@
+"""Singular values and vectors of batches of token matrices: the one home of every decomposition.
+
+Letters: B batch, N tokens, D width, R rank asked for, k = R + oversample (width of the sketch), m = min(N, D).
+
+`leading_subspace` finds the leading R singular triples of every x (N, D). Two routes lead to a small symmetric problem:
+
+    exact                    the Gram matrix of the smaller side, m x m
+    cholesky_qr, products    Y = X Omega; `power` times Y <- X X^T Y; then Rayleigh-Ritz on span(Y), k x k
+                             (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1)
+
+No tall matrix meets a Householder QR or an SVD. Only span(Y) matters for the outcome, so between the half steps Y is
+conditioned by any k x k factor of its Gram matrix. All k x k and m x m algebra is float64, where squaring the condition
+number does float32 data no harm: one shifted Cholesky factor, which cannot fail, replaces a ladder of retries.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitreous.errors import SettingError, UnknownName
+
+METHODS = ("auto", "exact", "cholesky_qr", "gram_schmidt")
+GRADIENTS = ("detach", "through")
+SEED = 20110909  # of the fixed sketch
+BROADENING = 1e-3  # relative gap of squared singular values below which gradients are damped
+UNSURE = 0.01  # cosine with the reference below which the next sign rule decides
+SQUARINGS = 12  # the product-only eigensolver works with the 2^12-th power
+NOISE = 2e-6  # singular values below this share of s_1 are rounding: of float32 data, or of a float64 Gram matrix
+TINY = 1e-62  # squared norms below this are zero: keeps 1 / norm within float32
+
+
+@dataclass(frozen=True)
+class SubspaceInfo:
+    """How far a `Subspace` can be trusted, per sample.
+
+    gap (B, R): (s_i - s_{i+1}) / s_i, in [0, 1]; 0 where s_i = 0. s_{R+1} comes from the oversampled block; without
+        oversampling, from its upper bound sqrt(|X|_F^2 - sum s_i^2), so that the last gap is a lower bound.
+    residual (B,): |U S (V - P V)^T|_F / |S|_2, in [0, 1], P the projector on the row space before the last half step:
+        the share of U S V^T that this half step still moved. |X V - U S|_F <= |X|_2 residual |S|_2 / s_R. 0 for "exact".
+    finite (B,) bool: False where x, or the sketch, holds NaN or Inf, or numbers whose squares overflow.
+    rank (B,) int64: how many singular values, of R, are above NOISE s_1.
+    sign_confidence (B, R): |cosine| of u_i with the reference, or with the rule that stands in for it, in [0, 1]; below
+        UNSURE a later rule decided (see `_signs`); 0 where s_i = 0.
+    """
+
+    gap: Tensor
+    residual: Tensor
+    finite: Tensor
+    rank: Tensor
+    sign_confidence: Tensor
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Leading singular triples U (B, N, R), S (B, R) descending, V (B, D, R); zero columns beyond the true rank."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    info: SubspaceInfo
+
+
+def leading_subspace(
+    x: Tensor,
+    rank: int,
+    *,
+    method: str = "auto",
+    oversample: int = 8,
+    power: int = 2,
+    sketch: Tensor | None = None,
+    sign: Tensor | None = None,
+    gradient: str = "detach",
+) -> Subspace:
+    """The leading `rank` singular triples of every matrix in x (B, N, D): x V = U S, x^T U = V S.
+
+    Computes and answers in float32 (float64 for float64 input) under any autocast. A sample's result does not depend on
+    its batch mates. NaN, Inf: zeros and finite = False for that sample. Zero, constant or rank-deficient x, and rank >
+    min(N, D): orthonormal columns up to the true rank, zero columns with s = 0 beyond it.
+
+    method: "exact", to the rounding of x for s_i > 1e-6 s_1; "cholesky_qr", 2 power + 2 products with x; "gram_schmidt",
+        the same from matrix products and comparisons only, for torch.export and ONNX (singular values closer than 1e-4
+        relative may share their vectors); "auto": gram_schmidt while exporting, exact where a sketch would leave
+        nothing out, else cholesky_qr.
+    oversample, power: extra sketch columns and power steps; "exact" needs neither, nor a sketch.
+    sketch: (D, k) or (B, D, k), k >= min(rank, N, D); None is a fixed Gaussian, the same on every device, that leaves the
+        global random state alone. It sits on the feature side: permuted tokens permute U and keep V.
+    sign: a number per token, (N,) or (B, N), with which every u_i shall correlate; None uses their sum. See `_signs`.
+    gradient: "detach" (none), or "through": that of the computation itself, to x and to the sketch, damped where
+        singular values meet. The more power steps, the less the sketch matters: train it with power 0 or 1.
+    Raises SettingError or UnknownName for settings and shapes that do not fit.
+    """
+    _validate(x, rank, method, oversample, power, sketch, sign, gradient)
+    n, d = x.shape[1:]
+    k = min(rank + oversample, n, d) if sketch is None else sketch.shape[-1]
+    if method == "auto":
+        exporting = torch.compiler.is_exporting()
+        method = "gram_schmidt" if exporting else "exact" if sketch is None and k == min(n, d) else "cholesky_qr"
+    through = gradient == "through" and torch.is_grad_enabled()
+    with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(through):
+        x = _compute_dtype(x)
+        omega = (_fixed_sketch(d, k) if sketch is None else sketch).to(x).expand(len(x), d, k)
+        norm = torch.linalg.vector_norm(x.detach(), dim=(1, 2))
+        finite = norm.isfinite() & torch.linalg.vector_norm(omega.detach(), dim=(1, 2)).isfinite()
+        if through:  # NaN would pass through the masks below in the backward pass; forward they spare a copy of x
+            x, omega = (torch.where(finite[:, None, None], t, 0.0) for t in (x, omega))
+        if method == "exact":
+            u, s, v, residual = _by_gram(x, rank)
+        else:
+            u, s, v, residual = _by_range(x, rank, omega, power, products=method == "gram_schmidt")
+        u, v = (_padded(torch.where(finite[:, None, None], t, 0.0), rank) for t in (u, v))
+        s = torch.where(finite[:, None], s, 0.0)
+        with torch.no_grad():
+            factor, confidence = _signs(u, sign)
+            live = _padded(s[:, :rank], rank) > 0
+            info = SubspaceInfo(
+                gap=_gaps(s, rank, norm, complete=s.shape[1] >= min(n, d)),
+                residual=torch.where(finite, residual, 0.0),
+                finite=finite,
+                rank=live.sum(1),
+                sign_confidence=confidence * live,
+            )
+        return Subspace(u * factor[:, None], _padded(s[:, :rank], rank), v * factor[:, None], info)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Tokens x (B, N, D) to unit length, then minus their mean over the tokens; zero tokens stay zero before the mean.
+
+    Takes the high-norm artifact tokens of late blocks out of the leading vectors. Float32, or float64 for float64.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = torch.nn.functional.normalize(_compute_dtype(x), dim=-1)
+        return x - x.mean(dim=-2, keepdim=True)
+
+
+def product_svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of a^T b from its factors a, b (..., K, D), K <= D: U (..., D, K), S (..., K), V (..., D, K).
+
+    Use: the exact spectrum of a head's bilinear form W_Q^T W_K. Two QRs of weights and one K x K SVD instead of a D x D
+    one. In float64; answers in float32, or float64 for float64.
+    """
+    dtype = _compute_dtype(a).dtype
+    qa, ra = torch.linalg.qr(a.double().mT)
+    qb, rb = torch.linalg.qr(b.double().mT)
+    u, s, vh = torch.linalg.svd(ra @ rb.mT)
+    return (qa @ u).to(dtype), s.to(dtype), (qb @ vh.mT).to(dtype)
+
+
+def singular_values(x: Tensor) -> Tensor:
+    """All singular values of x (..., N, D), descending, (..., min(N, D)); NaN for a matrix that is not finite.
+
+    Use: spectra of attention maps and weights, where every value counts. In float64; answers in float32, or float64.
+    """
+    finite = x.isfinite().flatten(-2).all(-1)[..., None]
+    s = torch.linalg.svdvals(torch.where(finite[..., None], x, 0.0).double())
+    return torch.where(finite, s, torch.nan).to(_compute_dtype(x).dtype)
+
+
+# The two routes. Each answers U (B, N, r), S (B, K) with all values it has, V (B, D, r), residual (B,); r <= rank, K.
+
+
+def _by_gram(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact triples from the Gram matrix of the smaller side."""
+    tall = x.shape[1] > x.shape[2]
+    wide = (x.mT if tall else x).double()  # (B, m, M)
+    s, short, inverse = _roots(*_Ritz.apply(wide @ wide.mT, None, None), rank)
+    long = wide.mT @ (short * inverse)
+    u, v = (long, short) if tall else (short, long)
+    return u.to(x.dtype), s.to(x.dtype), v.to(x.dtype), torch.zeros_like(x[:, 0, 0])
+
+
+def _by_range(x: Tensor, rank: int, omega: Tensor, power: int, products: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Triples of the range that omega (B, D, k) leads to: Rayleigh-Ritz on span((X X^T)^power X omega)."""
+    rows = _conditioned(omega, products)
+    y = _conditioned(x @ rows, products)
+    for _ in range(power):
+        rows = _conditioned(x.mT @ y, products)  # (B, D, k)
+        y = _conditioned(x @ rows, products)  # (B, N, k)
+    b = x.mT @ y  # (B, D, k)
+    k = y.shape[-1]
+    count = k if torch.is_grad_enabled() else min(rank + 1, k)  # the backward pass needs all vectors
+    s, c, inverse = _roots(*_Ritz.apply(_gram(b), _gram(y), count if products else None), rank)
+    s, u, v = s.to(x.dtype), y @ c.to(x.dtype), b @ (c * inverse).to(x.dtype)
+    with torch.no_grad():
+        scale = s[:, None, :rank] / torch.linalg.vector_norm(s[:, :rank], dim=1).clamp_min(TINY**0.5)[:, None, None]
+        residual = torch.linalg.vector_norm((v - rows @ (rows.mT @ v)) * scale, dim=(1, 2))
+    return u, s, v, residual
+
+
+def _conditioned(y: Tensor, products: bool) -> Tensor:
+    """y (B, N, k), its columns made orthonormal and dependent ones small. The span stays: the factor is a constant."""
+    with torch.no_grad():
+        factor = _whitener(_gram(y), products).to(y.dtype)
+    return y @ factor
+
+
+def _whitener(gram: Tensor, products: bool) -> Tensor:
+    """T (B, k, k) with T^T G T = I for a Gram matrix G (B, k, k), float64; I where G is zero or not finite.
+
+    The shift exceeds the rounding of G and of its factorisation, so that pivots stay positive on singular G too
+    (shifted Cholesky-QR: Fukaya et al. 2020, arXiv 1809.11085).
+    """
+    k = gram.shape[-1]
+    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    usable = trace.isfinite() & (trace > TINY)
+    trace = torch.where(usable, trace, 1.0)
+    gram = torch.where(usable, gram / trace, eye) + 4 * k * k * torch.finfo(gram.dtype).eps * eye
+    if products:
+        inverse = _eliminated(gram)
+    else:
+        factor, _ = torch.linalg.cholesky_ex(gram)
+        inverse = torch.linalg.solve_triangular(factor, eye.expand_as(gram), upper=False)
+    return inverse.mT / trace.sqrt()
+
+
+def _eliminated(gram: Tensor) -> Tensor:
+    """L^-1 of gram = L L^T (B, k, k), from products: eliminating [G | I] leaves the coefficients of Gram-Schmidt.
+
+    Pursell, Trimble 1991, Gram-Schmidt orthogonalization by Gauss elimination, American Mathematical Monthly 98(6).
+    """
+    k = gram.shape[-1]
+    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    below = torch.ones_like(eye).tril(-1)
+    work = torch.cat([gram, eye.expand_as(gram)], dim=-1)  # (B, k, 2k)
+    for j in range(k):
+        row = work[:, j : j + 1]
+        work = work - work[:, :, j : j + 1] / row[:, :, j : j + 1] * below[:, j : j + 1] * row
+    pivots = (work[:, :, :k] * eye).sum(-1, keepdim=True)
+    return work[:, :, k:] / pivots.sqrt()
+
+
+class _Ritz(torch.autograd.Function):
+    """A c = l M c for Gram matrices A, M (B, k, k), float64: l (B, k) descending, C (B, k, k) with C^T M C = I.
+
+    M = None is the identity. count = None takes eigh; a number takes matrix products and finds so many leading pairs.
+    The backward pass needs all pairs; its 1 / g, g = l_j - l_i, is g / (g^2 + e^2) with e = BROADENING (l_i + l_j).
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, m: Tensor | None, count: int | None) -> tuple[Tensor, Tensor]:
+        basis = None if m is None else _whitener(m, products=count is not None)
+        reduced = a if basis is None else basis.mT @ a @ basis
+        finite = reduced.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()[:, None, None]
+        reduced = torch.where(finite, reduced, 0.0)
+        if count is None:
+            values, vectors = (t.flip(-1) for t in torch.linalg.eigh(reduced))
+        else:
+            values, vectors = _leading_by_squaring(reduced, count)
+        values, c = values.clamp_min(0.0), vectors if basis is None else basis @ vectors
+        ctx.save_for_backward(values, c)
+        ctx.metric = m is not None
+        return values, c
+
+    @staticmethod
+    def backward(ctx, grad_values: Tensor, grad_c: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        # With P = C^T dA C, Q = C^T dM C: dl_i = P_ii - l_i Q_ii, dC = C K, K_ij = (P_ij - l_j Q_ij) / g, K_ii = -Q_ii / 2
+        values, c = ctx.saved_tensors
+        row, column = values[:, :, None], values[:, None, :]
+        difference, width = column - row, BROADENING * (column + row)
+        square = difference.square() + width.square()
+        inverse = torch.where(square > 0, difference / torch.where(square > 0, square, 1.0), 0.0)
+        h = c.mT @ grad_c
+        p = h * inverse + torch.diag_embed(grad_values)
+        grad_a = c @ p @ c.mT
+        if not ctx.metric:
+            return (grad_a + grad_a.mT) / 2, None, None
+        q = -p * column - torch.diag_embed(h.diagonal(dim1=-2, dim2=-1)) / 2
+        grad_m = c @ q @ c.mT
+        return (grad_a + grad_a.mT) / 2, (grad_m + grad_m.mT) / 2, None
+
+
+def _leading_by_squaring(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The leading `count` eigenpairs of a positive semidefinite a (B, k, k) from matrix products, with deflation.
+
+    a^(2^SQUARINGS) is all but a projector on the leading eigenvector, along which its column of largest diagonal lies.
+    """
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    rest, found = a, a[:, :, :0]
+    for _ in range(count):
+        p = rest
+        for step in range(SQUARINGS):
+            if step % 3 == 0:  # the trace may fall by a factor of k^7 meanwhile
+                p = p / (p * eye).sum((1, 2), keepdim=True).clamp_min(TINY)
+            p = p @ p
+        largest = eye[(p * eye).sum(-1).argmax(-1)][:, :, None]
+        vector = p @ largest
+        for _ in range(2):
+            vector = vector - found @ (found.mT @ vector)
+            length = vector.square().sum(1, keepdim=True).sqrt()
+            vector = torch.where(length > 0, vector / torch.where(length > 0, length, 1.0), 0.0)
+        found = torch.cat([found, vector], dim=-1)
+        away = eye - vector @ vector.mT
+        rest = away @ rest @ away
+    values, order = (found * (a @ found)).sum(1).sort(descending=True)
+    return values, found.gather(2, order[:, None].expand_as(found))
+
+
+def _roots(values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """s = sqrt(values) (B, K), the first vectors (B, k, r) and 1 / s (B, 1, r): all zero, also backwards, in the noise."""
+    live = (values > NOISE**2 * values[:, :1]) & (values > TINY)
+    s = torch.where(live, torch.where(live, values, 1.0).sqrt(), 0.0)
+    live = live[:, None, :rank]
+    inverse = torch.where(live, 1 / torch.where(live, s[:, None, :rank], 1.0), 0.0)
+    return s, torch.where(live, vectors[:, :, :rank], 0.0), inverse
+
+
+def _signs(u: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factors +-1 for the columns of u (B, N, R), and the |cosine| with the first rule's direction, both (B, R).
+
+    The rules in turn, each where its |cosine| with u_i reaches UNSURE:
+    1. the caller's reference, minus its mean over tokens, so that only what differs between tokens votes;
+    2. the sum of u_i: the token u_i^T X then lies along the mean token, since <u_i^T X, sum_j x_j> = s_i^2 sum_j u_ji.
+       On raw features it is nearly a constant of the block; the customary largest entry hangs on single tokens;
+    3. the sum of the cubes of u_i, for centred features, whose u_i sum to zero.
+    None depends on the order of the tokens or the basis of the features. Rules 2 and 3 make signs agree between images;
+    which sign is the foreground only a reference can tell. A mirror-symmetric u_i has no sign: it stays as computed.
+    """
+    ones = torch.ones_like(u[:, :, :1])
+    directions = [ones.expand_as(u), u.square()]
+    if reference is not None:
+        reference = torch.where(reference.isfinite(), reference, 0.0).to(u).expand(u.shape[:2])[:, :, None]
+        directions.insert(0, (reference - reference.mean(1, keepdim=True)).expand_as(u))
+    cosines = [(u * w).sum(1) / torch.linalg.vector_norm(w, dim=1).clamp_min(TINY**0.5) for w in directions]
+    score = cosines[-1]
+    for cosine in reversed(cosines[:-1]):
+        score = torch.where(cosine.abs() >= UNSURE, cosine, score)
+    return torch.where(score < 0, -1.0, 1.0).to(u), cosines[0].abs().clamp_max(1.0)
+
+
+def _gaps(s: Tensor, rank: int, norm: Tensor, complete: bool) -> Tensor:
+    """Relative gaps (B, rank) from the values s (B, K); beyond them are zeros if they are complete, else a bound."""
+    if complete or s.shape[1] > rank:
+        s = _padded(s, rank + 1)
+    else:
+        beyond = (norm.square() - s.square().sum(1)).clamp_min(0.0).sqrt()
+        s = torch.cat([s, torch.minimum(beyond, s[:, -1])[:, None]], dim=1)
+    left, right = s[:, :rank], s[:, 1 : rank + 1]
+    return torch.where(left > 0, (left - right) / torch.where(left > 0, left, 1.0), 0.0).clamp_min(0.0)
+
+
+def _padded(t: Tensor, width: int) -> Tensor:
+    """t with zeros appended to its last dimension up to `width`."""
+    return torch.nn.functional.pad(t, (0, max(width - t.shape[-1], 0)))
+
+
+def _gram(y: Tensor) -> Tensor:
+    """y^T y in float64."""
+    y = y.double()
+    return y.mT @ y
+
+
+def _compute_dtype(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@functools.lru_cache(maxsize=64)
+def _gaussian(d: int, k: int) -> np.ndarray:
+    return np.random.default_rng(SEED).standard_normal((d, k))
+
+
+@torch.compiler.assume_constant_result
+def _fixed_sketch(d: int, k: int) -> Tensor:
+    """The default sketch (d, k), on the CPU. The cache holds numpy's array: a tensor made while tracing is a fake."""
+    return torch.tensor(_gaussian(d, k))
+
+
+def _validate(x, rank, method, oversample, power, sketch, sign, gradient) -> None:
+    """Refuse what does not fit, in three parts."""
+    if method not in METHODS:
+        raise UnknownName(method, "method of leading_subspace", METHODS)
+    if gradient not in GRADIENTS:
+        raise UnknownName(gradient, "gradient of leading_subspace", GRADIENTS)
+    if x.ndim != 3 or not x.is_floating_point() or min(x.shape[1:]) < 1:
+        raise SettingError(
+            f"leading_subspace got {x.dtype} of shape {tuple(x.shape)}, expected floating point (B, N, D), N and D >= 1. "
+            "Give a single matrix as x[None]."
+        )
+    if rank < 1 or oversample < 0 or power < 0:
+        raise SettingError(
+            f"rank={rank}, oversample={oversample}, power={power}: expected rank >= 1, the others >= 0. Mend the setting."
+        )
+    b, n, d = x.shape
+    if sketch is not None and (sketch.shape[:-1] not in ((d,), (b, d)) or sketch.shape[-1] < min(rank, n, d)):
+        raise SettingError(
+            f"The sketch has shape {tuple(sketch.shape)}, expected ({d}, k) or ({b}, {d}, k), k >= {min(rank, n, d)}. "
+            "Match it to the width of the tokens and the rank."
+        )
+    if sign is not None and sign.shape not in ((n,), (b, n)):
+        raise SettingError(
+            f"The sign reference has shape {tuple(sign.shape)}, expected ({n},) or ({b}, {n}): a number per token. "
+            "Drop or add the prefix tokens' entries."
+        )
