@@ -1,15 +1,18 @@
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-import vitreous.architectures  # noqa: F401  (registers the networks with timm)
+from vitreous import SVDA, graft, ungraft
 
-NETWORKS = {  # name, classes -> parameters of the paper's plain network (its tables, and the public experiments)
-    ("scratch_vit_patch4_28", 10): 3_166_730,
-    ("scratch_vit_patch4_32", 10): 3_174_922,
-    ("scratch_vit_patch4_32", 100): 3_198_052,
-    ("scratch_vit_patch8_224", 100): 923_236,
+NETWORKS = {  # name, classes -> parameters of the paper's networks (as its experiments count them): plain, with SVDA
+    ("scratch_vit_patch4_28", 10): (3_166_730, 3_167_754),
+    ("scratch_vit_patch4_32", 10): (3_174_922, 3_175_946),
+    ("scratch_vit_patch4_32", 100): (3_198_052, 3_199_076),
+    ("scratch_vit_patch8_224", 100): (923_236, 924_004),
 }
 
 
@@ -24,7 +27,11 @@ def small(**settings):
 
 @pytest.mark.parametrize(("name", "classes"), NETWORKS)
 def test_has_the_parameters_of_the_paper(name, classes):
-    assert count(timm.create_model(name, num_classes=classes)) == NETWORKS[name, classes]
+    model = timm.create_model(name, num_classes=classes)
+    plain = count(model)
+    assert (plain, count(graft(model, SVDA()))) == NETWORKS[name, classes]
+    ungraft(model)
+    assert count(model) == plain
 
 
 class PeerBlock(nn.Module):
@@ -151,3 +158,9 @@ def test_other_heads_sizes_and_channels():
     assert model(images).shape == (2, 5)
     assert small(in_chans=3, class_token=False, global_pool="avg")(torch.rand(2, 3, 12, 12)).shape == (2, 10)
     assert timm.create_model("scratch_vit_patch4_32", features_only=True)(torch.rand(1, 3, 32, 32))[-1].shape[1] == 256
+
+
+def test_importing_the_package_registers_the_networks():
+    code = "import timm, vitreous.architectures; print(*timm.list_models('scratch_vit*'))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["scratch_vit_patch4_28", "scratch_vit_patch4_32", "scratch_vit_patch8_224"]
