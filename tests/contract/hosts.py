@@ -1,0 +1,159 @@
+"""The hosts and mechanisms that the laws are held against, and which of them fit together.
+
+Small hosts of every kind that a graft may meet, each with weights large enough that no mistake can hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import timm
+import torch
+from timm.layers import DiffAttention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vitreous
+from vitreous.layers.adoption import REGISTRIES
+from vitreous.mechanism import mechanism_class
+
+SIZE, CLASSES = 32, 5  # pixels, classes; patches of 8 x 8 pixels, so a grid of 4 x 4
+SMALL = {"img_size": SIZE, "patch_size": 8, "num_classes": CLASSES, "embed_dim": 32, "depth": 4, "num_heads": 2}
+
+
+def vit(cls: type[nn.Module] = VisionTransformer, **options) -> Callable[[], nn.Module]:
+    return partial(cls, **{**SMALL, **options})
+
+
+def named(name: str, **options) -> Callable[[], nn.Module]:
+    return partial(timm.create_model, name, img_size=SIZE, patch_size=8, num_classes=CLASSES, **options)
+
+
+DINOV2 = {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5}
+EVA02 = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True}
+DINOV3 = {"attn_type": "rope", "rope_type": "dinov3", "use_rot_pos_emb": True, "use_abs_pos_emb": False}
+
+HOSTS: dict[str, Callable[[], nn.Module]] = {
+    "plain": vit(),
+    "test_vit": named("test_vit"),
+    "test_vit2": named("test_vit2"),  # register, average pool, LayerScale
+    "test_vit3": named("test_vit3"),  # register, attention pool over the prefix too
+    "test_vit4": named("test_vit4"),  # RMSNorm
+    "distilled": vit(VisionTransformerDistilled),
+    "dinov2": vit(**DINOV2, dynamic_img_size=True),
+    "clip": vit(pre_norm=True),
+    "qk_norm": vit(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
+    "res_post": vit(block_fn=ResPostBlock),
+    "class_avg": vit(global_pool="avg"),
+    "class_map": vit(global_pool="map"),
+    "class_map_all": vit(global_pool="map", pool_include_prefix=True),
+    "prr": vit(global_pool="prr"),
+    "fc_norm": vit(fc_norm=True),
+    "max": vit(global_pool="max"),
+    "parallel_scaling": vit(block_fn=ParallelScalingBlock),
+    "parallel_things": vit(block_fn=ParallelThingsBlock),
+    "diff_attention": vit(attn_layer=DiffAttention),
+    "eva": vit(Eva),
+    "eva02": vit(Eva, **EVA02),
+    "dinov3": vit(Eva, **DINOV3, num_reg_tokens=2, init_values=1e-5, rope_rotate_half=True, dynamic_img_size=True),
+    "rope_mixed": vit(Eva, attn_type="rope", rope_type="mixed", use_rot_pos_emb=True),
+    "grouped": vit(Eva, **DINOV3, qkv_fused=False, num_kv_heads=1, qk_norm=True),
+}
+PRIMARY = "dinov2"  # for laws that take long: class token, registers, LayerScale, any image size
+
+
+def build(host: str) -> nn.Module:
+    """The host in eval mode, the same at every call; the global random state stays as it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = HOSTS[host]()
+        with torch.no_grad():
+            for parameter in model.parameters():  # the usual start is so small that blocks do next to nothing
+                if parameter.ndim > 1:
+                    parameter.normal_(std=parameter[0].numel() ** -0.5)
+                else:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def images(count: int = 3, size: int = SIZE, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+# -- mechanisms, and which of them fits which host -------------------------------------------------------------------
+
+TEXTS = [text for stem in vitreous.catalogue() for text in (stem, *mechanism_class(stem).examples)]
+
+ROTARY = frozenset({"eva", "eva02", "dinov3", "rope_mixed", "grouped"})
+NO_CLASS_TOKEN = frozenset({"test_vit2", "test_vit3", "test_vit4"})
+OTHER_ATTENTION = frozenset({"parallel_scaling", "parallel_things", "diff_attention"})
+NOT_READABLE = frozenset({"max"})
+
+# The hosts that a mechanism refuses: by its text form, else by its folder. Any other refusal is a mistake.
+REFUSED = {
+    "attn": OTHER_ATTENTION,
+    "tokens": ROTARY | NOT_READABLE,
+    "extra_tokens:kind=register,tokens=2": ROTARY,
+    "spc:after=2,tokens=2,sketch=4+1+true,rows=unit,sign=class": ROTARY | NOT_READABLE | NO_CLASS_TOKEN,
+}
+
+
+def stem(text: str) -> str:
+    return text.partition(":")[0]
+
+
+def folder(text: str) -> str:
+    """The slot of a mechanism."""
+    return vitreous.catalogue()[stem(text)].parent.name
+
+
+def refused(text: str) -> frozenset[str]:
+    return REFUSED.get(text, REFUSED.get(folder(text), frozenset()))
+
+
+CASES = [(text, host) for text in TEXTS for host in HOSTS if host not in refused(text)]
+
+
+def grafted(text: str, host: str = PRIMARY) -> nn.Module:
+    return vitreous.graft(build(host), text)
+
+
+# -- what a model is made of -----------------------------------------------------------------------------------------
+
+
+def anatomy(model: nn.Module, records: bool = False) -> dict[str, tuple]:
+    """Every module by name: the object, its class, mode, attributes, and what it owns in which order.
+
+    records: also whether there is a list of grafts on the model.
+    """
+    return {
+        name: (
+            id(module),
+            type(module),
+            module.training,
+            sorted(key for key in module.__dict__ if records or key != "grafts"),
+            [(kind, key, id(value)) for kind in REGISTRIES[:3] for key, value in module.__dict__[kind].items()],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def fit(model: nn.Module, parameters: Iterable[nn.Parameter], steps: int = 2, lr: float = 0.05) -> None:
+    """A few steps of training on two batches of noise; only `parameters` move. The model's mode stays."""
+    parameters = list(parameters)
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad()
+        x = images(4, seed=10 + step)
+        F.cross_entropy(model(x), torch.arange(4) % CLASSES).backward()
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
