@@ -1,0 +1,94 @@
+"""One way in: a text that names a data set, or the path of one, to Data."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from vitreous.data.archives import is_archive
+from vitreous.data.cutouts import cutouts
+from vitreous.data.folders import image_folder
+from vitreous.data.named import cifar, cifar_kind, cifar_npz, fashion_mnist, has_idx
+from vitreous.data.sets import Data
+from vitreous.errors import DataError, SettingError, UnknownName
+
+NAMES = ("cutouts", "fashion-mnist", "cifar10", "cifar100")
+
+
+def open_data(
+    spec: str, *, image_size: int | None = None, seed: int = 0, limit: int | None = None, download: bool = False
+) -> Data:
+    """Open the data that `spec` names.
+
+    spec: "cutouts" or "cutouts:size=64,classes=4,train=2000,test=500,correlation=0.8" (made scenes);
+    "fashion-mnist:PATH", "cifar10:PATH", "cifar100:PATH"; or PATH alone, recognised by what is there: idx files, CIFAR
+    files, an .npz, a folder or tar of class folders. image_size: pixels a side; made scenes have it, a transform brings
+    others to it. seed draws the made scenes and the part that `limit` leaves of the training set, balanced over the
+    classes; tests stay whole. download: fetch a named set to PATH if it is not there.
+
+    Raises UnknownName, SettingError, or DataError for what cannot be read.
+    """
+    if image_size is not None and image_size < 1:
+        raise SettingError(f"Found image_size={image_size}; expected a positive number of pixels. Leave it out for the own size.")
+    name, _, rest = str(spec).partition(":")
+    if name == "cutouts":
+        data = cutouts(**_options(rest, {"size": image_size} if image_size else {}), seed=seed)
+    elif name in NAMES:
+        data = _named(name, rest, image_size, download)
+    elif Path(spec).exists():
+        data = _recognised(Path(spec), image_size)
+    elif os.sep in str(spec) or "/" in str(spec) or Path(spec).suffix:
+        raise DataError(f"Found nothing at {str(spec)!r}; expected a folder, a tar archive or an .npz file of images. "
+                        "Check the path.")  # fmt: skip
+    else:
+        raise UnknownName(name, "data set", NAMES, "Or give the path of a folder of images.")
+    if image_size:
+        data = replace(data, image_size=(image_size, image_size))
+    return data if limit is None else data.limited(limit, seed)
+
+
+def _options(text: str, given: dict) -> dict:
+    """"size=64,correlation=0.8" as keyword arguments of `cutouts`, of the type of their defaults."""
+    known = {name: p.default for name, p in inspect.signature(cutouts).parameters.items() if name != "seed"}
+    options = dict(given)
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise UnknownName(name, "option of cutouts", known, "The seed is a setting of its own." * (name == "seed"))
+        try:
+            options[name] = type(known[name])(value)
+        except ValueError as error:
+            raise SettingError(f"Found {part!r}; expected {name}= and a number such as {known[name]}. Mend it.") from error
+        if name in given and options[name] != given[name]:
+            raise SettingError(f"Found {part!r} and image_size={given[name]}; expected one size. Leave one of them out.")
+    return options
+
+
+def _named(name: str, rest: str, image_size: int | None, download: bool) -> Data:
+    path = Path(rest).expanduser()
+    if not rest:
+        raise DataError(f"Found {name!r} without a path; expected where its files are, or shall go with download=True. "
+                        f"Write {name}:FOLDER.")  # fmt: skip
+    if not path.exists() and not download:
+        raise DataError(f"Found nothing at {rest!r}; expected the files of {name}. Check the path, or ask for "
+                        "download=True.")  # fmt: skip
+    if name == "fashion-mnist":
+        return fashion_mnist(path, download=download)
+    return cifar(name, path, image_size=image_size, download=download)
+
+
+def _recognised(path: Path, image_size: int | None) -> Data:
+    if path.is_dir():
+        if has_idx(path):
+            return fashion_mnist(path)
+        if name := cifar_kind(path):
+            return cifar(name, path)
+        return image_folder(path, image_size=image_size)
+    if is_archive(path):
+        return image_folder(path, image_size=image_size)
+    if path.suffix == ".npz":
+        return cifar_npz(path.stem, path)
+    raise DataError(f"Found the file {str(path)!r}; expected a folder, a tar archive (.tar, .tar.gz, .tar.xz, .tar.bz2) or "
+                    "an .npz file. Unpack it and give the folder.")  # fmt: skip
