@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import vitreous.architectures  # noqa: F401  (timm.create_model knows our networks)
-from vitreous.grafting import Graft, Removal, check, graft, grafts, new_parameters, no_weight_decay, ungraft
+from vitreous.grafting import Graft, Removal, calibrate, check, graft, grafts, new_parameters, no_weight_decay, ungraft
 from vitreous.mechanism import Mechanism, catalogue, class_by_name, parse
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "Graft",
     "Mechanism",
     "Removal",
+    "calibrate",
     "catalogue",
     "check",
     "graft",

@@ -148,6 +148,13 @@ def check(model: nn.Module, images: Tensor) -> nn.Module:
     return model
 
 
+def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
+    """Let grafts that start from data (svda:start=import) fit themselves to images (B, C, H, W); returns the model."""
+    for record in grafts(model):
+        record.mechanism.calibrate(model, images)
+    return model
+
+
 def no_weight_decay(model: nn.Module) -> set[str]:
     """Names of parameters that weight decay should leave alone: the host's own list, and what its grafts name."""
     names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
@@ -252,18 +259,17 @@ def restore(model: nn.Module, change: Change) -> None:
     """Give the displaced value back its place, with the tensors as they are now."""
     parent, name = owner(model, change.path)
     old, new = change.old, change.new
-    if isinstance(old, nn.Module):
-        if isinstance(new, nn.Module):
-            like = next((t for t in (*tensors(new), *model.parameters()) if t.is_floating_point()), None)
-            kept = {id(t) for t in tensors(new)}
-            for kind, key in change.shared:
-                if key in getattr(new, kind):
-                    getattr(old, kind)[key] = getattr(new, kind)[key]
-            alive = {id(m) for m in new.modules()}
-            for module in old.modules():
-                convert(module, like, kept)
-                if id(module) not in alive:
-                    module.training = new.training
+    if isinstance(old, nn.Module) and isinstance(new, nn.Module):
+        like = next((t for t in (*tensors(new), *model.parameters()) if t.is_floating_point()), None)
+        kept = {id(t) for t in tensors(new)}
+        for kind, key in change.shared:
+            if key in getattr(new, kind):
+                getattr(old, kind)[key] = getattr(new, kind)[key]
+        alive = {id(m) for m in new.modules()}
+        for module in old.modules():
+            convert(module, like, kept)
+            if id(module) not in alive:
+                module.training = new.training
     write(parent, name, old)
 
 

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitreous.errors import SettingError, UnknownName
 
@@ -53,6 +53,9 @@ class Mechanism:
         Raises HostError if the model is no host for it, SettingError if a setting does not fit the model.
         """
         raise TypeError(f"{type(self).__name__} does not say what it changes: define changes(self, model).")
+
+    def calibrate(self, model: nn.Module, images: Tensor) -> None:
+        """Fit what this mechanism put into the model to images (B, C, H, W). Most have nothing to fit."""
 
     @property
     def name(self) -> str:

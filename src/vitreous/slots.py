@@ -12,7 +12,6 @@ from typing import Any
 
 from timm.layers import use_reentrant_ckpt
 from timm.models.eva import Eva
-from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -121,19 +120,9 @@ def plain_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
     )
 
 
-def bilinear_input(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
-    """The norm whose output `blocks.layer.attn` reads, if its scores are a bilinear form of that; else HostError."""
-    block = model.blocks[layer]
-    host, attention = getattr(block, "host", type(block)), block.attn
-    base = getattr(attention, "host", type(attention))
-    if host is not TimmBlock or base is not ATTENTIONS[0] or type(attention.q_norm) is not nn.Identity:
-        raise HostError(
-            f"blocks.{layer} is a {host.__name__} with {base.__name__}"
-            + ("" if type(attention.q_norm) is nn.Identity else " and a query/key norm")
-            + ", where scores are not a product of two linear maps of a normed input. Expected a pre-norm block of timm's "
-            f"vision_transformer without query/key norm. {mechanism} is not possible here; use another start."
-        )
-    return block.norm1
+def attentions(model: nn.Module) -> list[nn.Module | None]:
+    """The attention of every block, in order; None where a block has none of its own."""
+    return [getattr(block, "attn", None) for block in model.blocks]
 
 
 def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous import slots
-from vitreous.errors import SettingError
+from vitreous.errors import HostError, SettingError
 from vitreous.layers.attention import Attention, query_key_weights
-from vitreous.layers.spectral import product_svd
 from vitreous.mechanism import Mechanism
 
 SCALES = {"paper": lambda width: width**-0.5, "one": lambda width: 1.0, "sqrt": lambda width: width**0.5}
@@ -29,13 +29,13 @@ class SVDA(Mechanism):
     Paper: Arampatzakis, Pavlidis, Mitianoudis, Papamarkos 2026, arXiv 2602.10994 (operator); regularisers and start as
         in the authors' experiments.
     Differs: fused kernel (sigma multiplies the queries). On rotary hosts the order is normalise, sigma, rotate (ours).
-    At start: changes the output; start=import comes near the pretrained host, see `import_error`.
+    At start: changes the output; start=import comes near a pretrained host, once `vitreous.calibrate` has seen images.
     Cost: two row norms and one product per block; H * K parameters per block (+ H with scale=learned).
     Settings: layers (0-based; default all). scale: paper = 1/sqrt(K), under which attention is nearly uniform because a
         score cannot exceed max|sigma|/sqrt(K); one; sqrt = sqrt(K); learned = one positive factor per head, from sqrt(K).
-        start: scratch = N(1, 0.1^2), gentle = 1 + 0.005 N(0, 1) for pretrained blocks, import = from the host's own
-        queries and keys. orthogonality, entropy: weights of the two penalties (0 = off). seed: of the start.
-    Raises: HostError where attention is not timm's plain, rotary or EVA one, or import cannot be exact up to the norms.
+        start: scratch = N(1, 0.1^2), gentle = 1 + 0.005 N(0, 1) for pretrained blocks, import = fitted to the host's own
+        attention (`import_spectrum`). orthogonality, entropy: weights of the two penalties (0 = off). seed: of the start.
+    Raises: HostError where attention is not timm's plain, rotary or EVA one; import is for plain ones.
     """
 
     paper: ClassVar[str] = "Arampatzakis et al. 2026, arXiv 2602.10994"
@@ -63,10 +63,12 @@ class SVDA(Mechanism):
         for i in layers:
             new = SpectralAttention.of(slots.plain_attention(model, i, "svda"))
             new.begin(self, generator, share=1 / len(layers))
-            if self.start == "import":
-                imported(new, slots.bilinear_input(model, i, "svda:start=import"))
             changes[f"blocks.{i}.attn"] = new
         return changes
+
+    def calibrate(self, model: nn.Module, images: Tensor) -> None:
+        if self.start == "import":
+            import_spectrum(model, images)
 
 
 class SpectralAttention(Attention):
@@ -77,6 +79,7 @@ class SpectralAttention(Attention):
         heads, width = self.num_heads, self.head_dim
         noise = torch.randn(heads, width, generator=generator)
         self.sigma = nn.Parameter(1 + STARTS.get(settings.start, 0.0) * noise)
+        self.host_scale = self.scale
         self.scale = SCALES.get(settings.scale, SCALES["one"])(width)
         self.log_scale = None
         if settings.scale == "learned":
@@ -116,74 +119,81 @@ def spectral_entropy(sigma: Tensor) -> Tensor:
     return -(p * (p + 1e-8).log()).sum(-1)
 
 
-def imported(attention: SpectralAttention, norm: nn.Module) -> None:
-    """Start from the host's own queries and keys: the exact spectrum of their product, in an orthonormal basis.
+@torch.no_grad()
+def import_spectrum(model: nn.Module, images: Tensor) -> None:
+    """Set every sigma so that attention on these images (B, C, H, W) comes as near as can be to the host's own.
 
-    Per head [W_Q b_Q]^T [W_K b_K] = U diag(s) V^T, so q' = U^T [x 1], k' = V^T [x 1] and sigma = s give the host's
-    scores exactly, before queries and keys are normalised. Their mean lengths go into sigma: for x behind a norm with
-    weight g and bias c, E|U^T [x 1]|^2 is known without data. What is lost is how the lengths differ between tokens;
-    `import_error` measures it. New query and key rows are written to a copy of the projection; the host keeps its own.
+    Scores are linear in sigma: s_ij = scale sum_k sigma_k q_ik k_jk with unit rows. Per head, sigma minimises
+    sum_ij A_ij (s_ij - t_ij - mean_j)^2 against the host's scores t, with the mean over j weighted by the host's attention A:
+    the second-order form of the divergence between the two attentions. All weights stay the host's. What cannot be had is
+    how the lengths of queries and keys differ between tokens; `import_error` says what that costs.
     """
-    w_q, b_q, w_k, b_k = (t if t is None else t.detach().double() for t in query_key_weights(attention))
-    heads, factor = attention.num_heads, attention.head_dim**-0.5
-    bias = b_q is not None
+    moments: dict[nn.Module, list[Tensor]] = {}
 
-    def rows(weight: Tensor, offset: Tensor | None) -> Tensor:  # (H, K, D or D + 1)
-        return torch.cat([weight, offset[:, None]], 1).unflatten(0, (heads, -1)) if bias else weight.unflatten(0, (heads, -1))
+    def fit(module: SpectralAttention, q: Tensor, k: Tensor, attention: Tensor, scores: Tensor) -> None:
+        new = torch.stack([normal_equations(*parts) for parts in zip(unit(q), unit(k), attention, scores, strict=True)])
+        old = moments.setdefault(module, [])
+        old.append(new.sum(0))  # (H, K, K + 1), summed over the images
 
-    u, s, v = product_svd(rows(w_q, b_q), rows(w_k, b_k))  # (H, D or D + 1, K), (H, K), (H, D or D + 1, K)
-    gain = norm.weight.detach().double() if norm.weight is not None else torch.ones(w_q.shape[1], dtype=torch.float64)
-    shift = getattr(norm, "bias", None)
-    shift = shift.detach().double() if shift is not None else torch.zeros_like(gain)
-    if bias:  # the constant coordinate 1 has no spread
-        gain, shift = F.pad(gain, (0, 1)), F.pad(shift, (0, 1), value=1.0)
-
-    def length(basis: Tensor) -> Tensor:  # (H, D', K) -> (H, 1): root mean square of |basis^T [x 1]|
-        spread = (basis * gain[:, None]).square().sum((1, 2))
-        centre = (basis.transpose(1, 2) @ shift).square().sum(1)
-        return (spread + centre).sqrt()[:, None]
-
-    scale = attention.log_scale.exp()[:, None].double() if attention.log_scale is not None else attention.scale
-    attention.sigma.data = (s * length(u) * length(v) * factor / scale).to(attention.sigma.dtype)
-    d = w_q.shape[1]
-    projection = nn.Linear(d, attention.qkv.out_features, bias=bias).to(attention.qkv.weight)
-    new_q, new_k = (basis.transpose(1, 2).flatten(0, 1).to(projection.weight) for basis in (u, v))  # (A, D or D + 1)
-    with torch.no_grad():
-        projection.load_state_dict(attention.qkv.state_dict())
-        a = len(new_q)
-        projection.weight[:a], projection.weight[a : 2 * a] = new_q[:, :d], new_k[:, :d]
-        if bias:
-            projection.bias[:a], projection.bias[a : 2 * a] = new_q[:, d], new_k[:, d]
-    attention.qkv = projection
+    along_host(model, images, fit)
+    for module, parts in moments.items():
+        system = sum(parts)
+        gram, target = system[..., :-1], system[..., -1:]
+        ridge = 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(gram.shape[-1]).to(gram)
+        sigma = torch.linalg.solve(gram + ridge, target).squeeze(-1)
+        factor = module.scale if module.log_scale is None else module.scale * module.log_scale.exp()[:, None]
+        module.sigma.copy_(sigma / factor)
 
 
 @torch.no_grad()
-def import_error(model: nn.Module, images: Tensor, layers: tuple[int, ...] | None = None) -> dict[int, Tensor]:
-    """What start=import costs on these images (B, C, H, W): {layer: |A' - A|_F / |A|_F per head (H,)}.
+def import_error(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
+    """How far SVDA is from the host on these images (B, C, H, W): {layer: |A' - A|_F / |A|_F per head (H,)}.
 
-    A is the host's attention, A' the imported one on the same input, so errors do not pile up over layers. model: a plain
-    host; unchanged.
+    A is the host's attention, A' SVDA's on the same input, so errors do not pile up over layers.
     """
-    chosen = slots.layer_indices(model, layers)
-    grafted = SVDA(layers=chosen, start="import").changes(model)
-    errors: dict[int, Tensor] = {}
+    errors: dict[nn.Module, Tensor] = {}
 
-    def compare(layer: int) -> None:
-        path = f"blocks.{layer}.attn"
-        pair = Attention.of(slots.plain_attention(model, layer, "svda")), grafted[path]
+    def compare(module: SpectralAttention, q: Tensor, k: Tensor, attention: Tensor, scores: Tensor) -> None:
+        sigma = module.sigma if module.log_scale is None else module.sigma * module.log_scale.exp()[:, None]
+        ours = module.normalize(module.scores(unit(q) * sigma[:, None], unit(k)))
+        errors[module] = ((ours - attention).square().sum((0, 2, 3)) / attention.square().sum((0, 2, 3))).sqrt()
 
-        def hook(_module: nn.Module, args: tuple, _kwargs: dict) -> None:
-            host, ours = (a.normalize(a.scores(*a.project(args[0])[:2])) for a in pair)  # (B, H, N, N)
-            errors[layer] = ((ours - host).square().sum((0, 2, 3)) / host.square().sum((0, 2, 3))).sqrt()
+    along_host(model, images, compare)
+    return {i: errors[m] for i, m in enumerate(slots.attentions(model)) if m in errors}
 
-        handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
 
-    handles: list = []
+def along_host(model: nn.Module, images: Tensor, visit: Callable[..., None]) -> None:
+    """One pass in which every SVDA module does its host's attention, and `visit` sees (module, q, k, A, scores) of it."""
+
+    def hook(module: SpectralAttention, args: tuple, kwargs: dict, _out: Tensor) -> Tensor:
+        if args[1:] or any(value is not None and value is not False for value in kwargs.values()):
+            raise HostError(
+                "Found attention with rotary positions or a mask. Expected plain attention: there sigma and the host's "
+                "scores are linear in each other. Use svda:start=gentle here."
+            )
+        host = Attention.of(module)
+        host.scale = module.host_scale
+        q, k, v = Attention.project(module, args[0])
+        scores = host.scores(q, k)
+        weights = scores.softmax(-1)
+        visit(module, q, k, weights, scores)
+        return host.merge(weights @ v, args[0])
+
+    mine = [m for m in slots.attentions(model) if isinstance(m, SpectralAttention)]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in mine]
     try:
-        for layer in chosen:
-            compare(layer)
         model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return errors
+
+
+def normal_equations(q: Tensor, k: Tensor, attention: Tensor, scores: Tensor) -> Tensor:
+    """[G | r] (H, K, K + 1) in float64 of the least squares in `import_spectrum` for one image: q, k (H, N, K)."""
+    parts = []
+    for q_h, k_h, w, t in zip(q.double(), k.double(), attention.double(), scores.double(), strict=True):
+        feature = q_h[:, None] * (k_h[None] - (w @ k_h)[:, None])  # (N, N, K), centred under the host's attention
+        weighted = (feature * w[..., None]).flatten(0, 1)  # (N N, K)
+        goal = (t - (w * t).sum(1, keepdim=True)).flatten()
+        parts.append(weighted.T @ torch.cat([feature.flatten(0, 1), goal[:, None]], dim=1))
+    return torch.stack(parts)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from vitreous import slots
 from vitreous.errors import SettingError
@@ -30,8 +31,9 @@ class SPC(Mechanism):
     Cost: a thin randomised SVD of M x D, and `tokens` more tokens in the blocks that follow. No parameters by default.
     Settings: after (blocks that have run; default depth - 1). components: vectors taken, mixed to `tokens` by SSVA; without
         SSVA the leading `tokens`. basis: svd, or a control: random, trailing, mean. sketch: oversampling + power steps +
-        learned (ID-RSVD, at most one power step, else its gradient vanishes). ssva: mix. sign: how a vector is turned:
-        sum of entries >= 0 | along the token mean | along the class token | largest entry > 0. gradient: detach | through.
+        learned (ID-RSVD, at most one power step, else its gradient vanishes). ssva: mix. sign: a vector weighs the tokens
+        that resemble the token mean | the class token positively, or its entries sum to 0 or more. gradient: detach |
+        through.
         rows: raw | unit (vectors of unit, centred rows: without artifact spikes). read: mean | gated (no token is
         inserted; the SPC tokens are added to what the head reads, through gates that start at 0).
     Raises: HostError on rotary hosts and where the head cannot read tokens; SettingError.
@@ -51,7 +53,7 @@ class SPC(Mechanism):
     basis: Literal["svd", "random", "trailing", "mean"] = "svd"
     sketch: tuple[int, int, bool] = (8, 2, False)
     ssva: bool = False
-    sign: Literal["sum", "mean", "class", "largest"] = "sum"
+    sign: Literal["mean", "class", "sum"] = "mean"
     gradient: Literal["detach", "through"] = "detach"
     rows: Literal["raw", "unit"] = "raw"
     read: Literal["mean", "gated"] = "mean"
@@ -84,7 +86,7 @@ class SPC(Mechanism):
         after = slots.block_count(model, self.after)
         if self.sign == "class" and not slots.has_class_token(model):
             raise SettingError(
-                "Found sign=class on a model without a class token. Expected one to compare with. Use sign=sum or mean."
+                "Found sign=class on a model without a class token. Expected one to compare with. Use sign=mean or sum."
             )
         step = Components(self, slots.width(model), *slots.read_tokens(model))
         return slots.add_step(model, after - 1, "after", step)
@@ -99,9 +101,9 @@ class Components(nn.Module):
         n, m = settings.components if settings.ssva else settings.tokens, settings.tokens
         self.taken = n
         oversample, _, learned = settings.sketch
-        self.choice = nn.Linear(width, m * n) if settings.ssva else None
+        self.choice = skip_init(nn.Linear, width, m * n) if settings.ssva else None
         self.mix = nn.Parameter(torch.zeros(m)) if settings.ssva else None
-        self.sketch = nn.Linear(width, n + oversample, bias=False) if learned else None
+        self.sketch = skip_init(nn.Linear, width, n + oversample, bias=False) if learned else None
         self.gate = nn.Parameter(torch.zeros(m, width)) if settings.read == "gated" else None
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -161,14 +163,19 @@ def mixing(choice: nn.Linear, mix: Tensor, summary: Tensor, components: int) -> 
     summary: (B, D), the class token or the token mean; it is normed, and even in the signs of the components.
     W = (1 - g) I + g softmax(choice(summary)), g = mix (m,) from 0: it starts as the m leading components, exactly.
     """
-    logits = choice(F.layer_norm(summary, summary.shape[-1:])).unflatten(-1, (-1, components))
+    logits = applied(choice, summary).unflatten(-1, (-1, components))
     start = torch.eye(len(mix), components, dtype=logits.dtype, device=logits.device)
     return start + mix[:, None] * (logits.softmax(-1) - start)
 
 
 def learned_sketch(x: Tensor, selector: nn.Linear) -> Tensor:
     """ID-RSVD, our reading: a sketch (B, D, k) of tokens that the image itself selects, X^T softmax_tokens(X W_a)."""
-    return x.transpose(1, 2) @ selector(F.layer_norm(x, x.shape[-1:])).softmax(dim=1)
+    return x.transpose(1, 2) @ applied(selector, x).softmax(dim=1)
+
+
+def applied(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear of the normed x (..., D), in the linear's own dtype (a model may be in half precision) and back."""
+    return linear(F.layer_norm(x, x.shape[-1:]).to(linear.weight.dtype)).to(x.dtype)
 
 
 def random_basis(x: Tensor, n: int) -> Tensor:
@@ -178,10 +185,8 @@ def random_basis(x: Tensor, n: int) -> Tensor:
 
 
 def sign_reference(x: Tensor, rule: str) -> Tensor | None:
-    """Per-token reference (B, M) or (M,) along which each vector is turned; None: the largest entry becomes positive."""
+    """What each vector shall correlate with: the tokens' products (B, M) with their mean or class token; None: the sum."""
     if rule == "sum":
-        return x.new_ones(x.shape[1])
-    if rule == "largest":
         return None
     towards = x[:, :1] if rule == "class" else x.mean(1, keepdim=True)
     return (x @ towards.transpose(1, 2)).squeeze(-1)
