@@ -122,7 +122,7 @@ def plain_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
 
 def attentions(model: nn.Module) -> list[nn.Module | None]:
     """The attention of every block, in order; None where a block has none of its own."""
-    return [getattr(block, "attn", None) for block in model.blocks]
+    return [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
 
 
 def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Changes:

@@ -80,7 +80,7 @@ def measure(
 def attentions(model: nn.Module) -> list[nn.Module]:
     """The attentions at `blocks.i.attn`. Raises HostError if there is none, or one of an unknown class."""
     known = f"Expected one of {slots.names(HOSTS)}, or an attention grafted into one."
-    found = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
+    found = slots.attentions(model)
     for i, attention in enumerate(found):
         if not isinstance(attention, Attention) and type(attention) not in HOSTS:
             raise HostError(
