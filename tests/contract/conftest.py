@@ -18,9 +18,9 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("host", HOSTS)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def random_state_untouched():
-    """No law, and nothing that it calls, may draw from the global random state."""
+    """Nothing that the law calls may draw from the global random state."""
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before), "the global random state moved"
