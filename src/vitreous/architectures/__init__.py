@@ -1,5 +1,7 @@
-"""Whole networks; importing this package makes them known to `timm.create_model`."""
+"""Whole networks, one file each; importing this package makes them known to `timm.create_model`."""
 
-from vitreous.architectures import scratch_vit
+import importlib
+from pathlib import Path
 
-__all__ = ["scratch_vit"]
+for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+    importlib.import_module(f"{__name__}.{file.stem}")
