@@ -57,4 +57,4 @@ class Learned(nn.Module):
         self.learned, self.read = nn.Parameter(start), read
 
     def forward(self, x: Tensor, state: TokenState, qkv: None) -> tuple[Tensor, TokenState]:
-        return insert(x, state, self.learned.expand(len(x), -1, -1), read=self.read)
+        return insert(x, state, self.learned.expand(x.shape[0], -1, -1), read=self.read)
