@@ -181,7 +181,7 @@ def applied(linear: nn.Linear, x: Tensor) -> Tensor:
 def random_basis(x: Tensor, n: int) -> Tensor:
     """A control: n orthonormal columns (B, M, n) that know nothing of the image, the same for all of M tokens."""
     noise = torch.randn(1, x.shape[1], n, generator=torch.Generator().manual_seed(0)).to(x)
-    return leading_subspace(noise, n, method="exact", sign=None).U.expand(len(x), -1, -1)
+    return leading_subspace(noise, n, method="exact", sign=None).U.expand(x.shape[0], -1, -1)
 
 
 def sign_reference(x: Tensor, rule: str) -> Tensor | None:
