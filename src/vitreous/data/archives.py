@@ -43,8 +43,10 @@ def _walked(root: Path) -> dict[str, Path]:
     found, seen, empty = {}, set(), []
 
     def stop(error: OSError):
-        raise DataError(f"Found the folder {error.filename!r}, which cannot be read ({error.strerror}); expected a "
-                        "readable one. Change its permissions or take it out.") from error  # fmt: skip
+        raise DataError(
+            f"Found the folder {error.filename!r}, which cannot be read ({error.strerror}); expected a "
+            "readable one. Change its permissions or take it out."
+        ) from error
 
     for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
         real = os.path.realpath(folder)
@@ -58,8 +60,9 @@ def _walked(root: Path) -> dict[str, Path]:
             empty.append(folder)
         found.update({Path(folder, name).relative_to(root).as_posix(): Path(folder, name) for name in wanted})
     if found and empty:
-        raise DataError(f"Found the folder {empty[0]!r} without an image; expected images in every folder. Fill it or "
-                        "take it out.")  # fmt: skip
+        raise DataError(
+            f"Found the folder {empty[0]!r} without an image; expected images in every folder. Fill it or take it out."
+        )
     return found
 
 
@@ -76,12 +79,16 @@ def _archived(path: Path) -> dict[str, bytes]:
                     continue
                 size += member.size
                 if size > MEMORY:
-                    raise DataError(f"Found more than {MEMORY >> 30} GiB of files in {str(path)!r}; expected an archive "
-                                    "that fits into memory. Unpack it and give the folder.")  # fmt: skip
+                    raise DataError(
+                        f"Found more than {MEMORY >> 30} GiB of files in {str(path)!r}; expected an archive "
+                        "that fits into memory. Unpack it and give the folder."
+                    )
                 found[PurePosixPath(member.name).as_posix()] = archive.extractfile(member).read()
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise DataError(f"Found {str(path)!r}, which cannot be read ({error}); expected a whole tar archive. "
-                        "It may be cut short: fetch it again.") from error  # fmt: skip
+        raise DataError(
+            f"Found {str(path)!r}, which cannot be read ({error}); expected a whole tar archive. "
+            "It may be cut short: fetch it again."
+        ) from error
     return found
 
 
@@ -90,5 +97,7 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
     unsafe = member.name.startswith("/") or ".." in parts or any(c in member.name for c in "\\\0") or ":" in parts[0]
     if unsafe or not member.isfile():
         what = "a name that leads out of the archive" if unsafe else "a link or a device"
-        raise DataError(f"Found {member.name!r} in {str(path)!r}, {what}; expected files with relative names only. "
-                        "Do not use this archive unless you know where it comes from; pack the images again.")  # fmt: skip
+        raise DataError(
+            f"Found {member.name!r} in {str(path)!r}, {what}; expected files with relative names only. "
+            "Do not use this archive unless you know where it comes from; pack the images again."
+        )

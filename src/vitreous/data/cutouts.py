@@ -9,6 +9,7 @@ from vitreous.errors import SettingError
 
 SPLITS = ("train", "test", "swapped")
 CHUNK = 128  # scenes made at once: enough to spread the cost of the calls, few enough to stay in the cache
+HUES = 1.75  # how far a background's hue strays, in steps between kinds: past 1 two kinds overlap, and shape must decide
 
 
 def disc(u, v):
@@ -20,7 +21,7 @@ def square(u, v):
 
 
 def triangle(u, v):
-    return np.maximum(0.866 * abs(u) + 0.5 * v, -v) - 0.5
+    return np.maximum(0.866 * abs(u) - 0.5 * v, v) - 0.5
 
 
 def star(u, v):
@@ -46,56 +47,45 @@ def crescent(u, v):
     return np.maximum(np.hypot(u, v) - 0.95, 0.75 - np.hypot(u - 0.5, v))
 
 
-# Signed distance to each outline (negative inside, about exact near it), for points in units of the object's radius.
+# Signed distance to each outline (negative inside, true near it), for points in units of the object's radius; v is down.
 SHAPES = {shape.__name__: shape for shape in (disc, square, triangle, star, cross, ring, bar, crescent)}
 
 
 class Cutouts(ArraySet):
-    """n scenes of size x size RGB pixels, held in memory with their masks.
+    """n scenes of size x size RGB pixels, made at once and held in memory with their masks.
 
-    Scene i has class i % classes and depends on (size, classes, seed, split, i, correlation) alone. In "train" and
-    "test" its background is that of its own class with probability `correlation`, else that of another one; in
-    "swapped" always that of another one. Scene i of "swapped" is scene i of "test", object, mask, and noise, with only
-    the kind of background exchanged, so that the two are compared in pairs.
+    Scene i has class i % classes and depends on (size, classes, seed, split, correlation, i) alone, never on n. In
+    "train" and "test" its background is that of its own class with probability `correlation`, else that of another
+    one; in "swapped" always that of another one. Scene i of "swapped" is scene i of "test", the same object in the
+    same place and the same noise, with only the kind of background exchanged: the two tests compare in pairs.
 
-    backgrounds: (n,) kind of background of each scene, a class index.
+    backgrounds: (n,) kind of background of each scene, as a class index.
     """
 
     def __init__(
-        self,
-        n: int,
-        *,
-        size: int = 32,
-        classes: int = 6,
-        seed: int = 0,
-        split: str = "train",
-        correlation: float = 0.9,
+        self, n: int, *, size: int = 32, classes: int = 6, seed: int = 0, split: str = "train", correlation: float = 0.95
     ):
-        _check(n, size, classes, split, correlation)
+        _check(n, size, classes, seed, split, correlation)
         labels = np.arange(n) % classes
         self.backgrounds = np.empty(n, np.int64)
         images = np.empty((n, size, size, 3), np.uint8)
         masks = np.empty((n, size, size), bool)
-        filters = _texture_filters(size, classes)
+        filters = _filters(size, classes)
         for start in range(0, n, CHUNK):
             part = slice(start, min(start + CHUNK, n))
             draws, noise = _draws(seed, split, range(part.start, part.stop), size)
-            self.backgrounds[part] = _backgrounds(draws, labels[part], classes, split, correlation)
-            images[part], masks[part] = _scenes(draws, noise, labels[part], self.backgrounds[part], filters)
+            kinds = self.backgrounds[part] = _kinds(draws, labels[part], classes, split, correlation)
+            scenes = _backdrops(draws, noise, kinds, filters)  # (n, 3, size, size)
+            masks[part] = _put_objects(scenes, draws, noise, labels[part], filters)
+            images[part] = (np.clip(scenes, 0, 1) * 255).round().transpose(0, 2, 3, 1)
         super().__init__(images, labels, masks)
 
 
 def cutouts(
-    *,
-    size: int = 32,
-    classes: int = 6,
-    train: int = 8000,
-    test: int = 1500,
-    correlation: float = 0.9,
-    seed: int = 0,
+    *, size: int = 32, classes: int = 6, train: int = 8000, test: int = 1500, correlation: float = 0.95, seed: int = 0
 ) -> Data:
-    """Training scenes and two tests, "test" and "swapped", of the same objects on usual and on exchanged backgrounds."""
-    options = dict(size=size, classes=classes, correlation=correlation, seed=seed)
+    """Training scenes, and two tests of the same objects: "test" on usual, "swapped" on exchanged backgrounds."""
+    options = {"size": size, "classes": classes, "correlation": correlation, "seed": seed}
     made = Cutouts(train, split="train", **options)
     mean, std = pixel_statistics(made.images)
     return Data(
@@ -110,93 +100,93 @@ def cutouts(
     )
 
 
-def _check(n: int, size: int, classes: int, split: str, correlation: float) -> None:
-    if n < 1 or size < 16:
-        raise SettingError(f"Found n={n}, size={size}; expected n >= 1 and size >= 16. Ask for more or larger scenes.")
+def _check(n: int, size: int, classes: int, seed: int, split: str, correlation: float) -> None:
+    if n < 1 or size < 16 or seed < 0:
+        raise SettingError(
+            f"Found {n} scenes of size {size}, seed {seed}; expected at least 1 of at least 16 pixels, and a seed of 0 "
+            "or more. Ask for more or larger scenes."
+        )
     if not 2 <= classes <= len(SHAPES):
-        raise SettingError(f"Found classes={classes}; expected 2 to {len(SHAPES)}, the shapes there are: {', '.join(SHAPES)}.")
+        raise SettingError(f"Found classes={classes}; expected 2 to {len(SHAPES)}: {', '.join(SHAPES)}. Ask for one of these.")
     if split not in SPLITS:
         raise SettingError(f"Found split={split!r}; expected one of {', '.join(SPLITS)}. Choose one of them.")
     if not 0 <= correlation <= 1:
-        raise SettingError(f"Found correlation={correlation}; expected a probability, 0 to 1. 1 / classes means none.")
+        raise SettingError(f"Found correlation={correlation}; expected a probability. Ask for 0 to 1; 1 / classes is none.")
 
 
 def _draws(seed: int, split: str, items: range, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All randomness of some scenes: 24 numbers in [0, 1) and 2 spectra of white noise for each.
+    """All the randomness of some scenes: 12 numbers in [0, 1) (n, 12) and 2 spectra of white noise (n, 2, size, size).
 
     Every scene has a stream of its own, which its number selects; "swapped" reads the streams of "test".
     """
-    draws = np.empty((len(items), 24))  # (n, 24)
+    draws = np.empty((len(items), 12))
     noise = np.empty((len(items), 2, size, size, 2))  # real and imaginary part last
-    stream = ("train", "test", "test")[SPLITS.index(split)]
     for row, item in enumerate(items):
-        random = np.random.Generator(np.random.Philox(key=[seed, ("train", "test").index(stream)], counter=[0, 0, 0, item]))
+        random = np.random.Generator(np.random.Philox(key=[seed, split == "train"], counter=[0, 0, 0, item]))
         random.random(out=draws[row])
         random.random(out=noise[row])
-    noise -= 0.5
-    return draws, noise.view(np.complex128)[..., 0]  # (n, 2, size, size)
+    return draws, (noise - 0.5).view(np.complex128)[..., 0]
 
 
-def _backgrounds(draws, labels, classes: int, split: str, correlation: float) -> np.ndarray:
+def _kinds(draws, labels, classes: int, split: str, correlation: float) -> np.ndarray:
     """Kind of background (n,): the own class's or, the same one in "test" and "swapped", another's."""
     other = (labels + 1 + (draws[:, 0] * (classes - 1)).astype(int)) % classes
     return other if split == "swapped" else np.where(draws[:, 1] < correlation, labels, other)
 
 
-def _texture_filters(size: int, kinds: int) -> np.ndarray:
-    """Amplitude 1 / f^a over frequencies (kinds, size, size); each kind has its own fall-off and direction of grain."""
+def _filters(size: int, kinds: int) -> np.ndarray:
+    """Amplitudes 1 / f^a over frequencies (kinds, size, size); each kind has a fall-off and a direction of grain."""
     kind = np.arange(kinds)[:, None, None]
-    angle = np.pi * kind / kinds
-    exponent = EX0 + EXD * (kind % 3)
+    angle, exponent = np.pi * kind / kinds, 1.4 + 0.1 * (kind % 3)
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None]
     along, across = fx * np.cos(angle) + fy * np.sin(angle), fy * np.cos(angle) - fx * np.sin(angle)
-    f = np.hypot(ST * along, across / ST**.5)  # 2.0 and 0.7: streaks about three times as long as wide
+    f = np.hypot(1.3 * along, 0.88 * across)  # grain half as long again as wide
     f[:, 0, 0] = np.inf  # no constant part: the mean colour is set apart
     return f**-exponent
 
 
-def _fields(noise: np.ndarray, filters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two independent textures of mean 0 and variance 1, each (n, size, size), from complex noise and its amplitudes."""
-    spectrum = noise * filters
-    field = np.fft.ifft2(spectrum)
-    power = np.sqrt((field.real**2 + field.imag**2).mean((1, 2), keepdims=True) / 2)
-    return field.real / power, field.imag / power
+def _textures(noise: np.ndarray, filters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two independent textures (n, size, size) of mean 0 and variance 1: the parts of one complex inverse transform."""
+    field = np.fft.ifft2(noise * filters)
+    field /= np.sqrt((field.real**2 + field.imag**2).mean((1, 2), keepdims=True) / 2)
+    return field.real, field.imag
 
 
-def _paint(fields, hue: np.ndarray, value: np.ndarray, contrast: float, saturation) -> np.ndarray:
-    """Textures as colours (n, 3, size, size) about 0 to 1: one varies the brightness, the other the hue. hue, value: (n,)."""
+def _paint(textures, hue: np.ndarray, value: np.ndarray, contrast: float, saturation: float) -> np.ndarray:
+    """Colours (n, 3, size, size), about 0 to 1: one texture varies the brightness, one the hue. hue, value: (n,)."""
     phase = 2 * np.pi * (hue[:, None] - np.arange(3) / 3)  # (n, 3)
     tint = value[:, None] * (1 + saturation * np.cos(phase))
-    turn = -TURN * np.sin(phase)
-    colour = tint[:, :, None, None] * (1 + contrast * fields[0][:, None])
-    return colour + turn[:, :, None, None] * fields[1][:, None]
+    colour = tint[:, :, None, None] * (1 + contrast * textures[0][:, None])
+    colour -= 0.04 * np.sin(phase)[:, :, None, None] * textures[1][:, None]
+    return colour
 
 
-def _scenes(draws, noise, labels, backgrounds, filters) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (n, size, size, 3) uint8 and masks (n, size, size) of scenes; outside the mask is background alone."""
-    kinds, size = filters.shape[:2]
-    hue = (backgrounds + HUEJ * (draws[:, 2] + draws[:, 3] - 1)) / kinds
-    scene = _paint(_fields(noise[:, 0], filters[backgrounds]), hue, BGV + 0.15 * draws[:, 4], BGC, BGS)
-    own_texture = (draws[:, 5] * kinds).astype(int)  # drawn, like the colour: only the shape tells the object's class
-    value = OBV + 0.15 * draws[:, 6]
-    thing = _paint(_fields(noise[:, 1], filters[own_texture]), draws[:, 7], value, OBC, 0.3)
+def _backdrops(draws, noise, kinds, filters) -> np.ndarray:
+    """Scenes without their objects (n, 3, size, size): hue, fall-off and grain come with the kind."""
+    hue = (kinds + HUES * (draws[:, 2] + draws[:, 3] - 1)) / len(filters)
+    return _paint(_textures(noise[:, 0], filters[kinds]), hue, 0.25 + 0.15 * draws[:, 4], contrast=0.15, saturation=0.45)
 
-    radius = size * (RMIN + (RMAX-RMIN) * draws[:, 8])
-    y, x = (radius + (size - 2 * radius) * draws[:, k] for k in (9, 10))
-    angle = ROT * (2*draws[:, 11]-1)
-    grid = np.arange(size) + 0.5
-    dy = (grid[:, None] - y[:, None, None]) / radius[:, None, None]
-    dx = (grid[None] - x[:, None, None]) / radius[:, None, None]
-    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-    u, v = cos * dx + sin * dy, cos * dy - sin * dx
-    depth = np.empty_like(u)  # of a pixel below the outline, in pixels
-    for label in np.unique(labels):
+
+def _put_objects(scenes, draws, noise, labels, filters) -> np.ndarray:
+    """Paint the objects into `scenes`; returns their masks (n, size, size). Colour and texture are drawn: only shape tells."""
+    size = scenes.shape[-1]
+    texture = _textures(noise[:, 1], filters[(draws[:, 5] * len(filters)).astype(int)])
+    paint = _paint(texture, draws[:, 6], 0.75 + 0.15 * draws[:, 7], contrast=0.12, saturation=0.3)
+
+    radius = size * (0.3 + 0.1 * draws[:, 8])
+    y, x = radius + (size - 2 * radius) * draws[:, 9], radius + (size - 2 * radius) * draws[:, 10]
+    turn = 0.5 * (2 * draws[:, 11] - 1)  # radians: things stand about upright
+    place = np.arange(size) + 0.5
+    dy, dx = (((place - c[:, None]) / radius[:, None]) for c in (y, x))  # (n, size)
+    cos, sin = np.cos(turn)[:, None, None], np.sin(turn)[:, None, None]
+    u = cos * dx[:, None, :] + sin * dy[:, :, None]  # (n, size, size)
+    v = cos * dy[:, :, None] - sin * dx[:, None, :]
+    depth = np.empty_like(u)  # of each pixel below the outline, in pixels
+    for label, shape in enumerate(SHAPES.values()):
         of = labels == label
-        depth[of] = -list(SHAPES.values())[label](u[of], v[of]) * radius[of, None, None]
-    cover = np.clip(depth, 0, 1)[:, None]  # edges fade inwards, so that no pixel outside is touched
-    rim = 0.55 + 0.45 * np.clip(depth / 2.0, 0, 1)[:, None]
-    scene += cover * (thing * rim - scene)
-    pixels = (np.clip(scene, 0, 1) * 255).round().astype(np.uint8)
-    return pixels.transpose(0, 2, 3, 1), depth > 0
+        depth[of] = -shape(u[of], v[of]) * radius[of, None, None]
 
-HUEJ, RMIN, RMAX, ST, EX0, EXD, TURN, BGC, BGS, BGV, OBV, OBC, ROT = 1.5, 0.3, 0.4, 1.3, 1.4, 0.1, 0.04, 0.15, 0.45, 0.25, 0.75, 0.12, 0.5
+    cover = np.clip(depth, 0, 1)[:, None]  # edges fade inwards, so that no pixel outside is touched
+    rim = 0.55 + 0.45 * np.clip(depth / 2, 0, 1)[:, None]
+    scenes += cover * (paint * rim - scenes)
+    return depth > 0

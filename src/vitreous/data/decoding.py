@@ -35,8 +35,10 @@ def contents(source: Source, name: str) -> bytes:
     try:
         return source.read_bytes()
     except OSError as error:
-        raise DataError(f"Found {name!r}, which cannot be read ({error.strerror}); expected a readable file. "
-                        "Check that it is still there, and its permissions.") from error  # fmt: skip
+        raise DataError(
+            f"Found {name!r}, which cannot be read ({error.strerror}); expected a readable file. "
+            "Check that it is still there, and its permissions."
+        ) from error
 
 
 def check_header(source: Source, name: str) -> None:

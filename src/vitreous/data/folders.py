@@ -55,8 +55,10 @@ class FileSet(ImageSet):
             return _box_mask(foreground, self.names[i], width, height)
         mask = decode_mask(foreground[1], foreground[0])
         if mask.shape != (height, width):
-            raise DataError(f"Found the mask {foreground[0]!r} of {mask.shape[1]} x {mask.shape[0]} pixels; expected "
-                            f"{width} x {height} as its image. Make both the same size.")  # fmt: skip
+            raise DataError(
+                f"Found the mask {foreground[0]!r} of {mask.shape[1]} x {mask.shape[0]} pixels; expected "
+                f"{width} x {height} as its image. Make both the same size."
+            )
         return mask
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> FileSet:
@@ -78,11 +80,11 @@ def image_folder(path: Path, *, image_size: int | None = None) -> Data:
     tables = {name: files.pop(name) for name in list(files) if not is_image(name)}
     for name, source in files.items():
         check_header(source, name)
-    parts = _split(path, files)
-    classes = _class_names(path, parts)
     foregrounds = _match_masks(masks, files)
     if "boxes.csv" in tables:
         foregrounds |= _read_boxes(contents(tables["boxes.csv"], "boxes.csv"), files)
+    parts = _split(path, files)
+    classes = _class_names(path, parts)
     sets = {part: _file_set(files, names, classes, foregrounds) for part, names in parts.items()}
     train = sets.pop("train")
     own_size, mean, std = _survey(train)
@@ -109,7 +111,7 @@ def _strip_top(files: dict[str, Source]) -> dict[str, Source]:
 
 
 def _part_of(name: str) -> str | None:
-    """"train", "test" or "val", if the first folder of a name means one of these."""
+    """The part, "train", "test" or "val", that the first folder of a name means; else None."""
     first = name.split("/")[0].lower()
     return "train" if first in TRAIN else TESTS.get(first)
 
@@ -180,8 +182,10 @@ def _split_by_content(files: dict[str, Source]) -> dict[str, list[str]]:
 def _class_of(name: str, depth: int) -> str:
     parts = name.split("/")
     if len(parts) < depth + 2:
-        raise DataError(f"Found the image {name!r} outside any class folder; expected every image in a folder that is "
-                        "named after its class. Move it there, or away.")  # fmt: skip
+        raise DataError(
+            f"Found the image {name!r} outside any class folder; expected every image in a folder that is "
+            "named after its class. Move it there, or away."
+        )
     return parts[depth]
 
 
@@ -190,12 +194,16 @@ def _class_names(path: Path, parts: dict[str, list[str]]) -> tuple[str, ...]:
     found = {part: {_class_of(name, _depth(name)) for name in names} for part, names in parts.items()}
     classes = sorted(found["train"])
     if len(classes) < 2:
-        raise DataError(f"Found one class, {classes[0]!r}, to train on in {str(path)!r}; expected a folder for each of "
-                        "at least two classes. Give the folder that holds them.")  # fmt: skip
+        raise DataError(
+            f"Found one class, {classes[0]!r}, to train on in {str(path)!r}; expected a folder for each of "
+            "at least two classes. Give the folder that holds them."
+        )
     for part, names in found.items():
         if strangers := names - set(classes):
-            raise DataError(f"Found {_listed(sorted(strangers))} in {part} but not in train, which has "
-                            f"{_listed(classes)}; expected the same class names. Rename or remove them.")  # fmt: skip
+            raise DataError(
+                f"Found {_listed(sorted(strangers))} in {part} but not in train, which has "
+                f"{_listed(classes)}; expected the same class names. Rename or remove them."
+            )
     return tuple(classes)
 
 
@@ -221,9 +229,11 @@ def _read_boxes(raw: bytes, files: dict[str, Source]) -> dict[str, list[Box]]:
             if name not in files or not (0 <= box[0] <= box[2] and 0 <= box[1] <= box[3]):
                 raise ValueError(name)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"Found {row!r} in line {line} of boxes.csv; expected file (with split and class columns or "
-                            "as a path) of an image there is, and whole numbers x0 <= x1, y0 <= y1. Mend the "
-                            "line.") from error  # fmt: skip
+            raise DataError(
+                f"Found {row!r} in line {line} of boxes.csv; expected file (with split and class columns or "
+                "as a path) of an image there is, and whole numbers x0 <= x1, y0 <= y1. Mend the "
+                "line."
+            ) from error
         boxes.setdefault(name, []).append(box)
     return boxes
 
@@ -232,8 +242,10 @@ def _box_mask(boxes: list[Box], name: str, width: int, height: int) -> np.ndarra
     mask = np.zeros((height, width), bool)
     for x0, y0, x1, y1 in boxes:
         if x1 >= width or y1 >= height:
-            raise DataError(f"Found the box {(x0, y0, x1, y1)} for {name!r}, which has {width} x {height} pixels; "
-                            "expected a box inside the image. Mend its line in boxes.csv.")  # fmt: skip
+            raise DataError(
+                f"Found the box {(x0, y0, x1, y1)} for {name!r}, which has {width} x {height} pixels; "
+                "expected a box inside the image. Mend its line in boxes.csv."
+            )
         mask[y0 : y1 + 1, x0 : x1 + 1] = True
     return mask
 

@@ -17,7 +17,7 @@ from vitreous.data.sets import ArraySet, Data, pixel_statistics
 from vitreous.errors import DataError
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 READERS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 BINARY = {  # name: (train files, test file, label bytes before the pixels, of which the last one counts, classes)
     "cifar10": ([f"data_batch_{k}.bin" for k in range(1, 6)], "test_batch.bin", 1, 10),
@@ -34,8 +34,10 @@ def fashion_mnist(path: Path, *, download: bool = False) -> Data:
         image_file, label_file = (_idx_file(path, f"{stem}-{kind}") for kind in ("images-idx3", "labels-idx1"))
         images, labels = read_idx(image_file, axes=3), read_idx(label_file, axes=1)
         if len(images) != len(labels):
-            raise DataError(f"Found {len(images)} images in {str(image_file)!r} and {len(labels)} labels in "
-                            f"{str(label_file)!r}; expected as many of each. Fetch both again.")  # fmt: skip
+            raise DataError(
+                f"Found {len(images)} images in {str(image_file)!r} and {len(labels)} labels in "
+                f"{str(label_file)!r}; expected as many of each. Fetch both again."
+            )
         sets[part] = ArraySet(images[..., None], labels, images > 0)
     return _data("fashion-mnist", sets, FASHION)
 
@@ -51,17 +53,23 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(4 + 4 * axes)
             if len(head) < 4 + 4 * axes or head[:4] != bytes([0, 0, 8, axes]):
-                raise DataError(f"Found {str(path)!r} beginning with {head[:4].hex(' ')}; expected 00 00 08 0{axes}, an "
-                                f"idx file of bytes with {axes} axes. Fetch the file again.")  # fmt: skip
+                raise DataError(
+                    f"Found {str(path)!r} beginning with {head[:4].hex(' ')}; expected 00 00 08 0{axes}, an "
+                    f"idx file of bytes with {axes} axes. Fetch the file again."
+                )
             shape = tuple(np.frombuffer(head, ">u4", offset=4).tolist())
             data = file.read(min(math.prod(shape), 1 << 33) + 1)  # never what a false header asks for
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"Found {str(path)!r}, which cannot be read ({error}); expected a whole idx file. "
-                        "It may be cut short: fetch it again.") from error  # fmt: skip
+        raise DataError(
+            f"Found {str(path)!r}, which cannot be read ({error}); expected a whole idx file. "
+            "It may be cut short: fetch it again."
+        ) from error
     if len(data) != math.prod(shape):
         more = "more than " if len(data) > math.prod(shape) else ""
-        raise DataError(f"Found {more}{min(len(data), math.prod(shape))} bytes in {str(path)!r}; expected "
-                        f"{math.prod(shape)} as its header says, {shape}. Fetch the file again.")  # fmt: skip
+        raise DataError(
+            f"Found {more}{min(len(data), math.prod(shape))} bytes in {str(path)!r}; expected "
+            f"{math.prod(shape)} as its header says, {shape}. Fetch the file again."
+        )
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
@@ -75,8 +83,10 @@ def _idx_file(path: Path, stem: str) -> Path:
         for name in names:
             if (folder / name).is_file():
                 return folder / name
-    raise DataError(f"Found no {' or '.join(names)} in {str(path)!r} or its FashionMNIST/raw; expected the four idx files "
-                    "of Fashion-MNIST. Give their folder, or download=True to fetch them.")  # fmt: skip
+    raise DataError(
+        f"Found no {' or '.join(names)} in {str(path)!r} or its FashionMNIST/raw; expected the four idx files "
+        "of Fashion-MNIST. Give their folder, or download=True to fetch them."
+    )
 
 
 def cifar(name: str, path: Path, *, image_size: int | None = None, download: bool = False) -> Data:
@@ -94,13 +104,15 @@ def cifar(name: str, path: Path, *, image_size: int | None = None, download: boo
         data = _cifar_python(name, path, download)
     count = BINARY[name][3]
     if len(data.classes) != count:
-        raise DataError(f"Found {len(data.classes)} classes in {str(path)!r}; expected the {count} of {name}. "
-                        "Give the path alone to read it as a set of your own.")  # fmt: skip
+        raise DataError(
+            f"Found {len(data.classes)} classes in {str(path)!r}; expected the {count} of {name}. "
+            "Give the path alone to read it as a set of your own."
+        )
     return data
 
 
 def cifar_kind(path: Path) -> str | None:
-    """"cifar10" or "cifar100" where a folder holds its published files, Python or binary; else None."""
+    """Name "cifar10" or "cifar100" where a folder holds its published files, Python or binary; else None."""
     for name, reader in READERS.items():
         first = reader.train_list[0][0]
         if (path / reader.base_folder).is_dir() or (path.name == reader.base_folder and (path / first).is_file()):
@@ -116,12 +128,16 @@ def cifar_npz(name: str, path: Path) -> Data:
     try:
         with np.load(path, allow_pickle=False) as file:
             if missing := set(keys) - set(file.files):
-                raise DataError(f"Found the arrays {', '.join(sorted(file.files))} in {str(path)!r}; expected also "
-                                f"{', '.join(sorted(missing))}. Save the file with all five.")  # fmt: skip
+                raise DataError(
+                    f"Found the arrays {', '.join(sorted(file.files))} in {str(path)!r}; expected also "
+                    f"{', '.join(sorted(missing))}. Save the file with all five."
+                )
             arrays = {key: file[key] for key in keys}
     except (OSError, ValueError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"Found {str(path)!r}, which cannot be read ({error}); expected a whole .npz file of plain arrays. "
-                        "Save it again, without Python objects.") from error  # fmt: skip
+        raise DataError(
+            f"Found {str(path)!r}, which cannot be read ({error}); expected a whole .npz file of plain arrays. "
+            "Save it again, without Python objects."
+        ) from error
     sets = {part: ArraySet(arrays[f"x_{part}"], arrays[f"y_{part}"].ravel()) for part in ("train", "test")}
     return _data(name, sets, tuple(str(label) for label in arrays["classes"]))
 
@@ -145,8 +161,10 @@ def _cifar_binary(name: str, path: Path) -> Data:
             images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             sets[part] = ArraySet(np.ascontiguousarray(images), records[:, label_bytes - 1])
     except (OSError, ValueError) as error:
-        raise DataError(f"Found {str(path)!r}, which cannot be read as {name} ({error}); expected {labels_file.name} and "
-                        f"whole records of {label_bytes + 3072} bytes. Unpack the archive again.") from error  # fmt: skip
+        raise DataError(
+            f"Found {str(path)!r}, which cannot be read as {name} ({error}); expected {labels_file.name} and "
+            f"whole records of {label_bytes + 3072} bytes. Unpack the archive again."
+        ) from error
     return _data(name, sets, classes[:count])
 
 
@@ -170,16 +188,20 @@ def _download(reader, root: Path) -> None:
     try:
         reader(str(root), download=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError
-        raise DataError(f"Found no way to download {reader.__name__} to {str(root)!r} ({error}); expected a network and room "
-                        "on the disk. Fetch the files by other means and give their folder.") from error  # fmt: skip
+        raise DataError(
+            f"Found no way to download {reader.__name__} to {str(root)!r} ({error}); expected a network and room "
+            "on the disk. Fetch the files by other means and give their folder."
+        ) from error
 
 
 def _data(name: str, sets: dict[str, ArraySet], classes: tuple[str, ...]) -> Data:
     for part, images in sets.items():
         if not len(images) or images.labels.min() < 0 or images.labels.max() >= len(classes):
             labels = f"labels {images.labels.min()} to {images.labels.max()}" if len(images) else "no image"
-            raise DataError(f"Found {labels} in the {part} part of {name}; expected labels 0 to {len(classes) - 1}. "
-                            "Check that the files belong to this set.")  # fmt: skip
+            raise DataError(
+                f"Found {labels} in the {part} part of {name}; expected labels 0 to {len(classes) - 1}. "
+                "Check that the files belong to this set."
+            )
     train = sets["train"]
     mean, std = pixel_statistics(train.images)
     return Data(

@@ -31,17 +31,20 @@ def open_data(
     Raises UnknownName, SettingError, or DataError for what cannot be read.
     """
     if image_size is not None and image_size < 1:
-        raise SettingError(f"Found image_size={image_size}; expected a positive number of pixels. Leave it out for the own size.")
+        raise SettingError(
+            f"Found image_size={image_size}; expected a positive number of pixels. Leave it out for the own size."
+        )
     name, _, rest = str(spec).partition(":")
     if name == "cutouts":
         data = cutouts(**_options(rest, {"size": image_size} if image_size else {}), seed=seed)
     elif name in NAMES:
         data = _named(name, rest, image_size, download)
-    elif Path(spec).exists():
+    elif spec and Path(spec).exists():
         data = _recognised(Path(spec), image_size)
     elif os.sep in str(spec) or "/" in str(spec) or Path(spec).suffix:
-        raise DataError(f"Found nothing at {str(spec)!r}; expected a folder, a tar archive or an .npz file of images. "
-                        "Check the path.")  # fmt: skip
+        raise DataError(
+            f"Found nothing at {str(spec)!r}; expected a folder, a tar archive or an .npz file of images. Check the path."
+        )
     else:
         raise UnknownName(name, "data set", NAMES, "Or give the path of a folder of images.")
     if image_size:
@@ -50,7 +53,7 @@ def open_data(
 
 
 def _options(text: str, given: dict) -> dict:
-    """"size=64,correlation=0.8" as keyword arguments of `cutouts`, of the type of their defaults."""
+    """Text such as "size=64,correlation=0.8" as keyword arguments of `cutouts`, of the type of their defaults."""
     known = {name: p.default for name, p in inspect.signature(cutouts).parameters.items() if name != "seed"}
     options = dict(given)
     for part in filter(None, text.split(",")):
@@ -69,11 +72,11 @@ def _options(text: str, given: dict) -> dict:
 def _named(name: str, rest: str, image_size: int | None, download: bool) -> Data:
     path = Path(rest).expanduser()
     if not rest:
-        raise DataError(f"Found {name!r} without a path; expected where its files are, or shall go with download=True. "
-                        f"Write {name}:FOLDER.")  # fmt: skip
+        raise DataError(
+            f"Found {name!r} without a path; expected where its files are, or shall go with download=True. Write {name}:FOLDER."
+        )
     if not path.exists() and not download:
-        raise DataError(f"Found nothing at {rest!r}; expected the files of {name}. Check the path, or ask for "
-                        "download=True.")  # fmt: skip
+        raise DataError(f"Found nothing at {rest!r}; expected the files of {name}. Check the path, or ask for download=True.")
     if name == "fashion-mnist":
         return fashion_mnist(path, download=download)
     return cifar(name, path, image_size=image_size, download=download)
@@ -90,5 +93,7 @@ def _recognised(path: Path, image_size: int | None) -> Data:
         return image_folder(path, image_size=image_size)
     if path.suffix == ".npz":
         return cifar_npz(path.stem, path)
-    raise DataError(f"Found the file {str(path)!r}; expected a folder, a tar archive (.tar, .tar.gz, .tar.xz, .tar.bz2) or "
-                    "an .npz file. Unpack it and give the folder.")  # fmt: skip
+    raise DataError(
+        f"Found the file {str(path)!r}; expected a folder, a tar archive (.tar, .tar.gz, .tar.xz, .tar.bz2) or "
+        "an .npz file. Unpack it and give the folder."
+    )
