@@ -27,7 +27,7 @@ from vitreous.errors import SettingError, UnknownName
 METHODS = ("auto", "exact", "cholesky_qr", "gram_schmidt")
 GRADIENTS = ("detach", "through")
 SEED = 20110909  # of the fixed sketch
-BROADENING = 1e-3  # relative gap of squared singular values below which gradients are damped
+CLOSE = 1e-3  # relative gap of squared singular values below which gradients are damped
 UNSURE = 0.01  # cosine with the reference below which the next sign rule decides
 SQUARINGS = 12  # the product-only eigensolver works with the 2^12-th power
 NOISE = 2e-6  # singular values below this share of s_1 are rounding: of float32 data, or of a float64 Gram matrix
@@ -41,7 +41,7 @@ class SubspaceInfo:
     gap (B, R): (s_i - s_{i+1}) / s_i, in [0, 1]; 0 where s_i = 0. s_{R+1} comes from the oversampled block; without
         oversampling, from its upper bound sqrt(|X|_F^2 - sum s_i^2), so that the last gap is a lower bound.
     residual (B,): |U S (V - P V)^T|_F / |S|_2, in [0, 1], P the projector on the row space before the last half step:
-        the share of U S V^T that this half step still moved. |X V - U S|_F <= |X|_2 residual |S|_2 / s_R. 0 for "exact".
+        the share of U S V^T that it still moved. |X V - U S|_F <= |X|_2 residual |S|_2 / s_R. 0 for "exact".
     finite (B,) bool: False where x, or the sketch, holds NaN or Inf, or numbers whose squares overflow.
     rank (B,) int64: how many singular values, of R, are above NOISE s_1.
     sign_confidence (B, R): |cosine| of u_i with the reference, or with the rule that stands in for it, in [0, 1]; below
@@ -82,13 +82,13 @@ def leading_subspace(
     its batch mates. NaN, Inf: zeros and finite = False for that sample. Zero, constant or rank-deficient x, and rank >
     min(N, D): orthonormal columns up to the true rank, zero columns with s = 0 beyond it.
 
-    method: "exact", to the rounding of x for s_i > 1e-6 s_1; "cholesky_qr", 2 power + 2 products with x; "gram_schmidt",
-        the same from matrix products and comparisons only, for torch.export and ONNX (singular values closer than 1e-4
-        relative may share their vectors); "auto": gram_schmidt while exporting, exact where a sketch would leave
-        nothing out, else cholesky_qr.
+    method: "exact", to the rounding of x; "cholesky_qr", in 2 power + 2 products with x; "gram_schmidt", the same from
+        matrix products and comparisons only, for torch.export and ONNX (singular values closer than 1e-4 relative may
+        share their vectors); "auto": gram_schmidt while exporting, exact where a sketch would leave nothing out, else
+        cholesky_qr.
     oversample, power: extra sketch columns and power steps; "exact" needs neither, nor a sketch.
-    sketch: (D, k) or (B, D, k), k >= min(rank, N, D); None is a fixed Gaussian, the same on every device, that leaves the
-        global random state alone. It sits on the feature side: permuted tokens permute U and keep V.
+    sketch: (D, k) or (B, D, k), k >= min(rank, N, D); None is a fixed Gaussian, the same on every device, that leaves
+        the global random state alone. It sits on the feature side: permuted tokens permute U and keep V.
     sign: a number per token, (N,) or (B, N), with which every u_i shall correlate; None uses their sum. See `_signs`.
     gradient: "detach" (none), or "through": that of the computation itself, to x and to the sketch, damped where
         singular values meet. The more power steps, the less the sketch matters: train it with power 0 or 1.
@@ -102,29 +102,24 @@ def leading_subspace(
         method = "gram_schmidt" if exporting else "exact" if sketch is None and k == min(n, d) else "cholesky_qr"
     through = gradient == "through" and torch.is_grad_enabled()
     with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(through):
-        x = _compute_dtype(x)
-        omega = (_fixed_sketch(d, k) if sketch is None else sketch).to(x).expand(len(x), d, k)
+        x = _at_least_float32(x)
         norm = torch.linalg.vector_norm(x.detach(), dim=(1, 2))
-        finite = norm.isfinite() & torch.linalg.vector_norm(omega.detach(), dim=(1, 2)).isfinite()
-        if through:  # NaN would pass through the masks below in the backward pass; forward they spare a copy of x
-            x, omega = (torch.where(finite[:, None, None], t, 0.0) for t in (x, omega))
+        omega = (_fixed_sketch(d, k) if sketch is None else sketch).to(x)
+        finite = norm.isfinite() & torch.linalg.vector_norm(omega.detach(), dim=(-2, -1)).isfinite()
+        omega = omega.expand(x.shape[0], d, k)
+        if through:  # masking the outcome stops no NaN backwards; without gradient it spares a copy of x
+            x, omega = _zero_unless(finite, x), _zero_unless(finite, omega)
         if method == "exact":
             u, s, v, residual = _by_gram(x, rank)
         else:
             u, s, v, residual = _by_range(x, rank, omega, power, products=method == "gram_schmidt")
-        u, v = (_padded(torch.where(finite[:, None, None], t, 0.0), rank) for t in (u, v))
-        s = torch.where(finite[:, None], s, 0.0)
+        u, s, v, residual = (_zero_unless(finite, t) for t in (u, s, v, residual))
         with torch.no_grad():
             factor, confidence = _signs(u, sign)
-            live = _padded(s[:, :rank], rank) > 0
-            info = SubspaceInfo(
-                gap=_gaps(s, rank, norm, complete=s.shape[1] >= min(n, d)),
-                residual=torch.where(finite, residual, 0.0),
-                finite=finite,
-                rank=live.sum(1),
-                sign_confidence=confidence * live,
-            )
-        return Subspace(u * factor[:, None], _padded(s[:, :rank], rank), v * factor[:, None], info)
+            gap = _gaps(s, rank, norm, complete=s.shape[1] >= min(n, d))
+            info = SubspaceInfo(gap, residual, finite, (s[:, :rank] > 0).sum(1), _padded(confidence, rank))
+        u, v = u * factor[:, None], v * factor[:, None]
+        return Subspace(_padded(u, rank), _padded(s[:, :rank], rank), _padded(v, rank), info)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -133,7 +128,7 @@ def unit_rows(x: Tensor) -> Tensor:
     Takes the high-norm artifact tokens of late blocks out of the leading vectors. Float32, or float64 for float64.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = torch.nn.functional.normalize(_compute_dtype(x), dim=-1)
+        x = torch.nn.functional.normalize(_at_least_float32(x), dim=-1)
         return x - x.mean(dim=-2, keepdim=True)
 
 
@@ -143,7 +138,7 @@ def product_svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Use: the exact spectrum of a head's bilinear form W_Q^T W_K. Two QRs of weights and one K x K SVD instead of a D x D
     one. In float64; answers in float32, or float64 for float64.
     """
-    dtype = _compute_dtype(a).dtype
+    dtype = _at_least_float32(a).dtype
     qa, ra = torch.linalg.qr(a.double().mT)
     qb, rb = torch.linalg.qr(b.double().mT)
     u, s, vh = torch.linalg.svd(ra @ rb.mT)
@@ -157,7 +152,7 @@ def singular_values(x: Tensor) -> Tensor:
     """
     finite = x.isfinite().flatten(-2).all(-1)[..., None]
     s = torch.linalg.svdvals(torch.where(finite[..., None], x, 0.0).double())
-    return torch.where(finite, s, torch.nan).to(_compute_dtype(x).dtype)
+    return torch.where(finite, s, torch.nan).to(_at_least_float32(x).dtype)
 
 
 # The two routes. Each answers U (B, N, r), S (B, K) with all values it has, V (B, D, r), residual (B,); r <= rank, K.
@@ -167,7 +162,7 @@ def _by_gram(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact triples from the Gram matrix of the smaller side."""
     tall = x.shape[1] > x.shape[2]
     wide = (x.mT if tall else x).double()  # (B, m, M)
-    s, short, inverse = _roots(*_Ritz.apply(wide @ wide.mT, None, None), rank)
+    s, short, inverse = _roots(*_Eigen.apply(wide @ wide.mT, None), rank)
     long = wide.mT @ (short * inverse)
     u, v = (long, short) if tall else (short, long)
     return u.to(x.dtype), s.to(x.dtype), v.to(x.dtype), torch.zeros_like(x[:, 0, 0])
@@ -183,7 +178,9 @@ def _by_range(x: Tensor, rank: int, omega: Tensor, power: int, products: bool) -
     b = x.mT @ y  # (B, D, k)
     k = y.shape[-1]
     count = k if torch.is_grad_enabled() else min(rank + 1, k)  # the backward pass needs all vectors
-    s, c, inverse = _roots(*_Ritz.apply(_gram(b), _gram(y), count if products else None), rank)
+    basis = _whitener(y, products)  # what float32 left to do: y basis is orthonormal to the last digit
+    values, vectors = _Eigen.apply(basis.mT @ _gram(b) @ basis, count if products else None)
+    s, c, inverse = _roots(values, basis @ vectors, rank)
     s, u, v = s.to(x.dtype), y @ c.to(x.dtype), b @ (c * inverse).to(x.dtype)
     with torch.no_grad():
         scale = s[:, None, :rank] / torch.linalg.vector_norm(s[:, :rank], dim=1).clamp_min(TINY**0.5)[:, None, None]
@@ -192,34 +189,43 @@ def _by_range(x: Tensor, rank: int, omega: Tensor, power: int, products: bool) -
 
 
 def _conditioned(y: Tensor, products: bool) -> Tensor:
-    """y (B, N, k), its columns made orthonormal and dependent ones small. The span stays: the factor is a constant."""
-    with torch.no_grad():
-        factor = _whitener(_gram(y), products).to(y.dtype)
-    return y @ factor
+    """y (B, N, k), its columns made orthonormal, dependent ones zero.
 
-
-def _whitener(gram: Tensor, products: bool) -> Tensor:
-    """T (B, k, k) with T^T G T = I for a Gram matrix G (B, k, k), float64; I where G is zero or not finite.
-
-    The shift exceeds the rounding of G and of its factorisation, so that pivots stay positive on singular G too
-    (shifted Cholesky-QR: Fukaya et al. 2020, arXiv 1809.11085).
+    The outcome depends on the span of y alone, so the factor is a constant to the gradient, and gradients within the span,
+    which are zero but for rounding, are taken out before that factor magnifies them.
     """
-    k = gram.shape[-1]
+    q = y @ _whitener(y, products).to(y.dtype)
+    if not q.requires_grad:
+        return q
+    within = q.detach().mT @ q
+    return q - q.detach() @ (within - within.detach())
+
+
+@torch.no_grad()
+def _whitener(y: Tensor, products: bool) -> Tensor:
+    """T (B, k, k), float64, with y T orthonormal; zero columns where y's depend on earlier ones, or are not finite.
+
+    The shift exceeds the rounding of the factorisation, so that no pivot is negative (shifted Cholesky-QR: Fukaya et al.
+    2020, arXiv 1809.11085); a pivot near the shift is noise.
+    """
+    gram, k = _gram(y), y.shape[-1]
+    shift = 4 * k * k * torch.finfo(gram.dtype).eps
     eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     usable = trace.isfinite() & (trace > TINY)
     trace = torch.where(usable, trace, 1.0)
-    gram = torch.where(usable, gram / trace, eye) + 4 * k * k * torch.finfo(gram.dtype).eps * eye
+    gram = torch.where(usable, gram / trace, 0.0) + shift * eye
     if products:
-        inverse = _eliminated(gram)
+        inverse, pivots = _eliminated(gram)
     else:
         factor, _ = torch.linalg.cholesky_ex(gram)
         inverse = torch.linalg.solve_triangular(factor, eye.expand_as(gram), upper=False)
-    return inverse.mT / trace.sqrt()
+        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    return torch.where(pivots[:, None] > 4 * shift, inverse.mT / trace.sqrt(), 0.0)
 
 
-def _eliminated(gram: Tensor) -> Tensor:
-    """L^-1 of gram = L L^T (B, k, k), from products: eliminating [G | I] leaves the coefficients of Gram-Schmidt.
+def _eliminated(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """L^-1 (B, k, k) and the pivots (B, k) of gram = L L^T: eliminating [G | I] leaves the coefficients of Gram-Schmidt.
 
     Pursell, Trimble 1991, Gram-Schmidt orthogonalization by Gauss elimination, American Mathematical Monthly 98(6).
     """
@@ -230,48 +236,38 @@ def _eliminated(gram: Tensor) -> Tensor:
     for j in range(k):
         row = work[:, j : j + 1]
         work = work - work[:, :, j : j + 1] / row[:, :, j : j + 1] * below[:, j : j + 1] * row
-    pivots = (work[:, :, :k] * eye).sum(-1, keepdim=True)
-    return work[:, :, k:] / pivots.sqrt()
+    pivots = (work[:, :, :k] * eye).sum(-1)
+    return work[:, :, k:] / pivots[:, :, None].sqrt(), pivots
 
 
-class _Ritz(torch.autograd.Function):
-    """A c = l M c for Gram matrices A, M (B, k, k), float64: l (B, k) descending, C (B, k, k) with C^T M C = I.
+class _Eigen(torch.autograd.Function):
+    """Eigenvalues l (B, K) descending and vectors W (B, k, K) of Gram matrices A (B, k, k), float64; NaN counts as zero.
 
-    M = None is the identity. count = None takes eigh; a number takes matrix products and finds so many leading pairs.
-    The backward pass needs all pairs; its 1 / g, g = l_j - l_i, is g / (g^2 + e^2) with e = BROADENING (l_i + l_j).
+    count = None: all, by eigh; a number: so many, by matrix products. The backward pass is exact if K = k and the values
+    are apart: 1 / g, g = l_j - l_i, becomes g / e^2 where |g| < e = CLOSE (l_i + l_j), and stays finite when they meet.
     """
 
     @staticmethod
-    def forward(ctx, a: Tensor, m: Tensor | None, count: int | None) -> tuple[Tensor, Tensor]:
-        basis = None if m is None else _whitener(m, products=count is not None)
-        reduced = a if basis is None else basis.mT @ a @ basis
-        finite = reduced.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()[:, None, None]
-        reduced = torch.where(finite, reduced, 0.0)
+    def forward(ctx, a: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+        a = torch.where(a.isfinite().all(2, keepdim=True).all(1, keepdim=True), a, 0.0)
         if count is None:
-            values, vectors = (t.flip(-1) for t in torch.linalg.eigh(reduced))
+            values, vectors = (t.flip(-1) for t in torch.linalg.eigh(a))
         else:
-            values, vectors = _leading_by_squaring(reduced, count)
-        values, c = values.clamp_min(0.0), vectors if basis is None else basis @ vectors
-        ctx.save_for_backward(values, c)
-        ctx.metric = m is not None
-        return values, c
+            values, vectors = _leading_by_squaring(a, count)
+        values = values.clamp_min(0.0)
+        ctx.save_for_backward(values, vectors)
+        return values, vectors
 
     @staticmethod
-    def backward(ctx, grad_values: Tensor, grad_c: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        # With P = C^T dA C, Q = C^T dM C: dl_i = P_ii - l_i Q_ii, dC = C K, K_ij = (P_ij - l_j Q_ij) / g, K_ii = -Q_ii / 2
-        values, c = ctx.saved_tensors
+    def backward(ctx, grad_values: Tensor, grad_vectors: Tensor) -> tuple[Tensor, None]:
+        values, vectors = ctx.saved_tensors
         row, column = values[:, :, None], values[:, None, :]
-        difference, width = column - row, BROADENING * (column + row)
-        square = difference.square() + width.square()
-        inverse = torch.where(square > 0, difference / torch.where(square > 0, square, 1.0), 0.0)
-        h = c.mT @ grad_c
-        p = h * inverse + torch.diag_embed(grad_values)
-        grad_a = c @ p @ c.mT
-        if not ctx.metric:
-            return (grad_a + grad_a.mT) / 2, None, None
-        q = -p * column - torch.diag_embed(h.diagonal(dim1=-2, dim2=-1)) / 2
-        grad_m = c @ q @ c.mT
-        return (grad_a + grad_a.mT) / 2, (grad_m + grad_m.mT) / 2, None
+        gap = column - row
+        square = torch.maximum(gap.abs(), CLOSE * (column + row)).square()
+        inverse = torch.where(square > 0, gap / torch.where(square > 0, square, 1.0), 0.0)
+        inner = vectors.mT @ grad_vectors * inverse + torch.diag_embed(grad_values)
+        grad = vectors @ inner @ vectors.mT
+        return (grad + grad.mT) / 2, None
 
 
 def _leading_by_squaring(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -284,15 +280,15 @@ def _leading_by_squaring(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
     for _ in range(count):
         p = rest
         for step in range(SQUARINGS):
-            if step % 3 == 0:  # the trace may fall by a factor of k^7 meanwhile
-                p = p / (p * eye).sum((1, 2), keepdim=True).clamp_min(TINY)
+            if step % 3 == 0:  # meanwhile the norm falls by a factor of k^3.5 at most
+                p = p / p.square().sum((1, 2), keepdim=True).sqrt().clamp_min(TINY)
             p = p @ p
-        largest = eye[(p * eye).sum(-1).argmax(-1)][:, :, None]
-        vector = p @ largest
+        vector = p @ eye[(p * eye).sum(-1).argmax(-1)][:, :, None]
         for _ in range(2):
+            vector = vector / vector.square().sum(1, keepdim=True).sqrt().clamp_min(TINY)
             vector = vector - found @ (found.mT @ vector)
-            length = vector.square().sum(1, keepdim=True).sqrt()
-            vector = torch.where(length > 0, vector / torch.where(length > 0, length, 1.0), 0.0)
+        length = vector.square().sum(1, keepdim=True).sqrt()
+        vector = torch.where(length > 0.5, vector / length.clamp_min(0.5), 0.0)  # else a is exhausted
         found = torch.cat([found, vector], dim=-1)
         away = eye - vector @ vector.mT
         rest = away @ rest @ away
@@ -301,7 +297,7 @@ def _leading_by_squaring(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _roots(values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """s = sqrt(values) (B, K), the first vectors (B, k, r) and 1 / s (B, 1, r): all zero, also backwards, in the noise."""
+    """s = sqrt(values) (B, K), the leading vectors (B, k, r) and 1 / s (B, 1, r); zero, also backwards, in noise."""
     live = (values > NOISE**2 * values[:, :1]) & (values > TINY)
     s = torch.where(live, torch.where(live, values, 1.0).sqrt(), 0.0)
     live = live[:, None, :rank]
@@ -348,13 +344,18 @@ def _padded(t: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(t, (0, max(width - t.shape[-1], 0)))
 
 
+def _zero_unless(finite: Tensor, t: Tensor) -> Tensor:
+    """t (B, ...), zero in the samples where finite (B,) is False."""
+    return torch.where(finite.view(-1, *[1] * (t.ndim - 1)), t, 0.0)
+
+
 def _gram(y: Tensor) -> Tensor:
     """y^T y in float64."""
     y = y.double()
     return y.mT @ y
 
 
-def _compute_dtype(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -369,29 +370,31 @@ def _fixed_sketch(d: int, k: int) -> Tensor:
     return torch.tensor(_gaussian(d, k))
 
 
+def _fits(shape: torch.Size, b: int, n: int) -> bool:
+    """True for (n,) and (b, n). Lengths first: comparing b with n would bind an exported model to b != n."""
+    return len(shape) in (1, 2) and shape[-1] == n and (len(shape) == 1 or shape[0] == b)
+
+
 def _validate(x, rank, method, oversample, power, sketch, sign, gradient) -> None:
     """Refuse what does not fit, in three parts."""
     if method not in METHODS:
         raise UnknownName(method, "method of leading_subspace", METHODS)
     if gradient not in GRADIENTS:
         raise UnknownName(gradient, "gradient of leading_subspace", GRADIENTS)
-    if x.ndim != 3 or not x.is_floating_point() or min(x.shape[1:]) < 1:
-        raise SettingError(
-            f"leading_subspace got {x.dtype} of shape {tuple(x.shape)}, expected floating point (B, N, D), N and D >= 1. "
-            "Give a single matrix as x[None]."
-        )
-    if rank < 1 or oversample < 0 or power < 0:
-        raise SettingError(
-            f"rank={rank}, oversample={oversample}, power={power}: expected rank >= 1, the others >= 0. Mend the setting."
-        )
-    b, n, d = x.shape
-    if sketch is not None and (sketch.shape[:-1] not in ((d,), (b, d)) or sketch.shape[-1] < min(rank, n, d)):
-        raise SettingError(
-            f"The sketch has shape {tuple(sketch.shape)}, expected ({d}, k) or ({b}, {d}, k), k >= {min(rank, n, d)}. "
-            "Match it to the width of the tokens and the rank."
-        )
-    if sign is not None and sign.shape not in ((n,), (b, n)):
-        raise SettingError(
-            f"The sign reference has shape {tuple(sign.shape)}, expected ({n},) or ({b}, {n}): a number per token. "
-            "Drop or add the prefix tokens' entries."
-        )
+    b, n, d = x.shape if x.ndim == 3 else (0, 0, 0)
+    least = min(rank, n, d)
+    if n * d == 0 or not x.is_floating_point():
+        found, expected = f"{x.dtype} of shape {tuple(x.shape)}", "floating point (B, N, D), N and D from 1"
+        advice = "Give a single matrix as x[None]."
+    elif rank < 1 or oversample < 0 or power < 0:
+        found, expected = f"rank={rank}, oversample={oversample}, power={power}", "rank from 1, the others from 0"
+        advice = "Raise the number."
+    elif sketch is not None and not (_fits(sketch.shape[:-1], b, d) and sketch.shape[-1] >= least):
+        found, expected = f"a sketch {tuple(sketch.shape)}", f"({d}, k) or ({b}, {d}, k), k from {least}"
+        advice = "Match it to the width of the tokens and the rank."
+    elif sign is not None and not _fits(sign.shape, b, n):
+        found, expected = f"a sign reference {tuple(sign.shape)}", f"({n},) or ({b}, {n}), a number per token"
+        advice = "Add or drop the entries of prefix tokens."
+    else:
+        return
+    raise SettingError(f"leading_subspace found {found}. Expected {expected}. {advice}")
