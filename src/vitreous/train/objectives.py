@@ -1,0 +1,33 @@
+"""What training lowers: the classification loss, and the penalties that grafted modules name themselves."""
+
+from __future__ import annotations
+
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from vitreous.train.settings import TrainSettings
+
+
+def classification_loss(settings: TrainSettings) -> nn.Module:
+    """Logits (B, classes) and labels (B), or the soft ones (B, classes) of `mixing`, to their mean loss in nats."""
+    if settings.mixed:
+        return SoftTargetCrossEntropy()  # smoothing is in the labels
+    return LabelSmoothingCrossEntropy(settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()
+
+
+def mixing(settings: TrainSettings, classes: int) -> Mixup | None:
+    """timm's mixup and cutmix: (images, labels) of an even batch to mixed images and soft labels; None if off."""
+    if not settings.mixed:
+        return None
+    return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes)
+
+
+def penalties(model: nn.Module) -> dict[str, Tensor]:
+    """What the modules' own `penalties()` name, weighted as they say, each name summed over the modules: scalars."""
+    total: dict[str, Tensor] = {}
+    for module in model.modules():
+        if hasattr(module, "penalties"):
+            for name, value in module.penalties().items():
+                total[name] = total[name] + value if name in total else value
+    return total

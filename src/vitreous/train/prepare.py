@@ -1,0 +1,209 @@
+"""From settings to everything that a run needs: data, model with its grafts, optimizer, loaders."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.models import get_model_input_config
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, random_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vitreous.data import ArraySet, Data, open_data
+from vitreous.errors import HostError, SettingError
+from vitreous.grafting import check, graft, grafts
+from vitreous.lens.probe import attentions
+from vitreous.mechanism import parse
+from vitreous.train import checkpoint, network, optim
+from vitreous.train.inputs import Inputs, loader
+from vitreous.train.objectives import classification_loss, mixing
+from vitreous.train.settings import TrainSettings
+
+SAMPLE = 64  # test images on which indicators are read
+
+
+@dataclass
+class Job:
+    """Everything that a run needs, built before anything is written."""
+
+    settings: TrainSettings
+    device: torch.device
+    data: Data
+    inputs: Inputs
+    model: nn.Module
+    loss: nn.Module
+    mixing: Mixup | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    ema: ModelEmaV3 | None
+    train: DataLoader
+    tests: dict[str, DataLoader]
+    sample: Tensor | None  # (S, C, H, W); None where attention cannot be read
+    remarks: list[str]
+    updates: int = 0
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested, read and saved: the averaged one, if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp)
+
+
+def prepare(settings: TrainSettings) -> Job:
+    """Open the data, build the model, graft, choose what learns; raises VitreousError if they do not fit together."""
+    device = settings.torch_device()
+    data, inputs, model, remarks = data_and_model(settings)
+    there = len(grafts(model))
+    graft(model, *(parse(text, foreign=True) for text in settings.graft))
+    learning = optim.choose_trainable(model, settings.train, settings.freeze)
+    remarks.append(f"Learning: {learning:,} of {sum(p.numel() for p in model.parameters()):,} parameters.")
+
+    def batches(images, size, **options):
+        return loader(images, inputs, size, seed=settings.seed, workers=settings.workers, **options)
+
+    train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=settings.mixed)
+    tests = {name: batches(images, 2 * settings.batch_size) for name, images in data.tests.items()}
+    chosen = np.linspace(0, len(data.tests["test"]) - 1, min(SAMPLE, len(data.tests["test"]))).astype(int)
+    sample = next(iter(batches(data.tests["test"].subset(chosen), len(chosen))))[0].to(device)
+    model.to(device)
+    for record in grafts(model)[there:]:
+        record.mechanism.calibrate(model, sample)
+    optimizer = optim.optimizer(model, settings)
+    job = Job(
+        settings=settings,
+        device=device,
+        data=data,
+        inputs=inputs,
+        model=model,
+        loss=classification_loss(settings),
+        mixing=mixing(settings, len(data.classes)),
+        optimizer=optimizer,
+        scheduler=optim.scheduler(optimizer, settings, steps=len(train)),
+        ema=None if settings.model_ema is None else ModelEmaV3(model, settings.model_ema, use_warmup=True),
+        train=train,
+        tests=tests,
+        sample=readable(model, sample, remarks),
+        remarks=remarks,
+    )
+    if grafts(model):
+        with job.autocast():
+            check(model.train(), sample)  # on the path that will run
+    random_seed(settings.seed)  # dropout, mixup and augmentation draw alike in every arm
+    return job
+
+
+def data_and_model(settings: TrainSettings) -> tuple[Data, Inputs, nn.Module, list[str]]:
+    """Data and a model for them, in agreement about classes, channels and image size; and what was done for that."""
+    folder = checkpoint.is_folder(settings.model)
+    if folder and (settings.weights or settings.pretrained):
+        raise SettingError(
+            f"Found the folder {settings.model}, which has its weights, and --weights or --pretrained. Expected one source. "
+            "Leave the other out."
+        )
+    loaded = folder or settings.pretrained or settings.weights is not None
+    own = checkpoint.own_size(settings.model)
+    data = open_data(
+        settings.data,
+        image_size=settings.image_size or (max(own) if loaded else None),
+        seed=settings.seed,
+        limit=settings.limit,
+        download=settings.download,
+    )
+    in_memory = isinstance(data.train, ArraySet)  # all of one size, which a new network can take
+    size = data.image_size if settings.image_size or loaded or in_memory else own
+    options: dict[str, Any] = {"classes": data.classes, "channels": data.channels, "image_size": size}
+    options |= settings.network_arguments()
+    if settings.drop_path:
+        options["drop_path_rate"] = settings.drop_path
+    random_seed(settings.seed)
+    if folder:
+        model = checkpoint.load(settings.model, foreign=settings.foreign, **options)
+    else:
+        model = network.create(settings.model, pretrained=settings.pretrained, weights=settings.weights, **options)
+    check_patches(model, size)
+    inputs = inputs_of(model, data, loaded)
+    source = settings.model if folder else settings.weights or ("timm" if settings.pretrained else None)
+    height, width = inputs.input_size[1:]
+    tests = ", ".join(f"{len(images):,} {name}" for name, images in data.tests.items())
+    remarks = [
+        f"Data: {data.name}, {len(data.classes)} classes; images: {len(data.train):,} train, {tests}.",
+        f"Model: {settings.model}, " + (f"weights from {source}" if source else "from scratch") + f"; {width} x {height} px"
+        + (f" in {model.patch_embed.num_patches} patches" if hasattr(model, "patch_embed") else "")
+        + f", {'the data' if inputs.mean == tuple(data.mean) else 'the model'}'s normalisation.",
+    ]  # fmt: skip
+    return data, inputs, model, remarks
+
+
+def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Inputs:
+    """How images are prepared: as the loaded weights want it, else by the data's own mean and standard deviation.
+
+    A network that is made for pixels of [0, 1] as they are (mean 0, std 1) gets them so.
+    """
+    config, channels = model.pretrained_cfg, data.channels
+    mean, std = (tuple(config[name]) for name in ("mean", "std"))
+    if len(mean) != channels:  # weights for colour that were adapted to grey, or the reverse
+        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
+    if not loaded and (set(mean), set(std)) != ({0.0}, {1.0}):
+        mean, std = tuple(data.mean), tuple(data.std)
+    size = get_model_input_config(model)["input_size"][1:]
+    size = size if config.get("fixed_input_size") else data.image_size
+    whole = isinstance(data.train, ArraySet) and data.train.images.shape[1:3] == tuple(size)
+    return Inputs(
+        input_size=(channels, *size),
+        mean=mean,
+        std=std,
+        interpolation=config.get("interpolation", "bicubic"),
+        crop_pct=1.0 if whole else config.get("crop_pct") or 1.0,
+        crop_mode=config.get("crop_mode") or "center",
+    )
+
+
+def check_patches(model: nn.Module, size: tuple[int, int]) -> None:
+    """Raise SettingError if the image size is no multiple of the model's patches."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch and any(side % part for side, part in zip(size, patch, strict=True)):
+        raise SettingError(
+            f"Found images of {size[1]} x {size[0]} pixels for patches of {patch[1]} x {patch[0]}. Expected a multiple. Give "
+            f"--image-size {max(1, round(size[0] / patch[0])) * patch[0]}, or --model-kwargs patch_size=N."
+        )
+
+
+def readable(model: nn.Module, sample: Tensor, remarks: list[str]) -> Tensor | None:
+    """The sample if indicators of attention can be read from this model, else None and a remark why not."""
+    try:
+        attentions(model)
+    except HostError as error:
+        remarks.append(f"No readings: {error}")
+        return None
+    return sample
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What run.json says of data and model."""
+    data, model = job.data, job.model
+    parameters = list(model.parameters())
+    return {
+        "seed": job.settings.seed,
+        "data": {
+            "name": data.name,
+            "classes": list(data.classes),
+            "images": {"train": len(data.train)} | {name: len(images) for name, images in data.tests.items()},
+            "inputs": job.inputs.config(),
+        },
+        "model": {
+            "architecture": model.pretrained_cfg["architecture"],
+            "mechanisms": [str(record.mechanism) for record in grafts(model)],
+            "parameters": sum(p.numel() for p in parameters),
+            "learning": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+        "device": str(job.device),
+        "remarks": job.remarks,
+    }

@@ -1,0 +1,130 @@
+"""A run folder: what was asked for, on what, what came out, and the model. Jobs write it, reports read it.
+
+    run.json         settings, versions, machine, data, model, command line
+    metrics.jsonl    one line per epoch: losses by name, scores per test set, learning rate, speed, gradient norms
+    readings/        epoch-000.csv (before training), ...: indicators per layer and head on fixed test images
+    predictions.csv  every test image: label, prediction, its probability
+    summary.md       the same for people
+    model.safetensors, config.json, mechanisms.json    the model after the last finished epoch
+
+Files appear whole or not at all; only metrics.jsonl grows.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitreous.errors import SettingError
+from vitreous.train.checkpoint import write
+
+FORMAT = 1
+PACKAGES = ("vitreous", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
+
+
+def choose_folder(out: str | None, name: str) -> Path:
+    """The folder of a new run: `out`, which must be new or empty, or else the next free runs/NAME, NAME-2, ..."""
+    if out is not None:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise SettingError(f"Found something in {folder} already. Expected a new or empty folder. Choose another --out.")
+        return folder
+    name = re.sub(r"[^\w.+-]+", "-", name)[:60].strip("-.")
+    number = 1
+    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+class Run:
+    """The writer of one run folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self, **facts: Any) -> None:
+        """Write run.json: what is known before training."""
+        record = {"format": FORMAT, "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line()}
+        self.text("run.json", json.dumps(record | facts | {"versions": versions(), "machine": machine()}, indent=2) + "\n")
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one epoch to metrics.jsonl, synced, so that a crash loses none."""
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def readings(self, epoch: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Write readings/epoch-NNN.csv from rows of layer, head, indicator, form, value: one column per indicator.
+
+        A paper form that differs from the corrected one has a column NAME_paper. Head is empty for all heads together.
+        """
+        table: dict[tuple, dict[str, Any]] = {}
+        for row in rows:
+            head = "" if row["head"] is None else row["head"]
+            column = row["indicator"] + ("_paper" if row["form"] == "paper" else "")
+            line = table.setdefault((row["layer"], str(head)), {"epoch": epoch, "layer": row["layer"], "head": head})
+            line[column] = row["value"]
+        columns = list(dict.fromkeys(column for line in table.values() for column in line))
+        (self.folder / "readings").mkdir(exist_ok=True)
+        self.table(f"readings/epoch-{epoch:03d}.csv", columns, [[line.get(c, "") for c in columns] for line in table.values()])
+
+    def table(self, name: str, columns: list[str], lines: Iterable[Iterable[Any]]) -> None:
+        """Write a CSV file."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(lines)
+        self.text(name, text.getvalue())
+
+    def text(self, name: str, content: str) -> None:
+        """Write a text file, at once or not at all."""
+        write(self.folder / name, lambda path: path.write_text(content, encoding="utf-8", newline="\n"))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The epochs in a run folder's metrics.jsonl."""
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file, by column."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def command_line() -> str:
+    """What was typed, as far as it was `vitreous`; else that it came from Python."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["vitreous", *sys.argv[1:]]) if name in ("vitreous", "vitreous.exe") else "from Python"
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def machine() -> dict[str, Any]:
+    """What bears on speed and on exact repetition."""
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": cuda,
+    }

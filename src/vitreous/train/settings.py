@@ -1,0 +1,237 @@
+"""What a training run is told: one frozen record, which is the command line of `vitreous train` as well.
+
+Words are those of timm's train script. Units stand with each setting.
+"""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from timm.optim import list_optimizers
+from tyro import conf
+
+from vitreous.errors import SettingError, UnknownName
+from vitreous.mechanism import parse
+from vitreous.train.inputs import check_augmentation
+
+SCHEDULERS = ("cosine", "step", "wsd", "constant", "none")
+HELP = """\
+Train or fine-tune a vision transformer, with mechanisms grafted into it, into a run folder.
+
+examples:
+  vitreous train cutouts --model-kwargs patch_size=4 --graft svda --epochs 3
+  vitreous train fashion-mnist:PATH --model scratch_vit_patch4_28 --graft svda --opt adam --lr 3e-4
+      --sched none --weight-decay 0 --epochs 100
+  vitreous train photos/ --pretrained --graft svda:start=import,layers=10-11 --freeze blocks.0-9 --lr 2e-5
+"""
+
+DATA = """cutouts (made scenes), fashion-mnist:PATH, cifar10:PATH, cifar100:PATH, or the PATH of such files, of a folder or
+tar of class folders, or of an .npz"""
+Repeated = Annotated[tuple[str, ...], conf.UseAppendAction]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """What it trains on, beside the positional DATA."""
+
+    image_size: int | None = None
+    """Pixels a side (default: the model's with loaded weights, else the data's own, else the model's)."""
+    limit: int | None = None
+    """At most so many training images, balanced over the classes."""
+    download: bool = False
+    """Fetch a named data set to its path if it is not there."""
+    aug: str = "none"
+    """none | flip | pad (padded crop, flip, rotation by 15 degrees) | crop (random resized crop, flip) | timm's
+    auto-augment text, such as rand-m9-mstd0.5-inc1, on top of crop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is trained: a network, the mechanisms put into it, and which of its parameters learn."""
+
+    model: str = "vit_tiny_patch16_224"
+    """Any timm name, or a folder with config.json and model.safetensors, such as a run of ours."""
+    model_kwargs: tuple[str, ...] = ()
+    """The network's own arguments: name=value ..., such as patch_size=4 depth=6."""
+    pretrained: bool = False
+    """Start from timm's published weights of that name (needs a network or timm's cache)."""
+    weights: str | None = None
+    """Start from the weights in this .safetensors file (or .pth, read without running code)."""
+    graft: Repeated = ()
+    """A mechanism to put in, such as svda:scale=one,layers=6-11. See `vitreous list`."""
+    foreign: bool = False
+    """Import mechanisms of other packages, package.module.Class, that a folder names. This runs their code."""
+    train: Literal["all", "new", "new+head"] = "all"
+    """What learns: everything, what the grafts brought, or that and the classifier."""
+    freeze: Repeated = ()
+    """Keep what lies under this path fixed, such as patch_embed or blocks.0-9 (both included)."""
+    drop_path: float = 0.0
+    """Chance of leaving out a residual branch in the last block, rising from 0 in the first; 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How it is trained."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images per step."""
+    opt: str = "adamw"
+    """Any optimizer of timm's: adam, adamw, sgd, lamb, muon, ..."""
+    lr: float = 5e-4
+    """Highest learning rate."""
+    sched: str = "cosine"
+    """cosine (down to 0) | step (a tenth after each third) | wsd (constant, then down in the last fifth) | constant or none."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises, counted in --epochs."""
+    weight_decay: float = 0.05
+    """Not for biases, norms, and what a model or mechanism exempts."""
+    layer_decay: float | None = None
+    """Factor on the learning rate for each layer further from the head, such as 0.75."""
+    clip_grad: float | None = None
+    """Largest norm of the whole gradient."""
+    smoothing: float = 0.0
+    """Label smoothing, 0 to 1."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 is off."""
+    model_ema: float | None = None
+    """Decay of averaged weights, such as 0.9998; they are then what is tested and saved."""
+    amp: bool = False
+    """Forward pass in bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Where and on what it runs."""
+
+    out: str | None = None
+    """Run folder, new or empty (default: the next free runs/NAME)."""
+    seed: int = 0
+    """Of made data, subsets, weights, order and augmentation."""
+    seeds: int = 1
+    """Repeat with this many seeds, counted up from --seed, each in its own folder."""
+    workers: int = 0
+    """Processes that read and augment; images in memory need none."""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:1 | mps."""
+
+
+@dataclass(frozen=True)
+class TrainSettings(Running, Optimisation, Network, Images):  # fields come in the reverse order
+    """All settings of one run. data: see `vitreous.data.open_data`; the others are described where they stand.
+
+    Raises UnknownName or SettingError for what can be seen to be wrong without data or model.
+    """
+
+    data: str
+
+    def __post_init__(self):
+        known = list_optimizers()
+        if self.opt.lower().removeprefix("lookahead_") not in known:
+            raise UnknownName(self.opt, "optimizer", known, hint="Any of timm's will do.")
+        if self.sched not in SCHEDULERS:
+            raise UnknownName(self.sched, "scheduler", SCHEDULERS)
+        check_augmentation(self.aug)
+        for text in self.graft:
+            parse(text, foreign=True)
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise SettingError(f"Found {flag(name)} {value}. Expected {low} to {high}. Give a value in this range.")
+        if self.mixed and self.batch_size % 2:
+            raise SettingError(
+                f"Found --batch-size {self.batch_size} with mixup or cutmix, which pair images. Expected an even number. "
+                "Change one of them."
+            )
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+            raise SettingError(
+                f"Found --warmup-epochs {self.warmup_epochs} of --epochs {self.epochs}. Expected fewer, since the warm-up "
+                "counts among the epochs. Lower it or train longer."
+            )
+        if self.pretrained and self.weights:
+            raise SettingError("Found both --pretrained and --weights. Expected one source of weights. Leave one out.")
+        self.network_arguments()
+        self.torch_device()
+
+    @property
+    def mixed(self) -> bool:
+        """True if training images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def network_arguments(self) -> dict[str, Any]:
+        """`model_kwargs` as keyword arguments of `timm.create_model`, with Python values where the text is one."""
+        found = {}
+        for word in self.model_kwargs:
+            name, equals, text = word.partition("=")
+            if not (name.isidentifier() and equals):
+                raise SettingError(f"Found --model-kwargs {word}. Expected name=value. Write for example depth=6.")
+            try:
+                found[name] = literal_eval(text)
+            except (ValueError, SyntaxError):
+                found[name] = text
+        return found
+
+    def torch_device(self) -> torch.device:
+        """The device that `device` names. Raises SettingError if this machine does not have it."""
+        if self.device == "auto":
+            return torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise SettingError(
+                f"Found --device {self.device}: {reason}. Expected a device of this machine. Use auto or cpu."
+            ) from error
+        return device
+
+
+RANGES = {
+    "image_size": (1, 10_000),
+    "limit": (1, 10**9),
+    "drop_path": (0, 1),
+    "epochs": (1, 100_000),
+    "batch_size": (1, 100_000),
+    "lr": (0, 1e3),
+    "warmup_epochs": (0, 100_000),
+    "weight_decay": (0, 10),
+    "layer_decay": (0.01, 1),
+    "clip_grad": (1e-9, 1e9),
+    "smoothing": (0, 1),
+    "mixup": (0, 100),
+    "cutmix": (0, 100),
+    "model_ema": (0, 1),
+    "seed": (0, 2**31),
+    "seeds": (1, 1000),
+    "workers": (0, 1000),
+}
+
+
+def flag(name: str) -> str:
+    """The setting as typed on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def from_words(words: Sequence[str]) -> TrainSettings:
+    """The settings that a command line asks for; exits with code 2, or 0 for --help, where tyro has the word."""
+    config = (conf.FlagCreatePairsOff,)
+    return tyro.cli(grouped, prog="vitreous train", description=HELP, args=words, config=config)
+
+
+def grouped(
+    data: Annotated[conf.Positional[str], conf.arg(metavar="DATA", help=DATA)],
+    images: conf.OmitArgPrefixes[Images] = Images(),
+    network: conf.OmitArgPrefixes[Network] = Network(),
+    optimisation: conf.OmitArgPrefixes[Optimisation] = Optimisation(),
+    running: conf.OmitArgPrefixes[Running] = Running(),
+) -> TrainSettings:
+    groups = (images, network, optimisation, running)
+    return TrainSettings(data, **{name: value for group in groups for name, value in vars(group).items()})
