@@ -50,6 +50,18 @@ def test_idx_files_by_their_path(shared_data):
     assert data.name == "fashion-mnist"
     assert np.bincount(data.train.labels).tolist() == [10] * 10
     assert len(data.tests["test"]) == 10_000
+    assert data.classes[9] == "Ankle boot"
+
+
+def test_idx_files_of_another_set_are_not_called_clothes(tmp_path):
+    for stem, n in (("train", 12), ("t10k", 6)):
+        images, labels = np.zeros((n, 4, 5), np.uint8), np.arange(n, dtype=np.uint8) % 3
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, array.ndim]) + b"".join(k.to_bytes(4, "big") for k in array.shape)
+            (tmp_path / f"{stem}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    data = open_data(str(tmp_path))
+    assert (data.name, data.classes, data.image_size) == (tmp_path.name, ("0", "1", "2"), (4, 5))
+    assert open_data(f"fashion-mnist:{tmp_path}").classes[0] == "T-shirt/top"  # as its user says
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def _wanted(name: str) -> bool:
 
 def _walked(root: Path) -> dict[str, Path]:
     """Files below a folder, links followed; a folder met again on its own path (a loop of links) is not entered."""
-    found, seen, empty = {}, set(), []
+    found, empty = {}, []
+    above: dict[str, frozenset[str]] = {}  # the true places of a folder and of those that it was reached through
 
     def stop(error: OSError):
         raise DataError(
@@ -49,11 +50,11 @@ def _walked(root: Path) -> dict[str, Path]:
         ) from error
 
     for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
+        place, way = os.path.realpath(folder), above.get(os.path.dirname(folder), frozenset())
+        if place in way:
             below.clear()
             continue
-        seen.add(real)
+        above[folder] = way | {place}
         below[:] = sorted(name for name in below if not name.startswith("."))
         wanted = [name for name in names if _wanted(name)]
         if not below and not any(is_image(name) for name in wanted):

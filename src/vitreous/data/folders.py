@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from vitreous.data.archives import list_files
-from vitreous.data.decoding import Source, check_header, contents, decode, decode_mask, is_image
+from vitreous.data.decoding import Source, check_header, contents, decode, is_image
+from vitreous.data.foregrounds import Foreground, foreground_mask, match_masks, part_masks, read_boxes
 from vitreous.data.sets import Data, ImageSet, pixel_statistics
 from vitreous.errors import DataError
 
@@ -20,14 +19,13 @@ TRAIN = ("train", "training")
 TESTS = {"test": "test", "testing": "test", "val": "val", "valid": "val", "validation": "val"}
 HELD_OUT = 0.2  # of each class, where a tree has no test part of its own
 SAMPLE = 64  # images read at opening, for their size and statistics
-Box = tuple[int, int, int, int]
 
 
 class FileSet(ImageSet):
     """Images in files or in the memory of a read archive, decoded when asked for.
 
-    names, sources: path and origin of each image. foregrounds: {name: mask file, or list of boxes}; what has none has
-    no mask. Boxes are (x0, y0, x1, y1) in pixels, both ends included.
+    names, sources: path and origin of each image. foregrounds: {name: its mask or boxes}; what has none
+    has no mask.
     """
 
     def __init__(
@@ -36,7 +34,7 @@ class FileSet(ImageSet):
         sources: Sequence[Source],
         labels: Sequence[int] | np.ndarray,
         channels: int = 3,
-        foregrounds: dict[str, tuple[str, Source] | list[Box]] | None = None,
+        foregrounds: dict[str, Foreground] | None = None,
     ):
         super().__init__(labels, channels)
         self.names = list(names)
@@ -51,15 +49,7 @@ class FileSet(ImageSet):
         if foreground is None:
             return None
         width, height = self.image(i).size
-        if isinstance(foreground, list):
-            return _box_mask(foreground, self.names[i], width, height)
-        mask = decode_mask(foreground[1], foreground[0])
-        if mask.shape != (height, width):
-            raise DataError(
-                f"Found the mask {foreground[0]!r} of {mask.shape[1]} x {mask.shape[0]} pixels; expected "
-                f"{width} x {height} as its image. Make both the same size."
-            )
-        return mask
+        return foreground_mask(foreground, self.names[i], width, height)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> FileSet:
         names, sources = [self.names[i] for i in indices], [self.sources[i] for i in indices]
@@ -76,13 +66,13 @@ def image_folder(path: Path, *, image_size: int | None = None) -> Data:
     give the same split, whatever their names, and copies of an image in one class stay on one side. Masks stand in a
     folder `masks` (same relative name, .png) at the top or beside the class folders; boxes in `boxes.csv` at the top.
     """
-    files, masks = _part_masks(_strip_top(list_files(path)))
+    files, masks = part_masks(_strip_top(list_files(path)))
     tables = {name: files.pop(name) for name in list(files) if not is_image(name)}
     for name, source in files.items():
         check_header(source, name)
-    foregrounds = _match_masks(masks, files)
+    foregrounds = match_masks(masks, files)
     if "boxes.csv" in tables:
-        foregrounds |= _read_boxes(contents(tables["boxes.csv"], "boxes.csv"), files)
+        foregrounds |= read_boxes(contents(tables["boxes.csv"], "boxes.csv"), files)
     parts = _split(path, files)
     classes = _class_names(path, parts)
     sets = {part: _file_set(files, names, classes, foregrounds) for part, names in parts.items()}
@@ -114,35 +104,6 @@ def _part_of(name: str) -> str | None:
     """The part, "train", "test" or "val", that the first folder of a name means; else None."""
     first = name.split("/")[0].lower()
     return "train" if first in TRAIN else TESTS.get(first)
-
-
-def _part_masks(files: dict[str, Source]) -> tuple[dict[str, Source], dict[str, tuple[str, Source]]]:
-    """Images (with an `images` folder beside `masks` left out of their names), and masks by the stem of their image."""
-    masks, beside = {}, set()
-    for name, source in files.items():
-        parts = name.split("/")
-        if "masks" in parts[:2] and len(parts) > parts.index("masks") + 1:
-            at = parts.index("masks")
-            masks["/".join(parts[:at] + parts[at + 1 :]).rpartition(".")[0]] = (name, source)
-            beside.add("/".join([*parts[:at], "images", ""]))
-    mask_names = {name for name, _ in masks.values()}
-    images = {}
-    for name, source in files.items():
-        if name not in mask_names:
-            prefix = next((prefix for prefix in beside if name.startswith(prefix)), "")
-            images[prefix.removesuffix("images/") + name.removeprefix(prefix)] = source
-    return images, masks
-
-
-def _match_masks(masks: dict[str, tuple[str, Source]], files: dict[str, Source]) -> dict[str, tuple[str, Source]]:
-    stems = {name.rpartition(".")[0]: name for name in files}
-    strangers = [name for stem, (name, _) in masks.items() if stem not in stems or not name.lower().endswith(".png")]
-    if strangers:
-        raise DataError(
-            f"Found {len(strangers)} files in `masks` that no image goes with, such as {strangers[0]!r}; expected .png "
-            "files of the images' relative names. Rename them or, if `masks` is a class, rename that folder."
-        )
-    return {stems[stem]: mask for stem, mask in masks.items()}
 
 
 def _split(path: Path, files: dict[str, Source]) -> dict[str, list[str]]:
@@ -213,41 +174,9 @@ def _depth(name: str) -> int:
 
 
 def _file_set(files, names: list[str], classes: tuple[str, ...], foregrounds) -> FileSet:
-    labels = [classes.index(_class_of(name, _depth(name))) for name in names]
+    label = {name: k for k, name in enumerate(classes)}
+    labels = [label[_class_of(name, _depth(name))] for name in names]
     return FileSet(names, [files[name] for name in names], labels, foregrounds=foregrounds)
-
-
-def _read_boxes(raw: bytes, files: dict[str, Source]) -> dict[str, list[Box]]:
-    """Boxes from a table with the columns file, x0, y0, x1, y1 and, before the file's own name, split and class (or wnid)."""
-    boxes: dict[str, list[Box]] = {}
-    rows = csv.DictReader(io.StringIO(raw.decode("utf-8-sig", "replace")))
-    for line, row in enumerate(rows, start=2):
-        try:
-            parts = [row[key] for key in ("split", "class", "wnid", "file") if row.get(key)]
-            box = tuple(int(row[key]) for key in ("x0", "y0", "x1", "y1"))
-            name = "/".join(parts)
-            if name not in files or not (0 <= box[0] <= box[2] and 0 <= box[1] <= box[3]):
-                raise ValueError(name)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"Found {row!r} in line {line} of boxes.csv; expected file (with split and class columns or "
-                "as a path) of an image there is, and whole numbers x0 <= x1, y0 <= y1. Mend the "
-                "line."
-            ) from error
-        boxes.setdefault(name, []).append(box)
-    return boxes
-
-
-def _box_mask(boxes: list[Box], name: str, width: int, height: int) -> np.ndarray:
-    mask = np.zeros((height, width), bool)
-    for x0, y0, x1, y1 in boxes:
-        if x1 >= width or y1 >= height:
-            raise DataError(
-                f"Found the box {(x0, y0, x1, y1)} for {name!r}, which has {width} x {height} pixels; "
-                "expected a box inside the image. Mend its line in boxes.csv."
-            )
-        mask[y0 : y1 + 1, x0 : x1 + 1] = True
-    return mask
 
 
 def _survey(images: ImageSet) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:

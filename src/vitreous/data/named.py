@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import zipfile
 import zlib
@@ -17,6 +18,7 @@ from vitreous.data.sets import ArraySet, Data, pixel_statistics
 from vitreous.errors import DataError
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+FASHION_LABELS = "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9"  # sha256 of the test labels
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 READERS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 BINARY = {  # name: (train files, test file, label bytes before the pixels, of which the last one counts, classes)
@@ -29,6 +31,19 @@ def fashion_mnist(path: Path, *, download: bool = False) -> Data:
     """Fashion-MNIST from its four idx files, .gz or plain, in the folder or in its FashionMNIST/raw; masks are pixel > 0."""
     if download and not has_idx(path):
         _download(torchvision.datasets.FashionMNIST, path)
+    return _data("fashion-mnist", _idx_sets(path), FASHION)
+
+
+def idx_folder(path: Path) -> Data:
+    """Any set in idx files named like MNIST's, which do not say what they hold: Fashion-MNIST is known by its labels."""
+    sets = _idx_sets(path)
+    if hashlib.sha256(sets["test"].labels.astype(np.uint8).tobytes()).hexdigest() == FASHION_LABELS:
+        return _data("fashion-mnist", sets, FASHION)
+    count = max(images.labels.max(initial=0) for images in sets.values()) + 1
+    return _data(path.resolve().name, sets, tuple(str(label) for label in range(count)))
+
+
+def _idx_sets(path: Path) -> dict[str, ArraySet]:
     sets = {}
     for part, stem in (("train", "train"), ("test", "t10k")):
         image_file, label_file = (_idx_file(path, f"{stem}-{kind}") for kind in ("images-idx3", "labels-idx1"))
@@ -39,7 +54,7 @@ def fashion_mnist(path: Path, *, download: bool = False) -> Data:
                 f"{str(label_file)!r}; expected as many of each. Fetch both again."
             )
         sets[part] = ArraySet(images[..., None], labels, images > 0)
-    return _data("fashion-mnist", sets, FASHION)
+    return sets
 
 
 def has_idx(path: Path) -> bool:
@@ -70,7 +85,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
             f"Found {more}{min(len(data), math.prod(shape))} bytes in {str(path)!r}; expected "
             f"{math.prod(shape)} as its header says, {shape}. Fetch the file again."
         )
-    return np.frombuffer(data, np.uint8).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape).copy()  # bytes cannot be written to
 
 
 def _idx_folders(path: Path) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from vitreous.data.archives import is_archive
 from vitreous.data.cutouts import cutouts
 from vitreous.data.folders import image_folder
-from vitreous.data.named import cifar, cifar_kind, cifar_npz, fashion_mnist, has_idx
+from vitreous.data.named import cifar, cifar_kind, cifar_npz, fashion_mnist, has_idx, idx_folder
 from vitreous.data.sets import Data
 from vitreous.errors import DataError, SettingError, UnknownName
 
@@ -39,8 +39,8 @@ def open_data(
         data = cutouts(**_options(rest, {"size": image_size} if image_size else {}), seed=seed)
     elif name in NAMES:
         data = _named(name, rest, image_size, download)
-    elif spec and Path(spec).exists():
-        data = _recognised(Path(spec), image_size)
+    elif spec and Path(spec).expanduser().exists():
+        data = _recognised(Path(spec).expanduser(), image_size)
     elif os.sep in str(spec) or "/" in str(spec) or Path(spec).suffix:
         raise DataError(
             f"Found nothing at {str(spec)!r}; expected a folder, a tar archive or an .npz file of images. Check the path."
@@ -85,7 +85,7 @@ def _named(name: str, rest: str, image_size: int | None, download: bool) -> Data
 def _recognised(path: Path, image_size: int | None) -> Data:
     if path.is_dir():
         if has_idx(path):
-            return fashion_mnist(path)
+            return idx_folder(path)
         if name := cifar_kind(path):
             return cifar(name, path)
         return image_folder(path, image_size=image_size)
