@@ -142,7 +142,7 @@ def test_decompositions_live_in_one_file(path):
 # --- imports go one way -----------------------------------------------------------------------------------------------
 
 LOWER = {"errors", "layers", "slots", "mechanism"}
-JOBS = LOWER | {"grafting", "mechanisms", "architectures", "lens", "data"}
+JOBS = LOWER | {"grafting", "mechanisms", "architectures", "lens", "data", "__version__"}
 MAY_IMPORT = {
     "errors": set(),
     "data": {"errors"},

@@ -335,6 +335,20 @@ def test_the_exact_gradient_is_that_of_svd():
     close(ours, peer, 1e-3 * peer.abs().max().item())
 
 
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("power", [0, 2])
+def test_float32_gradients_are_those_of_float64(spectrum, power):
+    """Each half step divides gradients by a small singular value: rounding must not be magnified with them."""
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        x = planted((2, 80, 60), spectrum, dtype=dtype)[0].requires_grad_()
+        sketch = noise(60, 16, dtype=dtype)
+        found = leading_subspace(x, 8, method="cholesky_qr", power=power, sketch=sketch, gradient="through")
+        ((found.U.mT @ x) * noise(8, 60, seed=2, dtype=dtype)).sum().backward()
+        grads.append(x.grad.double())
+    assert (grads[0] - grads[1]).norm() < 1e-4 * grads[0].norm()
+
+
 def test_gradients_stay_bounded_where_values_meet():
     """The exact derivative grows as 1 / gap without end."""
     norms = []
@@ -359,47 +373,6 @@ def test_detached_by_default_and_the_sketch_matters_less_with_power():
     assert norms[0] > 1.5 * norms[1] > 4 * norms[2]
     with torch.no_grad():
         assert not leading_subspace(x, 3, gradient="through").U.requires_grad
-
-
-# --- signs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(20,), (3, 20)])
-def test_a_reference_decides(shape):
-    x, reference = noise(3, 20, 14), noise(*shape, seed=1)
-    found = leading_subspace(x, 4, sign=reference)
-    centred = (reference - reference.mean(-1, keepdim=True)).expand(3, 20)
-    cosine = (found.U * centred[:, :, None]).sum(1) / centred.norm(dim=1)[:, None]
-    decided = cosine.abs() > 0.01
-    assert (cosine[decided] > 0).all()
-    close(found.info.sign_confidence, cosine.abs())
-    other = leading_subspace(x, 4, sign=-reference)
-    close(torch.where(decided[:, None], -found.U, found.U), other.U)
-    close(found.U * found.S[:, None] @ found.V.mT, other.U * other.S[:, None] @ other.V.mT)
-    shifted = leading_subspace(x, 4, sign=reference + 7)
-    close(found.U, shifted.U)
-
-
-def test_without_a_reference_the_sum_decides_then_the_cubes():
-    x = noise(3, 20, 14) + 0.3
-    found = leading_subspace(x, 4)
-    total = found.U.sum(1)
-    assert (total[found.info.sign_confidence >= 0.01] > 0).all()
-    close(found.info.sign_confidence, total.abs() / 20**0.5)
-    rows = unit_rows(x)
-    found = leading_subspace(rows, 4)
-    assert (found.info.sign_confidence < 1e-4).all()
-    assert (found.U.pow(3).sum(1) > 0).all()
-    useless = leading_subspace(rows, 4, sign=torch.full((20,), torch.nan))
-    close(found.U, useless.U)
-
-
-def test_signs_do_not_hang_on_the_sketch_or_the_sign_of_the_features():
-    x = noise(4, 30, 20) + 0.5
-    found = [leading_subspace(x, 1, sketch=noise(20, 9, seed=seed), power=20) for seed in range(3)]
-    for other in found[1:]:
-        close(found[0].U, other.U, 1e-4)
-    close(found[0].U, leading_subspace(-x, 1, power=20).U, 1e-4)
 
 
 # --- compiled and exported --------------------------------------------------------------------------------------------
@@ -439,7 +412,7 @@ def test_exports_and_runs_in_onnxruntime(tmp_path):
     names = {str(node.target) for part in program.graph_module.modules() for node in part.graph.nodes}
     assert not any(word in name for name in names for word in ("eigh", "cholesky", "triangular", "svd", "linalg_qr"))
     path = tmp_path / "leading.onnx"
-    torch.onnx.export(program, dynamo=True, verbose=False).save(path)
+    torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).save(path)
     session = onnxruntime.InferenceSession(path)
     bad = noise(4, 12, 9, seed=1)
     bad[1], bad[2, 0, 0] = 0, float("nan")

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from vitreous.errors import SettingError, UnknownName
+from vitreous.layers.signs import signs
 
 METHODS = ("auto", "exact", "cholesky_qr", "gram_schmidt")
 GRADIENTS = ("detach", "through")
 SEED = 20110909  # of the fixed sketch
 CLOSE = 1e-3  # relative gap of squared singular values below which gradients are damped
-UNSURE = 0.01  # cosine with the reference below which the next sign rule decides
 SQUARINGS = 12  # the product-only eigensolver works with the 2^12-th power
 NOISE = 2e-6  # singular values below this share of s_1 are rounding: of float32 data, or of a float64 Gram matrix
 TINY = 1e-62  # squared norms below this are zero: keeps 1 / norm within float32
@@ -44,8 +44,7 @@ class SubspaceInfo:
         the share of U S V^T that it still moved. |X V - U S|_F <= |X|_2 residual |S|_2 / s_R. 0 for "exact".
     finite (B,) bool: False where x, or the sketch, holds NaN or Inf, or numbers whose squares overflow.
     rank (B,) int64: how many singular values, of R, are above NOISE s_1.
-    sign_confidence (B, R): |cosine| of u_i with the reference, or with the rule that stands in for it, in [0, 1]; below
-        UNSURE a later rule decided (see `_signs`); 0 where s_i = 0.
+    sign_confidence (B, R): |cosine| of u_i with the reference, or what stands in for it (`signs`); 0 where s_i = 0.
     """
 
     gap: Tensor
@@ -89,7 +88,7 @@ def leading_subspace(
     oversample, power: extra sketch columns and power steps; "exact" needs neither, nor a sketch.
     sketch: (D, k) or (B, D, k), k >= min(rank, N, D); None is a fixed Gaussian, the same on every device, that leaves
         the global random state alone. It sits on the feature side: permuted tokens permute U and keep V.
-    sign: a number per token, (N,) or (B, N), with which every u_i shall correlate; None uses their sum. See `_signs`.
+    sign: a number per token, (N,) or (B, N), with which every u_i shall correlate; None uses their sum (`signs`).
     gradient: "detach" (none), or "through": that of the computation itself, to x and to the sketch, damped where
         singular values meet. The more power steps, the less the sketch matters: train it with power 0 or 1.
     Raises SettingError or UnknownName for settings and shapes that do not fit.
@@ -104,18 +103,20 @@ def leading_subspace(
     with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(through):
         x = _at_least_float32(x)
         norm = torch.linalg.vector_norm(x.detach(), dim=(1, 2))
-        omega = (_fixed_sketch(d, k) if sketch is None else sketch).to(x)
-        finite = norm.isfinite() & torch.linalg.vector_norm(omega.detach(), dim=(-2, -1)).isfinite()
-        omega = omega.expand(x.shape[0], d, k)
+        finite, omega = norm.isfinite(), None
+        if method != "exact":
+            omega = (_fixed_sketch(d, k) if sketch is None else sketch).to(x)
+            finite = finite & torch.linalg.vector_norm(omega.detach(), dim=(-2, -1)).isfinite()
+            omega = _zero_unless(finite, omega.expand(x.shape[0], d, k))
         if through:  # masking the outcome stops no NaN backwards; without gradient it spares a copy of x
-            x, omega = _zero_unless(finite, x), _zero_unless(finite, omega)
-        if method == "exact":
+            x = _zero_unless(finite, x)
+        if omega is None:
             u, s, v, residual = _by_gram(x, rank)
         else:
             u, s, v, residual = _by_range(x, rank, omega, power, products=method == "gram_schmidt")
         u, s, v, residual = (_zero_unless(finite, t) for t in (u, s, v, residual))
         with torch.no_grad():
-            factor, confidence = _signs(u, sign)
+            factor, confidence = signs(u, sign)
             gap = _gaps(s, rank, norm, complete=s.shape[1] >= min(n, d))
             info = SubspaceInfo(gap, residual, finite, (s[:, :rank] > 0).sum(1), _padded(confidence, rank))
         u, v = u * factor[:, None], v * factor[:, None]
@@ -303,29 +304,6 @@ def _roots(values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor, 
     live = live[:, None, :rank]
     inverse = torch.where(live, 1 / torch.where(live, s[:, None, :rank], 1.0), 0.0)
     return s, torch.where(live, vectors[:, :, :rank], 0.0), inverse
-
-
-def _signs(u: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factors +-1 for the columns of u (B, N, R), and the |cosine| with the first rule's direction, both (B, R).
-
-    The rules in turn, each where its |cosine| with u_i reaches UNSURE:
-    1. the caller's reference, minus its mean over tokens, so that only what differs between tokens votes;
-    2. the sum of u_i: the token u_i^T X then lies along the mean token, since <u_i^T X, sum_j x_j> = s_i^2 sum_j u_ji.
-       On raw features it is nearly a constant of the block; the customary largest entry hangs on single tokens;
-    3. the sum of the cubes of u_i, for centred features, whose u_i sum to zero.
-    None depends on the order of the tokens or the basis of the features. Rules 2 and 3 make signs agree between images;
-    which sign is the foreground only a reference can tell. A mirror-symmetric u_i has no sign: it stays as computed.
-    """
-    ones = torch.ones_like(u[:, :, :1])
-    directions = [ones.expand_as(u), u.square()]
-    if reference is not None:
-        reference = torch.where(reference.isfinite(), reference, 0.0).to(u).expand(u.shape[:2])[:, :, None]
-        directions.insert(0, (reference - reference.mean(1, keepdim=True)).expand_as(u))
-    cosines = [(u * w).sum(1) / torch.linalg.vector_norm(w, dim=1).clamp_min(TINY**0.5) for w in directions]
-    score = cosines[-1]
-    for cosine in reversed(cosines[:-1]):
-        score = torch.where(cosine.abs() >= UNSURE, cosine, score)
-    return torch.where(score < 0, -1.0, 1.0).to(u), cosines[0].abs().clamp_max(1.0)
 
 
 def _gaps(s: Tensor, rank: int, norm: Tensor, complete: bool) -> Tensor:
