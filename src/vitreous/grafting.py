@@ -96,15 +96,13 @@ def ungraft(model: nn.Module, all: bool = False) -> Removal:
         raise GraftError("This model has no graft. Expected at least one. See vitreous.grafts(model).")
     leaving = list(reversed(present if all else present[-1:]))
     check_removable(model, leaving)
-    removed, changed = [], set()
     for record in leaving:
         for change in reversed(record.changes):
             restore(model, change)
         present.remove(record)
-        now = digests(model)
-        changed |= {name for name, digest in record.digests.items() if now.get(name) != digest}
-        removed.append(record.mechanism)
-    return Removal(tuple(removed), tuple(sorted(changed)))
+    now = digests(model)
+    changed = sorted(name for name, digest in leaving[-1].digests.items() if now.get(name) != digest)
+    return Removal(tuple(record.mechanism for record in leaving), tuple(changed))
 
 
 def grafts(model: nn.Module) -> list[Graft]:
@@ -164,8 +162,11 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 
 def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of all that the grafts brought, in the model's order."""
-    before = {id(p) for record in grafts(model) for change in record.changes for p in parameters(change.old)}
-    mine = {id(p) for record in grafts(model) for change in record.changes for p in parameters(change.new)} - before
+    mine: set[int] = set()
+    for change in (change for record in grafts(model) for change in record.changes):
+        handed_on = [getattr(change.new, kind).get(name) for kind, name in change.shared]  # may be loaded tensors by now
+        host = {id(p) for value in (change.old, *handed_on) for p in parameters(value)}
+        mine |= {id(p) for p in parameters(change.new)} - host
     return {name: p for name, p in model.named_parameters() if id(p) in mine}
 
 
