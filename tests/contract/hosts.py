@@ -148,8 +148,10 @@ def anatomy(model: nn.Module, records: bool = False) -> dict[str, tuple]:
 
 
 def fit(model: nn.Module, parameters: Iterable[nn.Parameter], steps: int = 2, lr: float = 0.05) -> None:
-    """A few steps of training on two batches of noise; only `parameters` move. The model's mode stays."""
+    """A few steps of training on noise; only `parameters` move, if there are any. The model's mode stays."""
     parameters = list(parameters)
+    if not parameters:
+        return
     optimizer = torch.optim.SGD(parameters, lr=lr)
     for step in range(steps):
         optimizer.zero_grad()
