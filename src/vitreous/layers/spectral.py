@@ -171,7 +171,7 @@ def _by_gram(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _by_range(x: Tensor, rank: int, omega: Tensor, power: int, products: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Triples of the range that omega (B, D, k) leads to: Rayleigh-Ritz on span((X X^T)^power X omega)."""
-    rows = _conditioned(omega, products)
+    rows = omega if power else _conditioned(omega, products)
     y = _conditioned(x @ rows, products)
     for _ in range(power):
         rows = _conditioned(x.mT @ y, products)  # (B, D, k)
