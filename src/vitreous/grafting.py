@@ -205,7 +205,7 @@ def check_removable(model: nn.Module, leaving: list[Graft]) -> None:
 @contextmanager
 def undo_on_error(model: nn.Module) -> Iterator[None]:
     """Leave the model as it was if the body raises."""
-    there, had = len(grafts(model)), "grafts" in model.__dict__
+    had, there = "grafts" in model.__dict__, len(grafts(model))
     try:
         yield
     except BaseException:
