@@ -44,13 +44,14 @@ def check_host(model: nn.Module, *, tokens: bool = False) -> None:
         )
     if tokens and found is not VisionTransformer:
         raise HostError(
-            f"The model is a timm {name}, which carries rotary positions for a fixed list of tokens. Token mechanisms "
-            "work on timm's VisionTransformer only. Use a mechanism of the attention slot here, such as svda."
+            f"The model is a timm {name}, which lays positions over a fixed list of tokens. Expected timm's "
+            "VisionTransformer for a token mechanism. Use a mechanism of the attention slot here, such as svda."
         )
     if tokens and use_reentrant_ckpt():
         raise GraftError(
             "timm is set to re-entrant gradient checkpointing, which cannot see parameters behind inserted tokens and "
-            "would leave them without gradient. Call timm.layers.set_reentrant_ckpt(False) before grafting."
+            "would leave them without gradient. Expected timm's default. Call timm.layers.set_reentrant_ckpt(False) "
+            "before grafting."
         )
 
 
