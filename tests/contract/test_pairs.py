@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from contract.hosts import PRIMARY, TEXTS, anatomy, build, fit, folder, grafted, images, stem
 
+from contract.hosts import PRIMARY, TEXTS, anatomy, build, fit, folder, grafted, images, stem
 from vitreous import check, graft, grafts, new_parameters, parse, ungraft
 from vitreous.errors import VitreousError
 

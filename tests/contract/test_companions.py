@@ -1,0 +1,149 @@
+"""Laws about what else is done with a model: copies, files, averages, functional calls, several processes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from contract.hosts import CLASSES, PRIMARY, TEXTS, anatomy, build, fit, grafted, images, stem
+from vitreous import check, grafts, new_parameters, parse, ungraft
+
+WITHOUT_VMAP = {"spc"}
+
+
+def assert_whole(model: nn.Module, text: str, like: nn.Module) -> None:
+    """`model` computes what `like` does, and its graft comes out with the plain host left."""
+    assert torch.equal(model(images()), like(images()))
+    check(model, images())
+    assert [record.mechanism for record in grafts(model)] == [parse(text)]
+    ungraft(model)
+    assert set(model.state_dict()) == set(build(PRIMARY).state_dict())
+
+
+def test_deepcopy(text):
+    """The copy's record points into the copy; taking the graft out there leaves the original alone."""
+    model = grafted(text)
+    before, logits = anatomy(model, records=True), model(images())
+    twin = copy.deepcopy(model)
+    assert not {id(m) for m in model.modules()} & {id(m) for m in twin.modules()}
+    assert_whole(twin, text, model)
+    assert torch.equal(twin(images()), build(PRIMARY)(images()))
+    assert anatomy(model, records=True) == before
+    assert torch.equal(model(images()), logits)
+    assert ungraft(model).changed == ()
+
+
+def test_a_converted_copy(text):
+    """Displaced modules that share tensors share them in the copy as well, and follow it."""
+    twin = copy.deepcopy(grafted(text)).double()
+    ungraft(twin)
+    assert torch.equal(twin(images().double()), build(PRIMARY).double()(images().double()))
+
+
+def test_pickle(text):
+    model = grafted(text)
+    assert_whole(pickle.loads(pickle.dumps(model)), text, model)
+
+
+def test_saving_the_whole_model(text):
+    model, file = grafted(text), io.BytesIO()
+    torch.save(model, file)
+    plain = io.BytesIO()
+    torch.save(build(PRIMARY), plain)
+    added = 4 * sum(p.numel() for p in new_parameters(model).values())
+    assert file.tell() - added < 1.2 * plain.tell()  # displaced modules share their weights, in the file as well
+    file.seek(0)
+    assert_whole(torch.load(file, weights_only=False), text, model)
+
+
+def test_moving_average(text):
+    """timm's: follows every parameter, loads into the model, and gives up its graft like any model."""
+    model = grafted(text)
+    average = ModelEmaV3(model, decay=0.5)
+    start = copy.deepcopy(model.state_dict())
+    fit(model, model.parameters())
+    average.update(model)
+    now, mean = model.state_dict(), average.module.state_dict()
+    for name in now:
+        torch.testing.assert_close(mean[name], (start[name] + now[name]) / 2)
+    model.load_state_dict(mean)
+    assert torch.equal(model(images()), average.module(images()))
+    assert ungraft(average.module).mechanisms == (parse(text),)
+    ungraft(model)
+    assert torch.equal(model(images()), average.module(images()))
+
+
+def test_functional_call(text):
+    model = grafted(text)
+    other = {name: 1.01 * p.detach() for name, p in model.named_parameters()}
+    out = torch.func.functional_call(model, other, (images(),))
+    model.load_state_dict(other, strict=False)
+    assert torch.equal(out, model(images()))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_per_image(text, request):
+    """vmap over images gives each image's own gradient."""
+    if stem(text) in WITHOUT_VMAP:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="an autograd function without a rule for vmap"))
+    model = grafted(text)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(values, image, label):
+        logits = torch.func.functional_call(model, values, (image[None],))
+        return F.cross_entropy(logits, label[None])
+
+    x, labels = images(2), torch.tensor([1, 3])
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, labels)
+    for i in range(2):
+        model.zero_grad()
+        F.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]).backward()
+        for name, p in model.named_parameters():
+            expected = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(each[name][i], expected, atol=1e-4, rtol=1e-4)
+
+
+# -- two processes ---------------------------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    F.cross_entropy(model(x), labels).backward()
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def one_process(rank: int, folder: str) -> None:
+    """Half of the batch; the gradients that rank 0 then has go into a file per mechanism."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    for i, text in enumerate(TEXTS):
+        model = DistributedDataParallel(grafted(text).train())
+        half = slice(2 * rank, 2 * rank + 2)
+        mine = gradients(model, images(4)[half], (torch.arange(4) % CLASSES)[half])
+        if rank == 0:
+            torch.save(mine, f"{folder}/{i}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(one_process, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.slow
+def test_gradients_over_two_processes(text, two_processes):
+    alone = gradients(grafted(text).train(), images(4), torch.arange(4) % CLASSES)
+    together = torch.load(two_processes / f"{TEXTS.index(text)}.pt")
+    for name, gradient in alone.items():
+        torch.testing.assert_close(together[name], gradient, atol=1e-6, rtol=1e-5)
