@@ -9,7 +9,9 @@ from vitreous.errors import SettingError
 
 SPLITS = ("train", "test", "swapped")
 CHUNK = 128  # scenes made at once: enough to spread the cost of the calls, few enough to stay in the cache
-HUES = 1.75  # how far a background's hue strays, in steps between kinds: past 1 two kinds overlap, and shape must decide
+# How far a background's hue strays, in steps between kinds. Past 1/2 the hues of two kinds overlap, so that a model gains
+# by reading background and shape together. Tuned on a plain ViT alone: it shall do well, and fall when they disagree.
+HUES = 1.75
 
 
 def disc(u, v):
@@ -63,7 +65,7 @@ class Cutouts(ArraySet):
     """
 
     def __init__(
-        self, n: int, *, size: int = 32, classes: int = 6, seed: int = 0, split: str = "train", correlation: float = 0.95
+        self, n: int, *, size: int = 32, classes: int = 6, seed: int = 0, split: str = "train", correlation: float = 1.0
     ):
         _check(n, size, classes, seed, split, correlation)
         labels = np.arange(n) % classes
@@ -82,7 +84,7 @@ class Cutouts(ArraySet):
 
 
 def cutouts(
-    *, size: int = 32, classes: int = 6, train: int = 8000, test: int = 1500, correlation: float = 0.95, seed: int = 0
+    *, size: int = 32, classes: int = 6, train: int = 10000, test: int = 1500, correlation: float = 1.0, seed: int = 0
 ) -> Data:
     """Training scenes, and two tests of the same objects: "test" on usual, "swapped" on exchanged backgrounds."""
     options = {"size": size, "classes": classes, "correlation": correlation, "seed": seed}
