@@ -23,7 +23,8 @@ STATIONS = ("before", "between", "after")
 class Block(nn.Module):
     """The host's block: its own forward on its own children, with steps before, between attention and MLP, and after.
 
-    A step is a module `(x (B, n, D), state, qkv) -> (x, state)`; qkv = (q, k, v) at `between`, None elsewhere.
+    A step is a module `(x (B, n, D), state, qkv) -> (x, state)`. At `between`, qkv = (q, k, v), (B, H, n, K) each, with q
+    scaled such that the scores are q k^T; elsewhere it is None.
     Subclasses may override `attend` or `feed`; as long as none is overridden and nothing stands at `between`, the host's
     forward runs as it is written, whatever the block family.
     """
@@ -63,9 +64,9 @@ class Block(nn.Module):
             x, state = step(x, state, None)
         mask = token_mask(state, attn_mask, is_causal, x)
         if self.halved:
-            x, qkv = self.attend(x, mask, is_causal)
+            x, (q, k, v) = self.attend(x, mask, is_causal)
             for step in self.steps("between"):
-                x, state = step(x, state, qkv)
+                x, state = step(x, state, (q * self.attn.scale, k, v))
             x = self.feed(x)
         else:
             x = self.host.forward(self, x, attn_mask=mask, is_causal=is_causal)
