@@ -54,7 +54,19 @@ def train(words: list[str]) -> None:
     print(f"Done: {train(from_words(words))}/summary.md")
 
 
-COMMANDS = {"train": train}
+def show(words: list[str]) -> None:
+    from vitreous.listing import show
+
+    show(words)
+
+
+def demo(words: list[str]) -> None:
+    from vitreous.train.demo import demo, from_words
+
+    demo(from_words(words))
+
+
+COMMANDS = {"train": train, "list": show, "demo": demo}
 
 
 if __name__ == "__main__":

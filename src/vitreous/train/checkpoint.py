@@ -23,7 +23,7 @@ from torch import nn
 from vitreous.errors import DataError, UnknownName
 from vitreous.grafting import graft, grafts
 from vitreous.mechanism import Mechanism, parse, settings, written
-from vitreous.train.network import adapt, build, check_name, fill, read_weights
+from vitreous.train.network import adapt, build, fill, read_weights
 
 FORMAT = 1
 WEIGHTS, CONFIG, MECHANISMS = "model.safetensors", "config.json", "mechanisms.json"
@@ -83,17 +83,6 @@ def is_folder(source: str) -> bool:
             f"Found no folder {source}. Expected one with {CONFIG} and {WEIGHTS}, or a name of timm's. Check the path."
         )
     return False
-
-
-def own_size(source: str) -> tuple[int, int]:
-    """(height, width) that a model is made for, by timm's name or its folder's config.json."""
-    if is_folder(source):
-        config = read_json(Path(source) / CONFIG)
-        size = config.get("pretrained_cfg", config).get("input_size", (3, 224, 224))
-    else:
-        check_name(source)
-        size = timm.get_pretrained_cfg(source).input_size
-    return tuple(size[1:])
 
 
 def read_mechanisms(folder: Path, foreign: bool = False) -> list[Mechanism]:

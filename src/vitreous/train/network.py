@@ -153,6 +153,12 @@ def check_name(name: str) -> None:
         raise UnknownName(name, "model", known, hint="Any name of timm's will do, or the path of a folder with config.json.")
 
 
+def own_size(name: str) -> tuple[int, int]:
+    """(height, width) that timm's network of that name is made for. Raises UnknownName."""
+    check_name(name)
+    return timm.get_pretrained_cfg(name).input_size[1:]
+
+
 def fixed_size(name: str, arguments: dict[str, Any]) -> bool:
     """True if the network must be told its image size."""
     config = timm.get_pretrained_cfg(name)

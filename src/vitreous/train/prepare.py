@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,15 @@ def data_and_model(settings: TrainSettings) -> tuple[Data, Inputs, nn.Module, li
             "Leave the other out."
         )
     loaded = folder or settings.pretrained or settings.weights is not None
-    own = checkpoint.own_size(settings.model)
+    arguments = settings.network_arguments() | ({"drop_path_rate": settings.drop_path} if settings.drop_path else {})
+    if folder:
+        start = partial(checkpoint.load, settings.model, foreign=settings.foreign, **arguments)
+    else:
+        sources = {"pretrained": settings.pretrained, "weights": settings.weights}
+        start = partial(network.create, settings.model, **sources, **arguments)
+    random_seed(settings.seed)
+    model = start() if loaded else None  # before the data: weights that do not fit are soon found
+    own = get_model_input_config(model)["input_size"][1:] if loaded else network.own_size(settings.model)
     data = open_data(
         settings.data,
         image_size=settings.image_size or (max(own) if loaded else None),
@@ -119,15 +128,10 @@ def data_and_model(settings: TrainSettings) -> tuple[Data, Inputs, nn.Module, li
     )
     in_memory = isinstance(data.train, ArraySet)  # all of one size, which a new network can take
     size = data.image_size if settings.image_size or loaded or in_memory else own
-    options: dict[str, Any] = {"classes": data.classes, "channels": data.channels, "image_size": size}
-    options |= settings.network_arguments()
-    if settings.drop_path:
-        options["drop_path_rate"] = settings.drop_path
-    random_seed(settings.seed)
-    if folder:
-        model = checkpoint.load(settings.model, foreign=settings.foreign, **options)
+    if loaded and get_model_input_config(model)["input_size"][0] == data.channels:
+        network.adapt(model, data.classes, size)
     else:
-        model = network.create(settings.model, pretrained=settings.pretrained, weights=settings.weights, **options)
+        model = start(classes=data.classes, channels=data.channels, image_size=size)
     check_patches(model, size)
     inputs = inputs_of(model, data, loaded)
     source = settings.model if folder else settings.weights or ("timm" if settings.pretrained else None)

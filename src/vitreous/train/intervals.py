@@ -1,0 +1,29 @@
+"""Intervals for what was counted on a test set."""
+
+from __future__ import annotations
+
+import numpy as np
+
+NORMAL = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """95 % score interval of a proportion, each end 0 to 1. Source: Wilson 1927, J. Am. Stat. Assoc. 22, 209."""
+    share, z = correct / count, NORMAL
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired(ours: np.ndarray, theirs: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same images, and its 95 % bootstrap interval: (difference, low, high).
+
+    ours, theirs: (n,) bool, right or wrong, image by image. Images are drawn with replacement, pairs kept together; since
+    a pair can only be worth -1, 0 or 1, that is a draw of three counts.
+    """
+    difference = ours.astype(int) - theirs.astype(int)  # (n,)
+    n, values = len(difference), np.array([-1, 0, 1])
+    shares = np.array([(difference == value).mean() for value in values])
+    means = np.random.default_rng(seed).multinomial(n, shares, size=draws) @ values / n
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
