@@ -145,8 +145,8 @@ def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Cha
         new.add_step(station, step)
         if station == "between":
             check_halves(block, f"blocks.{i}")
-            if type(block.attn) in ATTENTIONS:
-                changes[f"blocks.{i}.attn"] = Attention.of(block.attn)
+            if not isinstance(block.attn, Attention):
+                changes[f"blocks.{i}.attn"] = Attention.of(plain_attention(model, i, "A step after attention"))
     if not isinstance(model.norm, Close):
         changes["norm"] = Close.of(model.norm, *read_tokens(model))
     return changes

@@ -37,9 +37,18 @@ class Attention(nn.Module):
         return new
 
     def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        seen: list[tuple[Tensor, Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        return self.attend(x, rope, attn_mask, is_causal)[0]
+        """The output of `attend`; its (q, k, v) is appended to `seen`, for a caller that needs them and lets hooks fire."""
+        out, qkv = self.attend(x, rope, attn_mask, is_causal)
+        if seen is not None:
+            seen.append(qkv)
+        return out
 
     def attend(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False

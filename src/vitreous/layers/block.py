@@ -76,11 +76,12 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The first half: x (B, n, D) -> x plus attention, and the (q, k, v) it was made of."""
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
         if self.host is TimmBlock:
-            out, qkv = self.attn.attend(self.norm1(x), attn_mask=mask, is_causal=is_causal)
-            return x + self.drop_path1(self.ls1(out)), qkv
-        out, qkv = self.attn.attend(x, attn_mask=mask, is_causal=is_causal)  # ResPostBlock
-        return x + self.drop_path1(self.norm1(out)), qkv
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask, is_causal=is_causal, seen=seen)))
+        else:  # ResPostBlock
+            x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=mask, is_causal=is_causal, seen=seen)))
+        return x, seen[0]
 
     def feed(self, x: Tensor) -> Tensor:
         """The second half: x (B, n, D) -> x plus MLP."""
