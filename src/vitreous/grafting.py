@@ -271,6 +271,8 @@ def restore(model: nn.Module, change: Change) -> None:
             convert(module, like, kept)
             if id(module) not in alive:
                 module.training = new.training
+    if not isinstance(old, (nn.Module, nn.Parameter)):
+        delattr(parent, name)  # else None stays behind among the modules
     write(parent, name, old)
 
 
@@ -278,8 +280,6 @@ def write(parent: nn.Module, name: str, value: Any) -> None:
     if isinstance(parent, (nn.Sequential, nn.ModuleList)) and name.isdigit():
         parent[int(name)] = value
         return
-    if name in parent._modules and not isinstance(value, nn.Module):
-        delattr(parent, name)  # else None stays behind among the modules
     setattr(parent, name, value)
 
 
@@ -345,6 +345,8 @@ def digest(tensor: Tensor) -> tuple[int, int]:
     """Two exact sums over the bits of a tensor, the same on every device and number of threads; (0, 0) on meta."""
     if tensor.is_meta:
         return 0, 0
-    bits = tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-    # Exclusive or alone misses a value that changes everywhere at once, such as a whole bias.
-    return torch.hash_tensor(bits.long()).view(torch.int64).item(), bits.sum(dtype=torch.int64).item()
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().flatten().view(width).long()
+    # The plain sum misses a change of order; the one weighted by place may miss the same change everywhere.
+    places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    return bits.sum().item(), (bits * places).sum().item()
