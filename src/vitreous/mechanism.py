@@ -83,7 +83,8 @@ def parse(text: str, *, foreign: bool = False) -> Mechanism:
     foreign: also import a dotted third-party name, `package.module.Class`. That runs the package's code, so a name that
     comes from a file is refused unless the user asks for it. Raises UnknownName, SettingError.
     """
-    name, _, rest = text.strip().partition(":")
+    name, _, rest = text.partition(":")
+    name = name.strip()
     cls = foreign_class(name) if foreign and "." in name else mechanism_class(name)
     kinds = settings(cls)
     given: dict[str, Any] = {}
@@ -172,7 +173,7 @@ def written(value: Any) -> str:
         if len(value) > 2 and all(type(v) is int for v in value) and value == tuple(range(value[0], value[-1] + 1)):
             return f"{value[0]}-{value[-1]}"
         return "+".join(written(v) for v in value)
-    return repr(value) if isinstance(value, float) else str(value)
+    return repr(value).replace("e+", "e") if isinstance(value, float) else str(value)  # + joins a list
 
 
 def read(kind: Any, text: str, where: str) -> Any:
@@ -204,7 +205,7 @@ def read(kind: Any, text: str, where: str) -> Any:
 
 
 def spread(part: str, where: str) -> list[str]:
-    """"6-8" as ["6", "7", "8"]; anything else as it is."""
+    """ "6-8" as ["6", "7", "8"]; anything else as it is."""
     first, dash, last = part.partition("-")
     if not (dash and first.isdigit() and last.isdigit()):
         return [part]
@@ -232,7 +233,12 @@ def checked(mechanism: Mechanism, name: str, kind: Any, value: Any) -> Any:
             value = (value,)
         if not isinstance(value, (tuple, list, range)) or not value:
             raise SettingError(f"Found {where}. Expected a tuple of numbers. Give for example {name}=(6, 7, 8).")
-        return tuple(value)
+        kinds = typing.get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(value) != len(kinds):
+            raise SettingError(f"Found {where}, {len(value)} values. Expected {len(kinds)}. Give one for each.")
+        return tuple(checked(mechanism, name, k, v) for k, v in zip(kinds, value, strict=True))
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not fits or (isinstance(value, bool) and kind is not bool) or (kind is float and math.isnan(value)):
         raise SettingError(f"Found {where}. Expected {said(kind)}. Give such a value.")
