@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from contract.hosts import PRIMARY, anatomy, build, fit, grafted, images
 from vitreous import Mechanism, check, graft, grafts, new_parameters, no_weight_decay, slots, ungraft
-from vitreous.errors import GraftError, MaskError, NotReached
+from vitreous.errors import GraftError, HostError, MaskError, NotReached
 from vitreous.layers.tokens import TokenState, split, to_grid
 
 
