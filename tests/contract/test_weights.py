@@ -153,9 +153,7 @@ def test_what_must_not_decay_is_named(text):
     model = grafted(text)
     assert build(PRIMARY).no_weight_decay() <= no_weight_decay(model)
     cls = mechanism_class(stem(text))
-    brought = {
-        name.rsplit(".", 1)[-1] for other in (stem(text), *cls.examples) for name in new_parameters(grafted(other))
-    }
+    brought = {name.rsplit(".", 1)[-1] for other in (stem(text), *cls.examples) for name in new_parameters(grafted(other))}
     assert set(cls.no_decay) <= brought
 
 
