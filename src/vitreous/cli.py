@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import pkgutil
 import sys
 from collections.abc import Sequence
 
-from vitreous import __version__
+import timm
+from rich.console import Console
+from rich.table import Table
+
+from vitreous import __version__, architectures
 from vitreous.errors import UnknownName, VitreousError
+from vitreous.mechanism import catalogue, mechanism_class, summary, written
 
 HELP = """\
 usage: vitreous COMMAND [options]     (vitreous COMMAND --help says more)
@@ -54,16 +62,71 @@ def train(words: list[str]) -> None:
     print(f"Done: {train(from_words(words))}/summary.md")
 
 
-def show(words: list[str]) -> None:
-    from vitreous.listing import show
-
-    show(words)
-
-
 def demo(words: list[str]) -> None:
     from vitreous.train.demo import demo, from_words
 
     demo(from_words(words))
+
+
+# -- vitreous list -------------------------------------------------------------------------------------------------
+
+
+def show(words: list[str]) -> None:
+    """Print the mechanisms and networks there are, or what the one word names. Raises UnknownName."""
+    console = Console()
+    if words and words[0] in ("-h", "--help"):
+        console.print("usage: vitreous list [NAME]\n\nThe mechanisms and networks there are, or one with all its settings.")
+    elif not words:
+        console.print(mechanisms())
+        console.print(networks())
+        console.print("`vitreous list NAME` says more. Any other network of timm's can be named as well.", highlight=False)
+    elif words[0] in catalogue():
+        one(words[0], console)
+    elif words[0] in network_names():
+        console.print(inspect.getdoc(timm.model_entrypoint(words[0])), markup=False, highlight=False)
+    else:
+        raise UnknownName(words[0], "mechanism or network", [*catalogue(), *network_names()])
+
+
+def mechanisms() -> Table:
+    """The catalogue: name, slot, what it is, its paper, and its settings with their defaults."""
+    table = Table("name", "slot", "what it is", title="Mechanisms", title_justify="left", show_lines=True)
+    for name, file in catalogue().items():
+        cls = mechanism_class(name)
+        said = f"{summary(cls)}\n[dim]{cls.paper}\n{', '.join(f'{key}={value}' for key, value in defaults(name).items())}[/]"
+        table.add_row(name, file.parent.name, said)
+    return table
+
+
+def networks() -> Table:
+    """Whole networks, by the name that timm knows them by."""
+    table = Table("name", "what it is", title="Networks", title_justify="left")
+    for name in network_names():
+        table.add_row(name, inspect.getdoc(timm.model_entrypoint(name)))
+    return table
+
+
+def one(name: str, console: Console) -> None:
+    """One mechanism: its docstring and every setting with its default."""
+    console.print(f"{name} ({catalogue()[name].parent.name})\n", style="bold", highlight=False)
+    console.print(inspect.getdoc(mechanism_class(name)), markup=False, highlight=False, soft_wrap=True)
+    table = Table("setting", "default", "type", title="\nSettings", title_justify="left")
+    kinds = {field.name: str(field.type).replace("Literal", "one of ") for field in dataclasses.fields(mechanism_class(name))}
+    for key, value in defaults(name).items():
+        table.add_row(key, value, kinds[key].replace("[", r"\["))
+    console.print(table)
+    settings = ",".join(f"{key}={value}" for key, value in list(defaults(name).items())[:2])
+    console.print(f"\nvitreous train cutouts --graft {name}:{settings}", highlight=False, soft_wrap=True)
+
+
+def defaults(name: str) -> dict[str, str]:
+    """{setting: default, as text} of a mechanism."""
+    return {field.name: written(field.default) for field in dataclasses.fields(mechanism_class(name))}
+
+
+def network_names() -> list[str]:
+    files = [module.name for module in pkgutil.iter_modules(architectures.__path__)]
+    return [name for file in files for name in timm.list_models(module=file)]
 
 
 COMMANDS = {"train": train, "list": show, "demo": demo}

@@ -35,8 +35,8 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     Raises VitreousError before anything is written if data, model or settings do not fit.
     """
     console = console or Console()
-    texts = [parse(text, foreign=True).name for text in settings.graft] or ["plain"]
-    folder = choose_folder(settings.out, f"{Path(settings.data).stem or 'data'}-{'+'.join(texts)}")
+    arm = "+".join(parse(text, foreign=True).name for text in settings.graft) or "plain"
+    folder = choose_folder(settings.out, f"{Path(settings.data.partition(':')[0]).stem}-{arm}")
     if settings.seeds == 1:
         train_once(settings, folder, console)
         return folder

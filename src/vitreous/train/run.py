@@ -54,7 +54,12 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingError(
+                f"Cannot make the run folder {folder}: {error}. Expected a place to write. Choose another --out."
+            ) from error
 
     def start(self, **facts: Any) -> None:
         """Write run.json: what is known before training."""

@@ -26,7 +26,7 @@ Train or fine-tune a vision transformer, with mechanisms grafted into it, into a
 examples:
   vitreous train cutouts --model-kwargs patch_size=4 --graft svda --epochs 3
   vitreous train fashion-mnist:PATH --model scratch_vit_patch4_28 --graft svda --opt adam --lr 3e-4
-      --sched none --weight-decay 0 --epochs 100
+      --sched none --epochs 100
   vitreous train photos/ --pretrained --graft svda:start=import,layers=10-11 --freeze blocks.0-9 --lr 2e-5
 """
 
@@ -90,8 +90,8 @@ class Optimisation:
     """cosine (down to 0) | step (a tenth after each third) | wsd (constant, then down in the last fifth) | constant or none."""
     warmup_epochs: int = 0
     """Epochs in which the learning rate rises, counted in --epochs."""
-    weight_decay: float = 0.05
-    """Not for biases, norms, and what a model or mechanism exempts."""
+    weight_decay: float | None = None
+    """Not for biases, norms, and what a model or mechanism exempts (default: 0.05 for adamw and its kin, else 0)."""
     layer_decay: float | None = None
     """Factor on the learning rate for each layer further from the head, such as 0.75."""
     clip_grad: float | None = None
@@ -137,6 +137,8 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
         known = list_optimizers()
         if self.opt.lower().removeprefix("lookahead_") not in known:
             raise UnknownName(self.opt, "optimizer", known, hint="Any of timm's will do.")
+        if self.weight_decay is None:  # 0.05 suits a decay apart from the gradient (names in w), not a penalty in it
+            object.__setattr__(self, "weight_decay", 0.05 if self.opt.lower().endswith("w") else 0.0)
         if self.sched not in SCHEDULERS:
             raise UnknownName(self.sched, "scheduler", SCHEDULERS)
         check_augmentation(self.aug)

@@ -1,0 +1,87 @@
+"""Batches: the fast way gives what the transform gives, order follows the seed, and timm reads the recipe."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from vitreous.data import ArraySet, Cutouts
+from vitreous.train.inputs import Batches, Inputs, in_memory, loader, transform
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+OWN = Inputs((3, 16, 16), MEAN, STD)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return Cutouts(10, size=16)
+
+
+def test_whole_batches_equal_single_transforms_bit_for_bit(images):
+    batch, labels = next(iter(loader(images, OWN, 10)))
+    single = transform(OWN)
+    expected = torch.stack([single(images.image(i)) for i in range(10)])
+    assert torch.equal(batch, expected)
+    assert labels.tolist() == images.labels.tolist()
+
+
+def test_grey_images_without_normalisation_are_pixels_over_255():
+    pixels = np.arange(2 * 16 * 16, dtype=np.uint8).reshape(2, 16, 16, 1)
+    batch, _ = next(iter(loader(ArraySet(pixels, [0, 1]), Inputs((1, 16, 16), (0.0,), (1.0,)), 2)))
+    assert torch.equal(batch, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+
+
+def test_other_sizes_are_resized_and_cropped_as_timm_does(images):
+    inputs = Inputs((3, 24, 24), MEAN, STD, crop_pct=0.75)
+    assert not in_memory(images, inputs)
+    batch, _ = next(iter(loader(images, inputs, 3)))
+    theirs = create_transform((3, 24, 24), crop_pct=0.75, interpolation="bicubic", mean=MEAN, std=STD)
+    assert torch.equal(batch, torch.stack([theirs(images.image(i)) for i in range(3)]))
+
+
+def test_flips_are_drawn_by_the_seed_and_change_nothing_else(images):
+    plain, _ = next(iter(loader(images, OWN, 10)))
+    flipped, _ = next(iter(loader(images, OWN, 10, aug="flip", seed=3)))
+    again, _ = next(iter(loader(images, OWN, 10, aug="flip", seed=3)))
+    assert torch.equal(flipped, again)
+    turned = [torch.equal(f, p.flip(-1)) for f, p in zip(flipped, plain, strict=True)]
+    kept = [torch.equal(f, p) for f, p in zip(flipped, plain, strict=True)]
+    assert all(t != k for t, k in zip(turned, kept, strict=True))
+    assert 0 < sum(turned) < 10
+
+
+@pytest.mark.parametrize("aug", ["pad", "crop", "rand-m5-n1"])
+def test_augmented_images_have_the_right_shape(images, aug):
+    batch, _ = next(iter(loader(images, OWN, 10, aug=aug)))
+    assert batch.shape == (10, 3, 16, 16)
+    assert batch.isfinite().all()
+
+
+def test_order_follows_the_seed(images):
+    def order(seed):
+        batches = loader(images, OWN, 4, shuffle=True, seed=seed)
+        return [torch.cat([labels for _, labels in batches]).tolist() for _ in range(2)]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert order(1)[0] != order(1)[1]  # each epoch anew
+    assert sorted(order(1)[0]) == sorted(images.labels.tolist())
+
+
+def test_even_leaves_the_last_batch_out(images):
+    assert [len(x) for x, _ in loader(images, OWN, 4)] == [4, 4, 2]
+    assert [len(x) for x, _ in loader(images, OWN, 4, even=True)] == [4, 4]
+
+
+def test_workers_give_what_one_process_gives(images):
+    inputs = Inputs((3, 24, 24), MEAN, STD)
+    alone, parallel = (next(iter(loader(images, inputs, 5, workers=n)))[0] for n in (0, 1))
+    assert torch.equal(alone, parallel)
+
+
+def test_batches_do_not_write_to_the_images(images):
+    before = images.images.copy()
+    Batches(images, OWN, True, torch.Generator().manual_seed(0)).__getitems__([0, 1, 2])
+    assert np.array_equal(images.images, before)
+    assert isinstance(images.image(0), Image.Image)

@@ -1,0 +1,30 @@
+"""Intervals against scipy's, and against resampling written as a loop."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from vitreous.train import intervals
+
+
+@pytest.mark.parametrize(("correct", "count"), [(0, 10), (7, 10), (10, 10), (1234, 1500)])
+def test_wilson_is_scipys(correct, count):
+    expected = stats.binomtest(correct, count).proportion_ci(method="wilson")
+    assert intervals.wilson(correct, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_paired_bootstrap_is_resampling_of_pairs():
+    random = np.random.default_rng(1)
+    ours, theirs = random.random(400) < 0.8, random.random(400) < 0.7
+    value, low, high = intervals.paired(ours, theirs)
+    assert value == pytest.approx(ours.mean() - theirs.mean())
+    means = []
+    for _ in range(4000):
+        drawn = random.integers(0, 400, 400)
+        means.append(ours[drawn].mean() - theirs[drawn].mean())
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.006)
+
+
+def test_equal_answers_differ_by_nothing():
+    right = np.array([True, False, True])
+    assert intervals.paired(right, right) == (0, 0, 0)

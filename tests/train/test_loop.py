@@ -1,0 +1,216 @@
+"""Training end to end: the folder is complete, repeats exactly, and does what a loop written by hand does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vitreous import grafts
+from vitreous.errors import DataError, NotReached, SettingError, VitreousError
+from vitreous.train import TrainSettings, load, train
+from vitreous.train.loop import NotFinite
+from vitreous.train.prepare import prepare
+from vitreous.train.run import read_metrics, read_table
+
+FILES = {
+    "run.json",
+    "metrics.jsonl",
+    "readings",
+    "predictions.csv",
+    "summary.md",
+    "model.safetensors",
+    "config.json",
+    "mechanisms.json",
+}
+
+
+def numbers(folder):
+    """What must repeat: all but times."""
+    timed = ("seconds", "images_per_second")
+    return [{name: value for name, value in line.items() if name not in timed} for line in read_metrics(folder)]
+
+
+@pytest.mark.parametrize("mechanisms", [(), ("svda",), ("spc:after=1,sketch=4+1+true", "svda:scale=learned")])
+def test_a_run_leaves_a_folder_that_explains_itself(settings, quiet, mechanisms):
+    folder = train(settings(graft=mechanisms), quiet)
+    assert {path.name for path in folder.iterdir()} == FILES
+    epochs = read_metrics(folder)
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert set(epochs[0]["tests"]) == {"test", "swapped"}
+    assert epochs[0]["losses"]["total"] == pytest.approx(sum(v for k, v in epochs[0]["losses"].items() if k != "total"))
+    lines = read_table(folder / "predictions.csv")
+    for name, score in epochs[-1]["tests"].items():
+        right = [line["label"] == line["predicted"] for line in lines if line["set"] == name]
+        assert len(right) == 24
+        assert score["accuracy"] == pytest.approx(sum(right) / 24)
+    run = json.loads((folder / "run.json").read_text())
+    assert TrainSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in run["settings"].items()}) == settings(
+        graft=mechanisms
+    )
+    assert "| 2 |" in (folder / "summary.md").read_text()
+
+
+def test_readings_by_epoch_layer_and_head_for_both_arms(settings, quiet, tmp_path):
+    for arm in ("plain", "svda"):
+        folder = train(settings(graft=() if arm == "plain" else (arm,), out=str(tmp_path / arm)), quiet)
+        files = sorted((folder / "readings").iterdir())
+        assert [file.name for file in files] == ["epoch-000.csv", "epoch-001.csv", "epoch-002.csv"]
+        for epoch, file in enumerate(files):
+            lines = read_table(file)
+            assert {line["epoch"] for line in lines} == {str(epoch)}
+            heads = {(line["layer"], line["head"]) for line in lines}
+            assert heads == {(layer, head) for layer in "01" for head in ("0", "1", "")}
+            entropy = [float(line["attention_entropy"]) for line in lines if line["head"]]
+            assert all(0 < value <= torch.tensor(17.0).log().item() + 1e-6 for value in entropy)
+            assert ("spectral_entropy" in lines[0]) == (arm == "svda")
+
+
+def test_gradient_norms_of_what_the_grafts_brought_are_logged(settings, quiet):
+    folder = train(settings(graft=("spc:after=1,sketch=4+1+true",)), quiet)
+    gradients = read_metrics(folder)[0]["gradients"]
+    fresh = {name for name, _ in load(folder).named_parameters()} - {
+        name for name, _ in timm.create_model(f"local-dir:{folder}").named_parameters()
+    }
+    assert fresh
+    assert set(gradients) == fresh | {"total"}
+    assert all(value > 0 for value in gradients.values())
+
+
+def test_two_runs_are_equal_and_another_seed_is_not(settings, quiet, tmp_path):
+    recipe = dict(graft=("svda",), drop_path=0.2, aug="flip", mixup=0.3, model_ema=0.9)
+    first, second, other = (
+        train(settings(**recipe, out=str(tmp_path / name), seed=seed), quiet)
+        for name, seed in zip("abc", (0, 0, 1), strict=True)
+    )
+    assert numbers(first) == numbers(second)
+    for name in ("model.safetensors", "predictions.csv", "readings/epoch-002.csv"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert numbers(first) != numbers(other)
+
+
+def test_the_loop_does_what_a_loop_by_hand_does(settings, quiet):
+    chosen = settings(graft=("svda",), opt="adam", sched="none", weight_decay=0.0, lr=1e-3, clip_grad=0.5)
+    job = prepare(chosen)
+    model, parameters = job.model, list(job.model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    for _ in range(2):
+        model.train()
+        for images, labels in job.train:
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            for block in model.blocks:
+                loss = loss + sum(block.attn.penalties().values())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+            optimizer.step()
+    trained = load(train(chosen, quiet))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_arms_share_start_and_order(settings):
+    plain, svda = prepare(settings()), prepare(settings(graft=("svda",)))
+    there = svda.model.state_dict()
+    assert all(torch.equal(there[name], value) for name, value in plain.model.state_dict().items())
+    for (a, _), (b, _) in zip(plain.train, svda.train, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_averaged_weights_are_what_is_saved(settings, quiet):
+    chosen = settings(model_ema=0.5, epochs=1, sched="constant")
+    job = prepare(chosen)
+    start = {name: value.clone() for name, value in job.model.state_dict().items()}
+    saved = load(train(chosen, quiet)).state_dict()
+    raw = load(train(settings(epochs=1, sched="constant", out=chosen.out + "-raw"), quiet)).state_dict()
+    name = "head.weight"
+    moved = (raw[name] - start[name]).norm()
+    assert 0 < (saved[name] - start[name]).norm() < moved  # behind the raw weights
+
+
+@pytest.mark.parametrize("recipe", [{"amp": True}, {"cutmix": 1.0, "smoothing": 0.1}, {"aug": "pad", "workers": 1}])
+def test_recipes_run(settings, quiet, recipe):
+    folder = train(settings(graft=("svda",), epochs=1, **recipe), quiet)
+    assert read_metrics(folder)[0]["losses"]["classification"] > 0
+
+
+def test_a_step_that_is_not_finite_is_not_taken(settings, quiet, monkeypatch):
+    calls = []
+
+    def breaks_in_the_fifth_step(model):
+        calls.append(model)
+        return {"made": model.head.weight.sum() * (float("nan") if len(calls) == 5 else 0.0)}
+
+    monkeypatch.setattr("vitreous.train.loop.penalties", breaks_in_the_fifth_step)
+    with pytest.raises(
+        NotFinite, match=r"made nan.* at step 5, in epoch 2; 1 gradients are not finite, the first of head.weight"
+    ):
+        train(settings(), quiet)
+    assert len(calls) == 5
+    folder = settings().out
+    assert [line["epoch"] for line in read_metrics(Path(folder))] == [1]
+    assert all(value.isfinite().all() for value in load(folder).state_dict().values())
+
+
+def test_a_run_can_go_on_from_a_run(settings, quiet, tmp_path):
+    first = train(settings(graft=("svda",), epochs=1), quiet)
+    again = settings(model=str(first), model_kwargs=(), graft=("extra_tokens:tokens=2",), epochs=1, out=str(tmp_path / "b"))
+    job = prepare(again)
+    assert torch.equal(job.model.state_dict()["head.weight"], load(first).head.weight)
+    assert [record.mechanism.name for record in grafts(load(train(again, quiet)))] == ["svda", "extra_tokens"]
+
+
+def test_several_seeds_have_folders_of_their_own_and_a_mean(settings, quiet):
+    folder = train(settings(seeds=2, seed=4, epochs=1), quiet)
+    assert {path.name for path in folder.iterdir()} == {"seed-4", "seed-5", "summary.md"}
+    scores = [100 * read_metrics(folder / f"seed-{seed}")[-1]["tests"]["test"]["accuracy"] for seed in (4, 5)]
+    mean, spread = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
+    text = (folder / "summary.md").read_text()
+    assert f"{mean:.2f} %" in text
+    assert f"{spread:.2f} |" in text
+
+
+def test_default_folders_are_numbered(settings, quiet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [train(settings(out=None, epochs=1), quiet) for _ in range(2)]
+    assert [folder.as_posix() for folder in found] == ["runs/cutouts-plain", "runs/cutouts-plain-2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"model": "no/such/folder"}, DataError, "no/such/folder"),
+        ({"data": "no/such/folder"}, DataError, "no/such/folder"),
+        ({"data": "cutouts:train=40,test=24,size=18"}, SettingError, "18 x 18"),
+        ({"graft": ("svda:layers=7",)}, SettingError, "0 to 1"),
+        ({"model_kwargs": ("no_such=1",)}, SettingError, "no_such"),
+        ({"train": "new"}, SettingError, "no parameter to learn"),
+        ({"graft": ("svda", "svda")}, VitreousError, "already"),
+    ],
+)
+def test_nothing_is_written_when_something_does_not_fit(settings, quiet, tmp_path, changes, kind, said):
+    with pytest.raises(kind, match=said):
+        train(settings(**changes), quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_left_alone(settings, quiet, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(SettingError, match="new or empty"):
+        train(settings(), quiet)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_models_without_readable_attention_train_without_readings(settings, quiet):
+    folder = train(settings(model="test_resnet", model_kwargs=(), epochs=1), quiet)
+    assert not (folder / "readings").exists()
+    assert "No readings" in (folder / "summary.md").read_text()
+
+
+def test_a_graft_that_is_passed_by_is_found_before_training(settings, quiet, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitreous.train.prepare.check", lambda *_: (_ for _ in ()).throw(NotReached("passed by")))
+    with pytest.raises(NotReached):
+        train(settings(graft=("svda",)), quiet)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,51 @@
+"""The loss and the penalties, against sums written out here."""
+
+import pytest
+import timm
+import torch
+
+from vitreous import SVDA, graft
+from vitreous.train.objectives import classification_loss, mixing, penalties
+from vitreous.train.settings import TrainSettings
+
+
+def test_penalties_are_the_papers_summed_over_layers():
+    model = graft(timm.create_model("test_vit"), SVDA(layers=(0, 2, 5), orthogonality=0.3, entropy=0.7))
+    orthogonality = entropy = 0.0
+    for i in (0, 2, 5):
+        attention = model.blocks[i].attn
+        for weight in attention.qkv.weight.double().chunk(3)[:2]:
+            orthogonality += (weight @ weight.T - torch.eye(len(weight))).pow(2).mean().item()
+        p = attention.sigma.double() ** 2
+        p = p / (p.sum(1, keepdim=True) + 1e-8)
+        entropy += -(p * (p + 1e-8).log()).sum(1).mean().item() / 3
+    found = penalties(model)
+    assert set(found) == {"svda_orthogonality", "svda_entropy"}
+    assert found["svda_orthogonality"].item() == pytest.approx(0.3 * orthogonality, rel=1e-5)
+    assert found["svda_entropy"].item() == pytest.approx(0.7 * entropy, rel=1e-5)
+
+
+def test_a_plain_model_has_none():
+    assert penalties(timm.create_model("test_vit")) == {}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing(smoothing):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 5), torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    target = torch.full((7, 5), smoothing / 5)
+    target[torch.arange(7), labels] += 1 - smoothing
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(classification_loss(TrainSettings("cutouts", smoothing=smoothing))(logits, labels), expected)
+
+
+def test_mixed_images_have_mixed_labels():
+    settings = TrainSettings("cutouts", mixup=0.5, cutmix=0.5, smoothing=0.1)
+    images, labels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8).clone(), torch.arange(4)
+    mixed, soft = mixing(settings, 4)(images, labels)
+    torch.testing.assert_close(soft.sum(1), torch.ones(4))
+    kept = (mixed[0] != 3).double().mean() if set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0} else 1 - mixed[0].mean() / 3
+    assert soft[0, 0].item() == pytest.approx(0.9 * kept.item() + 0.025, abs=1e-5)  # image 0 is paired with image 3
+    logits = torch.randn(4, 4)
+    torch.testing.assert_close(classification_loss(settings)(logits, soft), -(soft * logits.log_softmax(1)).sum(1).mean())
+    assert mixing(TrainSettings("cutouts"), 4) is None
