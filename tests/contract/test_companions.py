@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contract.hosts import CLASSES, PRIMARY, TEXTS, anatomy, build, fit, grafted, images, stem
 from vitreous import check, grafts, new_parameters, parse, ungraft
+from vitreous.train.checkpoint import load, save
 
 WITHOUT_VMAP = {"spc"}
 
@@ -63,6 +64,17 @@ def test_saving_the_whole_model(text):
     assert file.tell() - added < 1.2 * plain.tell()  # displaced modules share their weights, in the file as well
     file.seek(0)
     assert_whole(torch.load(file, weights_only=False), text, model)
+
+
+def test_saving_a_folder(text, tmp_path):
+    """The three files of a run say which network, which grafts and which weights."""
+    model = grafted(text, "test_vit")
+    fit(model, model.parameters())
+    save(model, tmp_path)
+    again = load(tmp_path)
+    check(again, images())
+    assert [record.mechanism for record in grafts(again)] == [parse(text)]
+    assert torch.equal(again(images()), model(images()))
 
 
 def test_moving_average(text):
