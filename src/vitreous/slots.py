@@ -126,13 +126,37 @@ def attentions(model: nn.Module) -> list[nn.Module | None]:
     return [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
 
 
+def block_of(model: nn.Module, layer: int, cls: type[Block]) -> Block:
+    """The block at `blocks.layer`, adopted as a `cls`, which overrides one of its halves.
+
+    Stations may be added to any block of ours, and it keeps its class (`add_step`); only a plain one may change class, for
+    the second class would undo what the first one overrides. Raises HostError, GraftError.
+    """
+    block, path = model.blocks[layer], f"blocks.{layer}"
+    if isinstance(block, Block) and type(block) is not Block:
+        raise GraftError(
+            f"{path} already is a {type(block).__name__}, which overrides a half of the block; a {cls.__name__} would undo "
+            "that. Expected a plain block. Take the other graft out first (vitreous.ungraft), or choose other layers."
+        )
+    check_halves(block, path)
+    return cls.of(block)
+
+
 def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Changes:
     """Changes that put a token step at a station ("before", "between", "after") of `blocks.layer`.
 
-    Every block from there on learns to hand on tokens with their state, and `norm` closes the stream.
+    Every block from there on learns to hand on tokens with their state, and `norm` closes the stream. Raises GraftError
+    for a second step at `between`: the queries and keys that it gets would be those of the tokens before the first.
     """
     assert station in STATIONS, station
     check_host(model, tokens=True)
+    present = model.blocks[layer].steps(station) if isinstance(model.blocks[layer], Block) else ()
+    if station == "between" and present:
+        raise GraftError(
+            f"blocks.{layer} already holds {type(present[0]).__name__} between attention and MLP, which may change the tokens; "
+            "a second step there would get queries and keys of tokens that are gone. Expected one step there. Choose other "
+            "layers, or take the other graft out first (vitreous.ungraft)."
+        )
     changes: Changes = {}
     for i in range(layer, depth(model)):
         block = model.blocks[i]

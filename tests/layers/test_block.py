@@ -10,7 +10,7 @@ from torch import nn
 
 from contract.hosts import build, images
 from vitreous import slots
-from vitreous.errors import HostError, MaskError
+from vitreous.errors import GraftError, HostError, MaskError
 from vitreous.layers.attention import Attention
 from vitreous.layers.block import STATIONS, Block, Close, check_halves
 from vitreous.layers.tokens import Stream, TokenState
@@ -91,6 +91,17 @@ def test_between_needs_known_halves():
             check_halves(unfit, "blocks.3")
 
 
+def test_between_holds_one_step():
+    """The queries and keys that a second one would get are those of the tokens before the first."""
+    model = build("plain")
+    model.blocks[1] = Block.of(model.blocks[1])
+    model.blocks[1].add_step("between", Note())
+    with pytest.raises(GraftError, match=r"blocks\.1 already holds Note.*Expected one step there\. Choose"):
+        slots.add_step(model, 1, "between", Note())
+    assert len(slots.add_step(model, 2, "between", Note())["blocks.2"].steps("between")) == 1
+    assert len(slots.add_step(model, 1, "after", Note())["blocks.1"].steps("after")) == 1
+
+
 def test_stations_belong_to_one_block():
     """A block made of another keeps its steps and class, and what is added to it stays there."""
 
@@ -135,6 +146,17 @@ def test_a_mask_on_other_tokens_is_refused(state, mask):
     ours = Block.of(block())
     with pytest.raises(MaskError, match=next(iter(mask))):
         ours(Stream(tokens(), state), **mask)
+
+
+@pytest.mark.parametrize("mask", [{"attn_mask": torch.ones(6, 6).bool()}, {"is_causal": True}], ids=["mask", "causal"])
+def test_a_step_that_changes_tokens_under_a_mask_is_refused_in_its_own_block(mask):
+    """There may be no later block that would notice."""
+    ours = Block.of(block())
+    ours.attn = Attention.of(ours.attn)
+    ours.add_step("between", Merge())
+    ours(tokens())
+    with pytest.raises(MaskError, match=next(iter(mask))):
+        ours(tokens(), **mask)
 
 
 def test_close_ends_the_stream():

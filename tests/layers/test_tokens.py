@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitreous.layers.tokens import Stream, TokenState, insert, opened, read_out, restore, split, to_grid
+from vitreous.layers.tokens import Stream, TokenState, follow, insert, opened, read_out, restore, split, to_grid
 
 
 def tokens(b: int, n: int, d: int = 3, seed: int = 0) -> torch.Tensor:
@@ -59,6 +60,25 @@ def test_restore_is_the_loop(data):
     assert stream.shape == (b, places, 3)
     assert torch.equal(stream[:, :1], restored[:, :1])
     assert torch.equal(stream.reshape(b, -1), restored.reshape(b, -1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_places_follow_their_tokens_through_several_reductions(data):
+    """Against a loop that walks every place through every step; a dropped one stays dropped, and reads as 0."""
+    counts = [7, *sorted((data.draw(st.integers(1, 7)) for _ in range(3)), reverse=True)]
+    state, walks = TokenState(read=(True,)), list(range(7))
+    for before, after in itertools.pairwise(counts):
+        to = data.draw(st.lists(st.integers(-1, after - 1), min_size=before, max_size=before))
+        sizes = torch.ones(1, after + 1) if data.draw(st.booleans()) else None
+        state = follow(state, torch.tensor([to]), sizes)
+        walks = [-1 if place == -1 else to[place] for place in walks]
+        assert state.sizes is sizes
+        assert state.read == (True,)
+    assert state.source.tolist() == [walks]
+    x = tokens(1, counts[-1] + 1)
+    for place, restored in zip(walks, restore(x, state)[0][0], strict=True):
+        assert torch.equal(restored, torch.zeros(3) if place == -1 else x[0, place])
 
 
 def test_back_to_the_picture():

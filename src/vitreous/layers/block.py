@@ -64,9 +64,11 @@ class Block(nn.Module):
             x, state = step(x, state, None)
         mask = token_mask(state, attn_mask, is_causal, x)
         if self.halved:
-            x, (q, k, v) = self.attend(x, mask, is_causal)
+            x, qkv = self.attend(x, mask, is_causal)
             for step in self.steps("between"):
+                q, k, v = qkv
                 x, state = step(x, state, (q * self.attn.scale, k, v))
+            token_mask(state, attn_mask, is_causal, x)  # raises: a step that changed the tokens knew of no mask
             x = self.feed(x)
         else:
             x = self.host.forward(self, x, attn_mask=mask, is_causal=is_causal)
@@ -74,14 +76,20 @@ class Block(nn.Module):
             x, state = step(x, state, None)
         return x if state.plain else Stream(x, state)
 
-    def attend(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The first half: x (B, n, D) -> x plus attention, and the (q, k, v) it was made of."""
+    def attend(
+        self, x: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        """The first half: x (B, n, D) -> x plus attention, and the (q, k, v) it was made of, if a step wants them.
+
+        Only then `attn` has to be one of ours: a mechanism that overrides `feed` alone takes any attention.
+        """
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        arguments = {"attn_mask": mask, "is_causal": is_causal} | ({"seen": seen} if self.steps("between") else {})
         if self.host is TimmBlock:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask, is_causal=is_causal, seen=seen)))
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **arguments)))
         else:  # ResPostBlock
-            x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=mask, is_causal=is_causal, seen=seen)))
-        return x, seen[0]
+            x = x + self.drop_path1(self.norm1(self.attn(x, **arguments)))
+        return x, seen[0] if seen else None
 
     def feed(self, x: Tensor) -> Tensor:
         """The second half: x (B, n, D) -> x plus MLP."""

@@ -17,7 +17,8 @@ class TokenState:
     """What a forward pass knows about its tokens beside their values. A step returns a new one.
 
     sizes:  (B, n) how many original tokens each present one stands for; None: one each. Inserted tokens count 1.
-    source: (B, N) for each of the N original tokens, the index of the present one that speaks for it; None: itself.
+    source: (B, N) for each of the N original tokens, the index of the present one that speaks for it; -1: it was dropped,
+        and none does; None: itself.
     read:   one entry per inserted token, in order: True if the read-out at `norm` takes it in.
     """
 
@@ -77,6 +78,18 @@ def insert(x: Tensor, state: TokenState, tokens: Tensor, *, read: bool) -> tuple
     return x, replace(state, sizes=sizes, read=state.read + (read,) * m)
 
 
+def follow(state: TokenState, to: Tensor, sizes: Tensor | None) -> TokenState:
+    """The state after a step that merged or dropped present original tokens; inserted ones stay as they are.
+
+    to: (B, n) for each of the n, the index of the one that speaks for it from now on, or -1 if it is dropped.
+    sizes: (B, n' + inserted) of the tokens that are left; None: one each.
+    """
+    if state.source is not None:
+        gone = state.source < 0
+        to = to.gather(1, state.source.masked_fill(gone, 0)).masked_fill(gone, -1)  # (B, N)
+    return replace(state, source=to, sizes=sizes)
+
+
 def split(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
     """x (B, n, D) as (present original tokens, inserted tokens)."""
     keep = x.shape[1] - state.inserted
@@ -84,10 +97,12 @@ def split(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
 
 
 def restore(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
-    """x (B, n, D) as (one token per original place (B, N, D), inserted tokens (B, m, D))."""
+    """x (B, n, D) as (one token per original place (B, N, D), inserted tokens (B, m, D)); dropped places are 0."""
     original, inserted = split(x, state)
     if state.source is not None:
-        original = original.gather(1, state.source[..., None].expand(-1, -1, x.shape[-1]))
+        gone = (state.source < 0)[..., None]
+        index = state.source[..., None].masked_fill(gone, 0).expand(-1, -1, x.shape[-1])
+        original = original.gather(1, index).masked_fill(gone, 0)
     return original, inserted
 
 
