@@ -130,6 +130,26 @@ def test_a_method_is_no_place(path):
     assert anatomy(model, records=True) == before
 
 
+@pytest.mark.parametrize("thing", [None, "vit", 7, [build], torch.zeros(2)])
+def test_only_a_module_is_a_model(thing):
+    for act in (lambda: graft(thing, "svda"), lambda: ungraft(thing), lambda: check(thing, images())):
+        with pytest.raises(HostError, match=r"Found a .*Expected a torch\.nn\.Module\. Create"):
+            act()
+
+
+def test_a_model_without_memory_takes_a_graft():
+    """On the meta device, where shapes and names are all there is."""
+    with torch.device("meta"):
+        empty = build(PRIMARY)
+    graft(empty, "svda", "spc:after=2,ssva=true")
+    full = graft(build(PRIMARY), "svda", "spc:after=2,ssva=true")
+    assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in full.state_dict().items()}
+    empty.load_state_dict(full.state_dict(), assign=True)
+    assert torch.equal(empty.eval()(images()), full(images()))
+    ungraft(empty, all=True)
+    assert torch.equal(empty(images()), build(PRIMARY)(images()))
+
+
 # -- reached or not ----------------------------------------------------------------------------------------------------
 
 

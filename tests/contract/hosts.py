@@ -94,16 +94,16 @@ def images(count: int = 3, size: int = SIZE, seed: int = 1) -> Tensor:
 TEXTS = [text for stem in vitreous.catalogue() for text in (stem, *mechanism_class(stem).examples)]
 
 ROTARY = frozenset({"eva", "eva02", "dinov3", "rope_mixed", "grouped"})
-NO_CLASS_TOKEN = frozenset({"test_vit2", "test_vit3", "test_vit4"})
-OTHER_ATTENTION = frozenset({"parallel_scaling", "parallel_things", "diff_attention"})
-NOT_READABLE = frozenset({"max"})
+PARALLEL = frozenset({"parallel_scaling", "parallel_things"})
 
-# The hosts that a mechanism refuses: by its text form, else by its folder. Any other refusal is a mistake.
-REFUSED = {
-    "attn": OTHER_ATTENTION,
-    "tokens": ROTARY | NOT_READABLE,
-    "extra_tokens:kind=register,tokens=2": ROTARY,
-    "spc:after=2,tokens=2,sketch=4+1+true,rows=unit,sign=class": ROTARY | NOT_READABLE | NO_CLASS_TOKEN,
+# The hosts that lack what a mechanism may say it needs. Any refusal beside these is a mistake.
+LACKING = {
+    "tokens": ROTARY,
+    "class_token": frozenset({"test_vit2", "test_vit3", "test_vit4"}),
+    "attention": PARALLEL | {"diff_attention"},
+    "halves": PARALLEL,
+    "read": frozenset({"max"}),
+    "class_head": frozenset({"test_vit2", "test_vit3", "test_vit4", "class_avg", "class_map", "class_map_all", "prr", "max"}),
 }
 
 
@@ -117,7 +117,12 @@ def folder(text: str) -> str:
 
 
 def refused(text: str) -> frozenset[str]:
-    return REFUSED.get(text, REFUSED.get(folder(text), frozenset()))
+    return frozenset().union(*(LACKING[need] for need in vitreous.parse(text).needs))
+
+
+def features_change(text: str) -> bool:
+    """True if the mechanism shows before the head, already at its start."""
+    return folder(text) != "head" and not vitreous.parse(text).exact_at_init
 
 
 CASES = [(text, host) for text in TEXTS for host in HOSTS if host not in refused(text)]

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from contract.hosts import CLASSES, PRIMARY, TEXTS, anatomy, build, fit, grafted, images, stem
-from vitreous import check, grafts, new_parameters, parse, ungraft
+from vitreous import check, graft, grafts, new_parameters, parse, ungraft
+from vitreous.errors import HostError
 from vitreous.train.checkpoint import load, save
 
 WITHOUT_VMAP = {"spc"}
@@ -139,6 +140,8 @@ def one_process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     for i, text in enumerate(TEXTS):
         model = DistributedDataParallel(grafted(text).train())
+        with pytest.raises(HostError, match="DistributedDataParallel"):
+            graft(model, text)
         half = slice(2 * rank, 2 * rank + 2)
         mine = gradients(model, images(4)[half], (torch.arange(4) % CLASSES)[half])
         if rank == 0:

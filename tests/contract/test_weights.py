@@ -142,6 +142,23 @@ def test_conversion_reaches_everything(text, dtype):
     assert torch.equal(before(x), build(PRIMARY).to(dtype)(x))
 
 
+@pytest.fixture
+def overwriting_conversion():
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def test_conversion_may_make_new_parameters(text, overwriting_conversion):
+    """Under torch's flag `.to` puts new objects in place; the displaced modules get them on removal."""
+    model = grafted(text)
+    new = set(new_parameters(model))
+    model.double()
+    assert set(new_parameters(model)) == new
+    ungraft(model)
+    assert torch.equal(model(images().double()), build(PRIMARY).double()(images().double()))
+
+
 def test_train_and_eval_reach_the_displaced_modules(text):
     model = grafted(text).train()
     ungraft(model)

@@ -125,8 +125,8 @@ def test_adopting_ours_again_keeps_the_host_class():
 class Doubled(Attention):
     """Scores times two, so never by the fused kernel."""
 
-    def scores(self, q, k):
-        return 2 * super().scores(q, k)
+    def scores(self, q, k, *state):
+        return 2 * super().scores(q, k, *state)
 
 
 class Uniform(Attention):
