@@ -29,13 +29,16 @@ FOLDER = Path(__file__).parent / "mechanisms"
 class Mechanism:
     """Base of all mechanisms. Subclasses are frozen, keyword-only dataclasses whose settings all have defaults.
 
-    paper: authors, year, arXiv id. keeps_weights: a plain checkpoint of the host still loads. exact_at_init: the grafted
-    model equals the host before training (a property where it depends on a setting). static_shapes: token counts do not
-    depend on the data. onnx: the grafted model exports. no_decay: names of parameters that weight decay must leave
-    alone. examples: further settings, in text form, that the laws are tested with.
+    paper: authors, year, arXiv id. needs: what a host must have, else it is refused: "tokens" that may come and go,
+    "class_token", known "attention", known "halves" of its blocks, a head that can "read" inserted tokens, a head that
+    reads no patches ("class_head"). keeps_weights: a plain checkpoint of the host still loads. exact_at_init: the grafted
+    model equals the host before training. static_shapes: token counts do not depend on the data. onnx: the grafted model
+    exports. no_decay: names of parameters that weight decay must leave alone. examples: further settings, in text form,
+    that the laws are tested with. Where a setting decides, needs and exact_at_init are properties.
     """
 
     paper: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
     keeps_weights: ClassVar[bool] = True
     exact_at_init: ClassVar[bool] = False
     static_shapes: ClassVar[bool] = True
@@ -205,7 +208,7 @@ def read(kind: Any, text: str, where: str) -> Any:
 
 
 def spread(part: str, where: str) -> list[str]:
-    """ "6-8" as ["6", "7", "8"]; anything else as it is."""
+    """"6-8" as ["6", "7", "8"]; anything else as it is."""
     first, dash, last = part.partition("-")
     if not (dash and first.isdigit() and last.isdigit()):
         return [part]

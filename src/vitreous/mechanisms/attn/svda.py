@@ -39,6 +39,7 @@ class SVDA(Mechanism):
     """
 
     paper: ClassVar[str] = "Arampatzakis et al. 2026, arXiv 2602.10994"
+    needs: ClassVar[tuple[str, ...]] = ("attention",)
     no_decay: ClassVar[tuple[str, ...]] = ("sigma", "log_scale")
     examples: ClassVar[tuple[str, ...]] = ("svda:scale=learned,start=gentle,layers=0+2",)
 

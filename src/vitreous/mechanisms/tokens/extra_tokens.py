@@ -40,6 +40,10 @@ class ExtraTokens(Mechanism):
         if self.tokens < 1:
             raise SettingError(f"Found tokens={self.tokens}. Expected 1 or more. Give such a number.")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("tokens", "read") if self.kind == "class" else ("tokens",)
+
     def changes(self, model: nn.Module) -> dict[str, Any]:
         slots.check_host(model, tokens=True)
         if self.kind == "class":

@@ -77,6 +77,10 @@ class SPC(Mechanism):
             raise SettingError(f"Found a learned sketch with basis={self.basis}. Expected basis=svd. Change one of them.")
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        return ("tokens", "read", *(("class_token",) if self.sign == "class" else ()))
+
+    @property
     def exact_at_init(self) -> bool:
         return self.read == "gated"
 
