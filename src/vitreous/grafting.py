@@ -157,7 +157,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     """Names of parameters that weight decay should leave alone: the host's own list, and what its grafts name."""
     names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     last = {word for record in grafts(model) for word in record.mechanism.no_decay}
-    return names | {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in last}
+    return names | {name for name in new_parameters(model) if name.rsplit(".", 1)[-1] in last}
 
 
 def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
