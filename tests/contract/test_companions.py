@@ -139,7 +139,7 @@ def one_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     for i, text in enumerate(TEXTS):
-        model = DistributedDataParallel(grafted(text).train())
+        model = DistributedDataParallel(grafted(text))
         with pytest.raises(HostError, match="DistributedDataParallel"):
             graft(model, text)
         half = slice(2 * rank, 2 * rank + 2)
@@ -158,7 +158,7 @@ def two_processes(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_gradients_over_two_processes(text, two_processes):
-    alone = gradients(grafted(text).train(), images(4), torch.arange(4) % CLASSES)
+    alone = gradients(grafted(text), images(4), torch.arange(4) % CLASSES)
     together = torch.load(two_processes / f"{TEXTS.index(text)}.pt")
     for name, gradient in alone.items():
         torch.testing.assert_close(together[name], gradient, atol=1e-6, rtol=1e-5)
