@@ -110,6 +110,15 @@ def test_the_loop_does_what_a_loop_by_hand_does(settings, quiet):
         torch.testing.assert_close(trained.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_modules_with_a_schedule_hear_how_far_training_is(settings, quiet, monkeypatch):
+    heard = []
+    monkeypatch.setattr(torch.nn.LayerNorm, "schedule", lambda module, progress: heard.append(progress), raising=False)
+    train(settings(), quiet)
+    norms = 5  # two in each of two blocks, and the last
+    steps = [0, 1 / 6, 2 / 6, 3 / 6, 3 / 6, 4 / 6, 5 / 6, 1]  # before each step, and before the tests of each epoch
+    assert heard == pytest.approx([step for step in steps for _ in range(norms)])
+
+
 def test_arms_share_start_and_order(settings):
     plain, svda = prepare(settings()), prepare(settings(graft=("svda",)))
     there = svda.model.state_dict()

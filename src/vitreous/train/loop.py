@@ -19,7 +19,7 @@ from vitreous.grafting import new_parameters
 from vitreous.lens.probe import measure
 from vitreous.mechanism import parse
 from vitreous.train import checkpoint, summary
-from vitreous.train.objectives import penalties
+from vitreous.train.objectives import penalties, set_progress
 from vitreous.train.prepare import Job, facts, prepare
 from vitreous.train.run import Run, choose_folder
 from vitreous.train.settings import TrainSettings
@@ -58,6 +58,7 @@ def train_once(settings: TrainSettings, folder: Path, console: Console) -> None:
     for epoch in range(1, settings.epochs + 1):
         started = time.perf_counter()
         metrics = train_epoch(job, epoch, console)
+        set_progress(job.tested, job.progress)
         outcomes = {name: test(job, batches) for name, batches in job.tests.items()}
         metrics["tests"] = {name: score(*outcome) for name, outcome in outcomes.items()}
         metrics["seconds"] = time.perf_counter() - started
@@ -78,6 +79,7 @@ def train_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
     description, quiet = f"epoch {epoch}/{job.settings.epochs}", not console.is_terminal
     for images, labels in track(job.train, description, console=console, transient=True, disable=quiet):
         images, labels = images.to(job.device), labels.to(job.device)
+        set_progress(job.model, job.progress)
         if job.mixing is not None:
             images, labels = job.mixing(images, labels)
         with job.autocast():

@@ -1,4 +1,4 @@
-"""What training lowers: the classification loss, and the penalties that grafted modules name themselves."""
+"""What training lowers: the classification loss, and the penalties that grafted modules name; and what it schedules."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def mixing(settings: TrainSettings, classes: int) -> Mixup | None:
     if not settings.mixed:
         return None
     return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes)
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Tell modules that have a `schedule(progress)` of their own how far training is: 0 at its start, 1 at its end."""
+    for module in model.modules():
+        if hasattr(module, "schedule"):
+            module.schedule(progress)
 
 
 def penalties(model: nn.Module) -> dict[str, Tensor]:

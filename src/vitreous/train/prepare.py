@@ -54,6 +54,11 @@ class Job:
         """The model that is tested, read and saved: the averaged one, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
+    def progress(self) -> float:
+        """0 before the first update, 1 after the last."""
+        return self.updates / (self.settings.epochs * len(self.train))
+
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp)
 

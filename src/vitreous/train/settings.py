@@ -88,8 +88,8 @@ class Optimisation:
     """Highest learning rate."""
     sched: str = "cosine"
     """cosine (down to 0) | step (a tenth after each third) | wsd (constant, then down in the last fifth) | constant or none."""
-    warmup_epochs: int = 0
-    """Epochs in which the learning rate rises, counted in --epochs."""
+    warmup_epochs: float = 0.0
+    """Epochs, or parts of one, in which the learning rate rises, counted in --epochs."""
     weight_decay: float | None = None
     """Not for biases, norms, and what a model or mechanism exempts (default: 0.05 for adamw and its kin, else 0)."""
     layer_decay: float | None = None
