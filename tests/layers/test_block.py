@@ -159,6 +159,13 @@ def test_a_step_that_changes_tokens_under_a_mask_is_refused_in_its_own_block(mas
         ours(tokens(), **mask)
 
 
+def test_a_head_that_pools_refuses_dropped_places():
+    state = TokenState(source=torch.tensor([[0, 1, 2, -1, 3, 4, 5]] * 2), dropped=True)
+    assert Close.of(nn.LayerNorm(D), (0, 1), False)(Stream(tokens(), state)).shape == (2, 7, D)
+    with pytest.raises(GraftError, match=r"nothing stands for them\. Expected a head that reads class tokens\. Merge"):
+        Close.of(nn.LayerNorm(D), (1, None), True)(Stream(tokens(), state))
+
+
 def test_close_ends_the_stream():
     norm = nn.LayerNorm(D)
     nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))

@@ -71,10 +71,11 @@ def test_places_follow_their_tokens_through_several_reductions(data):
     for before, after in itertools.pairwise(counts):
         to = data.draw(st.lists(st.integers(-1, after - 1), min_size=before, max_size=before))
         sizes = torch.ones(1, after + 1) if data.draw(st.booleans()) else None
-        state = follow(state, torch.tensor([to]), sizes)
+        state = follow(state, torch.tensor([to]), sizes, dropped=-1 in to)
         walks = [-1 if place == -1 else to[place] for place in walks]
         assert state.sizes is sizes
         assert state.read == (True,)
+    assert state.dropped or -1 not in walks
     assert state.source.tolist() == [walks]
     x = tokens(1, counts[-1] + 1)
     for place, restored in zip(walks, restore(x, state)[0][0], strict=True):

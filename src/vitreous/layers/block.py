@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from vitreous.errors import HostError, MaskError
+from vitreous.errors import GraftError, HostError, MaskError
 from vitreous.layers.adoption import adopt
 from vitreous.layers.tokens import Stream, TokenState, opened, read_out, restore
 
@@ -134,7 +134,8 @@ def token_mask(state: TokenState, attn_mask: Tensor | None, is_causal: bool, x: 
 class Close(nn.Module):
     """The host's `norm`, where the stream of tokens ends: restore every place, norm, read inserted tokens, let them leave.
 
-    heads (start, stop): the tokens that the host's head reads; pooled: whether it pools over them (see `read_out`).
+    heads (start, stop): the tokens that the host's head reads; pooled: whether it pools over them (see `read_out`). Raises
+    GraftError if it would pool over places whose tokens were dropped.
     """
 
     host: type[nn.Module]
@@ -148,6 +149,11 @@ class Close(nn.Module):
     def forward(self, x: Tensor | Stream) -> Tensor:
         if not isinstance(x, Stream):
             return self.host.forward(self, x)
+        if x.state.dropped and self.pooled:
+            raise GraftError(
+                "The head pools over all patches, but some were dropped and nothing stands for them. Expected a head that "
+                "reads class tokens. Merge or fuse tokens where they are dropped now, or use another pooling."
+            )
         tokens, inserted = restore(x.x, x.state)
         tokens = self.host.forward(self, tokens)
         wanted = [i for i, read in enumerate(x.state.read) if read]

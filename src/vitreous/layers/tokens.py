@@ -20,11 +20,13 @@ class TokenState:
     source: (B, N) for each of the N original tokens, the index of the present one that speaks for it; -1: it was dropped,
         and none does; None: itself.
     read:   one entry per inserted token, in order: True if the read-out at `norm` takes it in.
+    dropped: True if some places may have no token (-1 in source).
     """
 
     sizes: Tensor | None = None
     source: Tensor | None = None
     read: tuple[bool, ...] = ()
+    dropped: bool = False
 
     @property
     def inserted(self) -> int:
@@ -78,16 +80,24 @@ def insert(x: Tensor, state: TokenState, tokens: Tensor, *, read: bool) -> tuple
     return x, replace(state, sizes=sizes, read=state.read + (read,) * m)
 
 
-def follow(state: TokenState, to: Tensor, sizes: Tensor | None) -> TokenState:
+def follow(state: TokenState, to: Tensor, sizes: Tensor | None, *, dropped: bool = False) -> TokenState:
     """The state after a step that merged or dropped present original tokens; inserted ones stay as they are.
 
-    to: (B, n) for each of the n, the index of the one that speaks for it from now on, or -1 if it is dropped.
+    to: (B, n) for each of the n, the index of the one that speaks for it from now on; if `dropped`, also -1 for none.
     sizes: (B, n' + inserted) of the tokens that are left; None: one each.
     """
     if state.source is not None:
-        gone = state.source < 0
-        to = to.gather(1, state.source.masked_fill(gone, 0)).masked_fill(gone, -1)  # (B, N)
-    return replace(state, source=to, sizes=sizes)
+        to = taken(to, state.source, state.dropped, otherwise=-1)  # (B, N)
+    return replace(state, source=to, sizes=sizes, dropped=state.dropped or dropped)
+
+
+def taken(values: Tensor, source: Tensor, dropped: bool, *, otherwise: int) -> Tensor:
+    """values (B, n) or (B, n, D) at source (B, N); dropped: the source may be -1, and the value then is `otherwise`."""
+    index = source.clamp(min=0) if dropped else source
+    if values.ndim == 3:
+        index, source = index[..., None].expand(-1, -1, values.shape[-1]), source[..., None]
+    values = values.gather(1, index)
+    return values.masked_fill(source < 0, otherwise) if dropped else values
 
 
 def split(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
@@ -100,9 +110,7 @@ def restore(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
     """x (B, n, D) as (one token per original place (B, N, D), inserted tokens (B, m, D)); dropped places are 0."""
     original, inserted = split(x, state)
     if state.source is not None:
-        gone = (state.source < 0)[..., None]
-        index = state.source[..., None].masked_fill(gone, 0).expand(-1, -1, x.shape[-1])
-        original = original.gather(1, index).masked_fill(gone, 0)
+        original = taken(original, state.source, state.dropped, otherwise=0)
     return original, inserted
 
 
