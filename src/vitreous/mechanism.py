@@ -31,10 +31,11 @@ class Mechanism:
 
     paper: authors, year, arXiv id. needs: what a host must have, else it is refused: "tokens" that may come and go,
     "class_token", known "attention", known "halves" of its blocks, a head that can "read" inserted tokens, a head that
-    reads no patches ("class_head"). keeps_weights: a plain checkpoint of the host still loads. exact_at_init: the grafted
-    model equals the host before training. static_shapes: token counts do not depend on the data. onnx: the grafted model
-    exports. no_decay: names of parameters that weight decay must leave alone. examples: further settings, in text form,
-    that the laws are tested with. Where a setting decides, needs and exact_at_init are properties.
+    reads no patches ("class_head"), one whose "pool" has no weights. keeps_weights: a plain checkpoint of the host still
+    loads. exact_at_init: the grafted model equals the host before training. static_shapes: token counts do not depend on
+    the data. onnx: the grafted model exports. no_decay: names of parameters that weight decay must leave alone. examples:
+    further settings, in text form, that the laws are tested with. Where a setting decides, needs and exact_at_init are
+    properties.
     """
 
     paper: ClassVar[str] = ""

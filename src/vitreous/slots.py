@@ -72,6 +72,11 @@ def width(model: nn.Module) -> int:
     return model.embed_dim
 
 
+def heads(model: nn.Module) -> int:
+    """The number of attention heads of a block."""
+    return next(module.num_heads for module in model.blocks[0].modules() if hasattr(module, "num_heads"))
+
+
 def layer_indices(model: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:
     """The chosen block indices, all if None. Raises SettingError for one that the model does not have."""
     n = depth(model)
@@ -135,8 +140,8 @@ def block_of(model: nn.Module, layer: int, cls: type[Block]) -> Block:
     block, path = model.blocks[layer], f"blocks.{layer}"
     if isinstance(block, Block) and type(block) is not Block:
         raise GraftError(
-            f"{path} already is a {type(block).__name__}, which overrides a half of the block; a {cls.__name__} would undo "
-            "that. Expected a plain block. Take the other graft out first (vitreous.ungraft), or choose other layers."
+            f"{path} is already of class {type(block).__name__}, which overrides a half of the block; {cls.__name__} would "
+            "undo that. Expected a plain block. Take the other graft out first (vitreous.ungraft), or choose other layers."
         )
     check_halves(block, path)
     return cls.of(block)
@@ -205,6 +210,50 @@ def read_out_moved(model: nn.Module) -> str | None:
         if (model.norm.heads, model.norm.pooled) != (heads, pooled):
             return f"norm reads inserted tokens into {model.norm.heads}, but the head now reads {heads}"
     return None
+
+
+def check_pool(model: nn.Module, mechanism: str) -> None:
+    """Raise HostError or GraftError unless another pool can take the place of what this host's head does."""
+    check_host(model)
+    own, name = family(model), type(model).__name__
+    for method in ("pool", "forward_head"):
+        if getattr(type(model), method) is not getattr(own, method):
+            raise HostError(
+                f"The model is a {name} with a {method} of its own, which never calls attn_pool. Expected the {method} of "
+                f"timm's {own.__name__}. {mechanism} cannot be grafted into this model; use a host without a distilled head."
+            )
+    if model.attn_pool is not None:
+        kind = type(model.attn_pool)
+        raise (HostError if kind.__module__.startswith("timm.") else GraftError)(
+            f"attn_pool already holds {kind.__name__}, which {mechanism} would throw out with its weights. Expected a head "
+            "that pools without a module. Call model.reset_classifier(classes, 'avg') before grafting, or take the other "
+            "graft out first (vitreous.ungraft)."
+        )
+    earlier = [record.mechanism for record in getattr(model, "grafts", ()) if "class_head" in record.mechanism.needs]
+    if earlier:
+        raise GraftError(
+            f"{earlier[0]} is in the model, which needs a head that reads no patches. Expected none such, since {mechanism} "
+            f"pools over patches. Take {earlier[0].name} out first (vitreous.ungraft), or choose other settings for it."
+        )
+
+
+def prefix_at_pool(model: nn.Module) -> int:
+    """How many tokens that are no patches reach `attn_pool`, once `pool_changes` are in: Eva leaves them all there."""
+    return prefix(model) if family(model) is Eva else 0
+
+
+def pool_changes(model: nn.Module, pool: nn.Module) -> Changes:
+    """Changes that let `pool`, (B, N, D) -> (B, D), see the patches and stand for what the head did before.
+
+    From then on the head reads patches, so whatever reads inserted tokens (`Close`, a gated step) reads into these.
+    """
+    changes: Changes = {"attn_pool": pool}
+    if getattr(model, "pool_include_prefix", False):
+        changes["pool_include_prefix"] = False
+    for name, module in model.named_modules():
+        if hasattr(module, "heads") and hasattr(module, "pooled"):
+            changes |= {f"{name}.heads": (prefix(model), None), f"{name}.pooled": True}
+    return changes
 
 
 def names(classes: Iterable[type]) -> str:

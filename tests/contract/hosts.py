@@ -101,9 +101,10 @@ LACKING = {
     "tokens": ROTARY,
     "class_token": frozenset({"test_vit2", "test_vit3", "test_vit4"}),
     "attention": PARALLEL | {"diff_attention"},
-    "halves": PARALLEL,
+    "halves": PARALLEL | ROTARY,
     "read": frozenset({"max"}),
     "class_head": frozenset({"test_vit2", "test_vit3", "test_vit4", "class_avg", "class_map", "class_map_all", "prr", "max"}),
+    "pool": frozenset({"distilled", "test_vit3", "class_map", "class_map_all", "prr"}),
 }
 
 
