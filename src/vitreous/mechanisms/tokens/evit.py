@@ -1,0 +1,152 @@
+"""EViT: the patches that the class token attends to stay, the others become one token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitreous import slots
+from vitreous.errors import HostError, SettingError
+from vitreous.layers.tokens import TokenState, follow, split
+from vitreous.mechanism import Mechanism
+
+
+@dataclass(frozen=True, kw_only=True)
+class EViT(Mechanism):
+    """Between attention and MLP the patches that the class token attends to most stay, and the others fuse into one.
+
+        a_j = mean over heads of softmax_j(q_class k_j^T / sqrt(K))                  one score per patch
+        [class, x_1 ... x_n]  ->  [class, the ceil(keep * n) patches of largest a, sum over the others of a_j x_j]
+
+    Paper: Liang, Ge, Tong, Song, Wang, Xie 2022, arXiv 2202.07800 (token reorganisation; the fused token is not
+        normalised, and counts as a patch in the next such block).
+    Differs: scores are taken before attention dropout; the schedule of `keep` goes by fractions of a run, not by epochs.
+    At start: changes the output; keep=1 leaves it bit for bit.
+    Cost: one row of attention more in the chosen blocks, fewer tokens behind it. No parameters.
+    Settings: keep: fraction of the patches that stay, in (0, 1]. layers (0-based; default: at a quarter, half and three
+        quarters of the depth, 3+6+9 of 12). fuse: false drops the others, and their places in feature maps are 0.
+        warmup, until: in training, keep is 1 up to the fraction `warmup` of the run, then falls as a cosine to its value
+        at `until`; outside training it is always its value.
+    Raises: HostError on rotary hosts, without a class token, where halves of a block or its attention are not known, and
+        for fuse=false where the head pools over patches; SettingError.
+    """
+
+    paper: ClassVar[str] = "Liang et al. 2022, arXiv 2202.07800"
+    examples: ClassVar[tuple[str, ...]] = ("evit:keep=1", "evit:keep=0.5,layers=0+3")
+
+    keep: float = 0.7
+    layers: tuple[int, ...] | None = None
+    fuse: bool = True
+    warmup: float = 0.05
+    until: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.keep <= 1:
+            raise SettingError(f"Found keep={self.keep}. Expected a fraction above 0, up to 1. Give for example keep=0.7.")
+        if not 0 <= self.warmup <= self.until <= 1:
+            raise SettingError(
+                f"Found warmup={self.warmup}, until={self.until}. Expected 0 <= warmup <= until <= 1, fractions of a run. "
+                "Give for example warmup=0.05,until=0.5."
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("tokens", "class_token", "attention", "halves", *(() if self.fuse else ("class_head",)))
+
+    @property
+    def exact_at_init(self) -> bool:
+        return self.keep == 1
+
+    def changes(self, model: nn.Module) -> dict[str, Any]:
+        slots.check_host(model, tokens=True)
+        if not slots.has_class_token(model):
+            raise HostError(
+                "The model has no class token, whose attention says which patches stay. Expected a host with one. Use "
+                "token_merging here, which needs none."
+            )
+        if not self.fuse and slots.read_tokens(model)[1]:
+            raise HostError(
+                "The head of this model pools over the patches, and with fuse=false nothing stands for the dropped ones. "
+                "Expected a head that reads class tokens. Use fuse=true here."
+            )
+        n = slots.depth(model)
+        layers = slots.layer_indices(model, self.layers or (n // 4, n // 2, 3 * n // 4))
+        changes: dict[str, Any] = {}
+        for i in sorted(set(layers)):  # a later block's entry holds its own step, and none of the earlier ones
+            changes |= slots.add_step(model, i, "between", Reorganize(self, slots.prefix(model)))
+        return changes
+
+    def keep_at(self, progress: float) -> float:
+        """The fraction that stays at some progress of a training run, 0 to 1: first 1, then a cosine down to `keep`."""
+        if progress >= self.until:
+            return self.keep
+        if progress <= self.warmup:
+            return 1.0
+        fallen = (progress - self.warmup) / (self.until - self.warmup)
+        return self.keep + (1 - self.keep) * (1 + math.cos(math.pi * fallen)) / 2
+
+
+class Reorganize(nn.Module):
+    """The token step of EViT: x (B, n, D) -> prefix, kept patches by falling score, fused patch, inserted tokens."""
+
+    def __init__(self, settings: EViT, prefix: int):
+        super().__init__()
+        self.settings, self.prefix = settings, prefix
+        self.training_keep = settings.keep
+
+    def schedule(self, progress: float) -> None:
+        """Set what stays in training, by the progress of the run, 0 to 1."""
+        self.training_keep = self.settings.keep_at(progress)
+
+    def forward(self, x: Tensor, state: TokenState, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, TokenState]:
+        original, inserted = split(x, state)
+        prefix, patches = original[:, : self.prefix], original[:, self.prefix :]
+        n = patches.shape[1]
+        count = kept(n, self.training_keep if self.training else self.settings.keep)
+        if count >= n:
+            return x, state
+        scores = class_attention(qkv[0], qkv[1], state.sizes)[:, self.prefix : self.prefix + n]  # (B, n)
+        top = scores.topk(count).indices  # (B, count)
+        parts = [prefix, take(patches, top)]
+        if self.settings.fuse:
+            others = scores.scatter(1, top, 0.0).to(x.dtype)
+            parts.append((others[:, None] @ patches).to(x.dtype))
+        return torch.cat([*parts, inserted], dim=1), self.followed(state, top, n)
+
+    def followed(self, state: TokenState, top: Tensor, n: int) -> TokenState:
+        """The state after patches `top` (B, count) of n stayed; the fused token counts as one where tokens have sizes."""
+        b, count = top.shape
+        first = torch.arange(self.prefix, device=top.device).expand(b, -1)
+        place = torch.arange(self.prefix, self.prefix + count, device=top.device).expand(b, -1)
+        others = torch.full((b, n), self.prefix + count if self.settings.fuse else -1, device=top.device)
+        to = torch.cat([first, others.scatter(1, top, place)], dim=1)  # (B, prefix + n)
+        sizes = state.sizes
+        if sizes is not None:
+            parts = [sizes[:, : self.prefix], sizes[:, self.prefix :].gather(1, top)]
+            parts += [torch.ones_like(sizes[:, :1])] if self.settings.fuse else []
+            sizes = torch.cat([*parts, sizes[:, self.prefix + n :]], dim=1)
+        return follow(state, to, sizes, dropped=not self.settings.fuse)
+
+
+def kept(patches: int, keep: float) -> int:
+    """ceil(keep * patches), where 0.55 of 100 are 55 although the product of the two is a little more in floating point."""
+    return math.ceil(keep * patches - 1e-9)
+
+
+def class_attention(q: Tensor, k: Tensor, sizes: Tensor | None) -> Tensor:
+    """The class token's attention (B, n), mean over heads; q (already scaled), k (B, H, n, K), sizes (B, n) or None."""
+    scores = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2)  # (B, H, n)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if sizes is not None:
+        scores = scores + sizes.log()[:, None]
+    return scores.softmax(-1).mean(1)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens (B, m, D) of x (B, n, D) at index (B, m)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
