@@ -18,6 +18,9 @@ MUST_STACK = [
     ("spc", "spc"),
     ("spc:after=2,ssva=true", "spc"),
     ("extra_tokens", "spc"),
+    ("svda", "adaptformer"),
+    ("spc", "adaptformer"),
+    ("ggem", "adaptformer"),
 ]
 ELSEWHERE = [pair for pair in PAIRS if folder(pair[0]) < folder(pair[1])]
 
