@@ -10,7 +10,8 @@ import torch
 from vitreous import grafts
 from vitreous.errors import DataError, NotReached, SettingError, VitreousError
 from vitreous.train import TrainSettings, load, train
-from vitreous.train.loop import NotFinite
+from vitreous.train.loop import NotFinite, score
+from vitreous.train.loop import test as run_test
 from vitreous.train.prepare import prepare
 from vitreous.train.run import read_metrics, read_table
 
@@ -41,10 +42,10 @@ def test_a_run_leaves_a_folder_that_explains_itself(settings, quiet, mechanisms)
     assert set(epochs[0]["tests"]) == {"test", "swapped"}
     assert epochs[0]["losses"]["total"] == pytest.approx(sum(v for k, v in epochs[0]["losses"].items() if k != "total"))
     lines = read_table(folder / "predictions.csv")
-    for name, score in epochs[-1]["tests"].items():
+    for name, found in epochs[-1]["tests"].items():
         right = [line["label"] == line["predicted"] for line in lines if line["set"] == name]
         assert len(right) == 24
-        assert score["accuracy"] == pytest.approx(sum(right) / 24)
+        assert found["accuracy"] == pytest.approx(sum(right) / 24)
     run = json.loads((folder / "run.json").read_text())
     assert TrainSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in run["settings"].items()}) == settings(
         graft=mechanisms
@@ -223,3 +224,26 @@ def test_a_graft_that_is_passed_by_is_found_before_training(settings, quiet, tmp
     with pytest.raises(NotReached):
         train(settings(graft=("svda",)), quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_real_weights_score_what_is_published_for_them(settings, shared_data):
+    chosen = settings(
+        data=str(shared_data / "cifar10/cifar10_5k2k.npz"), model=str(shared_data / "weights/vit_cifar10"), model_kwargs=()
+    )
+    job = prepare(chosen)
+    accuracy = score(*run_test(job, job.tests["test"]))["accuracy"]
+    assert accuracy == pytest.approx(0.6900, abs=0.0011)
+
+
+def test_real_weights_are_fitted_to_other_images(settings, shared_data):
+    weights = shared_data / "weights/vit_tiny_patch16_224"
+    fitted = dict(model="vit_tiny_patch16_224", model_kwargs=(), data="cutouts:train=24,test=12,size=64", image_size=64)
+    job = prepare(
+        settings(**fitted, weights=str(weights / "model.safetensors"), freeze=("blocks.0-9",), graft=("svda:layers=10-11",))
+    )
+    theirs = timm.create_model(f"local-dir:{weights}", pretrained=True, img_size=64, num_classes=6)
+    ours = job.model.state_dict()
+    for name, value in theirs.state_dict().items():
+        if not name.startswith("head."):
+            torch.testing.assert_close(ours[name], value)
+    assert job.inputs.mean == job.inputs.std == (0.5, 0.5, 0.5)  # the weights' own, not the data's

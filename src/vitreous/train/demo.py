@@ -51,6 +51,8 @@ def demo(settings: DemoSettings, console: Console | None = None) -> Path:
     """Train the three, print the table; returns the folder of their run folders."""
     console = console or Console()
     folder = choose_folder(settings.out, "demo")
+    # On matrices this small a second thread gains little, loses much on a busy machine, and changes the last digits.
+    torch.set_num_threads(1)
     for number, (arm, mechanisms) in enumerate(ARMS.items(), 1):
         console.print(f"\n{number} of {len(ARMS)}: {arm}", style="bold", highlight=False)
         train(arm_settings(settings, mechanisms, folder / arm), console)

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vitreous.data import ArraySet, Data, open_data
+from vitreous.data import ArraySet, Data, ImageSet, open_data
 from vitreous.errors import HostError, SettingError
 from vitreous.grafting import check, graft, grafts
 from vitreous.lens.probe import attentions
@@ -77,11 +77,10 @@ def prepare(settings: TrainSettings) -> Job:
 
     train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=settings.mixed)
     tests = {name: batches(images, 2 * settings.batch_size) for name, images in data.tests.items()}
-    chosen = np.linspace(0, len(data.tests["test"]) - 1, min(SAMPLE, len(data.tests["test"]))).astype(int)
-    sample = next(iter(batches(data.tests["test"].subset(chosen), len(chosen))))[0].to(device)
+    sample = next(iter(batches(spaced(data.tests["test"]), SAMPLE)))[0].to(device)
     model.to(device)
     for record in grafts(model)[there:]:
-        record.mechanism.calibrate(model, sample)
+        record.mechanism.calibrate(model, next(iter(batches(spaced(data.train), SAMPLE)))[0].to(device))
     optimizer = optim.optimizer(model, settings)
     job = Job(
         settings=settings,
@@ -149,6 +148,11 @@ def data_and_model(settings: TrainSettings) -> tuple[Data, Inputs, nn.Module, li
         + f", {'the data' if inputs.mean == tuple(data.mean) else 'the model'}'s normalisation.",
     ]  # fmt: skip
     return data, inputs, model, remarks
+
+
+def spaced(images: ImageSet) -> ImageSet:
+    """At most SAMPLE of the images, evenly spaced, always the same."""
+    return images.subset(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int))
 
 
 def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Inputs:
