@@ -87,17 +87,17 @@ def follow(state: TokenState, to: Tensor, sizes: Tensor | None, *, dropped: bool
     sizes: (B, n' + inserted) of the tokens that are left; None: one each.
     """
     if state.source is not None:
-        to = taken(to, state.source, state.dropped, otherwise=-1)  # (B, N)
+        to = take(to, state.source, absent=-1 if state.dropped else None)  # (B, N)
     return replace(state, source=to, sizes=sizes, dropped=state.dropped or dropped)
 
 
-def taken(values: Tensor, source: Tensor, dropped: bool, *, otherwise: int) -> Tensor:
-    """values (B, n) or (B, n, D) at source (B, N); dropped: the source may be -1, and the value then is `otherwise`."""
-    index = source.clamp(min=0) if dropped else source
+def take(values: Tensor, index: Tensor, *, absent: int | None = None) -> Tensor:
+    """values (B, n) or (B, n, D) at index (B, m); absent: what stands where the index is -1, None if it never is."""
     if values.ndim == 3:
-        index, source = index[..., None].expand(-1, -1, values.shape[-1]), source[..., None]
-    values = values.gather(1, index)
-    return values.masked_fill(source < 0, otherwise) if dropped else values
+        index = index[..., None].expand(-1, -1, values.shape[-1])
+    if absent is None:
+        return values.gather(1, index)
+    return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, absent)
 
 
 def split(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ def restore(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
     """x (B, n, D) as (one token per original place (B, N, D), inserted tokens (B, m, D)); dropped places are 0."""
     original, inserted = split(x, state)
     if state.source is not None:
-        original = taken(original, state.source, state.dropped, otherwise=0)
+        original = take(original, state.source, absent=0 if state.dropped else None)
     return original, inserted
 
 

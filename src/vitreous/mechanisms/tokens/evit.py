@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitreous import slots
 from vitreous.errors import HostError, SettingError
-from vitreous.layers.tokens import TokenState, follow, split
+from vitreous.layers.tokens import TokenState, follow, split, take
 from vitreous.mechanism import Mechanism
 
 
@@ -145,8 +145,3 @@ def class_attention(q: Tensor, k: Tensor, sizes: Tensor | None) -> Tensor:
     if sizes is not None:
         scores = scores + sizes.log()[:, None]
     return scores.softmax(-1).mean(1)
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens (B, m, D) of x (B, n, D) at index (B, m)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
