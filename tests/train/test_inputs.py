@@ -72,6 +72,7 @@ def test_order_follows_the_seed(images):
 def test_even_leaves_the_last_batch_out(images):
     assert [len(x) for x, _ in loader(images, OWN, 4)] == [4, 4, 2]
     assert [len(x) for x, _ in loader(images, OWN, 4, even=True)] == [4, 4]
+    assert [len(x) for x, _ in loader(Cutouts(5, size=16), OWN, 64, even=True)] == [4]
 
 
 def test_workers_give_what_one_process_gives(images):

@@ -116,11 +116,12 @@ def loader(
 ) -> DataLoader:
     """Batches of (B, C, H, W) float32 and labels (B) int64, in an order that `seed` draws if shuffled.
 
-    even: leave out a last batch that is not full. Images in memory of the right size are not sent through workers.
+    even: leave out a last batch that is not full, and an odd image of a set smaller than a batch. Images in memory of the right size are not sent through workers.
     """
     generator = torch.Generator().manual_seed(seed)
-    options: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle, "generator": generator}
-    options["drop_last"] = even and len(images) > batch_size
+    if even:
+        batch_size = min(batch_size, len(images) - len(images) % 2)
+    options: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle, "generator": generator, "drop_last": even}
     if in_memory(images, inputs) and aug in (None, "none", "flip"):
         flips = torch.Generator().manual_seed(seed + 1)
         return DataLoader(Batches(images, inputs, aug == "flip", flips), collate_fn=as_it_is, **options)

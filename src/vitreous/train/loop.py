@@ -71,7 +71,7 @@ def train_once(settings: TrainSettings, folder: Path, console: Console) -> None:
 
 
 def train_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
-    """One pass over the training images; returns mean losses and gradient norms by name, and the last learning rate."""
+    """One pass over the training images; returns mean losses and (unclipped) gradient norms by name, the last rate, speed."""
     job.model.train()
     learning = [p for p in job.model.parameters() if p.requires_grad]
     watched = {name: p for name, p in new_parameters(job.model).items() if p.requires_grad}
@@ -91,6 +91,7 @@ def train_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
         total = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
         if not torch.isfinite(loss + total):
             raise not_finite(job, epoch, parts, total)
+        norms.add({"total": total} | {name: p.grad.norm() for name, p in watched.items() if p.grad is not None})
         if job.settings.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(learning, job.settings.clip_grad, total)
         job.optimizer.step()
@@ -99,7 +100,6 @@ def train_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
         if job.ema is not None:
             job.ema.update(job.model, step=job.updates)
         losses.add({"total": loss, **parts}, len(images))
-        norms.add({"total": total} | {name: p.grad.norm() for name, p in watched.items() if p.grad is not None})
         seen += len(images)
     lr = max(group["lr"] for group in job.optimizer.param_groups)
     speed = seen / (time.perf_counter() - started)
