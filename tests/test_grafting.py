@@ -316,6 +316,14 @@ def test_fewer_tokens_and_other_mechanisms(reduce, other):
         assert torch.equal(model(images()), build("plain")(images()))
 
 
+def test_check_knows_parts_that_later_grafts_displaced():
+    """The reducer's attention is replaced in the block that SPC put in place of the reducer's."""
+    model = check(graft(build("plain"), reducer("between"), "spc:after=2", "svda"), images())
+    del model.blocks[1].between[0]
+    with pytest.raises(NotReached, match=r"blocks\.1\.between\.0 was not called"):
+        check(model, images())
+
+
 def test_merging_equal_tokens_changes_nothing():
     """The stream of merged tokens computes what the host does on the duplicates, to the last layer and the pool."""
     plain, model = build("class_avg"), build("class_avg")

@@ -121,13 +121,13 @@ def check(model: nn.Module, images: Tensor) -> nn.Module:
     lost: list[str] = []
     for record in grafts(model):
         for change in record.changes:
-            inside = covered(model, record, change)
-            if get(model, change.path, None) is not change.new and not inside:
+            if get(model, change.path, None) is not change.new and not covered(model, record, change.path):
                 lost.append(f"{record.mechanism}: {change.path} was replaced after grafting")
                 continue
             for name, module in fresh(change):
-                if name or not inside:  # a displaced module is not called itself, but its steps live on in the later one
-                    expected.append((record, f"{change.path}.{name}".rstrip("."), module))
+                path = f"{change.path}.{name}".rstrip(".")
+                if not covered(model, record, path):  # a displaced module is not called itself, but its steps live on
+                    expected.append((record, path, module))
     handles = [module.register_forward_hook(lambda m, *_: called.add(id(m))) for _, _, module in expected]
     try:
         with torch.random.fork_rng(devices={t.device for t in model.parameters() if t.is_cuda}), torch.no_grad():
@@ -319,10 +319,10 @@ def fresh(change: Change) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in change.new.named_modules() if id(m) not in old and not isinstance(m, containers)]
 
 
-def covered(model: nn.Module, record: Graft, change: Change) -> bool:
-    """True if a later graft displaced this change's module in good order (it then runs inside the later one)."""
+def covered(model: nn.Module, record: Graft, path: str) -> bool:
+    """True if a later graft displaced what this one put at `path`, in good order (it then runs inside the later one)."""
     later = grafts(model)[grafts(model).index(record) + 1 :]
-    return any(other.path == change.path for graft_ in later for other in graft_.changes)
+    return any(other.path == path for graft_ in later for other in graft_.changes)
 
 
 def tensors(value: Any) -> list[Tensor]:
