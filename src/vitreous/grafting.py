@@ -299,14 +299,18 @@ def convert(module: nn.Module, like: Tensor | None, known: set[int]) -> None:
 
 
 def shared(old: Any, new: Any) -> tuple[tuple[str, str], ...]:
-    """(registry, name) of every parameter, buffer and child that old and new both hold, under the same name."""
+    """(registry, name) of what old and new both hold under the same name: parameters, buffers, children, and flags.
+
+    Flags are plain public attributes (registry `__dict__`), such as the image size that `set_input_size` changes.
+    """
     if not (isinstance(old, nn.Module) and isinstance(new, nn.Module)):
         return ()
     return tuple(
         (kind, name)
-        for kind in KINDS
+        for kind in (*KINDS, "__dict__")
         for name, value in getattr(old, kind).items()
         if value is not None and getattr(new, kind).get(name) is value
+        if kind != "__dict__" or not (name.startswith("_") or name == "training")
     )
 
 

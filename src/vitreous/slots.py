@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from timm.layers import use_reentrant_ckpt
+from timm.layers import PatchEmbed, use_reentrant_ckpt
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -19,6 +19,7 @@ from vitreous.errors import GraftError, HostError, SettingError
 from vitreous.layers.attention import HOSTS as ATTENTIONS
 from vitreous.layers.attention import Attention
 from vitreous.layers.block import STATIONS, Block, Close, check_halves
+from vitreous.layers.embed import Embed, Grid
 
 WALKS = ("forward_features", "forward_intermediates")
 Changes = dict[str, Any]
@@ -145,6 +146,26 @@ def block_of(model: nn.Module, layer: int, cls: type[Block]) -> Block:
         )
     check_halves(block, path)
     return cls.of(block)
+
+
+def plain_embedding(model: nn.Module, mechanism: str) -> PatchEmbed:
+    """The patch embedding at `patch_embed`, if it is timm's or one of ours; else HostError."""
+    kind = type(model.patch_embed)
+    if kind is PatchEmbed or issubclass(kind, Embed):
+        return model.patch_embed
+    raise HostError(
+        f"patch_embed is a {names([kind])}. Expected {names([PatchEmbed])}, whose grid is known. {mechanism} cannot be "
+        "grafted into this model."
+    )
+
+
+def image_grid(model: nn.Module, mechanism: str) -> tuple[Grid, Changes]:
+    """The grid of the images in each pass, and the changes that make it known. Raises HostError."""
+    embed = plain_embedding(model, mechanism)
+    if isinstance(embed, Embed):
+        return embed.grid, {}
+    new = Embed.of(embed)
+    return new.grid, {"patch_embed": new}
 
 
 def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Changes:

@@ -13,7 +13,7 @@ from vitreous import slots
 from vitreous.errors import GraftError, HostError, MaskError
 from vitreous.layers.attention import Attention
 from vitreous.layers.block import STATIONS, Block, Close, check_halves
-from vitreous.layers.tokens import Stream, TokenState
+from vitreous.layers.tokens import PLAIN, Stream, TokenState
 
 D = 16
 KINDS = {"pre": TimmBlock, "post": ResPostBlock, "scaling": ParallelScalingBlock}
@@ -81,6 +81,36 @@ def test_the_two_halves_make_the_host(kind):
     assert torch.equal(*outputs)
     q, k, v = note.seen[1]
     assert q.shape == k.shape == v.shape == (2, 2, 6, D // 2)
+
+
+class Telling(Attention):
+    """An attention that overrides the scores, and keeps which tokens it was told of."""
+
+    def scores(self, q, k, state=PLAIN):
+        self.told = state
+        return super().scores(q, k)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_attention_with_scores_of_its_own_is_told_of_the_tokens(kind):
+    """And computes the same, whether the block runs in halves for it or not."""
+    plain, ours = Block.of(block(kind)), Block.of(block(kind))
+    ours.attn = Telling.of(ours.attn)
+    torch.testing.assert_close(ours(tokens()), plain(tokens()))
+    assert ours.attn.told.plain
+    state = TokenState(read=(True, False))
+    torch.testing.assert_close(ours(Stream(tokens(), state)).x, plain(Stream(tokens(), state)).x)
+    assert ours.attn.told is state
+
+
+def test_attention_that_must_be_told_needs_known_halves():
+    class Unknown(TimmBlock):
+        pass
+
+    ours = Block.of(Unknown(D, 2))
+    ours.attn = Telling.of(ours.attn)
+    with pytest.raises(HostError, match=r"is a Unknown, whose attention.*Expected one of"):
+        ours(Stream(tokens(), TokenState(read=(True,))))
 
 
 def test_between_needs_known_halves():

@@ -189,6 +189,11 @@ def failing():
     raise RuntimeError("stop")
 
 
+def test_measures_attention_that_hands_its_queries_to_a_step():
+    rows = measure(graft(build(), "evit"), pictures())
+    assert {row["layer"] for row in rows} == {0, 1}
+
+
 def test_inserted_tokens_are_among_those_attended_to():
     model = build()
     with torch.no_grad():

@@ -6,7 +6,8 @@
     merge      (B, H, N, K) -> (B, N, D)
 
 An attention idea overrides one or two of them. As long as `scores` and `normalize` are the plain ones, the fused kernel
-does both at once. Rotary embedding stands between `project` and `scores`.
+does both at once; else blocks of ours also tell `scores` which token speaks for which place. Rotary embedding stands
+between `project` and `scores`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous.layers.adoption import adopt
+from vitreous.layers.tokens import PLAIN, TokenState
 
 HOSTS = (TimmAttention, AttentionRope, EvaAttention)
 
@@ -42,16 +44,22 @@ class Attention(nn.Module):
         rope: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        state: TokenState = PLAIN,
         seen: list[tuple[Tensor, Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """The output of `attend`; its (q, k, v) is appended to `seen`, for a caller that needs them and lets hooks fire."""
-        out, qkv = self.attend(x, rope, attn_mask, is_causal)
+        out, qkv = self.attend(x, rope, attn_mask, is_causal, state)
         if seen is not None:
             seen.append(qkv)
         return out
 
     def attend(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        state: TokenState = PLAIN,
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """x (B, N, D) -> output (B, N, D) and the (q, k, v) whose scores were taken, (B, H, N, K) each."""
         q, k, v = self.project(x)
@@ -66,7 +74,7 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal, scale=self.scale
             )
         else:
-            weights = self.normalize(masked(self.scores(q, k), attn_mask, is_causal))
+            weights = self.normalize(masked(self.scores(q, k, state), attn_mask, is_causal))
             z = self.attn_drop(weights) @ v
         return self.merge(z, x), (q, k, v)
 
@@ -97,7 +105,7 @@ class Attention(nn.Module):
         rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, half=getattr(self, "rotate_half", False))
         return torch.cat([x[:, :, :prefix], rotated], dim=2)
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, state: TokenState = PLAIN) -> Tensor:
         return (q * self.scale) @ k.transpose(-2, -1)
 
     def normalize(self, scores: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vitreous.errors import GraftError, HostError, MaskError
 from vitreous.layers.adoption import adopt
-from vitreous.layers.tokens import Stream, TokenState, opened, read_out, restore
+from vitreous.layers.attention import Attention
+from vitreous.layers.tokens import PLAIN, Stream, TokenState, opened, read_out, restore
 
 STATIONS = ("before", "between", "after")
 
@@ -58,13 +59,21 @@ class Block(nn.Module):
         own = type(self)
         return bool(self.steps("between")) or own.attend is not Block.attend or own.feed is not Block.feed
 
+    def placed(self, state: TokenState) -> bool:
+        """True if the attention has to be told which token speaks for which place; raises HostError if it cannot be."""
+        attention = getattr(self, "attn", None)
+        wanted = not state.plain and isinstance(attention, Attention) and not attention.softmax_of_product
+        if wanted:
+            check_halves(self, "The block around this attention")
+        return wanted
+
     def forward(self, x: Tensor | Stream, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Stream:
         x, state = opened(x)
         for step in self.steps("before"):
             x, state = step(x, state, None)
         mask = token_mask(state, attn_mask, is_causal, x)
-        if self.halved:
-            x, qkv = self.attend(x, mask, is_causal)
+        if self.halved or self.placed(state):
+            x, qkv = self.attend(x, mask, is_causal, state)
             for step in self.steps("between"):
                 q, k, v = qkv
                 x, state = step(x, state, (q * self.attn.scale, k, v))
@@ -77,7 +86,7 @@ class Block(nn.Module):
         return x if state.plain else Stream(x, state)
 
     def attend(
-        self, x: Tensor, mask: Tensor | None, is_causal: bool
+        self, x: Tensor, mask: Tensor | None, is_causal: bool, state: TokenState = PLAIN
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """The first half: x (B, n, D) -> x plus attention, and the (q, k, v) it was made of, if a step wants them.
 
@@ -85,6 +94,7 @@ class Block(nn.Module):
         """
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         arguments = {"attn_mask": mask, "is_causal": is_causal} | ({"seen": seen} if self.steps("between") else {})
+        arguments |= {"state": state} if self.placed(state) else {}
         if self.host is TimmBlock:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **arguments)))
         else:  # ResPostBlock

@@ -39,6 +39,9 @@ class TokenState:
         return self.sizes is None and self.source is None and not self.read
 
 
+PLAIN = TokenState()
+
+
 @dataclass(frozen=True)
 class Stream:
     """Tokens with their state, as one block hands them to the next: x (B, n, D).

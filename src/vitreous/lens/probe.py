@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitreous import slots
 from vitreous.errors import DataError, HostError, NotReached
 from vitreous.layers.attention import HOSTS, Attention, masked
+from vitreous.layers.tokens import PLAIN, TokenState
 from vitreous.lens import indicators
 
 SPECTRAL = {
@@ -106,7 +107,7 @@ class Recorder:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        given.pop("self")
+        given = {name: value for name, value in given.items() if name not in ("self", "seen")}
         own = module if isinstance(module, Attention) else Attention.of(module)
         q, k, maps, again = recompute(own, **given)
         self.verify(again, output)
@@ -161,12 +162,13 @@ def recompute(
     rope: Tensor | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    state: TokenState = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (B, N, D) -> q, k (B, H, N, K), attention map (B, H, N, N), and the output (B, N, D) that this map gives."""
-    q, k, v = attention.attend(x, rope, attn_mask, is_causal)[1]
+    q, k, v = attention.attend(x, rope, attn_mask, is_causal, state)[1]
     wide = torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        maps = attention.normalize(masked(attention.scores(q.to(wide), k.to(wide)), attn_mask, is_causal))
+        maps = attention.normalize(masked(attention.scores(q.to(wide), k.to(wide), state), attn_mask, is_causal))
         z = maps @ v.to(wide)
     return q, k, maps, attention.merge(z.to(v.dtype), x)
 
