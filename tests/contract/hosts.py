@@ -153,6 +153,13 @@ def anatomy(model: nn.Module, records: bool = False) -> dict[str, tuple]:
     }
 
 
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    """Of the logits and of all features: some of what a graft brings shows in the patches of the last block only."""
+    features = model.forward_features(x)
+    logits = model.forward_head(features)
+    return F.cross_entropy(logits, torch.arange(len(x)) % CLASSES) + features.tanh().sum(-1).mean()
+
+
 def fit(model: nn.Module, parameters: Iterable[nn.Parameter], steps: int = 2, lr: float = 0.05) -> None:
     """A few steps of training on noise; only `parameters` move, if there are any. The model's mode stays."""
     parameters = list(parameters)
@@ -161,7 +168,6 @@ def fit(model: nn.Module, parameters: Iterable[nn.Parameter], steps: int = 2, lr
     optimizer = torch.optim.SGD(parameters, lr=lr)
     for step in range(steps):
         optimizer.zero_grad()
-        x = images(4, seed=10 + step)
-        F.cross_entropy(model(x), torch.arange(4) % CLASSES).backward()
+        loss(model, images(4, seed=10 + step)).backward()
         optimizer.step()
     model.zero_grad(set_to_none=True)

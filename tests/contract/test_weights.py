@@ -6,9 +6,8 @@ import copy
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from contract.hosts import CLASSES, PRIMARY, anatomy, build, fit, grafted, images, stem
+from contract.hosts import CLASSES, PRIMARY, anatomy, build, fit, grafted, images, loss, stem
 from vitreous import check, graft, grafts, new_parameters, no_weight_decay, parse, ungraft
 from vitreous.mechanism import mechanism_class
 
@@ -33,7 +32,7 @@ def test_every_new_parameter_learns(text, host):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(3):
         optimizer.zero_grad()
-        F.cross_entropy(model(images(4, seed=step)), torch.arange(4)).backward()
+        loss(model, images(4, seed=step)).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in learning.values())
         reached |= {name for name, p in learning.items() if p.grad.any()}
         optimizer.step()
