@@ -1,0 +1,126 @@
+"""Gaussian mixture mask: scores are multiplied by a learned function of the distance on the grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitreous import slots
+from vitreous.errors import MaskError, SettingError
+from vitreous.layers.attention import Attention
+from vitreous.layers.embed import Grid
+from vitreous.layers.tokens import PLAIN, TokenState
+from vitreous.mechanism import Mechanism
+
+EPS = 1e-5  # added to squared deviations, as in the authors' experiments
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianMask(Mechanism):
+    """Each head's scores are multiplied, before the softmax, by a mixture of Gaussians of the distance between patches.
+
+        W_h[i, j] = sum_r alpha_hr exp(-dist(i, j)^2 / (2 (deviation_hr^2 + 1e-5)))      dist in patches, Euclidean
+        A = softmax(W * (Q K^T / sqrt(K)))                                    alpha, deviation (H, R), static
+
+    Paper: Li, Zhang 2023, arXiv 2309.05375 (RetNet viewed through convolution).
+    Differs: rows and columns of class and register tokens, which the authors' model does not have, are 1; so are those of
+        inserted tokens. A merged token has the mean of W over its places. Tokens of one place in several channels are at
+        distance 0. The exponent is computed as written; a power of exp(-dist^2), as released, underflows on larger grids.
+    At start: changes the output. start=paper may flip the sign of scores; start=wide comes near a pretrained host.
+    Cost: no fused kernel: (B, H, N, N) is stored; 2 * H * R parameters per block.
+    Settings: layers (0-based; default all). kernels: Gaussians per head, R, 1 or more. start: paper = deviation ~
+        N(10, 10^2), alpha ~ N(0, 2^2); wide = alpha 1/R, deviations 1, 2, 4, ... times the grid's diagonal. seed: of it.
+    Raises: HostError where attention or patch embedding is not timm's plain one; MaskError where tokens have no places.
+    """
+
+    paper: ClassVar[str] = "Li, Zhang 2023, arXiv 2309.05375"
+    needs: ClassVar[tuple[str, ...]] = ("attention",)
+    no_decay: ClassVar[tuple[str, ...]] = ("alpha", "deviation")
+    examples: ClassVar[tuple[str, ...]] = ("gaussian_mask:kernels=2,start=wide,layers=1+3",)
+
+    layers: tuple[int, ...] | None = None
+    kernels: int = 3
+    start: Literal["paper", "wide"] = "paper"
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kernels < 1:
+            raise SettingError(f"Found kernels={self.kernels}. Expected 1 or more Gaussians per head. Give such a number.")
+
+    def changes(self, model: nn.Module) -> dict[str, Any]:
+        slots.check_host(model)
+        grid, changes = slots.image_grid(model, self.name)
+        generator = torch.Generator().manual_seed(self.seed)
+        for i in slots.layer_indices(model, self.layers):
+            new = MaskedAttention.of(slots.plain_attention(model, i, self.name))
+            new.begin(self, generator, grid, slots.prefix(model))
+            changes[f"blocks.{i}.attn"] = new
+        return changes
+
+
+class MaskedAttention(Attention):
+    """The host's attention with scores multiplied by the mask; alpha, deviation (H, R)."""
+
+    def begin(self, settings: GaussianMask, generator: torch.Generator, grid: Grid, prefix: int) -> None:
+        self.grid, self.prefix = grid, prefix
+        shape = self.num_heads, settings.kernels
+        if settings.start == "paper":
+            deviation = 10 + 10 * torch.randn(shape, generator=generator)
+            alpha = 2 * torch.randn(shape, generator=generator)
+        else:
+            diagonal = torch.tensor(grid.shape, dtype=torch.float32).norm()
+            deviation = (diagonal * 2.0 ** torch.arange(settings.kernels)).expand(shape).clone()
+            alpha = torch.full(shape, 1 / settings.kernels)
+        self.alpha, self.deviation = nn.Parameter(alpha), nn.Parameter(deviation)
+
+    def scores(self, q: Tensor, k: Tensor, state: TokenState = PLAIN) -> Tensor:
+        return super().scores(q, k) * self.mask(q.shape[2], state).to(q.dtype)
+
+    def mask(self, tokens: int, state: TokenState = PLAIN) -> Tensor:
+        """The mask (H, n, n) of n tokens, or (B, H, n, n) where some were merged; float32 or wider."""
+        present = tokens - state.inserted
+        original = present if state.source is None else state.source.shape[1]
+        (height, width), prefix = self.grid.shape, self.prefix
+        channels, rest = divmod(original - prefix, height * width)
+        if rest or channels < 1:
+            raise MaskError(
+                f"Found {original} tokens, {prefix} of them class or register tokens, but the images' grid is {height} x "
+                f"{width}. Expected a token for each place. Switch off what drops patches before the blocks (patch_drop_rate), "
+                "or take gaussian_mask out (vitreous.ungraft)."
+            )
+        wide = torch.promote_types(self.alpha.dtype, torch.float32)
+        with torch.autocast(self.alpha.device.type, enabled=False):
+            squares = squared_distances(height, width).to(self.alpha.device, wide)
+            mask = mixture(squares, self.alpha.to(wide), self.deviation.to(wide)).repeat(1, channels, channels)
+            mask = F.pad(mask, (prefix, 0, prefix, 0), value=1.0)
+            if state.source is not None:
+                mask = merged(mask, state.source, present)
+            return F.pad(mask, (0, state.inserted, 0, state.inserted), value=1.0)
+
+
+def squared_distances(height: int, width: int) -> Tensor:
+    """Squared Euclidean distances between the places of a grid, row by row: (H * W, H * W), in patches."""
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # (H * W, 2)
+    return (places[:, None] - places).square().sum(-1)
+
+
+def mixture(squares: Tensor, alpha: Tensor, deviation: Tensor) -> Tensor:
+    """sum_r alpha_hr exp(-squares / (2 (deviation_hr^2 + eps))): squares (N, N), alpha and deviation (H, R) -> (H, N, N)."""
+    rate = 1 / (2 * (deviation.square() + EPS))
+    kernels = (-squares * rate[..., None, None]).exp()  # (H, R, N, N)
+    return (alpha[..., None, None] * kernels).sum(1)
+
+
+def merged(mask: Tensor, source: Tensor, present: int) -> Tensor:
+    """The mean of mask (H, N, N) over the places that each of n present tokens speaks for: (B, H, n, n).
+
+    source: (B, N) as in `TokenState`; a dropped place (-1) counts for no token.
+    """
+    member = (source[..., None] == torch.arange(present, device=source.device)).to(mask.dtype)  # (B, N, n)
+    share = (member / member.sum(1, keepdim=True))[:, None]  # (B, 1, N, n)
+    return share.mT @ mask @ share
