@@ -1,0 +1,78 @@
+"""What the how-to pages show works: their Python runs, their commands parse, their links lead somewhere.
+
+A Python block whose first line is a comment with a file's name is added to that file; any other is run where it stands.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import vitreous
+from test_cards import SECTIONS
+from vitreous.train.settings import from_words
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def file_and_text(block: str) -> tuple[str | None, str]:
+    """("name.py", the rest) for a block that belongs into a file, (None, the block) for another."""
+    first, _, rest = block.partition("\n")
+    named = re.fullmatch(r"# (\w+\.py)", first)
+    return (named[1], rest) if named else (None, block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_runs_and_its_tests_pass(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    namespace: dict = {}
+    for name, text in map(file_and_text, blocks(page, "python")):
+        if name is None:
+            exec(compile(text, page.name, "exec"), namespace)
+        else:
+            monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
+            with (tmp_path / name).open("a") as file:
+                file.write(text + "\n\n")
+    for file in sorted(tmp_path.glob("test_*.py")):
+        spec = importlib.util.spec_from_file_location(f"{page.stem}.{file.stem}", file)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        tests = [value for name, value in vars(module).items() if name.startswith("test_")]
+        assert tests
+        for test in tests:
+            test()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_links(page):
+    for line in "".join(blocks(page, "sh")).splitlines():
+        words = shlex.split(line)
+        if words[:2] == ["vitreous", "train"]:
+            assert from_words(words[2:]).data
+        for path in (word for word in words if word.startswith("tests/")):
+            assert (ROOT / path).exists(), line
+    for link in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_walk_through_shows_the_shipped_mechanism_and_the_cards_sections():
+    """What the reader builds is what is in the catalogue, word for word, so the page cannot fall behind."""
+    page = ROOT / "docs" / "how-to" / "add-a-mechanism.md"
+    shipped = vitreous.catalogue()["adaptformer"].read_text()
+    parts = [text for name, text in map(file_and_text, blocks(page, "python")) if name == "adaptformer.py"]
+    assert len(parts) == 2
+    for text in "\n\n\n".join(parts).strip().split("\n\n\n"):
+        assert text.strip() in shipped, text
+    card = "".join(blocks(page, "markdown"))
+    assert re.findall(r"^## (.*)$", card, re.M) == SECTIONS
