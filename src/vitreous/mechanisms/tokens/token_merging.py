@@ -1,0 +1,123 @@
+"""Token merging: in every block the most similar patches become one, and count for as many as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitreous import slots
+from vitreous.errors import SettingError
+from vitreous.layers.tokens import TokenState, follow, split, take
+from vitreous.mechanism import Mechanism
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMerging(Mechanism):
+    """Between attention and MLP the most similar pairs of patches merge, by bipartite soft matching.
+
+        A = every second patch, B = the others;  for each i in A the most similar j in B by cosine of keys, mean over heads
+        the `tokens` pairs of greatest similarity merge:  x_j <- (s_j x_j + sum_i s_i x_i) / s,   s = s_j + sum_i s_i
+        attention behind it: softmax(q k^T / sqrt(K) + log s), so that a token of size s counts as s tokens
+
+    Paper: Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman 2022, arXiv 2210.09461 (section 3).
+    Differs: register and inserted tokens are protected like the class token; A begins at the second patch, and what is left
+        of A stands before B in its old order. A head that pools sees every place, so its mean weighs tokens by size.
+    At start: changes the output; tokens=0 leaves it bit for bit.
+    Cost: a product of n/2 x n/2 x K per chosen block, `tokens` fewer tokens behind each. No parameters.
+    Settings: tokens: how many patches merge away per block, 0 or more, at most half of those present. layers (0-based;
+        default all).
+    Raises: HostError on rotary hosts and where halves of a block or its attention are not known; SettingError.
+    """
+
+    paper: ClassVar[str] = "Bolya et al. 2022, arXiv 2210.09461"
+    needs: ClassVar[tuple[str, ...]] = ("tokens", "attention", "halves")
+    examples: ClassVar[tuple[str, ...]] = ("token_merging:tokens=0", "token_merging:tokens=3,layers=0+2")
+
+    tokens: int = 8
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tokens < 0:
+            raise SettingError(
+                f"Found tokens={self.tokens}. Expected how many patches merge away per block, 0 or more. Give such a number."
+            )
+
+    @property
+    def exact_at_init(self) -> bool:
+        return self.tokens == 0
+
+    def changes(self, model: nn.Module) -> dict[str, Any]:
+        slots.check_host(model, tokens=True)
+        changes: dict[str, Any] = {}
+        for i in sorted(set(slots.layer_indices(model, self.layers))):
+            changes |= slots.add_step(model, i, "between", Merge(self.tokens, slots.prefix(model)))
+        return changes
+
+
+class Merge(nn.Module):
+    """The token step: x (B, n, D) -> prefix, what is left of A, B with what merged into it, inserted tokens."""
+
+    def __init__(self, tokens: int, prefix: int):
+        super().__init__()
+        self.tokens, self.prefix = tokens, prefix
+
+    def forward(self, x: Tensor, state: TokenState, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, TokenState]:
+        prefix, end = self.prefix, split(x, state)[0].shape[1]
+        merging = min(self.tokens, (end - prefix) // 2)
+        if merging == 0:
+            return x, state
+        sizes = x.new_ones(x.shape[:2], dtype=wide(x)) if state.sizes is None else state.sizes
+        leaving, staying, target = match(qkv[1][:, :, prefix:end].mean(1), merging)
+        a, size_a = x[:, prefix + 1 : end : 2], sizes[:, prefix + 1 : end : 2]
+        b, size_b = x[:, prefix:end:2], sizes[:, prefix:end:2]
+        b, size_b = joined(b, size_b, take(a, leaving), take(size_a, leaving), target)
+        x = torch.cat([x[:, :prefix], take(a, staying), b, x[:, end:]], dim=1)
+        sizes = torch.cat([sizes[:, :prefix], take(size_a, staying), size_b, sizes[:, end:]], dim=1)
+        return x, follow(state, destinations(leaving, staying, target, prefix, b.shape[1]), sizes)
+
+
+def match(keys: Tensor, merging: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bipartite soft matching on keys (B, n, K), mean over heads: who of A (keys 1, 3, ...) joins whom of B (0, 2, ...).
+
+    Returns (leaving (B, merging), staying (B, |A| - merging), target (B, merging)): leaving and staying count in A, target
+    in B; the pairs are those of greatest cosine similarity, each of A with its best of B.
+    """
+    keys = F.normalize(keys.to(wide(keys)), dim=-1)
+    best, nearest = (keys[:, 1::2] @ keys[:, ::2].transpose(1, 2)).max(-1)  # (B, |A|) each
+    order = best.argsort(dim=1, descending=True)
+    leaving, staying = order[:, :merging], order[:, merging:].sort(1).values
+    return leaving, staying, take(nearest, leaving)
+
+
+def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens b (B, m, D) and sizes (B, m) after each of a (B, r, D) went into its target (B, r): means weighted by size.
+
+    As a product of matrices, whose sums have one order on every device; a token that nothing joins stays as it is.
+    """
+    into = (target[:, None] == torch.arange(b.shape[1], device=b.device)[:, None]).to(size_b.dtype)  # (B, m, r)
+    size = size_b + (into * size_a[:, None]).sum(-1)
+    with torch.autocast(b.device.type, enabled=False):
+        mean = (size_b / size)[..., None] * b + (into * size_a[:, None] / size[..., None]) @ a.to(size.dtype)
+    return mean.to(b.dtype), size
+
+
+def destinations(leaving: Tensor, staying: Tensor, target: Tensor, prefix: int, of_b: int) -> Tensor:
+    """(B, prefix + n): where each token before the merge is found after it."""
+    start = prefix + staying.shape[1]  # of B
+    after = torch.arange(start + of_b, device=target.device).expand(len(target), -1)  # the places after the merge
+    found = torch.cat([leaving, staying], dim=1).argsort(1)  # each of A in that list
+    to_a = take(torch.cat([start + target, after[:, prefix:start]], dim=1), found)
+    both = torch.cat([to_a, after[:, start:]], dim=1)  # A, then B
+    patch = torch.arange(both.shape[1], device=target.device)
+    order = torch.where(patch % 2 == 1, patch // 2, to_a.shape[1] + patch // 2)  # each patch in A or B
+    return torch.cat([after[:, :prefix], both[:, order]], dim=1)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """At least float32, in which sizes are whole numbers and similarities can be told apart."""
+    return torch.promote_types(x.dtype, torch.float32)
