@@ -21,6 +21,11 @@ MUST_STACK = [
     ("svda", "adaptformer"),
     ("spc", "adaptformer"),
     ("ggem", "adaptformer"),
+    ("spc", "evit"),
+    ("evit", "spc"),
+    ("evit", "adaptformer"),
+    ("adaptformer", "evit"),
+    ("spc", "token_merging"),
 ]
 ELSEWHERE = [pair for pair in PAIRS if folder(pair[0]) < folder(pair[1])]
 
