@@ -91,7 +91,7 @@ def test_matching_takes_the_most_similar_pairs():
     """Keys on a circle: A at 10, 95, 200 degrees, B at 0, 90, 180; lengths mean nothing."""
     degrees = torch.tensor([0.0, 10, 90, 95, 180, 200], dtype=torch.float64).deg2rad()
     keys = (torch.stack([degrees.cos(), degrees.sin()], dim=-1) * torch.arange(1.0, 7)[:, None])[None]
-    leaving, staying, target = match(keys, 2)
+    leaving, staying, target = match(keys[:, None], 2)
     assert leaving.tolist() == [[1, 0]]  # 5 degrees apart, then 10
     assert target.tolist() == [[1, 0]]
     assert staying.tolist() == [[2]]
@@ -189,6 +189,15 @@ def test_half_precision_counts_exactly():
     assert tokens.dtype == torch.bfloat16
     assert state.sizes.dtype == torch.float32
     assert state.sizes.sum(1).tolist() == [17.0] * 2
+
+
+def test_autocast_matches_and_merges_in_full_precision():
+    x, k = drawn(2, 40, 16).float(), drawn(2, 2, 40, 8, seed=3).float()
+    out, state = Merge(9, 1)(x, TokenState(), (None, k, None))
+    with torch.autocast("cpu", torch.bfloat16):
+        again, same = Merge(9, 1)(x, TokenState(), (None, k, None))
+    assert torch.equal(again, out)
+    assert torch.equal(same.source, state.source)
 
 
 # -- with others, and refusals -----------------------------------------------------------------------------------------

@@ -72,22 +72,23 @@ class Merge(nn.Module):
         if merging == 0:
             return x, state
         sizes = x.new_ones(x.shape[:2], dtype=wide(x)) if state.sizes is None else state.sizes
-        leaving, staying, target = match(qkv[1][:, :, prefix:end].mean(1), merging)
         a, size_a = x[:, prefix + 1 : end : 2], sizes[:, prefix + 1 : end : 2]
         b, size_b = x[:, prefix:end:2], sizes[:, prefix:end:2]
-        b, size_b = joined(b, size_b, take(a, leaving), take(size_a, leaving), target)
+        with torch.autocast(x.device.type, enabled=False):  # half precision cannot tell similar keys apart
+            leaving, staying, target = match(qkv[1][:, :, prefix:end], merging)
+            b, size_b = joined(b, size_b, take(a, leaving), take(size_a, leaving), target)
         x = torch.cat([x[:, :prefix], take(a, staying), b, x[:, end:]], dim=1)
         sizes = torch.cat([sizes[:, :prefix], take(size_a, staying), size_b, sizes[:, end:]], dim=1)
         return x, follow(state, destinations(leaving, staying, target, prefix, b.shape[1]), sizes)
 
 
 def match(keys: Tensor, merging: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bipartite soft matching on keys (B, n, K), mean over heads: who of A (keys 1, 3, ...) joins whom of B (0, 2, ...).
+    """Bipartite soft matching on keys (B, H, n, K): who of A (patches 1, 3, ...) joins whom of B (0, 2, ...).
 
     Returns (leaving (B, merging), staying (B, |A| - merging), target (B, merging)): leaving and staying count in A, target
-    in B; the pairs are those of greatest cosine similarity, each of A with its best of B.
+    in B; the pairs are those whose keys, mean over heads, have the greatest cosine, each of A with its best of B.
     """
-    keys = F.normalize(keys.to(wide(keys)), dim=-1)
+    keys = F.normalize(keys.to(wide(keys)).mean(1), dim=-1)  # (B, n, K)
     best, nearest = (keys[:, 1::2] @ keys[:, ::2].transpose(1, 2)).max(-1)  # (B, |A|) each
     order = best.argsort(dim=1, descending=True)
     leaving, staying = order[:, :merging], order[:, merging:].sort(1).values
@@ -101,8 +102,7 @@ def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor)
     """
     into = (target[:, None] == torch.arange(b.shape[1], device=b.device)[:, None]).to(size_b.dtype)  # (B, m, r)
     size = size_b + (into * size_a[:, None]).sum(-1)
-    with torch.autocast(b.device.type, enabled=False):
-        mean = (size_b / size)[..., None] * b + (into * size_a[:, None] / size[..., None]) @ a.to(size.dtype)
+    mean = (size_b / size)[..., None] * b + (into * size_a[:, None] / size[..., None]) @ a.to(size.dtype)
     return mean.to(b.dtype), size
 
 
