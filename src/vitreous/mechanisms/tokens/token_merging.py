@@ -109,7 +109,7 @@ def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor)
 def destinations(leaving: Tensor, staying: Tensor, target: Tensor, prefix: int, of_b: int) -> Tensor:
     """(B, prefix + n): where each token before the merge is found after it."""
     start = prefix + staying.shape[1]  # of B
-    after = torch.arange(start + of_b, device=target.device).expand(len(target), -1)  # the places after the merge
+    after = torch.arange(start + of_b, device=target.device).expand(target.shape[0], -1)  # places after the merge
     found = torch.cat([leaving, staying], dim=1).argsort(1)  # each of A in that list
     to_a = take(torch.cat([start + target, after[:, prefix:start]], dim=1), found)
     both = torch.cat([to_a, after[:, start:]], dim=1)  # A, then B
