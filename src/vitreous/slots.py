@@ -149,10 +149,15 @@ def block_of(model: nn.Module, layer: int, cls: type[Block]) -> Block:
 
 
 def plain_embedding(model: nn.Module, mechanism: str) -> PatchEmbed:
-    """The patch embedding at `patch_embed`, if it is timm's or one of ours; else HostError."""
+    """The patch embedding at `patch_embed`, if it is one that a mechanism may take over; else HostError or GraftError."""
     kind = type(model.patch_embed)
-    if kind is PatchEmbed or issubclass(kind, Embed):
+    if kind in (PatchEmbed, Embed):
         return model.patch_embed
+    if issubclass(kind, Embed):
+        raise GraftError(
+            f"patch_embed already holds {kind.__name__}, which {mechanism} would undo. Expected plain patches. Take the "
+            "other graft out first (vitreous.ungraft)."
+        )
     raise HostError(
         f"patch_embed is a {names([kind])}. Expected {names([PatchEmbed])}, whose grid is known. {mechanism} cannot be "
         "grafted into this model."
@@ -161,11 +166,19 @@ def plain_embedding(model: nn.Module, mechanism: str) -> PatchEmbed:
 
 def image_grid(model: nn.Module, mechanism: str) -> tuple[Grid, Changes]:
     """The grid of the images in each pass, and the changes that make it known. Raises HostError."""
-    embed = plain_embedding(model, mechanism)
-    if isinstance(embed, Embed):
-        return embed.grid, {}
-    new = Embed.of(embed)
+    if isinstance(model.patch_embed, Embed):
+        return model.patch_embed.grid, {}
+    new = Embed.of(plain_embedding(model, mechanism))
     return new.grid, {"patch_embed": new}
+
+
+def check_patch_drop(model: nn.Module, mechanism: str) -> None:
+    """Raise HostError unless all tokens go through `patch_drop`, (B, N, D) -> (B, N, D), after they got their positions."""
+    if family(model) is not VisionTransformer:
+        raise HostError(
+            f"The model is a timm {type(model).__name__}, whose tokens do not all pass through patch_drop. Expected "
+            f"timm's VisionTransformer. {mechanism} cannot be grafted into this model."
+        )
 
 
 def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Changes:

@@ -141,6 +141,12 @@ def grafted(text: str, host: str = PRIMARY) -> nn.Module:
     return vitreous.graft(build(host), text)
 
 
+def per_place(model: nn.Module) -> int:
+    """How many tokens each place has, as the model says: 1, or more where every channel has its own, below each other."""
+    height, width = model.patch_embed.dynamic_feat_size((SIZE, SIZE))
+    return height * width // (SIZE // 8) ** 2
+
+
 # -- what a model is made of -----------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from contract.hosts import CLASSES, PRIMARY, anatomy, build, fit, grafted, images, loss, stem
+from contract.hosts import CLASSES, PRIMARY, anatomy, build, fit, grafted, images, loss, per_place, stem
 from vitreous import check, graft, grafts, new_parameters, no_weight_decay, parse, ungraft
 from vitreous.mechanism import mechanism_class
 
@@ -18,7 +18,9 @@ def test_output_is_finite_and_has_the_hosts_shape(text, host):
     model = check(grafted(text, host), images())
     with torch.no_grad():
         features, logits = model.forward_features(images()), model(images())
-    assert features.shape == build(host).forward_features(images()).shape
+    plain = build(host).forward_features(images())
+    patches = plain.shape[1] - model.num_prefix_tokens
+    assert features.shape == (3, plain.shape[1] + (per_place(model) - 1) * patches, plain.shape[2])
     assert logits.shape == (3, CLASSES)
     assert features.isfinite().all()
     assert logits.isfinite().all()
@@ -116,6 +118,8 @@ def test_an_older_optimizer_still_holds_the_models_parameters(text):
 
 def test_loaded_weights_survive_removal(text):
     """`assign=True` swaps the tensor objects behind the graft's back."""
+    if not parse(text).keeps_weights:
+        return
     model, other = grafted(text), build(PRIMARY)
     with torch.no_grad():
         for tensor in (*other.parameters(), *other.buffers()):
@@ -131,12 +135,13 @@ def test_loaded_weights_survive_removal(text):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_conversion_reaches_everything(text, dtype):
-    """Graft and conversion commute, and the displaced modules follow."""
+    """Graft and conversion commute (but for roundings, if new values are made of the host's); displaced modules follow."""
     before, after = grafted(text).to(dtype), graft(build(PRIMARY).to(dtype), text)
     x = images().to(dtype)
     assert {t.dtype for t in (*after.parameters(), *after.buffers()) if t.is_floating_point()} == {dtype}
     assert before(x).dtype == dtype
-    assert torch.equal(before(x), after(x))
+    rounding = 0 if parse(text).keeps_weights else 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(before(x), after(x), atol=rounding, rtol=rounding)
     ungraft(before)
     assert torch.equal(before(x), build(PRIMARY).to(dtype)(x))
 
