@@ -113,9 +113,11 @@ def grafts(model: nn.Module) -> list[Graft]:
 def check(model: nn.Module, images: Tensor) -> nn.Module:
     """One probe forward on images (B, C, H, W), in the model's present mode; returns the model.
 
-    Raises NotReached if the pass does not go through every grafted module. Mode, hooks and random state are as before.
+    Raises NotReached if the pass does not go through every grafted module, GraftError if re-entrant checkpointing was
+    switched on around token grafts. Mode, hooks and random state are as before.
     """
     bare(model)
+    slots.check_running(model)
     called: set[int] = set()
     expected: list[tuple[Graft, str, nn.Module]] = []
     lost: list[str] = []

@@ -237,6 +237,12 @@ def check_read_out(model: nn.Module, mechanism: str) -> None:
         )
 
 
+def check_running(model: nn.Module) -> None:
+    """Raise GraftError if a model with token grafts was set, since, to run in a way that would pass them by."""
+    if isinstance(getattr(model, "norm", None), Close):
+        check_host(model, tokens=True)
+
+
 def read_out_moved(model: nn.Module) -> str | None:
     """Why the read-out at `norm` no longer fits the head, or None. `reset_classifier(n, pool)` can change the head."""
     if isinstance(model.norm, Close):

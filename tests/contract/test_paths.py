@@ -24,6 +24,7 @@ from contract.hosts import (
 )
 from vitreous import check, graft, grafts, new_parameters, parse, ungraft
 from vitreous.errors import GraftError, MaskError, NotReached
+from vitreous.layers.block import Close
 from vitreous.layers.tokens import Stream
 
 
@@ -149,6 +150,19 @@ def test_reentrant_checkpointing_is_right_or_refused(text, reentrant):
     x = images().requires_grad_()
     model(x).square().sum().backward()
     assert all(p.grad is not None for p in new_parameters(model).values())
+
+
+def test_reentrant_checkpointing_switched_on_later_is_noticed(text):
+    model = grafted(text)
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        if isinstance(model.norm, Close):
+            with pytest.raises(GraftError, match="re-entrant"):
+                check(model, images())
+        else:
+            check(model, images())
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
 
 
 def test_slices(text):
