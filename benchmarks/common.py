@@ -32,7 +32,8 @@ def vit_tiny(data: Path) -> torch.nn.Module:
 
 def machine() -> dict[str, str]:
     """Where and with what a result was made."""
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
         "processor": model or platform.processor(),
         "cores": str(os.cpu_count()),

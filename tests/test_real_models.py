@@ -54,7 +54,7 @@ def test_reference_logits(real):
 @pytest.mark.parametrize("grafts", GRAFTS.values(), ids=GRAFTS)
 @torch.no_grad()
 def test_grafts_go_in_and_come_out_bit_for_bit(real, grafts):
-    name, model, images, _ = real
+    _, model, images, _ = real
     images = images[:8]
     before, objects = model(images), {n: id(m) for n, m in model.named_modules()}
     check(graft(model, *grafts), images)
@@ -67,7 +67,7 @@ def test_grafts_go_in_and_come_out_bit_for_bit(real, grafts):
 
 @torch.no_grad()
 def test_gated_spc_at_gate_zero_keeps_the_logits_exactly(real):
-    name, model, images, _ = real
+    _, model, images, _ = real
     before = model(images[:8])
     graft(model, SPC(read="gated"))
     assert torch.equal(model(images[:8]), before)
@@ -75,7 +75,7 @@ def test_gated_spc_at_gate_zero_keeps_the_logits_exactly(real):
 
 @torch.no_grad()
 def test_a_grafted_real_model_is_saved_and_loaded(real, tmp_path):
-    name, model, images, _ = real
+    _, model, images, _ = real
     graft(model, SVDA(layers=(1,)), SPC(after=2))
     save(model, tmp_path)
     again = load(tmp_path)

@@ -52,16 +52,18 @@ def main(data: Path) -> None:
                     found.setdefault((block, rows, rule), []).append(space.V)
         print(f"{len(next(iter(found.values()))) * 50} of {IMAGES} images", flush=True)
     generator = torch.Generator().manual_seed(0)
+    names = ("block", "rows", "rule")
     table = [
-        {"block": block, "rows": rows, "rule": rule, "component": i + 1, "agreement": agreement(torch.cat(v)[..., i], generator)}
-        for (block, rows, rule), v in found.items()
+        dict(zip(names, key, strict=True), component=i + 1, agreement=agreement(torch.cat(v)[..., i], generator))
+        for key, v in found.items()
         for i in range(COMPONENTS)
     ]
-    write(HERE / "result.json", {"command": "python benchmarks/spc_signs/run.py ../shared/data", "images": IMAGES, "table": table})
+    command = "python benchmarks/spc_signs/run.py ../shared/data"
+    write(HERE / "result.json", {"command": command, "images": IMAGES, "table": table})
     lines = ["| after block | rows | rule | u1 | u2 | u3 | u4 |", "|---|---|---|---|---|---|---|"]
     for key in found:
-        cells = [r["agreement"] for r in table if (r["block"], r["rows"], r["rule"]) == key]
-        lines.append("| " + " | ".join(map(str, key)) + " | " + " | ".join(f"{a:.2f} [{b:.2f}, {c:.2f}]" for a, b, c in cells) + " |")
+        cells = [row["agreement"] for row in table if tuple(row[name] for name in names) == key]
+        lines.append("| " + " | ".join([*map(str, key), *(f"{a:.2f} [{b:.2f}, {c:.2f}]" for a, b, c in cells)]) + " |")
     (HERE / "table.md").write_text("\n".join(lines) + "\n")
 
 

@@ -29,7 +29,8 @@ def main(data: Path) -> None:
     model, images = vit_tiny(data), photographs(data, 200)
     fit, held_out = images[::2], images[1::2]
     host = model(held_out).argmax(1)
-    arms = {**{name: (arm, 1) for name, arm in ARMS.items()}, **{f"import from {n} photographs": (SVDA(start="import"), n) for n in FITTED}}
+    arms = {name: (arm, 1) for name, arm in ARMS.items()}
+    arms |= {f"import from {n} photographs": (SVDA(start="import"), n) for n in FITTED}
     result = {}
     for name, (arm, count) in arms.items():
         calibrate(graft(model, arm), fit[:count])
