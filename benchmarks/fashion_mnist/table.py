@@ -1,0 +1,39 @@
+"""Write table.md from the two run folders beside this file: python benchmarks/fashion_mnist/table.py"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from vitreous.train.intervals import wilson
+
+HERE = Path(__file__).parent
+INDICATORS = ("effective_tokens", "spectral_entropy", "effective_rank", "angular_alignment", "perturbation_robustness")
+
+
+def main() -> None:
+    lines = [
+        "| arm | epoch | accuracy, 10,000 test images | " + " | ".join(name.replace("_", " ") for name in INDICATORS) + " |",
+        "|---" * (3 + len(INDICATORS)) + "|",
+    ]
+    for arm in ("plain", "svda"):
+        epochs = [json.loads(line) for line in (HERE / arm / "metrics.jsonl").read_text().splitlines()]
+        for epoch in range(len(epochs) + 1):
+            with open(HERE / arm / "readings" / f"epoch-{epoch:03d}.csv") as file:
+                rows = [row for row in csv.DictReader(file) if row["head"]]
+            means = []
+            for name in INDICATORS:
+                values = [float(row[name]) for row in rows if row.get(name)]
+                means.append(f"{sum(values) / len(values):.3f}" if values else "")
+            accuracy = ""
+            if epoch:
+                share = epochs[epoch - 1]["tests"]["test"]["accuracy"]
+                low, high = wilson(round(share * 10_000), 10_000)
+                accuracy = f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+            lines.append(f"| {arm} | {epoch} | {accuracy} | " + " | ".join(means) + " |")
+    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
