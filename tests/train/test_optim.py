@@ -106,7 +106,8 @@ def rates(steps: int, **changes) -> list[float]:
 
 def test_cosine_after_a_linear_warm_up():
     total, warm = 40, 10
-    expected = [0.01 + 0.99 * i / warm if i < warm else 0.5 * (1 + math.cos(math.pi * i / total)) for i in range(total)]
+    fall = [0.5 * (1 + math.cos(math.pi * i / (total - warm))) for i in range(total - warm)]
+    expected = [0.01 + 0.99 * i / warm for i in range(warm)] + fall
     assert rates(10, epochs=4, warmup_epochs=1) == pytest.approx(expected)
 
 

@@ -116,7 +116,8 @@ def loader(
 ) -> DataLoader:
     """Batches of (B, C, H, W) float32 and labels (B) int64, in an order that `seed` draws if shuffled.
 
-    even: leave out a last batch that is not full, and an odd image of a set smaller than a batch. Images in memory of the right size are not sent through workers.
+    even: leave out a last batch that is not full, and the odd image of a set smaller than a batch. Images in memory of
+    the right size are not sent through workers.
     """
     generator = torch.Generator().manual_seed(seed)
     if even:

@@ -85,7 +85,8 @@ def scheduler(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: 
         optimizer,
         "constant" if settings.sched == "none" else settings.sched,  # unlike none, it knows warm-up and layer decay
         decay_epochs=max(1, settings.epochs // 3) if settings.sched == "step" else None,
-        num_epochs=settings.epochs,
+        num_epochs=settings.epochs - settings.warmup_epochs,
+        warmup_prefix=True,  # the schedule begins where the warm-up ends, without a jump
         warmup_epochs=settings.warmup_epochs,
         warmup_lr=settings.lr / 100,
         step_on_epochs=False,
