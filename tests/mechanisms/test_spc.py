@@ -248,7 +248,7 @@ def test_bad_input():
         graft(vit(class_token=False, global_pool="avg"), SPC(sign="class"))
     with pytest.raises(HostError, match="global_pool='max'"):
         graft(vit(global_pool="max"), SPC())
-    with pytest.raises(HostError, match="rotary"):
+    with pytest.raises(HostError, match="is a timm Eva"):
         graft(timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1), SPC())
 
 
