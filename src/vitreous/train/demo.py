@@ -27,7 +27,7 @@ from vitreous.train.settings import TrainSettings
 
 ARMS = {"plain": (), "SVDA": ("svda",), "SVD-ViT": ("spc",)}
 NETWORK = ("patch_size=4", "embed_dim=64", "depth=4", "num_heads=4", "mlp_ratio=2.0")
-RECIPE = {"data": "cutouts", "epochs": 4, "lr": 3e-3, "warmup_epochs": 0.4, "clip_grad": 1.0}  # tuned on the plain arm
+RECIPE = {"data": "cutouts", "epochs": 5, "lr": 2e-3, "warmup_epochs": 0.5, "clip_grad": 1.0}  # tuned on the plain arm
 QUICK = RECIPE | {"data": "cutouts:train=128,test=60", "epochs": 1}
 HELP = """\
 Train three small models on made images, a plain one, one with SVDA and one with SVD-ViT's tokens, and compare them on
