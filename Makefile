@@ -24,7 +24,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo.stamp: $(BIN)/python pyproject.toml constraints.txt
-	@echo "Installing into $(VENV): about 3 minutes and 6 GB, most of it torch."
+	@echo "Installing into $(VENV): 1 to 3 minutes and 6 GB, most of it torch."
 	$(PIP) install --quiet -c constraints.txt -e .
 	@touch $@
 
