@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from vitreous.errors import DataError
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
-class ImageSet(torch.utils.data.Dataset):
+class ImageSet(torch.utils.data.Dataset, ABC):
     """Labelled images in a fixed order. A kind of set says where a picture comes from: `image`, `mask` and `subset`.
 
     labels: (n,) int64 class indices. channels: 1 (greyscale, PIL mode L) or 3 (RGB). transform: PIL image -> tensor,
@@ -37,17 +38,17 @@ class ImageSet(torch.utils.data.Dataset):
         """A whole batch in one call, which torch's DataLoader prefers."""
         return [self[i] for i in indices]
 
+    @abstractmethod
     def image(self, i: int) -> Image.Image:
         """The picture as it is stored, before any transform."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mask(self, i: int) -> np.ndarray | None:
         """The (height, width) bool foreground of `image(i)`; None where it is not known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def subset(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
         """The same kind of set with these items, in this order."""
-        raise NotImplementedError
 
 
 class ArraySet(ImageSet):
