@@ -153,7 +153,7 @@ def test_demo_compares_three_and_names_a_command_that_works(elsewhere, capsys):
     for row in ("usual backgrounds", "swapped backgrounds", "effective tokens", "seconds"):
         assert row in shown.out
     assert re.search(r"graft removed:\s+│\s+│\s+0 │\s+0 │", shown.out)
-    following = re.search(r"^  vitreous (train cutouts)( .*)$", shown.out, re.MULTILINE)
+    following = re.search(r"^  (?:\S*/)?vitreous (train cutouts)( .*)$", shown.out, re.MULTILINE)
     assert call(f"{following[1]}:train=40,test=24{following[2]} --out more") == 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +60,11 @@ def demo(settings: DemoSettings, console: Console | None = None) -> Path:
         train(arm_settings(settings, mechanisms, folder / arm), console)
     console.print()
     console.print(compare(folder, some_images(folder / "plain", settings.seed)))
-    following = ["vitreous", "train", "cutouts", "--model", str(folder / "plain"), "--graft", "svda:start=gentle,scale=sqrt"]
+    called = Path(sys.argv[0])  # typed again as it was, where the shell does not find it by its name alone
+    program = str(called) if called.name == "vitreous" and not shutil.which("vitreous") else "vitreous"
+    following = [program, "train", "cutouts", "--model", str(folder / "plain"), "--graft", "svda:start=gentle,scale=sqrt"]
     console.print(f"\nRun folders: {folder}/plain, {folder}/SVDA, {folder}/SVD-ViT; each has a summary.md.", soft_wrap=True)
-    console.print("Next, go on from the plain model with attention by a learned spectrum:", soft_wrap=True)
+    console.print("Next, go on from the plain model with SVDA at a scale that lets it select:", soft_wrap=True)
     console.print(f"  {shlex.join([*following, '--epochs', '2', '--lr', '1e-4'])}", soft_wrap=True, highlight=False)
     return folder
 
