@@ -40,7 +40,7 @@ class Images:
     """What it trains on, beside the positional DATA."""
 
     image_size: int | None = None
-    """Pixels a side (default: the model's with loaded weights, else the data's own, else the model's)."""
+    """Pixels a side (default: the model's; for a new network on a named set, whose images are alike, theirs)."""
     limit: int | None = None
     """At most so many training images, balanced over the classes."""
     download: bool = False
