@@ -1,4 +1,4 @@
-"""Write table.md from the two run folders beside this file: python benchmarks/fashion_mnist/table.py"""
+"""Write table.md from the run folders beside this file: python benchmarks/fashion_mnist/table.py"""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ INDICATORS = ("effective_tokens", "spectral_entropy", "effective_rank", "angular
 
 
 def main() -> None:
+    indicators = " | ".join(name.replace("_", " ") for name in INDICATORS)
     lines = [
-        "| arm | epoch | accuracy, 10,000 test images | " + " | ".join(name.replace("_", " ") for name in INDICATORS) + " |",
-        "|---" * (3 + len(INDICATORS)) + "|",
+        f"| arm | seed | epoch | accuracy, 10,000 test images | {indicators} |",
+        "|---" * (4 + len(INDICATORS)) + "|",
     ]
-    for arm in ("plain", "svda"):
-        epochs = [json.loads(line) for line in (HERE / arm / "metrics.jsonl").read_text().splitlines()]
+    for run in sorted(path.parent for path in HERE.glob("*/run.json")):
+        arm, seed = run.name.split("-")
+        epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for epoch in range(len(epochs) + 1):
-            with open(HERE / arm / "readings" / f"epoch-{epoch:03d}.csv") as file:
+            with open(run / "readings" / f"epoch-{epoch:03d}.csv") as file:
                 rows = [row for row in csv.DictReader(file) if row["head"]]
             means = []
             for name in INDICATORS:
@@ -31,7 +33,7 @@ def main() -> None:
                 share = epochs[epoch - 1]["tests"]["test"]["accuracy"]
                 low, high = wilson(round(share * 10_000), 10_000)
                 accuracy = f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-            lines.append(f"| {arm} | {epoch} | {accuracy} | " + " | ".join(means) + " |")
+            lines.append(f"| {arm} | {seed} | {epoch} | {accuracy} | " + " | ".join(means) + " |")
     (HERE / "table.md").write_text("\n".join(lines) + "\n")
 
 
