@@ -23,7 +23,7 @@ class AdaptFormer(Mechanism):
 
         y = x + MLP(LN(x)) + s * (W_up dropout(ReLU(W_down x + b_down)) + b_up)          x behind attention, not normed
 
-    Paper: Chen, Ge, Tong, Wang, Song, Wang, Luo 2022, arXiv 2205.13535, equations 2 to 4.
+    Paper: Chen, Ge, Tong, Wang, Song, Wang, Luo 2022, arXiv 2205.13535 (parallel adapter beside the MLP).
     Differs: nothing in the formula. What trains is the run's decision (`--train new+head`), not the mechanism's. On hosts
         that norm behind the MLP, the adapter stands beside that norm, too.
     At start: equals the host exactly (W_up and both biases are 0).
