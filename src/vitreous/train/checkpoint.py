@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from vitreous.errors import DataError, UnknownName
+from vitreous.files import write
 from vitreous.grafting import graft, grafts
 from vitreous.mechanism import Mechanism, parse, settings, written
 from vitreous.train.network import adapt, build, fill, read_weights
@@ -123,15 +124,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"Found {path} holding a {type(found).__name__}. Expected a JSON object. Get the file again.")
     return found
-
-
-def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Let `writer` write a temporary file beside `path`, sync it, and put it in the place of `path` in one step."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        writer(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from vitreous.errors import SettingError
-from vitreous.train.checkpoint import write
+from vitreous.files import write_text
 
 FORMAT = 1
 PACKAGES = ("vitreous", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
@@ -98,7 +98,7 @@ class Run:
 
     def text(self, name: str, content: str) -> None:
         """Write a text file, at once or not at all."""
-        write(self.folder / name, lambda path: path.write_text(content, encoding="utf-8", newline="\n"))
+        write_text(self.folder / name, content)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from vitreous.train.checkpoint import write as write_file
+from vitreous.files import write_text
 from vitreous.train.run import read_metrics
 
 FILES = """\
@@ -76,7 +76,3 @@ def table(rows: list[list[str]]) -> str:
     """A Markdown table; the first row is the head."""
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body]) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))

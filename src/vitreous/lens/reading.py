@@ -1,0 +1,309 @@
+"""A reading: what `look` returns. Numbers and maps per layer, head and image; a table; a folder.
+
+    reading.json          facts: model, weights, settings, versions, layers, components, what was refused or skipped
+    parts/00000.safetensors, ...   16 images each: their rows of the table, maps, pictures, masks; written whole or not at all
+    table.csv, table.json          the rows of all parts, tidy: layer, head, image, source, kind, one column per measure
+    scores.csv, summary.csv        maps against masks, where there are masks: per image, and means with 95 % intervals
+    curves.json                    insertion and deletion, where they were asked for
+
+Parts are what an interrupted look goes on from; the other files follow from them. Numbers are -1 where a row is of all heads
+(`head`), of no single image (`image`) or of no single layer (`layer`), and NaN where a measure does not apply.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import safe_open
+
+from vitreous.errors import DataError, SettingError, UnknownName
+from vitreous.files import write, write_text
+
+FORMAT = 1
+CHUNK = 16  # images in a part
+SOURCES = ("attention", "learned", "weight", "score")
+KINDS = ("token", "channel", "pooling", "effective")
+KEYS = ("layer", "head", "image", "source", "kind")
+OTHERS = ("rows", "scores", "picture", "mask")  # what a part holds beside maps
+NAMED = {"source": SOURCES, "kind": KINDS}  # columns of words, kept as numbers in a part
+Columns = dict[str, np.ndarray]
+
+
+@dataclass
+class Part:
+    """Up to CHUNK images: tensors by name as the file holds them, and what is known of each image."""
+
+    tensors: dict[str, np.ndarray]
+    images: list[dict[str, Any]]
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def columns(self, group: str) -> Columns:
+        """The columns of a table that the part holds: "rows" (measures) or "scores"."""
+        found = {key.partition("/")[2]: value for key, value in self.tensors.items() if key.startswith(f"{group}/")}
+        return {key: np.array(NAMED[key])[value] if key in NAMED else value for key, value in found.items()}
+
+    def put(self, group: str, columns: Columns) -> None:
+        """Take in the columns of a table."""
+        for key, value in columns.items():
+            if key in NAMED:
+                value = np.array([NAMED[key].index(str(word)) for word in value], np.int8)
+            self.tensors[f"{group}/{key}"] = np.ascontiguousarray(value)
+
+
+class Maps(Mapping):
+    """Maps over the image by component and layer: `maps["u1", 6]` is (image, rows, columns), float32, on that layer's grid.
+
+    `maps["attention", 6]` is the mean over the heads, `maps["attention", 6, 2]` head 2. Maps of the whole model, such as the
+    foreground, have layer -1: `maps["foreground"]`. `confidence("u1", 6)` is the probability, image by image, that the sign
+    is right (the bright side is the object); below 0.95 take the sign as unknown. Iterates over (component, layer).
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = parts
+
+    def __getitem__(self, key: str | tuple) -> np.ndarray:
+        component, layer, *head = (key, -1) if isinstance(key, str) else key
+        values = self._joined(f"{component}/{layer}", key).astype(np.float32)
+        if not head:
+            return values.mean(axis=1) if values.ndim == 4 else values
+        if values.ndim != 4 or not -values.shape[1] <= head[0] < values.shape[1]:
+            heads = values.shape[1] if values.ndim == 4 else 0
+            raise SettingError(f"Found head {head[0]} of {component!r}, layer {layer}. Expected one of {heads} heads.")
+        return values[:, head[0]]
+
+    def heads(self, component: str, layer: int) -> np.ndarray:
+        """(image, head, rows, columns); one head where the component has none."""
+        values = self._joined(f"{component}/{layer}", (component, layer)).astype(np.float32)
+        return values if values.ndim == 4 else values[:, None]
+
+    def confidence(self, component: str, layer: int) -> np.ndarray:
+        """(image,), 0 to 1; 1 for components that have no sign to be wrong about."""
+        name = f"{component}/{layer}/confidence"
+        if self.parts and name not in self.parts[0].tensors:
+            return np.ones(len(self[component, layer]), np.float32)
+        return self._joined(name, (component, layer))
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        names = [key.split("/") for key in (self.parts[0].tensors if self.parts else ())]
+        return iter([(name[0], int(name[1])) for name in names if len(name) == 2 and name[0] not in OTHERS])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, key: object) -> bool:
+        return key in set(self)
+
+    def _joined(self, name: str, key: Any) -> np.ndarray:
+        if not self.parts or name not in self.parts[0].tensors:
+            known = [f"{component} {layer}" for component, layer in self]
+            raise UnknownName(" ".join(str(k) for k in (key if isinstance(key, tuple) else (key,))), "map", known)
+        return np.concatenate([part.tensors[name] for part in self.parts])
+
+
+class Reading:
+    """What a model showed of some images. `facts` is the content of reading.json.
+
+    parts: in memory, or read from the folder when they are asked for.
+    """
+
+    def __init__(self, facts: dict[str, Any], parts: Sequence[Part], curves: Sequence[dict[str, Any]] = ()):
+        self.facts = facts
+        self.parts = parts
+        self.curves = list(curves)
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """One record per captured attention: name, kind, route, heads, grid, and how its map was verified."""
+        return self.facts["layers"]
+
+    @property
+    def images(self) -> list[dict[str, Any]]:
+        """One record per image: name, size, prediction."""
+        return [image for part in self.parts for image in part.images]
+
+    @property
+    def maps(self) -> Maps:
+        return Maps(self.parts)
+
+    def table(self) -> Columns:
+        """{column: (rows,)}: layer, head, image (-1: all), source, kind, then one column per measure (NaN: not applicable)."""
+        return joined([part.columns("rows") for part in self.parts])
+
+    def scores(self) -> Columns:
+        """{column: (rows,)}: maps against masks: image, component, layer, head, measures; empty without masks."""
+        found = joined([part.columns("scores") for part in self.parts])
+        if found:
+            names = np.array(self.facts["scored"])
+            found = {"component": names[found.pop("component")]} | found
+        return found
+
+    def to_pandas(self) -> Any:
+        """The table as a pandas DataFrame. Raises SettingError without pandas."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise SettingError('Found no pandas. Expected it for a DataFrame. Install it: pip install "pandas".') from error
+        return pandas.DataFrame(self.table())
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder; it must be new or empty, or hold this very reading (which is then completed).
+
+        Each file appears whole or not at all. Raises SettingError for a folder with something else in it.
+        """
+        folder = Path(folder)
+        writer = Writer(folder, self.facts["fingerprint"])
+        for number, part in enumerate(self.parts):
+            if number not in writer.done:
+                writer.add(number, part)
+        writer.finish(self)
+        return folder
+
+
+class Writer:
+    """Writes a reading part by part. `done`: the numbers of the parts that are there, from an earlier, interrupted call.
+
+    fingerprint: of model, images and settings; the folder goes on only with the same one.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder, self.fingerprint = folder, fingerprint
+        mark = folder / "parts" / "fingerprint"
+        try:
+            if not mark.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise SettingError(f"Found something in {folder}. Expected a new or empty folder. Choose another --out.")
+            if mark.is_file() and mark.read_text() != fingerprint:
+                raise SettingError(
+                    f"Found another reading in {folder}: of another model, other images or settings. Expected a new folder, or "
+                    "the same reading to go on with. Choose another --out, or delete the folder."
+                )
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            write_text(mark, fingerprint)
+        except OSError as error:
+            raise SettingError(f"Cannot write {folder} ({error.strerror}). Expected a writable folder. Mend --out.") from error
+        self.done = {int(path.stem) for path in mark.parent.glob("*.safetensors")}
+
+    def path(self, number: int) -> Path:
+        return self.folder / "parts" / f"{number:05d}.safetensors"
+
+    def add(self, number: int, part: Part) -> None:
+        """Write a part, whole or not at all."""
+        metadata = {"images": json.dumps(part.images), "skipped": json.dumps(part.skipped)}
+        tensors = {key: np.ascontiguousarray(part.tensors[key]) for key in sorted(part.tensors)}
+        write(self.path(number), lambda path: safetensors.numpy.save_file(tensors, path, metadata=metadata))
+        self.done.add(number)
+
+    def finish(self, reading: Reading) -> None:
+        """Write what follows from the parts; reading.json comes last, so that a folder with it is complete."""
+        table, scores = reading.table(), reading.scores()
+        self.table("table", table)
+        rows = {name: [None if value != value else value for value in column.tolist()] for name, column in table.items()}
+        self.text("table.json", json.dumps({"columns": rows}))
+        if scores:
+            self.table("scores", scores)
+            self.table("summary", reading.facts["summary"])
+        if reading.curves:
+            self.text("curves.json", json.dumps(reading.curves, indent=1))
+        facts = {key: value for key, value in reading.facts.items() if key != "summary"}
+        self.text("reading.json", json.dumps(facts, indent=2) + "\n")
+
+    def table(self, name: str, columns: Mapping[str, Any]) -> None:
+        self.text(f"{name}.csv", as_csv(columns))
+
+    def text(self, name: str, content: str) -> None:
+        write_text(self.folder / name, content)
+
+
+class StoredParts(Sequence):
+    """The parts of a folder, each read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int | slice) -> Part | list[Part]:
+        if isinstance(number, slice):
+            return [read_part(path) for path in self.paths[number]]
+        return read_part(self.paths[number])
+
+
+def read(folder: str | Path) -> Reading:
+    """The reading in a folder that `Reading.save` or `vitreous look` wrote. Raises DataError if it is not whole."""
+    folder = Path(folder)
+    path = folder / "reading.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise DataError(f"Found {path} in format {facts['format']}. Expected {FORMAT}. Read it as it was written.")
+        curves = folder / "curves.json"
+        found = json.loads(curves.read_text(encoding="utf-8")) if curves.exists() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"Found no complete reading in {folder} ({type(error).__name__}: {error}). Expected a folder that `vitreous look` "
+            "finished. Check the path, or let `vitreous look` go on with it."
+        ) from error
+    paths = [folder / "parts" / f"{number:05d}.safetensors" for number in range(facts["parts"])]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"Found no {missing[0]}. Expected {len(paths)} parts. Look again with the same --out.")
+    reading = Reading(facts, StoredParts(paths), found)
+    if (folder / "summary.csv").exists():
+        with open(folder / "summary.csv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        facts["summary"] = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    return reading
+
+
+def read_part(path: Path) -> Part:
+    """A part of a reading. Raises DataError for a file that is damaged."""
+    try:
+        with safe_open(path, "numpy") as file:
+            said = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        return Part(tensors, json.loads(said["images"]), json.loads(said["skipped"]))
+    except Exception as error:  # what a damaged file can raise is not foreseeable
+        raise DataError(
+            f"Found {path}, which cannot be read ({type(error).__name__}: {error}). Expected a part of a reading. Delete it "
+            "and look again with the same --out."
+        ) from error
+
+
+def joined(tables: Sequence[Columns]) -> Columns:
+    """Tables of the same columns under one another; a column that one lacks is NaN there."""
+    tables = [table for table in tables if table]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    counts = [len(next(iter(table.values()))) for table in tables]
+    blank = [np.full(count, np.nan) for count in counts]
+    return {
+        name: np.concatenate([table.get(name, empty) for table, empty in zip(tables, blank, strict=True)]) for name in names
+    }
+
+
+def as_csv(columns: Mapping[str, Any]) -> str:
+    """Columns as CSV text; NaN, and -1 of `head`, `image`, `layer`, are empty; what a spreadsheet would run is quoted."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    lists = [cells(name, np.asarray(column).tolist()) for name, column in columns.items()]
+    writer.writerows(zip(*lists, strict=True))
+    return text.getvalue()
+
+
+def cells(name: str, values: list[Any]) -> list[Any]:
+    if name in ("head", "image", "layer"):
+        return ["" if value == -1 else value for value in values]
+    return ["" if value != value else f"{value:.7g}" if isinstance(value, float) else harmless(value) for value in values]
+
+
+def harmless(value: Any) -> Any:
+    """Text that a spreadsheet does not take for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
