@@ -12,7 +12,8 @@ from torch import nn
 from vitreous import SPC, SVDA, graft, grafts
 from vitreous.errors import DataError, HostError, NotReached
 from vitreous.lens import indicators
-from vitreous.lens.probe import measure, perturbed
+from vitreous.lens.measures import perturbed
+from vitreous.lens.probe import measure
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 HOSTS = {

@@ -146,6 +146,24 @@ def product_svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (qa @ u).to(dtype), s.to(dtype), (qb @ vh.mT).to(dtype)
 
 
+def product_singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Singular values of a b^T from its factors a (..., N, K), b (..., M, K), descending: (..., min(N, M, K)).
+
+    Use: spectra of scores Q K^T without the N x M matrix, and of a head's bilinear form. The triangular factors of two QRs
+    and one SVD of at most K x K; a factor with fewer rows than columns needs no QR. NaN where a factor is not finite.
+    In float64; answers in float32, or float64 for float64.
+    """
+    finite = (a.isfinite().flatten(-2).all(-1) & b.isfinite().flatten(-2).all(-1))[..., None]
+    ra, rb = (_triangle(torch.where(finite[..., None], x, 0.0).double()) for x in (a, b))
+    s = torch.linalg.svdvals(ra @ rb.mT)
+    return torch.where(finite, s, torch.nan).to(_at_least_float32(a).dtype)
+
+
+def _triangle(x: Tensor) -> Tensor:
+    """R of x = Q R if x is tall, else x itself: a matrix with the same Gram matrix x^T x and the fewest rows."""
+    return torch.linalg.qr(x, mode="r").R if x.shape[-2] > x.shape[-1] else x
+
+
 def singular_values(x: Tensor) -> Tensor:
     """All singular values of x (..., N, D), descending, (..., min(N, D)); NaN for a matrix that is not finite.
 

@@ -1,4 +1,4 @@
-"""The six interpretability indicators of SVDA, as published and corrected, as pure functions.
+"""The six interpretability indicators of SVDA, as published and corrected, and five of others, as pure functions.
 
 Paper: Arampatzakis, Pavlidis, Mitianoudis, Papamarkos, 2026, arXiv 2602.10994 (classification), 2602.11005 (depth).
 *Paper form*: as the public experiments execute it, with natural logarithms and eps = 1e-8. *Corrected form*: what can
@@ -13,6 +13,9 @@ be compared between heads, models and token counts. Which function gives which:
     selectivity              selectivity(attention), of one    the same per head over a whole set,
                              batch, all heads in one           effective_tokens, attention_entropy
     perturbation robustness  perturbation_robustness           relative_change
+
+Of others: mean_distance, attention_width (how far a head looks), head_redundancy (how alike the heads of a layer are),
+rank_collapse (how alike the tokens after a layer are).
 
 sigma is (..., K), q and k are (B, H, N, K), attention is (B, H, N, N) with rows that sum to one. Spectra give one
 value per head, (...); the others give one per image and head, (B, H), so that sums and counts over batches of images
@@ -110,6 +113,70 @@ def relative_change(clean: Tensor, noisy: Tensor) -> Tensor:
     """|A - A'|_F / |A|_F per head, 0 = untouched; comparable across token counts. (B, H, N, N) twice -> (B, H)."""
     clean, noisy = _wide(clean), _wide(noisy)
     return torch.linalg.vector_norm(noisy - clean, dim=(-2, -1)) / torch.linalg.vector_norm(clean, dim=(-2, -1))
+
+
+def distances(queries: Tensor, keys: Tensor) -> Tensor:
+    """Distances (N, M) in pixels between places (y, x), (N, 2) and (M, 2); NaN where either has no place."""
+    offset = queries[..., :, None, :] - keys[..., None, :, :]
+    return torch.linalg.vector_norm(offset, dim=-1)
+
+
+def mean_distance(attention: Tensor, distance: Tensor) -> Tensor:
+    """How far a row looks, in the units of `distance`, mean over rows: sum_j A_ij d_ij / sum_j A_ij. (B, H, N, M) -> (B, H).
+
+    distance: (N, M), see `distances`; NaN is no place (class token, registers, padding). Sums run over keys with a place, so
+    weight on a class token neither shortens nor lengthens a head's reach; rows without a place, or with all weight on keys
+    without one, are left out; NaN if none is left. A head whose weights fall off as a Gaussian of width s has distance
+    s sqrt(pi / 2). Source: Dosovitskiy et al. 2021, arXiv 2010.11929, figure 7; what becomes of the class token is our choice.
+    """
+    return _over_places(attention, distance, distance)
+
+
+def attention_width(attention: Tensor, distance: Tensor) -> Tensor:
+    """Width of the Gaussian that looks as far: sqrt(mean square distance / 2), in the units of `distance`. -> (B, H).
+
+    The mean over keys and rows as in `mean_distance`, root taken last. A head with weights exp(-d^2 / (2 s^2)) has width s,
+    on a grid as well as in the plane. Squares make it the more sensitive of the two to a little weight far away.
+    """
+    return (_over_places(attention, distance, distance.square()) / 2).sqrt()
+
+
+def head_gram(attention: Tensor) -> Tensor:
+    """Inner products of the heads' maps, each flattened: (B, H, N, M) -> (B, H, H). Adds up over blocks of rows."""
+    flat = _wide(attention).flatten(-2)
+    return flat @ flat.mT
+
+
+def head_redundancy(gram: Tensor) -> Tensor:
+    """Mean cosine of a head's map with the other heads' maps, from `head_gram`. (B, H, H) -> (B, H); NaN for one head.
+
+    0 to 1 for attention, which has no negative entries: 1 where all heads attend alike, 0 where no two share a token.
+    Uniform heads count as alike.
+    """
+    norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+    cosine = gram / norm[..., :, None] / norm[..., None, :]
+    others = gram.shape[-1] - 1
+    return (cosine.sum(dim=-1) - cosine.diagonal(dim1=-2, dim2=-1)) / (others or torch.nan)
+
+
+def rank_collapse(tokens: Tensor) -> Tensor:
+    """|X - 1 mean|_F / |X|_F, 0 to 1: how far tokens are from all being the same one. (B, N, D) -> (B).
+
+    **Low is collapsed**: 0 for equal tokens, 1 for tokens of mean zero. Source: Dong, Cordonnier, Loukas 2021, arXiv
+    2103.03404, who take sqrt(|.|_1 |.|_inf) for both norms; Frobenius (ours) has the mean as its exact minimiser.
+    """
+    x = _wide(tokens)
+    rest = torch.linalg.vector_norm(x - x.mean(dim=-2, keepdim=True), dim=(-2, -1))
+    return rest / torch.linalg.vector_norm(x, dim=(-2, -1))
+
+
+def _over_places(attention: Tensor, distance: Tensor, value: Tensor) -> Tensor:
+    """Mean of value (N, M) under the rows' weights on keys with a place, over the rows that have such weight."""
+    placed = distance.isfinite()
+    rows = _wide(attention) * placed
+    mass = rows.sum(dim=-1)
+    mean = (rows * torch.where(placed, value, 0.0)).sum(dim=-1) / mass
+    return torch.where(mass > 0, mean, torch.nan).nanmean(dim=-1)
 
 
 def _entropy(weights: Tensor, eps: float) -> Tensor:

@@ -16,6 +16,7 @@ from vitreous.errors import DataError, HostError, NotReached
 from vitreous.layers.attention import HOSTS, Attention, masked
 from vitreous.layers.tokens import PLAIN, TokenState
 from vitreous.lens import indicators
+from vitreous.lens.measures import perturbed
 
 SPECTRAL = {
     ("spectral_entropy", "paper"): indicators.spectral_entropy,
@@ -171,22 +172,6 @@ def recompute(
         maps = attention.normalize(masked(attention.scores(q.to(wide), k.to(wide), state), attn_mask, is_causal))
         z = maps @ v.to(wide)
     return q, k, maps, attention.merge(z.to(v.dtype), x)
-
-
-def perturbed(
-    images: Tensor, noise: float, generator: torch.Generator, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
-    """images (B, C, H, W) in the model's units -> the same with N(0, noise^2) on their [0, 1] pixels, clamped."""
-    mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
-    pixels = images * std + mean
-    low, high = pixels.min().item(), pixels.max().item()
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise DataError(
-            f"Found pixels from {low:.3g} to {high:.3g}. Expected 0 to 1 before normalisation. "
-            "Give the mean and std by which the images were normalised."
-        )
-    grain = torch.stack([torch.randn(images.shape[1:], generator=generator) for _ in images])
-    return ((pixels + noise * grain.to(pixels)).clamp(0, 1) - mean) / std
 
 
 @contextmanager

@@ -1,0 +1,108 @@
+"""One sweep over the rows of an attention map, block by block, that adds up everything the measures need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitreous.lens import indicators
+
+
+class Buffers:
+    """Memory that is taken once and used again. Fresh tensors of block size may pile up in the allocator under load."""
+
+    def __init__(self):
+        self._flat: dict[str, Tensor] = {}
+
+    def get(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """float32 of this shape, contiguous, with any content, on the device of `like`."""
+        count = int(torch.Size(shape).numel())
+        flat = self._flat.get(name)
+        if flat is None or len(flat) < count or flat.device != like.device:
+            self._flat.pop(name, None)  # before the new one is made
+            flat = self._flat[name] = torch.empty(count, device=like.device)
+        return flat[:count].view(shape)
+
+
+class Sweep:
+    """Sums over the rows of one map (B, W, H, N, M).
+
+    count: the first `count` of B images are measured; with `noisy` as many noisy versions follow.
+    stochastic: rows are distributions; otherwise only what needs none is measured.
+    places: (y, x) of queries (W, N, 2) and keys (W, M, 2), NaN for none.
+    """
+
+    def __init__(
+        self, count: int, noisy: bool, stochastic: bool, places: tuple[Tensor, Tensor] | None, buffers: Buffers
+    ):
+        self.count, self.noisy, self.stochastic, self.places, self.buffers = count, noisy, stochastic, places, buffers
+        self.sums: dict[str, Tensor] = {}
+        self.entries = 0  # of one image's maps: H W N M
+
+    def add(self, rows: slice, block: Tensor) -> None:
+        """Take in the query rows `rows`: block (B, W, H, n, M)."""
+        clean = block[: self.count]
+        scratch = self.buffers.get("scratch", clean, clean.shape)
+        self.entries += clean[0].numel()
+        squares = torch.linalg.vector_norm(clean, dim=-1).square_()  # (B, W, H, n)
+        self._sum("squares", squares)
+        flat = clean.flatten(0, 1).flatten(2)  # (B W, H, n M)
+        self._put("gram", (flat @ flat.mT).unflatten(0, clean.shape[:2]).sum(dim=1))
+        if self.noisy:
+            torch.sub(block[self.count :], clean, out=scratch)
+            self._put("change", torch.linalg.vector_norm(scratch, dim=(-2, -1)).square_().sum(dim=1))
+        if self.stochastic:
+            live = squares > 0  # not masked out
+            self._sum("live", live)
+            self._sum("tokens", torch.where(live, squares.reciprocal(), 0.0))
+            torch.clamp_min(clean, torch.finfo(clean.dtype).tiny, out=scratch)  # 0 log 0 = 0
+            self._sum("entropy", scratch.log_().mul_(clean).sum(dim=-1).neg_())
+            if self.places is not None:
+                self._add_distances(rows, clean, scratch)
+
+    def values(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Measures per image and head {column: (B, H)}, and of all heads together {column: (B,)}."""
+        s = self.sums
+        heads, together = {"head_redundancy": indicators.head_redundancy(s["gram"])}, {}
+        if self.noisy:
+            heads["perturbation_robustness"] = (s["change"] / s["squares"]).sqrt()
+            together["perturbation_robustness_paper"] = s["change"].sum(dim=1).sqrt() / self.entries
+        if self.stochastic:
+            heads["attention_entropy"] = s["entropy"] / s["live"]
+            heads["effective_tokens"] = s["tokens"] / s["live"]
+            heads["selectivity"] = 1 - s["squares"] / s["live"] / (1 + indicators.PAPER_EPS)
+            together["selectivity_paper"] = heads["selectivity"].mean(dim=1)
+            if self.places is not None:
+                heads["mean_distance"] = s["distance"] / s["placed"]
+                heads["attention_width"] = (s["square_distance"] / s["placed"] / 2).sqrt()
+        return heads, together
+
+    def _add_distances(self, rows: slice, clean: Tensor, scratch: Tensor) -> None:
+        """Mean distance and square distance under each row's weights on keys with a place."""
+        queries, keys = (places.to(clean.device, torch.float32) for places in self.places)
+        queries = queries[:, rows]
+        seen, there = (places.isfinite().all(dim=-1) for places in (queries, keys))  # (W, n), (W, M)
+        distance = self._distances(queries.nan_to_num(), keys.nan_to_num())[:, None]  # (W, 1, n, M)
+        there = there.to(clean.dtype)[:, None, None]  # (W, 1, 1, M)
+        mass = torch.mul(clean, there, out=scratch).sum(dim=-1)  # (B, W, H, n)
+        far = scratch.mul_(distance).sum(dim=-1)
+        farther = scratch.mul_(distance).sum(dim=-1)
+        valid = (mass > 0) & seen[:, None]
+        self._sum("placed", valid)
+        self._sum("distance", torch.where(valid, far / mass, 0.0))
+        self._sum("square_distance", torch.where(valid, farther / mass, 0.0))
+
+    def _distances(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """(W, n, M) between places (W, n, 2) and (W, M, 2)."""
+        shape = (*queries.shape[:2], keys.shape[1])
+        y, x = (self.buffers.get(name, queries, shape) for name in ("y", "x"))
+        torch.sub(queries[..., 0, None], keys[:, None, :, 0], out=y).square_()
+        torch.sub(queries[..., 1, None], keys[:, None, :, 1], out=x).square_()
+        return y.add_(x).sqrt_()
+
+    def _sum(self, name: str, rows: Tensor) -> None:
+        """Add values per row, (B, W, H, n), over windows and rows."""
+        self._put(name, rows.sum(dim=(1, 3), dtype=torch.float64))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value.double()
