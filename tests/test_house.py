@@ -158,7 +158,8 @@ MAY_IMPORT = {
     "train": JOBS,
     "bench": JOBS,
     "compress": JOBS,
-    "cli": JOBS | {"train", "bench", "compress", "report", "vitreous"},
+    "looking": JOBS | {"train", "report"},
+    "cli": JOBS | {"train", "bench", "compress", "looking", "report", "vitreous"},
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `vitreous train | list | demo`. Mistakes that a user can mend end in one message and exit code 2."""
+"""The command line. Mistakes that a user can mend end in one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from vitreous.mechanism import catalogue, mechanism_class, summary, written
 HELP = """\
 usage: vitreous COMMAND [options]     (vitreous COMMAND --help says more)
 
-  train DATA   train or fine-tune a vision transformer, with mechanisms grafted into it
-  list [NAME]  show the mechanisms and networks there are, or one of them with its settings
-  demo         train three small models on made images and compare them, in five minutes
+  look MODEL IMAGES...       see what a vision transformer looks at: maps, indicators, one report.html
+  compare A B                two readings or runs side by side, in one report.html
+  calibrate MODEL PHOTOS...  find a model's foreground direction from photographs, without labels or masks
+  train DATA                 train or fine-tune a vision transformer, with mechanisms grafted into it
+  list [NAME]                show the mechanisms and networks there are, or one of them with its settings
+  demo                       look at a small trained model, train three more on made images and compare them
 
 examples:
   vitreous demo
+  vitreous look vit_tiny_patch16_224 cat.jpg dog.jpg --out reading/
   vitreous list svda
   vitreous train cutouts --graft svda --model-kwargs patch_size=4 --epochs 3
   vitreous train photos/ --model vit_tiny_patch16_224 --pretrained --graft spc:after=11 --lr 1e-4
@@ -48,11 +52,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted. What was finished is in the run folder.", file=sys.stderr)
+        print("Interrupted. What was finished is in the folder; look goes on with the same --out.", file=sys.stderr)
         return 130
     except SystemExit as done:  # tyro's help (0) and its complaints (2)
         return int(done.code or 0)
     return 0
+
+
+def look(words: list[str]) -> None:
+    from vitreous.looking import look_command
+
+    look_command(words)
+
+
+def compare(words: list[str]) -> None:
+    from vitreous.looking import compare_command
+
+    compare_command(words)
+
+
+def calibrate(words: list[str]) -> None:
+    from vitreous.looking import calibrate_command
+
+    calibrate_command(words)
 
 
 def train(words: list[str]) -> None:
@@ -129,7 +151,7 @@ def network_names() -> list[str]:
     return [name for file in files for name in timm.list_models(module=file)]
 
 
-COMMANDS = {"train": train, "list": show, "demo": demo}
+COMMANDS = {"look": look, "compare": compare, "calibrate": calibrate, "train": train, "list": show, "demo": demo}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from vitreous.data.cutouts import Cutouts
 from vitreous.data.folders import FileSet
 from vitreous.data.opening import open_data
+from vitreous.data.photographs import Pictures, photographs
 from vitreous.data.sets import ArraySet, Data, ImageSet
 
-__all__ = ["ArraySet", "Cutouts", "Data", "FileSet", "ImageSet", "open_data"]
+__all__ = ["ArraySet", "Cutouts", "Data", "FileSet", "ImageSet", "Pictures", "open_data", "photographs"]

@@ -19,16 +19,16 @@ def is_archive(path: Path) -> bool:
     return path.is_file() and path.name.lower().endswith(TAR_SUFFIXES)
 
 
-def list_files(path: Path) -> dict[str, Source]:
+def list_files(path: Path, *, empty: bool = False) -> dict[str, Source]:
     """Images and tables (.csv) below a folder or in a tar archive, {relative name: source}, sorted by name.
 
-    Hidden files and all other kinds of file are left out. A folder that stands alone at the top is stripped.
+    Hidden files and all other kinds of file are left out. empty: folders without an image are no mistake.
     """
-    files = _archived(path) if path.is_file() else _walked(path)
+    files = _archived(path) if path.is_file() else _walked(path, empty)
     files = {name: files[name] for name in sorted(files)}
     if not any(is_image(name) for name in files):
         raise DataError(
-            f"Found no image in {str(path)!r}; expected one folder of images per class. Check the path, and that the "
+            f"Found no image in {str(path)!r}; expected a folder of images. Check the path, and that the "
             "files have the suffix of an image (.jpg, .png, .webp, .bmp, .gif, .tif, .ppm)."
         )
     return files
@@ -38,7 +38,7 @@ def _wanted(name: str) -> bool:
     return is_image(name) or name.lower().endswith(".csv")
 
 
-def _walked(root: Path) -> dict[str, Path]:
+def _walked(root: Path, empty_too: bool) -> dict[str, Path]:
     """Files below a folder, links followed; a folder met again on its own path (a loop of links) is not entered."""
     found, empty = {}, []
     above: dict[str, frozenset[str]] = {}  # the true places of a folder and of those that it was reached through
@@ -60,7 +60,7 @@ def _walked(root: Path) -> dict[str, Path]:
         if not below and not any(is_image(name) for name in wanted):
             empty.append(folder)
         found.update({Path(folder, name).relative_to(root).as_posix(): Path(folder, name) for name in wanted})
-    if found and empty:
+    if found and empty and not empty_too:
         raise DataError(
             f"Found the folder {empty[0]!r} without an image; expected images in every folder. Fill it or take it out."
         )

@@ -169,31 +169,41 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
         return self.mixup > 0 or self.cutmix > 0
 
     def network_arguments(self) -> dict[str, Any]:
-        """`model_kwargs` as keyword arguments of `timm.create_model`, with Python values where the text is one."""
-        found = {}
-        for word in self.model_kwargs:
-            name, equals, text = word.partition("=")
-            if not (name.isidentifier() and equals):
-                raise SettingError(f"Found --model-kwargs {word}. Expected name=value. Write for example depth=6.")
-            try:
-                found[name] = literal_eval(text)
-            except (ValueError, SyntaxError):
-                found[name] = text
-        return found
+        """`model_kwargs` as keyword arguments of `timm.create_model`."""
+        return key_values(self.model_kwargs)
 
     def torch_device(self) -> torch.device:
         """The device that `device` names. Raises SettingError if this machine does not have it."""
-        if self.device == "auto":
-            return torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        return torch_device(self.device)
+
+
+def key_values(words: Sequence[str]) -> dict[str, Any]:
+    """Words name=value of --model-kwargs as keyword arguments, with Python values where the text is one."""
+    found = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise SettingError(f"Found --model-kwargs {word}. Expected name=value. Write for example depth=6.")
         try:
-            device = torch.device(self.device)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
-            raise SettingError(
-                f"Found --device {self.device}: {reason}. Expected a device of this machine. Use auto or cpu."
-            ) from error
-        return device
+            found[name] = literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of that name, or the best there is for "auto". Raises SettingError if this machine does not have it."""
+    if name == "auto":
+        return torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise SettingError(
+            f"Found --device {name}: {reason}. Expected a device of this machine. Use auto or cpu."
+        ) from error
+    return device
 
 
 RANGES = {

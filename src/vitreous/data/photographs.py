@@ -1,0 +1,111 @@
+"""Images to look at, without labels: files, folders, archives and PIL images in the order given, masks or boxes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vitreous.data.archives import is_archive, list_files
+from vitreous.data.decoding import Source, contents, is_image
+from vitreous.data.folders import FileSet
+from vitreous.data.foregrounds import Foreground, match_masks, part_masks, read_boxes
+from vitreous.data.sets import ImageSet
+from vitreous.errors import DataError
+
+
+class Pictures(ImageSet):
+    """PIL images in memory, in the mode they will be seen in, with a name each and, where known, a (height, width) mask."""
+
+    def __init__(self, images: Sequence[Image.Image], names: Sequence[str] = (), masks: Sequence[np.ndarray | None] = ()):
+        super().__init__([-1] * len(images), 3)
+        self.images = [image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB") for image in images]
+        self.names = list(names) or [f"image {i}" for i in range(len(images))]
+        self.masks = list(masks) or [None] * len(images)
+
+    def image(self, i: int) -> Image.Image:
+        return self.images[i]
+
+    def mask(self, i: int) -> np.ndarray | None:
+        return self.masks[i]
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Pictures:
+        picked = [[values[i] for i in indices] for values in (self.images, self.names, self.masks)]
+        part = Pictures(*picked)
+        part.transform = self.transform
+        return part
+
+
+def photographs(
+    given: str | Path | Image.Image | Iterable[str | Path | Image.Image], masks: str | Path | None = None
+) -> ImageSet:
+    """Images by path or as PIL images (all the one or all the other); a folder or tar archive gives all of its images, sorted.
+
+    masks: a folder of .png masks by the images' relative names, or a boxes.csv (columns file, x0, y0, x1, y1); by default a
+    folder `masks` or a boxes.csv inside a folder of images counts. Files are decoded when asked for, so that one that is
+    broken stops no other. Raises DataError for paths that are not there, and for no images.
+    """
+    items = [given] if isinstance(given, str | Path | Image.Image) else list(given)
+    pictures = [item for item in items if isinstance(item, Image.Image)]
+    if pictures:
+        if len(pictures) < len(items):
+            raise DataError("Found PIL images and paths together. Expected one kind. Open the files, or give paths alone.")
+        return Pictures(pictures)
+    files: dict[str, Source] = {}
+    foregrounds: dict[str, Foreground] = {}
+    for item in items:
+        found, known = _files(Path(item).expanduser())
+        for name, source in found.items():
+            name_here = _free(name, files)
+            files[name_here] = source
+            if name in known:
+                foregrounds[name_here] = known[name]
+    if not files:
+        raise DataError("Found no images. Expected at least one. Give paths of images, or of folders that hold some.")
+    if masks is not None:
+        foregrounds |= _beside(Path(masks).expanduser(), files)
+    return FileSet(list(files), list(files.values()), [-1] * len(files), foregrounds=foregrounds)
+
+
+def _files(path: Path) -> tuple[dict[str, Source], dict[str, Foreground]]:
+    """Images of a file, folder or archive by name, and the masks or boxes that come with them."""
+    if path.is_dir() or is_archive(path):
+        files, masks = part_masks(list_files(path, empty=True))
+        tables = {name: files.pop(name) for name in list(files) if not is_image(name)}
+        foregrounds = match_masks(masks, files)
+        if "boxes.csv" in tables:
+            foregrounds |= read_boxes(contents(tables["boxes.csv"], "boxes.csv"), files)
+        return files, foregrounds
+    if not path.is_file():
+        raise DataError(f"Found nothing at {str(path)!r}. Expected an image, a folder or a tar archive. Check the path.")
+    return {path.name: path}, {}
+
+
+def _free(name: str, taken: dict[str, Source]) -> str:
+    """The name, numbered where another image has it already: cat.jpg, cat.jpg (2)."""
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name} ({number})"
+    return free
+
+
+def _beside(path: Path, files: dict[str, Source]) -> dict[str, Foreground]:
+    """Masks in a folder, or boxes in a table, for the images of these names. Raises DataError if none fits."""
+    if path.is_dir():
+        masks = {name.rpartition(".")[0]: (name, source) for name, source in list_files(path, empty=True).items()}
+        found: dict[str, Foreground] = {
+            name: masks[stem] for name in files if (stem := name.partition(" (")[0].rpartition(".")[0]) in masks
+        }
+    elif path.suffix.lower() == ".csv" and path.is_file():
+        found = dict(read_boxes(contents(path, path.name), files))
+    else:
+        raise DataError(f"Found no folder or .csv file {str(path)!r}. Expected masks, or a table of boxes. Check --masks.")
+    if not found:
+        raise DataError(
+            f"Found no mask in {str(path)!r} for any of {len(files)} images, such as {next(iter(files))!r}. Expected a .png of "
+            "the same name, apart from the suffix. Rename them, or leave --masks out."
+        )
+    return found

@@ -1,0 +1,147 @@
+"""Images as a model sees them: resized, cropped and normalised by its own pretrained_cfg, with the picture and mask of that view."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torchvision import transforms
+
+from vitreous.data import ImageSet, photographs
+from vitreous.errors import DataError, SettingError
+
+QUALITY = 85  # of the JPEG pictures that a reading keeps
+
+
+@dataclass(frozen=True)
+class View:
+    """One image as the model sees it.
+
+    pixels (C, h, w): what the model is given. picture (h, w, 3) uint8: the same for people. mask (h, w) bool: foreground, in
+    the same view; None where it is not known. width, height: of the image as it was given.
+    """
+
+    name: str
+    pixels: Tensor
+    picture: np.ndarray
+    mask: np.ndarray | None
+    width: int
+    height: int
+    label: int = -1
+
+    def jpeg(self) -> np.ndarray:
+        """The picture as bytes of a JPEG file, (n,) uint8."""
+        return encoded(Image.fromarray(self.picture), "JPEG", quality=QUALITY)
+
+    def mask_png(self) -> np.ndarray:
+        """The mask as bytes of a PNG file, (n,) uint8."""
+        return encoded(Image.fromarray(self.mask).convert("1"), "PNG", optimize=True)
+
+
+class Views(Sequence[View]):
+    """Views of images, made one by one when asked for; `views[i]` raises DataError for an image that cannot be read.
+
+    mean, std: by which pixels of [0, 1] were normalised; None where that is not known (tensors for a model without a
+    pretrained_cfg, or tensors that are no images).
+    """
+
+    def __init__(self, model: nn.Module, images: Any, masks: Any = None):
+        self.config = config_of(model)
+        self.tensors = images if isinstance(images, Tensor) else None
+        if self.tensors is not None:
+            self.masks = given_masks(masks, self.tensors)
+            self.mean, self.std = tensor_statistics(self.tensors, self.config)
+            return
+        self.images = images if isinstance(images, ImageSet) else photographs(images, masks)
+        if self.config is None:
+            raise SettingError(
+                f"Found images and a {type(model).__name__} without a pretrained_cfg, which would say how to prepare them. "
+                "Expected a timm model, or a tensor. Prepare them yourself and give a tensor (B, C, H, W)."
+            )
+        self.mean, self.std = (tuple(self.config[name]) for name in ("mean", "std"))
+        self.transform = create_transform(**self.config, is_training=False)
+        self.geometry = transforms.Compose([step for step in self.transform.transforms if moves(step)])
+
+    def __len__(self) -> int:
+        return len(self.images if self.tensors is None else self.tensors)
+
+    def __getitem__(self, i: int) -> View:
+        if self.tensors is not None:
+            x, mask = self.tensors[i], None if self.masks is None else self.masks[i]
+            height, width = x.shape[-2:] if x.ndim == 3 else (0, 0)
+            return View(f"image {i}", x, self.picture(x), mask, width, height)
+        image, mask = self.images.image(i), self.images.mask(i)
+        x = self.transform(image.convert("L" if self.config["input_size"][0] == 1 else "RGB"))
+        if mask is not None:
+            mask = np.asarray(self.geometry(Image.fromarray(mask).convert("L"))) > 127
+        return View(self.name(i), x, self.picture(x), mask, image.width, image.height, int(self.images.labels[i]))
+
+    def name(self, i: int) -> str:
+        names = getattr(self.images, "names", None) if self.tensors is None else None
+        return names[i] if names else f"image {i}"
+
+    def picture(self, x: Tensor) -> np.ndarray:
+        """pixels (C, h, w) -> (h, w, 3) uint8. Where mean and std are not known, the values' own range becomes black to white."""
+        if x.ndim != 3:
+            return np.zeros((1, 1, 3), np.uint8)
+        x = x.detach().cpu().float()
+        if self.mean is not None:
+            x = x * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
+        else:
+            x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)
+        if x.shape[0] != 3:
+            x = x.mean(0, keepdim=True).expand(3, -1, -1)
+        return (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def config_of(model: nn.Module) -> dict[str, Any] | None:
+    """input_size, mean, std, interpolation and crop of a timm model; None for a model that has none."""
+    return resolve_model_data_config(model) if getattr(model, "pretrained_cfg", None) else None
+
+
+def moves(step: Any) -> bool:
+    """True for the steps of a transform that move pixels, which a mask must follow."""
+    return not isinstance(step, transforms.Normalize) and not type(step).__name__.endswith(("ToTensor", "ToNumpy"))
+
+
+def tensor_statistics(images: Tensor, config: dict[str, Any] | None) -> tuple[tuple | None, tuple | None]:
+    """mean and std that bring the tensors back to [0, 1]: those of the config, or none at all (0, 1), or not known."""
+    if images.ndim != 4 or not len(images):
+        return None, None
+    channels = images.shape[1]
+    candidates = [((0.0,) * channels, (1.0,) * channels)]
+    if config is not None and len(config["mean"]) == channels:
+        candidates.insert(0, (tuple(config["mean"]), tuple(config["std"])))
+    for mean, std in candidates:
+        pixels = images.detach().float() * images.new_tensor(std).float().view(-1, 1, 1)
+        pixels = pixels + images.new_tensor(mean).float().view(-1, 1, 1)
+        if pixels.min() >= -1e-3 and pixels.max() <= 1 + 1e-3:
+            return mean, std
+    return None, None
+
+
+def given_masks(masks: Any, images: Tensor) -> np.ndarray | None:
+    """Masks (B, h, w) for tensors of images; raises DataError for another shape."""
+    if masks is None:
+        return None
+    found = np.asarray(masks)
+    if found.shape != (len(images), *images.shape[-2:]):
+        raise DataError(
+            f"Found masks of shape {found.shape} for images of shape {tuple(images.shape)}. Expected "
+            f"{(len(images), *images.shape[-2:])}. Bring the masks to the size of the tensors."
+        )
+    return found.astype(bool)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> np.ndarray:
+    """The bytes of an image file, (n,) uint8."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return np.frombuffer(file.getvalue(), np.uint8)
