@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitreous.errors import SettingError, UnknownName
-from vitreous.layers.spectral import leading_subspace, product_svd, singular_values, unit_rows
+from vitreous.layers.spectral import leading_subspace, product_singular_values, product_svd, singular_values, unit_rows
 
 METHODS = ("exact", "cholesky_qr", "gram_schmidt")
 SPECTRA = {"fast": lambda i: 0.7**i, "1/i": lambda i: 1 / i, "1/sqrt(i)": lambda i: i**-0.5}
@@ -451,6 +451,30 @@ def test_product_svd_equals_the_dense_one():
     np.testing.assert_allclose(s, np.linalg.svd((a.mT @ b).numpy(), compute_uv=False)[..., :4], rtol=1e-4)
     for t in (u, v):
         close(t.mT @ t, torch.eye(4).expand(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(("n", "m", "k"), [(30, 20, 8), (5, 20, 8), (5, 6, 8), (20, 5, 8), (8, 8, 8), (9, 1, 3)])
+def test_product_singular_values_equal_those_of_the_product(n, m, k):
+    a, b = (noise(2, 3, rows, k, seed=rows, dtype=torch.float64) for rows in (n, m))
+    found = product_singular_values(a, b)
+    assert found.shape == (2, 3, min(n, m, k))
+    np.testing.assert_allclose(found, torch.linalg.svdvals(a @ b.mT)[..., : min(n, m, k)], atol=1e-12)
+    each = scipy.linalg.svdvals((a[1, 2] @ b[1, 2].mT).numpy())
+    np.testing.assert_allclose(found[1, 2], each[: min(n, m, k)], atol=1e-12)
+
+
+def test_product_singular_values_of_dependent_and_bad_factors():
+    a, b = noise(4, 30, 8), noise(4, 20, 8, seed=1)
+    a[0, :, 4:] = a[0, :, :4]  # rank 4
+    a[1] = 0
+    b[2, 3, 3] = float("inf")
+    found = product_singular_values(a, b)
+    assert found.dtype == torch.float32
+    wanted = torch.linalg.svdvals((a.double() @ b.double().mT)[[0, 1, 3]])[:, :8].float()
+    close(found[[0, 1, 3]], wanted, 1e-4)
+    assert (found[0, 4:] < 1e-6 * found[0, 0]).all()  # in float64: squares of values would leave 1e-4
+    assert found[1].eq(0).all()
+    assert found[2].isnan().all()
 
 
 def test_singular_values_with_one_bad_matrix():

@@ -70,6 +70,37 @@ def test_attention_equals_loops():
         close(lens.perturbation_robustness(a, b)[image], math.sqrt(total) / (3 * N * N))
 
 
+def test_reach_redundancy_and_collapse_equal_loops():
+    a = random(2, 3, N, N + 2).softmax(dim=-1)
+    queries, keys = 10 * random(N, 2, seed=1), 10 * random(N + 2, 2, seed=2)
+    queries[0], keys[1], keys[4, 0] = torch.nan, torch.nan, torch.nan  # no place
+    far = lens.distances(queries, keys)
+    there = [j for j in range(N + 2) if j not in (1, 4)]
+    for image in range(2):
+        maps = [a[image, head].flatten().tolist() for head in range(3)]
+        for head in range(3):
+            steps, squares = [], []
+            for i in range(1, N):
+                row = a[image, head, i].tolist()
+                mass = sum(row[j] for j in there)
+                offsets = {j: math.dist(queries[i].tolist(), keys[j].tolist()) for j in there}
+                steps.append(sum(row[j] * offsets[j] for j in there) / mass)
+                squares.append(sum(row[j] * offsets[j] ** 2 for j in there) / mass)
+            close(lens.mean_distance(a, far)[image, head], sum(steps) / (N - 1))
+            close(lens.attention_width(a, far)[image, head], math.sqrt(sum(squares) / (N - 1) / 2))
+            cosines = [
+                sum(x * y for x, y in zip(maps[head], other, strict=True)) / math.hypot(*maps[head]) / math.hypot(*other)
+                for at, other in enumerate(maps)
+                if at != head
+            ]
+            close(lens.head_redundancy(lens.head_gram(a))[image, head], sum(cosines) / 2)
+    tokens = random(2, N, 4) + 1
+    for image in range(2):
+        columns = [tokens[image, :, d].tolist() for d in range(4)]
+        rest = sum((x - sum(column) / N) ** 2 for column in columns for x in column)
+        close(lens.rank_collapse(tokens)[image], math.sqrt(rest / sum(x * x for column in columns for x in column)))
+
+
 # -- closed forms --------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +154,39 @@ def test_alignment_of_equal_opposite_and_orthogonal_rows():
     close(lens.angular_alignment(q, -q), -1.0)
     turned = torch.stack([-q[..., 1], q[..., 0], -q[..., 3], q[..., 2]], dim=-1)
     close(lens.angular_alignment(q, turned), 0.0)
+
+
+def test_a_gaussian_head_returns_its_width():
+    """Weights exp(-d^2 / (2 s^2)) from the middle of a grid of pitch 16 that is large against s."""
+    axis = torch.arange(-30, 31, dtype=torch.float64) * 16
+    far = lens.distances(torch.zeros(1, 2), torch.cartesian_prod(axis, axis))
+    for width in (16.0, 40.0, 90.0):
+        a = (-far.square() / (2 * width**2)).softmax(dim=-1)[None, None]
+        close(lens.attention_width(a, far), width, atol=1e-3 * width)
+        close(lens.mean_distance(a, far), width * math.sqrt(math.pi / 2), atol=0.05 * width)  # 4 % at one pitch
+
+
+def test_distance_of_uniform_and_identity():
+    places = torch.stack([torch.zeros(N), 16 * torch.arange(N)], dim=-1).double()
+    far = lens.distances(places, places)
+    close(lens.mean_distance(torch.full((1, 1, N, N), 1 / N).double(), far), 16 * (N**2 - 1) / (3 * N))
+    eye = torch.eye(N, dtype=torch.float64)[None, None]
+    assert lens.mean_distance(eye, far).item() == lens.attention_width(eye, far).item() == 0
+    assert lens.mean_distance(eye, torch.full((N, N), torch.nan)).isnan().all()
+
+
+def test_redundancy_of_equal_disjoint_and_single_heads():
+    eye = torch.eye(N, dtype=torch.float64)
+    close(lens.head_redundancy(lens.head_gram(eye.expand(1, 4, N, N))), 1.0)
+    close(lens.head_redundancy(lens.head_gram(torch.stack([eye, eye.roll(1, 0), eye.roll(2, 0)])[None])), 0.0)
+    assert lens.head_redundancy(lens.head_gram(eye[None, None])).isnan().all()
+    a = random(1, 3, 9, 5).softmax(dim=-1)
+    close(lens.head_gram(a[:, :, :4]) + lens.head_gram(a[:, :, 4:]), lens.head_gram(a))
+
+
+def test_collapse_of_equal_and_of_opposite_tokens():
+    close(lens.rank_collapse(torch.ones(2, N, 4)), 0.0)
+    close(lens.rank_collapse(torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])), 1.0, atol=1e-6)
 
 
 # -- the conventions at zero ---------------------------------------------------------------------------------------
