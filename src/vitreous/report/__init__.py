@@ -1,0 +1,1 @@
+"""Readings and runs as one HTML page that opens from disk. It reads files only and imports no model code."""

@@ -1,0 +1,98 @@
+"""Reading folders or run folders -> one HTML file that needs nothing else: no network, no server, no second file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from vitreous.files import write_text
+from vitreous.report import packing
+from vitreous.report.folders import ReadingFolder, Source, boiled_down, open_folders
+from vitreous.report.words import words
+
+IMAGES = 64  # on a page, at most
+LIMIT = 15_000_000  # bytes of a page
+SCRIPTS = ("base.js", "color.js", "chart.js", "table.js", "viewer.js", "measures.js", "sections.js", "main.js")
+
+
+def write(folders: Sequence[Path], out: Path) -> Path:
+    """Write the report of these folders to `out`, one self-contained HTML file, and return its path.
+
+    folders: one reading folder; several, which can be compared side by side; one run folder, whose epochs can be
+    scrubbed; or several run folders. The page shows the maps of the first 64 images of each reading, or of fewer where it
+    would grow beyond 15 MB, and says so; its numbers are of all images. Equal folders give equal bytes.
+
+    Raises DataError for a folder that is neither, is not complete or cannot be read; `out` is then as it was.
+    """
+    out = Path(out)
+    text = render(open_folders([Path(folder) for folder in folders]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text)
+    return out
+
+
+def render(sources: Sequence[Source]) -> str:
+    """The page as text: as many images as the limits allow."""
+    readings = [[ReadingFolder(folder) for folder in source.readings] for source in sources]
+    one = sum(reading.bytes_per_image() for group in readings for reading in group)
+    images = max(1, min(IMAGES, LIMIT // max(one, 1)))
+    while True:
+        page = fill(payload(sources, readings, images))
+        if len(page) <= LIMIT or images == 1:  # the page is ASCII but for a few characters of its own
+            return page
+        images = max(1, min(images - 1, int(images * LIMIT / len(page))))
+
+
+def payload(sources: Sequence[Source], readings: Sequence[Sequence[ReadingFolder]], images: int) -> dict[str, Any]:
+    """All that the script of the page reads."""
+    pictures: dict[str, int] = {}
+    shown = [
+        {
+            "name": source.name,
+            "epochs": source.epochs,
+            "leftOut": source.left_out,
+            "run": source.run,
+            "metrics": source.metrics or [],
+            "readings": [boiled_down(reading, images, pictures) for reading in group],
+        }
+        for source, group in zip(sources, readings, strict=True)
+    ]
+    return {"sources": shown, "pictures": list(pictures), "limit": images, "words": words()}
+
+
+def fill(data: dict[str, Any]) -> str:
+    """The template with its style, script and data."""
+    pictures = data.pop("pictures")
+    data = packing.legible(data)
+    style = asset("report.css")
+    script = '"use strict";\n(() => {\n' + "\n".join(asset(name) for name in SCRIPTS) + "})();\n"
+    names = [source["name"] for source in data["sources"]]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(asset("report.html.j2")).render(
+        title=" and ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more",
+        kind="run" if data["sources"][0]["run"] else "reading",
+        several=len(names) > 1,
+        random=any(reading["random"] for source in data["sources"] for reading in source["readings"]),
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=Markup(digest(style)),
+        script_hash=Markup(digest(script)),
+        data=Markup(packing.script_json(data | {"pictures": pictures})),
+    )
+
+
+def asset(name: str) -> str:
+    """A text file that comes with the package."""
+    return (resources.files("vitreous.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def digest(text: str) -> str:
+    """The name under which a content-security policy lets this very text through."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
