@@ -1,0 +1,169 @@
+"""Fields of places: where in the image every element of a tensor comes from, held cheaply.
+
+A place is a point of the input image. A `Field` holds the places of every element of one tensor as four parts that have
+the tensor's own shape: y, x, their second moment y^2 + x^2 (from which follows how far a mean is spread) and the mass
+(how many tokens were merged into one). Along axes on which places do not differ the parts have stride 0, so a field of
+(1, N, D) costs N numbers, and a view of the tensor is the same view of each part. NaN = no place.
+
+The product of two tensors that both have places (scores) has two sets of parts: where its rows and where its columns
+are. A later contraction takes the set that does not vary along the contracted axis, which for an attention map is the
+query's, on either side of the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Parts = tuple[Tensor, ...]  # y, x, y^2 + x^2, mass
+CLOSE = 1e-3  # pixels: places that differ by less are one
+
+
+@dataclass(frozen=True)
+class Field:
+    """The places of one tensor's elements. contracted: a product summed over places (channel attention)."""
+
+    sets: tuple[Parts, ...]
+    contracted: bool = False
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Field:
+        """The same change to every part."""
+        return replace(self, sets=tuple(tuple(change(part) for part in parts) for parts in self.sets))
+
+
+@dataclass(frozen=True)
+class Move:
+    """One call: the function's plain name, its arguments and output, and who knows the fields of its arguments.
+
+    A rule is a function (Move) -> Field of the output, a list of Fields (one per output) or None (no place).
+    """
+
+    name: str
+    func: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    out: Any
+    field: Callable[[Any], Field | None]
+
+    def bound(self, *names: str) -> dict[str, Any]:
+        """Arguments by name, positional and keyword alike."""
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+    @property
+    def first(self) -> Any:
+        """The tensor (or list of tensors) that the function works on."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+
+    @property
+    def source(self) -> Field | None:
+        return self.field(self.first)
+
+    @property
+    def plain(self) -> Callable:
+        """The function that leaves its argument as it is, where this one works in place: a part may be shared."""
+        name = getattr(self.func, "__name__", "")
+        if name.endswith("_") and not name.startswith("__"):
+            return getattr(Tensor, name[:-1], None) or getattr(torch, name[:-1])
+        return self.func
+
+    def again(self, part: Tensor) -> Any:
+        """The same call on a part. Index tensors and masks are used as they are."""
+        rest = [here(value) for value in self.args[1:]]
+        kwargs = {name: here(value) for name, value in self.kwargs.items()}
+        if self.args:
+            return self.plain(part, *rest, **kwargs)
+        return self.plain(**kwargs | {next(iter(kwargs)): part})
+
+
+def here(value: Any) -> Any:
+    """Index tensors to where the parts live, also inside a tuple or list."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    return type(value)(map(here, value)) if type(value) in (tuple, list) else value
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def thin(part: Tensor) -> Tensor:
+    """Axes of stride 0 cut to length 1."""
+    for axis, step in enumerate(part.stride()):
+        if step == 0 and part.shape[axis] > 1:
+            part = part.narrow(axis, 0, 1)
+    return part
+
+
+def still(parts: Parts, axis: int) -> bool:
+    """Whether places do not differ along an axis (NaN is no difference)."""
+    for part in parts[:2]:
+        if part.shape[axis] > 1 and part.stride(axis) != 0:
+            values = thin(part)
+            low = values.nan_to_num(nan=torch.inf).amin(axis)
+            high = values.nan_to_num(nan=-torch.inf).amax(axis)
+            if bool((high - low > CLOSE).any()):
+                return False
+    return True
+
+
+def constant(parts: Parts) -> bool:
+    """Whether one and the same place, or none, stands everywhere."""
+    return all(thin(part).numel() == 1 or _level(thin(part)) for part in parts[:2])
+
+
+def shape_of(out: Any) -> tuple[int, ...]:
+    """Shape of an output, or of the first of several."""
+    return tuple((out if isinstance(out, Tensor) else out[0]).shape)
+
+
+def _level(values: Tensor) -> bool:
+    finite = values[~values.isnan()]
+    return not finite.numel() or bool(finite.max() - finite.min() <= CLOSE)
+
+
+def nowhere(shape: Sequence[int]) -> Parts:
+    """Parts of a tensor without a place."""
+    return (torch.full((), torch.nan, dtype=torch.float64, device="cpu").expand(tuple(shape)),) * 4
+
+
+def average(parts: Parts, total: Callable[[Tensor], Tensor]) -> Parts:
+    """Parts weighted by a linear operator with non-negative weights; what has no place has no weight."""
+    if not parts[0].isnan().any():
+        weight = total(torch.ones((), dtype=torch.float64, device="cpu").expand(parts[0].shape))
+        return tuple(total(part) / weight for part in parts)
+    weight = total((~parts[0].isnan()).double())
+    return tuple(total(part.nan_to_num(nan=0.0)) / weight for part in parts)
+
+
+def over(parts: Parts, axes: int | Sequence[int]) -> Parts:
+    """Mean over axes, which stay with length 1."""
+    axes = [axes] if isinstance(axes, int) else list(axes)
+    parts = tuple(thin(part) for part in parts)
+    shape = torch.broadcast_shapes(*(part.shape for part in parts))
+    if all(shape[axis] == 1 for axis in axes):
+        return parts
+    return average(tuple(part.expand(shape) for part in parts), lambda part: part.sum(axes, keepdim=True))
+
+
+def both(a: Parts, b: Parts) -> Parts:
+    """The mean of what has a place in two sets of the same shape."""
+    if a is b or all(same(thin(p), thin(q)) for p, q in zip(a, b, strict=True)):
+        return a
+    found = []
+    for p, q in zip(a, b, strict=True):
+        p, q = torch.broadcast_tensors(thin(p), thin(q))
+        found.append(torch.where(p.isnan(), q, torch.where(q.isnan(), p, (p + q) / 2)))
+    return tuple(found)
+
+
+def same(p: Tensor, q: Tensor) -> bool:
+    """Whether two parts are equal, NaN included."""
+    return p.shape == q.shape and torch.equal(p.nan_to_num(nan=-1.0), q.nan_to_num(nan=-1.0))
+
+
+def filled(parts: Parts, shape: Sequence[int]) -> Parts:
+    """Parts broadcast to a shape without copying."""
+    return tuple(thin(part).expand(tuple(shape)) for part in parts)

@@ -1,0 +1,275 @@
+"""Where the queries and keys of an attention are: raw places snapped to a grid, windows told from heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CLOSE = 1e-2  # pixels: places that differ by less are one
+Factors = tuple[tuple[tuple[int, str], ...], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Places of one attention call in the image: W windows, N queries, M keys.
+
+    size: (height, width) of the image in pixels.
+    queries, keys: (W, N, 2), (W, M, 2) float64, centres (y, x) in pixels; NaN: no place (prefix, inserted, padding).
+    grid, key_grid: (rows, cols) of all query (key) places over all windows; None: they are on no grid.
+    prefix: how many leading queries have no place in any window (class token, registers).
+    windows, heads: into how many of each the leading axes divide; factors: (size, "W" | "H") of each leading axis,
+        outermost first, for one image.
+    note: why something is unknown, or "".
+    """
+
+    size: tuple[int, int]
+    queries: Tensor
+    keys: Tensor
+    grid: tuple[int, int] | None
+    key_grid: tuple[int, int] | None
+    prefix: int
+    windows: int
+    heads: int
+    factors: Factors = ()
+    note: str = ""
+    cells: Tensor | None = field(default=None, repr=False)  # (W, N) index into the grid, -1: none
+    key_cells: Tensor | None = field(default=None, repr=False)
+
+    def picture(self, values: Tensor) -> Tensor:
+        """One value per query (..., W, N) -> (..., rows, cols) on the true grid; NaN where no query is.
+
+        Where several queries are at one place (overlapping windows) their mean stands there.
+        """
+        return _picture(values, self.cells, self.grid, "queries")
+
+    def key_picture(self, values: Tensor) -> Tensor:
+        """One value per key (..., W, M) -> (..., rows, cols) of `key_grid`, like `picture`."""
+        return _picture(values, self.key_cells, self.key_grid, "keys")
+
+
+def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None, what: str) -> Tensor:
+    if cells is None or grid is None:
+        raise ValueError(f"The {what} of this attention are on no grid. Expected a layout with a grid. Draw them as points or rows.")
+    if tuple(values.shape[-2:]) != tuple(cells.shape):
+        raise ValueError(
+            f"Values of shape {tuple(values.shape)} do not fit {cells.shape[0]} windows of {cells.shape[1]} {what}. "
+            f"Expected (..., {cells.shape[0]}, {cells.shape[1]}). Take them from the call that this layout belongs to."
+        )
+    flat, index = values.flatten(-2), cells.flatten().to(values.device)
+    seen = index >= 0
+    flat, index = flat[..., seen], index[seen]
+    wide = values.dtype if values.is_floating_point() else torch.float64
+    count = torch.zeros(grid[0] * grid[1], dtype=wide, device=values.device).index_add(0, index, torch.ones_like(index, dtype=wide))
+    total = torch.zeros(*values.shape[:-2], count.numel(), dtype=wide, device=values.device).index_add(-1, index, flat.to(wide))
+    return (total / count).unflatten(-1, grid)  # 0 / 0 = NaN where no token is
+
+
+def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note: str = "") -> Layout | None:
+    """Layout of an attention from raw places (`Shadows.of`), or None if neither queries nor keys have any.
+
+    query: (*leading, N, K, 2 or 4), key: (*leading, M, K, 2 or 4): (y, x), and with 4 the spread and the mass too; None
+    for a tensor without places. Leading axes (those of one image) broadcast; K is the axis that the product sums.
+    """
+    query, key = (None if places is None else _tokens(places) for places in (query, key))
+    if query is None and key is None:
+        return None
+    query, key = _alike(query, key)
+    factors, chosen = _divide(query, key)
+    query, key = _chosen(query, chosen), _chosen(key, chosen)  # (W, N, 4), (W, M, 4)
+    query, key = _without_pooled(query, key)
+    if not bool(query[..., 0].isfinite().any() or key[..., 0].isfinite().any()):
+        return None
+    grids = [snap(places, size) for places in (query, key)]
+    absent = query[..., 0].isnan().all(0)
+    prefix = int(absent.long().cumprod(0).sum())
+    sizes = {kind: _product(n for axis in factors for n, k in axis if k == kind) for kind in "WH"}
+    return Layout(
+        size, query[..., :2].clone(), key[..., :2].clone(), grids[0][0], grids[1][0], prefix, sizes["W"], sizes["H"], factors,
+        note, grids[0][1], grids[1][1],
+    )  # fmt: skip
+
+
+def channel(query: Tensor | None, key: Tensor | None) -> bool:
+    """Whether channels attend to channels: places (*leading, N, K, 2 or 4) differ along K, which is summed, not along N."""
+    given = [places for places in (query, key) if places is not None]
+    return bool(given) and all(_differs(places, -2) and not _differs(places, -3) for places in given)
+
+
+def _differs(places: Tensor, axis: int) -> bool:
+    if places.shape[axis] == 1 or places.stride(axis) == 0:
+        return False
+    points = places[..., :2]
+    low, high = points.nan_to_num(nan=torch.inf).amin(axis), points.nan_to_num(nan=-torch.inf).amax(axis)
+    return bool((high - low > CLOSE).any())
+
+
+def _product(values) -> int:
+    total = 1
+    for value in values:
+        total *= value
+    return total
+
+
+def _tokens(places: Tensor) -> Tensor:
+    """(*leading, N, K, 2 or 4) -> (*leading, N, 4): the mean over the summed axis."""
+    places = places.double()
+    if places.shape[-1] == 2:
+        rest = torch.tensor([0.0, 1.0], dtype=torch.float64, device=places.device).expand(places.shape)
+        places = torch.cat([places, rest], dim=-1)
+    if places.stride(-2) == 0:
+        return places[..., 0, :]
+    return places.nanmean(-2)
+
+
+def _alike(query: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both with the same leading axes; what is missing is NaN; fewer key heads than query heads are repeated."""
+    if query is None or key is None:
+        have = query if key is None else key
+        none = have[..., :1, :].mul(torch.nan)
+        return (none, have) if query is None else (have, none)
+    while query.ndim < key.ndim:
+        query = query[None]
+    while key.ndim < query.ndim:
+        key = key[None]
+    for axis in range(query.ndim - 2):
+        a, b = query.shape[axis], key.shape[axis]
+        if a != b and a % b == 0:
+            key = key.repeat_interleave(a // b, axis)
+        elif a != b and b % a == 0:
+            query = query.repeat_interleave(b // a, axis)
+    return query, key
+
+
+def _divide(query: Tensor, key: Tensor) -> tuple[Factors, list[Tensor]]:
+    """What each leading axis is made of, and for each axis the indices at which a new window begins."""
+    factors, chosen = [], []
+    for axis in range(query.ndim - 2):
+        count = query.shape[axis]
+        ids = _patterns(query, key, axis)
+        distinct = int(ids.max()) + 1
+        first = torch.tensor([int((ids == i).nonzero()[0]) for i in range(distinct)])
+        if count == 1:
+            factors.append(())
+        elif distinct == 1:
+            factors.append(((count, "H"),))
+        elif count % distinct == 0 and torch.equal(ids, torch.arange(distinct).repeat(count // distinct)):
+            factors.append(tuple(pair for pair in ((count // distinct, "H"), (distinct, "W")) if pair[0] > 1))
+        elif count % distinct == 0 and torch.equal(ids, torch.arange(distinct).repeat_interleave(count // distinct)):
+            factors.append(((distinct, "W"), (count // distinct, "H")))
+        else:  # windows that look alike, such as those of padding only
+            factors.append(((count, "W"),))
+            first = torch.arange(count)
+        chosen.append(first)
+    return tuple(factors), chosen
+
+
+def _patterns(query: Tensor, key: Tensor, axis: int) -> Tensor:
+    """For each index along a leading axis the number of its pattern of places, counted in order of appearance."""
+    count = query.shape[axis]
+    rows = []
+    for places in (query, key):
+        if places.stride(axis) != 0:
+            points = places.movedim(axis, 0)[..., :2].reshape(count, -1)
+            rows.append((points / CLOSE).round().nan_to_num(nan=-1e9))
+    if not rows:
+        return torch.zeros(count, dtype=torch.long)
+    _, ids = torch.cat(rows, dim=1).unique(dim=0, return_inverse=True)
+    seen: dict[int, int] = {}
+    return torch.tensor([seen.setdefault(i, len(seen)) for i in ids.tolist()])
+
+
+def _chosen(places: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+    """(*leading, N, 4) -> (W, N, 4): one of each window."""
+    for axis, index in enumerate(chosen):
+        places = places.index_select(axis, index)
+    return places.reshape(-1, *places.shape[-2:])
+
+
+def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that stand for much of the image lose their place: a pooled mean is not the patch in the middle.
+
+    Compared is the variance of the pixels that a token stands for: by how much it exceeds that of the finer side's median
+    token, relative to the variance of all places there are.
+    """
+    sets = [places.flatten(0, -2)[places[..., 0].flatten().isfinite()] for places in (query, key)]
+    spreads = [float(points[:, 2].median()) for points in sets if len(points)]
+    width = max((float(points[:, :2].var(0, correction=0).sum()) for points in sets if len(points)), default=0.0)
+    if not spreads:
+        return query, key
+    limit = min(spreads) + max(width / 2, CLOSE)
+    return tuple(torch.where(places[..., 2:3] > limit, torch.nan, places) for places in (query, key))
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def snap(places: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int] | None, Tensor | None]:
+    """(rows, cols) and the cell of each of (W, N, 4) places by rank, or (None, None) if they make no grid.
+
+    Ranks, not distances: convolutions with padding pull places at the border inward. Where places are missing (dropped
+    tokens) the pitch of the others says which; merged tokens make no such grid.
+    """
+    flat = places.reshape(-1, 4)
+    seen = flat[:, 0].isfinite()
+    points = flat[seen]
+    if not len(points):
+        return None, None
+    extent = [float(points[:, i].max() - points[:, i].min()) for i in range(2)]
+    pitch = ((extent[0] + 1) * (extent[1] + 1) / len(points)) ** 0.5
+    for close in (CLOSE, pitch / 8):
+        ranks = [_ranks(points[:, i], close) for i in range(2)]
+        grid = tuple(len(levels) for _, levels in ranks)
+        index = ranks[0][0] * grid[1] + ranks[1][0]
+        full = len(index.unique()) == grid[0] * grid[1]
+        if full and all(_covers(levels, length) for (_, levels), length in zip(ranks, size, strict=True)):
+            return grid, _cells(index, seen, places)
+    found = _lattice(points, size)
+    return (None, None) if found is None else (found[0], _cells(found[1], seen, places))
+
+
+def _cells(index: Tensor, seen: Tensor, places: Tensor) -> Tensor:
+    cells = torch.full(seen.shape, -1, dtype=torch.long)
+    cells[seen] = index
+    return cells.reshape(places.shape[:-1])
+
+
+def _ranks(values: Tensor, close: float) -> tuple[Tensor, Tensor]:
+    """Rank of each value among the levels, and the levels: sorted values, one where neighbours are close."""
+    order = values.argsort(stable=True)
+    steps = torch.cat([torch.zeros(1, dtype=torch.long), (values[order].diff() > close).long()]).cumsum(0)
+    ranks = torch.empty_like(steps)
+    ranks[order] = steps
+    count = torch.zeros(int(steps[-1]) + 1, dtype=torch.float64).index_add(0, ranks, torch.ones_like(values))
+    return ranks, torch.zeros_like(count).index_add(0, ranks, values) / count
+
+
+def _covers(levels: Tensor, length: int) -> bool:
+    """Whether levels go from border to border without a gap."""
+    if len(levels) < 2:
+        return True
+    gaps = levels.diff()
+    pitch = float(gaps.median())
+    return bool(gaps.max() < 1.75 * pitch) and float(levels[0]) < 1.75 * pitch and length - float(levels[-1]) < 1.75 * pitch
+
+
+def _lattice(points: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], Tensor] | None:
+    """Grid and cells of places some of which are missing: all lie on multiples of one pitch that starts at the border."""
+    if bool((points[:, 3] - points[0, 3]).abs().max() > CLOSE):
+        return None
+    ranks = [_ranks(points[:, i], CLOSE) for i in range(2)]
+    pitches = [float(levels.diff().min()) if len(levels) > 1 else None for _, levels in ranks]
+    if pitches == [None, None]:
+        return None
+    grid, index = [], torch.zeros(len(points), dtype=torch.long)
+    for (rank, levels), pitch, other, length in zip(ranks, pitches, pitches[::-1], size, strict=True):
+        pitch = pitch or other
+        steps = levels / pitch - 0.5
+        if float((steps - steps.round()).abs().max()) > 0.05:
+            return None
+        count = max(int(steps[-1].round()) + 1, int(length // pitch))
+        index = index * count + steps.round().long()[rank]
+        grid.append(count)
+    return (tuple(grid), index) if len(index.unique()) * 20 >= grid[0] * grid[1] else None
