@@ -1,0 +1,193 @@
+"""Which axis became which: contractions in labels, and axes followed through views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Label = int | str
+Digit = tuple[int, int | None]  # size, stride in the flat index of the first tensor; 0: repeated; None: new, not from there
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """out = sum over the labels that only a and b have; one label per axis, equal labels are one axis (or size 1).
+
+    batch: labels that count as leading axes even where one operand lacks them (broadcasting of matmul).
+    """
+
+    a: Tensor
+    b: Tensor
+    labels_a: tuple[Label, ...]
+    labels_b: tuple[Label, ...]
+    labels_out: tuple[Label, ...]
+    batch: frozenset[Label] = frozenset()
+
+
+MATMULS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "addmm"}
+NAMED = ("input", "batch1", "mat1", "other", "tensor2", "batch2", "mat2")  # operands by keyword, in order
+
+
+def contraction(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Contraction | None:
+    """The call as a contraction of two tensors, or None if it is none, or one of another form."""
+    if name == "einsum":
+        return of_einsum(args)
+    if name not in MATMULS:
+        return None
+    given = [*args, *(kwargs[key] for key in NAMED if key in kwargs)]
+    given = [x for x in given if isinstance(x, Tensor)]
+    if name in ("baddbmm", "addmm"):
+        given = given[1:]
+    if len(given) != 2 or min(x.ndim for x in given) < 2:
+        return None
+    a, b = reversed(given) if name == "__rmatmul__" else given
+    lead = tuple(range(max(a.ndim, b.ndim) - 2))
+    own = [lead[len(lead) - (x.ndim - 2) :] for x in (a, b)]
+    return Contraction(a, b, (*own[0], "n", "c"), (*own[1], "c", "m"), (*lead, "n", "m"), frozenset(lead))
+
+
+def of_einsum(args: Sequence[Any]) -> Contraction | None:
+    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+    if not isinstance(args[0], str) or len(operands) != 2:
+        return None
+    left, _, right = args[0].replace(" ", "").partition("->")
+    inputs = left.split(",")
+    labels = [expand(term, x.ndim) for term, x in zip(inputs, operands, strict=True)]
+    if "->" in args[0]:
+        longest = max(sum(isinstance(label, int) for label in own) for own in labels)
+        out = expand(right, len(right.replace("...", "")) + (longest if "..." in right else 0))
+    else:
+        every = [label for own in labels for label in own]
+        out = tuple(sorted({label for label in every if isinstance(label, int)}, reverse=True))
+        out += tuple(sorted(label for label in every if isinstance(label, str) and every.count(label) == 1))
+    if any(len(set(own)) < len(own) for own in (*labels, out)):
+        return None  # a diagonal
+    return Contraction(operands[0], operands[1], *labels, out, frozenset(label for label in out if isinstance(label, int)))
+
+
+def expand(term: str, ndim: int) -> tuple[Label, ...]:
+    """Letters of one operand, with "..." as numbers that count from its right."""
+    before, dots, after = term.partition("...")
+    count = ndim - len(before) - len(after)
+    return (*before, *(range(count - 1, -1, -1) if dots else ()), *after)
+
+
+def arranged(x: Tensor, labels: Sequence[Label], wanted: Sequence[Label], sizes: dict[Label, int]) -> Tensor:
+    """x with one axis per wanted label, in that order, a view; axes that it lacks, or has in size 1, are expanded."""
+    x = x.permute([labels.index(label) for label in wanted if label in labels])
+    for i, label in enumerate(wanted):
+        if label not in labels:
+            x = x.unsqueeze(i)
+    return x.expand(*(sizes[label] for label in wanted))
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a tensor that came from a first one by views: where each entry stood there.
+
+    shape: that of the first tensor. digits: for each axis its parts, outermost first. offset: flat index there of the entry
+    at 0, 0, ...
+    """
+
+    shape: tuple[int, ...]
+    digits: tuple[tuple[Digit, ...], ...]
+    offset: int = 0
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Axes:
+        strides = torch.empty(tuple(shape), device="meta").stride()
+        return cls(tuple(shape), tuple(((n, s),) for n, s in zip(shape, strides, strict=True)))
+
+    def viewed(self, view: Tensor, shape: Sequence[int]) -> Axes | None:
+        """Axes after a view. view: what the view gave of a contiguous tensor of `shape`, that of these axes.
+
+        Its strides say which parts of which axes it took. None if that cannot be said of an axis.
+        """
+        parts, stride = [], 1  # (size, stride in the first tensor, stride in the viewed one), innermost first
+        for digits, n in zip(reversed(self.digits), reversed(shape), strict=True):
+            inner = stride
+            for size, base in reversed(digits):
+                parts.append((size, base, inner))
+                inner *= size
+            stride *= n
+        start = view.storage_offset()
+        taken = [span(parts, n, s, start) for n, s in zip(view.shape, view.stride(), strict=True)]
+        if any(digits is None for digits in taken):
+            return None
+        offset = self.offset + sum(start // inner % size * (base or 0) for size, base, inner in parts)
+        return Axes(self.shape, tuple(taken), offset)
+
+    def broadcast(self, shape: Sequence[int]) -> Axes:
+        """Axes after a broadcast to a shape."""
+        known = (((1, 0),),) * (len(shape) - len(self.digits)) + self.digits
+        spread = (
+            digits if math.prod(size for size, _ in digits) == n else ((n, 0),) for digits, n in zip(known, shape, strict=True)
+        )
+        return Axes(self.shape, tuple(spread), self.offset)
+
+    def renewed(self, axis: int, size: int) -> Axes:
+        """Axes after the entries of one were mixed."""
+        return Axes(self.shape, (*self.digits[:axis], ((size, None),), *self.digits[axis + 1 :]), self.offset)
+
+    @property
+    def known(self) -> bool:
+        """False if an axis is new."""
+        return all(base is not None for digits in self.digits for _, base in digits)
+
+    def index(self, axes: Sequence[int]) -> Tensor:
+        """Flat index in the first tensor of each entry at coordinate 0 of the other axes: int64, one axis per given one."""
+        total = torch.tensor(self.offset)
+        for axis in axes:
+            total = total[..., None] + along(self.digits[axis])
+        return total
+
+
+def span(parts: Sequence[tuple[int, int | None, int]], n: int, stride: int, start: int) -> tuple[Digit, ...] | None:
+    """The parts, outermost first, that an axis of n entries a stride apart runs over; None if it ends within one."""
+    if n == 1 or stride == 0:
+        return ((n, 0),)
+    digits: list[Digit] = []
+    for size, base, inner in parts:
+        first, step = start // inner % size, stride // inner
+        if inner <= stride < inner * size and stride % inner == 0 and first + (n - 1) * step < size:
+            return ((n, None if base is None else base * step),)
+        low, high = max(inner, stride), min(inner * size, stride * n)
+        if low < high:
+            if low % inner or high % low or first:
+                return None
+            digits.append((high // low, None if base is None else base * (low // inner)))
+    digits.reverse()
+    return tuple(digits) if math.prod(size for size, _ in digits) == n else None
+
+
+def along(digits: Sequence[Digit]) -> Tensor:
+    """Flat steps of each entry of an axis: int64 (n,)."""
+    steps = torch.zeros(1, dtype=torch.int64)
+    for size, stride in digits:
+        steps = (steps[:, None] + torch.arange(size) * stride).flatten()
+    return steps
+
+
+def unravel(flat: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Flat index in a contiguous tensor of this shape -> one index per axis."""
+    coordinates = []
+    for n in reversed(shape):
+        coordinates.append(flat % n)
+        flat = flat // n
+    return coordinates[::-1]
+
+
+def on_meta(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The call on contiguous tensors without data: strides of what it gives show what a view did."""
+
+    def stand_in(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return torch.empty(x.shape, device="meta")
+        return type(x)(map(stand_in, x)) if type(x) in (list, tuple) else x
+
+    return func(*map(stand_in, args), **{key: stand_in(value) for key, value in kwargs.items()})

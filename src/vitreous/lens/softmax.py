@@ -1,0 +1,409 @@
+"""Attention that a model writes out itself, found by data flow: product, softmax, contraction with V.
+
+Three facts travel with tensors from call to call: *scores* (a product of two activations and what followed), *weights*
+(what a softmax gave and what followed), and at a contraction of weights along the softmax's axis an attention is found,
+with V and the output in hand. Shapes decide nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vitreous.lens.axes import Axes, Contraction, Label, along, arranged, contraction, on_meta, unravel
+
+SOFTMAXES = {
+    "softmax", "_softmax", "special_softmax", "_safe_softmax", "softmin", "gumbel_softmax", "log_softmax", "_log_softmax",
+    "special_log_softmax",
+}  # fmt: skip
+VIEWS = {
+    "view", "reshape", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "flatten", "unflatten", "squeeze",
+    "unsqueeze", "t", "T", "mT", "H", "mH", "expand", "expand_as", "view_as", "reshape_as", "select", "narrow", "__getitem__",
+    "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "ravel", "_unsafe_view", "unsafe_chunk", "unsafe_split",
+    "hsplit", "vsplit", "dsplit", "broadcast_to", "atleast_2d", "atleast_3d", "adjoint",
+}  # fmt: skip
+COPIES = {
+    "contiguous", "clone", "to", "float", "half", "bfloat16", "double", "type", "type_as", "detach", "data", "alias", "cpu",
+    "cuda", "_to_copy", "requires_grad_", "positive", "__pos__",
+}  # fmt: skip
+DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
+# Entries are taken or put elsewhere, maybe among others: what came of scores are scores still, but nobody knows where.
+MOVES = {
+    "cat", "concat", "concatenate", "stack", "hstack", "vstack", "pad", "index_select", "gather", "take_along_dim", "scatter",
+    "scatter_", "topk", "sort", "where", "roll", "flip", "repeat", "repeat_interleave", "tile", "as_strided", "unfold",
+    "index_put", "masked_select", "constant_pad_nd", "__getitem__", "tril", "triu",
+}  # fmt: skip
+DIVISIONS = {"div", "div_", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "__itruediv__", "mul", "mul_", "__mul__"}
+SAMPLES = 256  # entries of a product that are kept, to be computed again from the operands
+
+
+@dataclass(frozen=True)
+class Product:
+    """A contraction of two activations, and some entries of it: values at flat positions."""
+
+    contraction: Contraction
+    shape: tuple[int, ...]
+    positions: Tensor
+    values: Tensor
+
+    def error(self) -> float:
+        """The sampled entries against their computation from the operands: largest difference over the largest entry."""
+        c, coordinates = self.contraction, unravel(self.positions, self.shape)
+        rows = [
+            take(x, labels, c.labels_out, coordinates).double() for x, labels in ((c.a, c.labels_a), (c.b, c.labels_b))
+        ]  # (S, K) each
+        finite = self.values.isfinite()
+        if rows[0].shape != rows[1].shape or not finite.any():
+            return 0.0
+        own, again = self.values[finite], (rows[0] * rows[1]).sum(-1)[finite]
+        return float((own - again).abs().max() / own.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A product, or what followed from it. axes: this tensor's axes in the product; None: lost on the way."""
+
+    product: Product
+    axes: Axes | None
+    ops: tuple[str, ...] = ()
+
+
+@dataclass
+class Softmax:
+    """One softmax of the pass. shape, axis: of its output; scores: None if no product leads here; merged: see `Weights`."""
+
+    path: str
+    shape: tuple[int, ...]
+    axis: int
+    scores: Scores | None
+    used: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A softmax's output, or what followed from it. axes: in that output; None: lost.
+
+    kept: the output itself, unless this tensor is it. gone: its values were overwritten. mixed: values changed since.
+    log: still logarithms. lossy: dropout that was not switched off.
+    """
+
+    softmax: Softmax
+    axes: Axes | None
+    kept: Tensor | None = None
+    gone: bool = False
+    mixed: bool = False
+    log: bool = False
+    lossy: bool = False
+
+    def key_axis(self) -> tuple[int, bool] | None:
+        """(the axis of this tensor that is the softmax's, whether all of its entries are left), or None."""
+        if self.axes is None:
+            return None
+        size, stride = self.softmax.shape[self.softmax.axis], math.prod(self.softmax.shape[self.softmax.axis + 1 :])
+        for i, digits in enumerate(self.axes.digits):
+            if len(digits) == 1 and digits[0][1] and digits[0][1] % stride == 0 and digits[0][1] < stride * size:
+                return i, digits[0] == (size, stride)
+        return None
+
+
+@dataclass(frozen=True)
+class Use:
+    """Weights met V. Leading axes are the call's own: effective (..., N, M), v (..., M, Kv), output (..., N, Kv).
+
+    probabilities: the softmax's own output in the same form; None: it is `effective`, or cannot be said. whole: no key of
+    the softmax is left out.
+    """
+
+    weights: Weights
+    axes: Axes
+    effective: Tensor
+    probabilities: Tensor | None
+    v: Tensor
+    output: Tensor
+    whole: bool
+
+    @property
+    def note(self) -> str:
+        if self.weights.lossy:
+            return "dropout is on between softmax and V, even in eval mode"
+        if self.mixed and self.probabilities is None:
+            return "the softmax's own output is gone or of another shape; probabilities are the effective map"
+        return "" if self.whole else "some keys of the softmax are left out at V"
+
+    @property
+    def mixed(self) -> bool:
+        """Values were changed, or keys left out, between softmax and V."""
+        return self.weights.mixed or not self.whole
+
+    @property
+    def product(self) -> Product | None:
+        return None if self.weights.softmax.scores is None else self.weights.softmax.scores.product
+
+    def operands(self) -> tuple[tuple[Tensor, Callable], tuple[Tensor, Callable]] | None:
+        """(q, pick), (k, pick): the operands of the product, and what brings a tensor with such axes to (..., N or M, K).
+
+        None if there is no product, or its axes were lost between it and V.
+        """
+        softmax = self.weights.softmax
+        scores = softmax.scores
+        if scores is None or scores.axes is None or not scores.axes.known or not self.axes.known:
+            return None
+        c, place = scores.product.contraction, scores.axes.digits[softmax.axis]
+        strides = Axes.of(scores.product.shape).digits
+        found = [
+            label
+            for label, ((n, stride),) in zip(c.labels_out, strides, strict=True)
+            if len(place) == 1 and stride <= place[0][1] < n * stride
+        ]
+        if len(found) != 1 or (found[0] in c.labels_a) == (found[0] in c.labels_b):
+            return None
+        sides = [(c.b, c.labels_b), (c.a, c.labels_a)]
+        (k, of_k), (q, of_q) = sides if found[0] in c.labels_b else sides[::-1]
+        if any(sum(label not in c.labels_out for label in labels) != 1 for labels in (of_k, of_q)):
+            return None
+        lead = range(len(self.axes.digits) - 2)
+        at_q, at_k = (self.coordinates((*lead, axis), scores) for axis in (len(lead), len(lead) + 1))
+        return (q, lambda x: take(x, of_q, c.labels_out, at_q)), (k, lambda x: take(x, of_k, c.labels_out, at_k))
+
+    def coordinates(self, axes: Sequence[int], scores: Scores) -> list[Tensor]:
+        """For every entry along these axes of the map, where it was in the product: one index per axis of that."""
+        inside = unravel(self.axes.index(axes), self.axes.shape)
+        steps = (along(digits)[at] for digits, at in zip(scores.axes.digits, inside, strict=True))
+        return unravel(sum(steps) + scores.axes.offset, scores.axes.shape)
+
+
+def take(x: Tensor, labels: Sequence[Label], known: Sequence[Label], coordinates: Sequence[Tensor]) -> Tensor:
+    """Rows of an operand: x with one axis per label (and more behind), at coordinates of the known ones -> (..., the rest)."""
+    order = sorted(range(len(labels)), key=lambda i: labels[i] not in known)
+    at = [coordinates[known.index(labels[i])] for i in order if labels[i] in known]
+    x = x.permute(*order, *range(len(labels), x.ndim))
+    return x[tuple(index if x.shape[i] > 1 else index * 0 for i, index in enumerate(at))]
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument, or in what a call gave."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        yield from tensors(tuple(value.values()))
+
+
+class Flow:
+    """What is known of tensors, from the calls of one pass. Holds no tensor longer than the model does."""
+
+    def __init__(self):
+        self.facts = WeakIdKeyDictionary()
+        self.softmaxes: list[Softmax] = []
+
+    def clear(self) -> None:
+        self.facts = WeakIdKeyDictionary()
+
+    def follow(self, name: str, path: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Any:
+        """Take note of a call that was made. Gives a `Use`, or words that say why weights that met V are no map, or None."""
+        if name in SOFTMAXES:
+            return self.softmax(name, path, args, kwargs, out)
+        found = contraction(name, args, kwargs)
+        if found is not None:
+            return self.contracted(found, name, args, kwargs, out)
+        given = {id(x): x for x in tensors((*args, *kwargs.values()))}.values()
+        sources = [(x, self.facts[x]) for x in given if x in self.facts]
+        if sources:
+            self.passed(sources, name, func, args, kwargs, out)
+        return None
+
+    def softmax(self, name: str, path: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        x = args[0] if args else kwargs["input"]
+        if not isinstance(out, Tensor):
+            return
+        places = {"gumbel_softmax": 4}
+        dim = kwargs.get("dim", args[places.get(name, 1)] if len(args) > places.get(name, 1) else None)
+        if dim is None:
+            dim = -1 if name == "gumbel_softmax" else F._get_softmax_dim(name, x.ndim, 5)
+        fact = self.facts.get(x)
+        scores = fact if isinstance(fact, Scores) else fact.softmax.scores if isinstance(fact, Weights) else None
+        softmax = Softmax(path, tuple(out.shape), dim % max(1, out.ndim), scores)
+        self.softmaxes.append(softmax)
+        self.facts[out] = Weights(softmax, Axes.of(out.shape), log="log" in name)
+
+    def contracted(self, c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Any:
+        for x, own, other, theirs in ((c.a, c.labels_a, c.b, c.labels_b), (c.b, c.labels_b, c.a, c.labels_a)):
+            fact = self.facts.get(x)
+            key = fact.key_axis() if isinstance(fact, Weights) else None
+            if key is None:
+                continue
+            label = own[key[0]]
+            if label in theirs and label not in c.labels_out:
+                return self.used(c, (x, own), (other, theirs), out, fact, key)
+            if label in c.labels_out and label not in theirs:  # heads are mixed
+                self.facts[out] = self.changed(fact, x, carried(fact.axes, own, c.labels_out, out.shape))
+                return None
+        for x, own in ((c.a, c.labels_a), (c.b, c.labels_b)):
+            fact = self.facts.get(x)
+            if not isinstance(fact, Scores):
+                continue
+            if handwritten(fact.ops):
+                return "weights are made of exp and a division, not of a softmax; use torch.softmax, or a fused attention"
+            other = c.b if x is c.a else c.a
+            if isinstance(other, nn.Parameter):
+                axes = None if fact.axes is None else carried(fact.axes, own, c.labels_out, out.shape)
+                self.facts[out] = replace(fact, axes=axes, ops=(*fact.ops, name))
+                return None
+        if not any(isinstance(x, nn.Parameter) for x in (c.a, c.b)) and out.is_floating_point():
+            self.facts[out] = Scores(product(c, name, args, kwargs, out), Axes.of(out.shape))
+        return None
+
+    def used(self, c: Contraction, of_a: tuple, of_v: tuple, out: Tensor, weights: Weights, key: tuple[int, bool]) -> Any:
+        (a, own), (v, theirs) = of_a, of_v
+        if weights.softmax.scores is None and weights.mixed:
+            return None  # a gate on something else, not weights over places
+        weights.softmax.used = True
+        if weights.log:
+            return "logarithms of a softmax were contracted, not the softmax"
+        if sum(label not in c.labels_out for label in own) != 1 or sum(label not in c.labels_out for label in theirs) != 1:
+            return "the softmax was contracted along more than its own axis"
+        label = own[key[0]]
+        rows = [x for x in own if x not in theirs and x not in c.batch]
+        columns = [x for x in theirs if x not in own and x not in c.batch]
+        row, column = rows[-1] if rows else "row", columns[-1] if columns else "column"
+        lead = [x for x in c.labels_out if x not in (row, column)]
+        sizes = dict(zip(c.labels_out, out.shape, strict=True)) | {label: a.shape[key[0]]}
+        sizes = {"row": 1, "column": 1} | sizes
+        wanted = [*lead, row, label]
+        axes = rearranged(weights.axes, own, wanted, sizes)
+        return Use(
+            weights=weights,
+            axes=axes,
+            effective=arranged(a, own, wanted, sizes),
+            probabilities=probabilities(weights, a, axes, key[1]),
+            v=arranged(v, theirs, [*lead, label, column], sizes),
+            output=arranged(out, c.labels_out, [*lead, row, column], sizes),
+            whole=key[1],
+        )
+
+    def changed(self, fact: Weights, x: Tensor, axes: Axes | None, into: Tensor | None = None, **fields: Any) -> Weights:
+        """The fact of a tensor that came from x by a change of values; into: the tensor itself, if it may be x."""
+        overwritten = into is x and fact.kept is None
+        kept = fact.kept if fact.kept is not None or fact.gone or overwritten else x
+        return replace(fact, axes=axes, kept=kept, gone=fact.gone or overwritten, mixed=True, **fields)
+
+    def passed(self, sources: list, name: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        outs = list(tensors(out)) or ([args[0]] if name == "__setitem__" else [])
+        outs = [x for x in outs if x.is_floating_point()]
+        if not outs:
+            return
+        # Weights before scores, those with a product first, those of the result's shape first.
+        x, fact = min(sources, key=lambda s: (isinstance(s[1], Scores), weak(s[1]), s[0].shape != outs[0].shape))
+        if isinstance(fact, Weights):
+            for _, other in sources:
+                if isinstance(other, Weights):
+                    other.softmax.used |= other.softmax is not fact.softmax and outs[0].shape == x.shape
+        integer = all(not isinstance(y, Tensor) or y is x for y in tensors((*args, *kwargs.values())))
+        if name in VIEWS and integer:
+            metas = list(tensors(on_meta(func, args, kwargs)))
+            for y, meta in zip(outs, metas, strict=True):
+                axes = None if fact.axes is None else fact.axes.viewed(meta, x.shape)
+                self.facts[y] = moved(fact, x, axes, y)
+        elif name in COPIES or (name in DROPOUTS and not drops(args, kwargs)):
+            for y in outs:
+                if y is not x and y.shape == x.shape:
+                    self.facts[y] = moved(fact, x, fact.axes, y)
+        elif isinstance(fact, Scores):
+            self.facts_of_scores(fact, x, name, outs)
+        else:
+            self.facts_of_weights(fact, x, name, outs[0])
+
+    def facts_of_scores(self, fact: Scores, x: Tensor, name: str, outs: list[Tensor]) -> None:
+        for y in outs:
+            tail = y.shape[y.ndim - x.ndim :] if y.ndim >= x.ndim else None
+            if tail is not None and all(n == m or m == 1 for n, m in zip(tail, x.shape, strict=True)):
+                axes = None if fact.axes is None or name in MOVES else fact.axes.broadcast(y.shape)
+            elif name in MOVES:
+                axes = None
+            else:
+                self.facts.pop(y, None)
+                continue
+            self.facts[y] = replace(fact, axes=axes, ops=(*fact.ops, name))
+
+    def facts_of_weights(self, fact: Weights, x: Tensor, name: str, y: Tensor) -> None:
+        key = fact.key_axis()
+        if fact.log and name in ("exp", "exp_", "special_exp") and not fact.mixed:
+            self.facts[y] = replace(fact, log=False, kept=None)
+            return
+        axes, mixing = fact.axes, {"linear": x.ndim - 1, "conv1d": 1, "conv2d": 1, "conv3d": 1}.get(name)
+        if key is None or key[0] == mixing or len(y.shape) != len(x.shape):
+            self.facts.pop(y, None)
+            return
+        differ = [i for i, (n, m) in enumerate(zip(y.shape, x.shape, strict=True)) if n != m]
+        if differ and differ != [mixing]:
+            self.facts.pop(y, None)
+            return
+        if differ:
+            axes = axes.renewed(mixing, y.shape[mixing])
+        self.facts[y] = self.changed(fact, x, axes, y, lossy=fact.lossy or name in DROPOUTS)
+
+
+def weak(fact: Scores | Weights) -> bool:
+    return isinstance(fact, Weights) and fact.softmax.scores is None
+
+
+def moved(fact: Scores | Weights, x: Tensor, axes: Axes | None, y: Tensor) -> Scores | Weights:
+    """The fact of y, which has the values of x in other places."""
+    if isinstance(fact, Scores):
+        return replace(fact, axes=axes)
+    return replace(fact, axes=axes, kept=fact.kept if fact.kept is not None or fact.gone or y is x else x)
+
+
+def drops(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a dropout is switched on: F.dropout(input, p, training), torch.dropout(input, p, train)."""
+    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    return bool(p) and kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+
+
+def handwritten(ops: Sequence[str]) -> bool:
+    """Whether an exponential and then a division, or a factor, stand in the way from a product to here."""
+    powers = [i for i, op in enumerate(ops) if op.rstrip("_") in ("exp", "exp2", "special_exp2")]
+    return bool(powers) and any(op in DIVISIONS for op in ops[powers[0] :])
+
+
+def carried(axes: Axes, own: Sequence[Label], out: Sequence[Label], shape: Sequence[int]) -> Axes:
+    """Axes after a contraction with something else: those that are left, and new ones."""
+    digits = tuple(axes.digits[own.index(label)] if label in own else ((n, None),) for label, n in zip(out, shape, strict=True))
+    return Axes(axes.shape, digits, axes.offset).broadcast(shape)
+
+
+def rearranged(axes: Axes, own: Sequence[Label], wanted: Sequence[Label], sizes: dict[Label, int]) -> Axes:
+    """Axes of what `arranged` gives."""
+    digits = tuple(axes.digits[own.index(label)] if label in own else ((1, 0),) for label in wanted)
+    return Axes(axes.shape, digits, axes.offset).broadcast([sizes[label] for label in wanted])
+
+
+def probabilities(weights: Weights, a: Tensor, axes: Axes, whole: bool) -> Tensor | None:
+    """The softmax's own output with the axes of the map at V; None if it is that map, or cannot be had."""
+    kept = weights.kept
+    if not (weights.mixed or not whole) or kept is None or not axes.known:
+        return None
+    kept, parts = kept.contiguous(), [part for digits in axes.digits for part in digits]
+    kept = kept.as_strided([n for n, _ in parts], [stride for _, stride in parts], kept.storage_offset() + axes.offset)
+    return kept.reshape([math.prod(n for n, _ in digits) for digits in axes.digits])
+
+
+def product(c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Product:
+    """The fact of a product, with entries spread over it. Of `baddbmm` without what it adds."""
+    positions = torch.linspace(0, max(0, out.numel() - 1), min(SAMPLES, out.numel()), dtype=torch.float64).long()
+    coordinates = tuple(unravel(positions, out.shape))
+    values = out[coordinates].double()
+    if name in ("baddbmm", "addmm"):
+        added = args[0] if args else kwargs["input"]
+        values = values - kwargs.get("beta", 1) * added.expand(out.shape)[coordinates].double()
+        values = values / kwargs.get("alpha", 1)
+    return Product(c, tuple(out.shape), positions, values)
