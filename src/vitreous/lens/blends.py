@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreous.lens.fields import Field, Move, Parts, average, both, constant, filled, here, nowhere, over, shape_of, still, thin
+from vitreous.lens.fields import Field, Move, Parts, average, both, constant, filled, here, over, set_of, shape_of, still, thin
 from vitreous.lens.moves import pair, refold
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
@@ -71,8 +71,13 @@ def _kept(part: Tensor, axis: int) -> list[int]:
     return shape
 
 
-def _spatial(move: Move, axes: int, total: Callable[[Tensor], Tensor], groups: int = 1) -> Field | None:
-    """Places (..., C, *space) under an operator on (n, 1, *space), which is given parts of one channel."""
+def _spatial(
+    move: Move, axes: int, total: Callable[[Tensor], Tensor], groups: int = 1, sides: Sequence[int] = ()
+) -> Field | None:
+    """Places (..., C, *space) under an operator on (n, 1, *space), which is given parts of one channel.
+
+    sides: (before, after) of each axis, by which the image goes on over its border, so that zero padding pulls nothing in.
+    """
     field, shape = move.source, shape_of(move.out)
     if field is None:
         return None
@@ -83,6 +88,8 @@ def _spatial(move: Move, axes: int, total: Callable[[Tensor], Tensor], groups: i
         parts = _channels(parts, channel, groups)
         small = torch.broadcast_shapes(*(thin(part).shape[: channel + 1] for part in parts))
         flat = tuple(thin(part).expand(*small, *space).reshape(-1, 1, *space) for part in parts)
+        for axis in range(len(sides) // 2):
+            flat = _beyond(flat, axis - axes, *sides[2 * axis : 2 * axis + 2])
         found = [part.reshape(*small, *shape[channel + 1 :]) for part in average(flat, total)]
         if small[-1] > 1:
             found = [part.repeat_interleave(shape[channel] // small[-1], channel) for part in found]
@@ -103,8 +110,7 @@ def convolve(move: Move) -> Field | None:
         left = [n // 2 for n in reach] if padding == "same" else [0] * axes
     else:
         left = _each(padding, axes)
-    out = shape_of(move.out)[-axes:]
-    return _spatial(move, axes, lambda part: _footprint(part, kernel, stride, left, dilation, out), groups)
+    return _windowed(move, kernel, stride, left, dilation, groups)
 
 
 def pool(move: Move) -> Field | list[Field | None] | None:
@@ -115,8 +121,7 @@ def pool(move: Move) -> Field | list[Field | None] | None:
     kernel = _each(given["kernel_size"], axes)
     stride = _each(given.get("stride") or kernel, axes)
     left, dilation = _each(given.get("padding", 0), axes), _each(given.get("dilation", 1), axes)
-    out = shape_of(move.out)[-axes:]
-    field = _each_channel(move, axes, lambda part: _footprint(part, kernel, stride, left, dilation, out))
+    field = _windowed(move, kernel, stride, left, dilation, move.first.shape[-axes - 1])
     return field if isinstance(move.out, Tensor) else [field, None]
 
 
@@ -138,17 +143,36 @@ def _each(value: int | Sequence[int], axes: int) -> list[int]:
     return values * axes if len(values) == 1 else values
 
 
-def _footprint(part: Tensor, kernel: Sequence, stride: Sequence, left: Sequence, dilation: Sequence, out: Sequence) -> Tensor:
-    """Sums over windows of (n, 1, *space) with zeros around, as many as the call itself gave."""
-    axes, sides = len(out), []
-    for axis in reversed(range(axes)):
-        need = (out[axis] - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1
-        sides += [left[axis], need - left[axis] - part.shape[axis - axes]]
-    part = F.pad(part, sides)
-    if max(dilation) == 1 and axes > 1:
-        return getattr(F, f"avg_pool{axes}d")(part, tuple(kernel), tuple(stride), divisor_override=1)
-    ones = torch.ones(1, 1, *kernel, dtype=part.dtype)
-    return getattr(F, f"conv{axes}d")(part, ones, stride=tuple(stride), dilation=tuple(dilation))
+def _windowed(
+    move: Move, kernel: Sequence[int], stride: Sequence[int], left: Sequence[int], dilation: Sequence[int], groups: int
+) -> Field | None:
+    """Means over windows, as many as the call itself gave."""
+    axes, sides = len(kernel), []
+    for i, (size, out) in enumerate(zip(move.first.shape[-axes:], shape_of(move.out)[-axes:], strict=True)):
+        need = (out - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
+        sides += [left[i], need - left[i] - size]
+
+    def total(part: Tensor) -> Tensor:
+        if max(dilation) == 1 and axes > 1:
+            return getattr(F, f"avg_pool{axes}d")(part, tuple(kernel), tuple(stride), divisor_override=1)
+        ones = torch.ones(1, 1, *kernel, dtype=part.dtype, device="cpu")
+        return getattr(F, f"conv{axes}d")(part, ones, stride=tuple(stride), dilation=tuple(dilation))
+
+    return _spatial(move, axes, total, groups, sides)
+
+
+def _beyond(parts: Parts, axis: int, before: int, after: int) -> Parts:
+    """Parts longer on both sides of an axis (or cut): places go on as at the border, spread and mass stay."""
+    y, x, moment, mass = parts
+    size = mass.shape[axis]
+    wanted = torch.arange(-before, size + after)
+    inside = wanted.clamp(0, size - 1)
+    inner = (2 * inside - wanted).clamp(0, size - 1)  # mirrored at the border
+    far = torch.where(inner == inside, 0.0, (wanted - inside) / (inside - inner)).double()
+    far = far.reshape(-1, *(1,) * (-1 - axis))
+    spread = moment - y.square() - x.square()
+    y, x = (p.index_select(axis, inside) + (p.index_select(axis, inside) - p.index_select(axis, inner)) * far for p in (y, x))
+    return y, x, spread.index_select(axis, inside) + y.square() + x.square(), mass.index_select(axis, inside)
 
 
 def widen(move: Move) -> Field | None:
@@ -157,7 +181,7 @@ def widen(move: Move) -> Field | None:
     given, axes = move.bound(*names), int(move.name[-2])
     names = ("stride", "padding", "output_padding", "dilation")
     settings = {name: given[name] for name in names if name in given}
-    ones = torch.ones(1, 1, *given["weight"].shape[2:], dtype=torch.float64)
+    ones = torch.ones(1, 1, *given["weight"].shape[2:], dtype=torch.float64, device="cpu")
     operator = getattr(F, f"conv_transpose{axes}d")
     return _spatial(move, axes, lambda part: operator(part, ones, **settings))
 
@@ -290,10 +314,9 @@ def attend(move: Move) -> Field | None:
 def merge(move: Move) -> Field | None:
     """scatter_add, scatter_reduce, index_add, index_reduce: the mean place by mass; the masses add up."""
     given = move.bound("input", "dim", "index", "source", "reduce")
-    target, source = move.first, given.get("src", given["source"] if "source" in given else None)
+    target, source = move.first, given.get("src", given.get("source"))
     base, field, dim = move.source, move.field(source), given["dim"] % target.ndim
-    old = base.sets[0] if base else nowhere(target.shape)
-    new = field.sets[0] if field else nowhere(source.shape)
+    old, new = set_of(base, 0, target.shape), set_of(field, 0, source.shape)
     index = here(given["index"])
     if move.name.startswith("index"):
         index = index.reshape([-1 if axis == dim else 1 for axis in range(target.ndim)]).expand(source.shape)

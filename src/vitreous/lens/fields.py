@@ -129,6 +129,11 @@ def nowhere(shape: Sequence[int]) -> Parts:
     return (torch.full((), torch.nan, dtype=torch.float64, device="cpu").expand(tuple(shape)),) * 4
 
 
+def set_of(field: Field | None, which: int, shape: Sequence[int]) -> Parts:
+    """One set of a field; of a field that lacks it, or of none, parts without a place."""
+    return field.sets[which] if field and which < len(field.sets) else nowhere(shape)
+
+
 def average(parts: Parts, total: Callable[[Tensor], Tensor]) -> Parts:
     """Parts weighted by a linear operator with non-negative weights; what has no place has no weight."""
     if not parts[0].isnan().any():

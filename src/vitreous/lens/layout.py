@@ -52,7 +52,7 @@ class Layout:
 
 def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None, what: str) -> Tensor:
     if cells is None or grid is None:
-        raise ValueError(f"The {what} of this attention are on no grid. Expected a layout with a grid. Draw them as points or rows.")
+        raise ValueError(f"The {what} of this attention are on no grid. Expected a layout with one. Draw them as rows.")
     if tuple(values.shape[-2:]) != tuple(cells.shape):
         raise ValueError(
             f"Values of shape {tuple(values.shape)} do not fit {cells.shape[0]} windows of {cells.shape[1]} {what}. "
@@ -61,9 +61,9 @@ def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None,
     flat, index = values.flatten(-2), cells.flatten().to(values.device)
     seen = index >= 0
     flat, index = flat[..., seen], index[seen]
-    wide = values.dtype if values.is_floating_point() else torch.float64
-    count = torch.zeros(grid[0] * grid[1], dtype=wide, device=values.device).index_add(0, index, torch.ones_like(index, dtype=wide))
-    total = torch.zeros(*values.shape[:-2], count.numel(), dtype=wide, device=values.device).index_add(-1, index, flat.to(wide))
+    flat = flat if flat.is_floating_point() else flat.double()
+    total = flat.new_zeros(*values.shape[:-2], grid[0] * grid[1]).index_add(-1, index, flat)
+    count = torch.bincount(index, minlength=grid[0] * grid[1])
     return (total / count).unflatten(-1, grid)  # 0 / 0 = NaN where no token is
 
 
@@ -266,10 +266,11 @@ def _lattice(points: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], Te
     grid, index = [], torch.zeros(len(points), dtype=torch.long)
     for (rank, levels), pitch, other, length in zip(ranks, pitches, pitches[::-1], size, strict=True):
         pitch = pitch or other
-        steps = levels / pitch - 0.5
+        steps = (levels - levels[0]) / pitch
         if float((steps - steps.round()).abs().max()) > 0.05:
             return None
-        count = max(int(steps[-1].round()) + 1, int(length // pitch))
-        index = index * count + steps.round().long()[rank]
+        steps = steps.round().long() + int(float(levels[0]) / pitch)
+        count = max(int(steps[-1]) + 1, int(length // pitch))
+        index = index * count + steps[rank]
         grid.append(count)
     return (tuple(grid), index) if len(index.unique()) * 20 >= grid[0] * grid[1] else None

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreous.lens.fields import Field, Move, Parts, here, nowhere, over, same, shape_of, thin
+from vitreous.lens.fields import Field, Move, here, over, same, set_of, shape_of, thin
 
 # --- values that stay where they are, and views -----------------------------------------------------------------------
 
@@ -128,11 +127,9 @@ def pick(move: Move) -> Field | None:
 
 def gather(move: Move) -> Field | None:
     """gather, take_along_dim: axes on which neither places nor indices change are not read."""
-    given = move.bound("input", "dim", "index")
-    field, index = move.source, here(given.get("index", given.get("indices")))
-    dim = given.get("dim")
-    if move.name == "take_along_dim" and len(move.args) > 1:
-        index, dim = here(move.args[1]), (move.args + (given.get("dim"),))[2]
+    along = move.name == "take_along_dim"
+    given = move.bound("input", *(("indices", "dim") if along else ("dim", "index")))
+    field, index, dim = move.source, here(given["indices" if along else "index"]), given.get("dim")
     if field is None or dim is None:
         return None
     shape = shape_of(move.out)
@@ -144,8 +141,7 @@ def gather(move: Move) -> Field | None:
                 continue
             if flat.stride(axis) == 0 or flat.shape[axis] == 1:
                 part, flat = part.narrow(axis, 0, 1), flat.narrow(axis, 0, 1)
-        taken = torch.take_along_dim if move.name == "take_along_dim" else torch.gather
-        return (taken(part, flat, dim=dim)).expand(shape)
+        return (torch.take_along_dim(part, flat, dim) if along else part.gather(dim, flat)).expand(shape)
 
     return field.each(again)
 
@@ -165,12 +161,11 @@ def select(move: Move) -> Field | None:
 
 def ranked(move: Move) -> list[Field | None] | Field | None:
     """topk, sort, max(dim), min(dim): the values come from where their indices say."""
-    if isinstance(move.out, Tensor):
-        return reduce(move) if "dim" in move.bound("input", "dim") and move.name in ("amax", "amin") else None
-    field, index = move.source, here(move.out[1])
-    given = move.bound("input", *(("k", "dim") if move.name == "topk" else ("dim", "keepdim")))
-    if field is None:
+    field = move.source
+    if field is None or isinstance(move.out, Tensor):
         return None
+    index = here(move.out[1])
+    given = move.bound("input", *(("k", "dim") if move.name == "topk" else ("dim", "keepdim")))
     dim = given.get("dim", -1)
 
     def again(part: Tensor) -> Tensor:
@@ -190,16 +185,18 @@ def join(move: Move) -> Field | None:
     fields = [move.field(tensor) for tensor in tensors]
     if not any(fields):
         return None
-    pieces, shape = [], shape_of(move.out)
+    shape, new = shape_of(move.out), move.name == "stack"
     if move.name in ("hstack", "vstack"):
         dim = 0 if move.name == "vstack" or len(shape) == 1 else 1
-    new = move.name == "stack"
-    for tensor, field in zip(tensors, fields, strict=True):
-        parts = field.sets[0] if field else nowhere(tensor.shape)
-        if tensor.ndim != len(shape) - new or not tensor.numel():  # legacy empty pieces of cat
-            continue
-        pieces.append(tuple(part.unsqueeze(dim) for part in parts) if new else parts)
-    return Field((tuple(_joined([piece[i] for piece in pieces], dim, shape) for i in range(4)),))
+    sets = []
+    for which in range(max(len(field.sets) for field in fields if field)):
+        pieces = []
+        for tensor, field in zip(tensors, fields, strict=True):
+            if tensor.ndim == len(shape) - new and tensor.numel():  # cat takes empty pieces of any shape
+                parts = set_of(field, which, tensor.shape)
+                pieces.append(tuple(part.unsqueeze(dim) for part in parts) if new else parts)
+        sets.append(tuple(_joined([piece[i] for piece in pieces], dim, shape) for i in range(4)))
+    return Field(tuple(sets), any(field.contracted for field in fields if field))
 
 
 def _joined(pieces: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
@@ -209,12 +206,10 @@ def _joined(pieces: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
             pieces = [piece.narrow(axis, 0, 1) for piece in pieces]
         elif fixed and all(same(thin(pieces[0]), thin(piece)) for piece in pieces[1:]):
             return pieces[0].narrow(axis, 0, 1).expand(shape)  # halves of a rotation, say: one place
-    slim = list(shape)
-    for axis in range(len(shape)):
-        if axis != dim % len(shape):
-            slim[axis] = max(piece.shape[axis] for piece in pieces)
-    pieces = [piece.expand([piece.shape[a] if a == dim % len(shape) else slim[a] for a in range(len(shape))]) for piece in pieces]
-    return torch.cat(pieces, dim).expand(shape)
+    slim = torch.broadcast_shapes(*(piece.select(dim, 0).shape for piece in pieces))
+    axis = dim % len(shape)
+    pieces = [piece.expand(*slim[:axis], piece.shape[axis], *slim[axis:]) for piece in pieces]
+    return torch.cat(pieces, axis).expand(shape)
 
 
 def halve(move: Move) -> Field | None:
@@ -284,20 +279,22 @@ def write(move: Move) -> Field | None:
     base, field = move.source, move.field(values)
     if not isinstance(values, Tensor) or (base is None and field is None):
         return base
-    old = base.sets[0] if base else nowhere(target.shape)
-    new = field.sets[0] if field else nowhere(values.shape)
     rest = [here(value) for value in move.args[1:]]
-    found = []
-    for p, q in zip(old, new, strict=True):
+
+    def written(p: Tensor, q: Tensor) -> Tensor:
         p = p.clone(memory_format=torch.contiguous_format)
         if move.name == "setitem":
             p[rest[0]] = q
-        elif len(move.args) > 2:
-            p = move.plain(p, *rest[:-1], q)
-        else:
-            p = move.plain(p, *rest, **{n: q if v is values else here(v) for n, v in move.kwargs.items()})
-        found.append(p)
-    return Field((tuple(found),))
+            return p
+        if len(move.args) > 2:
+            return move.plain(p, *rest[:-1], q)
+        return move.plain(p, *rest, **{n: q if v is values else here(v) for n, v in move.kwargs.items()})
+
+    sets = []
+    for which in range(max(len(f.sets) for f in (base, field) if f)):
+        pairs = zip(set_of(base, which, target.shape), set_of(field, which, values.shape), strict=True)
+        sets.append(tuple(written(p, q) for p, q in pairs))
+    return Field(tuple(sets), bool(base and base.contracted) or bool(field and field.contracted))
 
 
 def copy(move: Move) -> Field | None:

@@ -21,21 +21,21 @@ from vitreous.lens.layout import Layout, channel, layout
 
 __all__ = ["Layout", "Shadows", "channel", "layout"]
 
-# fmt: off
 _NAMES = {
     moves.keep: """
-        softmax log_softmax softmin special_softmax special_log_softmax safe_softmax gumbel_softmax layer_norm native_layer_norm
-        group_norm batch_norm instance_norm rms_norm fused_rms_norm local_response_norm normalize dropout dropout1d dropout2d dropout3d
-        alpha_dropout feature_dropout feature_alpha_dropout native_dropout relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid
-        hardshrink softshrink tanhshrink leaky_relu rrelu elu selu celu mish softplus softsign logsigmoid threshold prelu
-        exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square abs neg negative positive sign sin cos tan atan erf erfc erfinv
-        reciprocal ceil floor round trunc frac clamp clip clamp_min clamp_max nan_to_num masked_fill index_fill cumsum cumprod logcumsumexp
-        tril triu to type type_as float double half bfloat16 cuda cpu contiguous clone detach requires_grad data alias to_copy
-        pin_memory logit i0 sinc conj resolve_conj real imag angle renorm logical_not invert fill_diagonal""",
+        softmax log_softmax softmin special_softmax special_log_softmax safe_softmax gumbel_softmax
+        layer_norm native_layer_norm group_norm batch_norm instance_norm rms_norm fused_rms_norm local_response_norm normalize
+        dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout native_dropout
+        relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink leaky_relu rrelu
+        elu selu celu mish softplus softsign logsigmoid threshold prelu exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square
+        abs neg negative positive sin cos tan atan erf erfc erfinv reciprocal ceil floor round trunc frac clamp clip clamp_min
+        clamp_max nan_to_num masked_fill index_fill cumsum cumprod logcumsumexp tril triu logit i0 sinc renorm
+        to type type_as float double half bfloat16 cuda cpu contiguous clone detach requires_grad data alias to_copy pin_memory
+        conj resolve_conj real imag angle""",
     moves.view: """
-        permute transpose swapaxes swapdims movedim moveaxis t T mT H mH adjoint narrow select unbind split split_with_sizes
-        unsafe_split chunk unsafe_chunk tensor_split hsplit vsplit dsplit diagonal masked_select pixel_shuffle pixel_unshuffle
-        channel_shuffle native_channel_shuffle rot90 slice take""",
+        permute transpose swapaxes swapdims movedim moveaxis t T mT H mH adjoint narrow select slice unbind split
+        split_with_sizes unsafe_split chunk unsafe_chunk tensor_split hsplit vsplit dsplit diagonal masked_select take rot90
+        pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle""",
     moves.fold: "reshape view view_as reshape_as flatten unflatten ravel squeeze unsqueeze unsafe_view atleast_2d atleast_3d",
     moves.expand: "expand expand_as broadcast_to",
     moves.slide: "roll flip fliplr flipud",
@@ -49,17 +49,20 @@ _NAMES = {
     moves.complex_view: "view_as_complex view_as_real",
     moves.pad: "pad constant_pad_nd",
     moves.patches: "unfold",
-    moves.write: "setitem scatter index_copy index_put masked_scatter slice_scatter select_scatter diagonal_scatter",
+    moves.write: """
+        setitem scatter index_copy index_put masked_scatter slice_scatter select_scatter diagonal_scatter""",
     moves.copy: "copy",
     blends.combine: """
-        add sub subtract mul multiply div divide true_divide rsub radd rmul rdiv rtruediv truediv iadd isub imul itruediv
-        addcmul addcdiv lerp where maximum minimum fmax fmin pow rpow float_power atan2 fmod remainder rmod xlogy hypot logaddexp""",
+        add sub subtract mul multiply div divide true_divide truediv rsub radd rmul rdiv rtruediv iadd isub imul itruediv
+        addcmul addcdiv lerp where maximum minimum fmax fmin pow rpow float_power atan2 fmod remainder rmod xlogy hypot
+        logaddexp""",
     blends.reduce: "mean nanmean sum nansum amax amin prod logsumexp norm vector_norm std var median mode",
     blends.convolve: "conv1d conv2d conv3d",
     blends.widen: "conv_transpose1d conv_transpose2d conv_transpose3d",
     blends.pool: "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool1d lp_pool2d lp_pool3d",
     blends.adapt: """
-        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
     blends.resize: "interpolate upsample",
     blends.sample: "grid_sample",
     blends.unpatch: "fold",
@@ -69,10 +72,11 @@ _NAMES = {
     blends.attend: "scaled_dot_product_attention",
     blends.merge: "scatter_add scatter_reduce index_add index_reduce",
 }
-_FRESH = set("""
-    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor bernoulli
-    zero fill normal uniform random heaviside grad base sign""".split())  # values that have nothing to do with the argument's
-# fmt: on
+_FRESH = {  # values that have nothing to do with those of the argument
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones",
+    "new_empty", "new_full", "new_tensor", "bernoulli", "zero", "fill", "normal", "uniform", "random", "sign", "heaviside",
+    "grad", "base",
+}  # fmt: skip
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
