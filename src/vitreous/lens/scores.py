@@ -101,12 +101,8 @@ def energy_inside(maps: Tensor, cover: Tensor) -> Tensor:
 def auroc(maps: Tensor, cover: Tensor) -> Tensor:
     """Area under the receiver operating characteristic of foreground patches against the others: Mann-Whitney's U."""
     maps, _, inside = _prepared(maps, cover)
-    ordered, _ = maps.sort(dim=-1)
-    below = torch.searchsorted(ordered, maps)  # patches with a smaller value
-    upto = torch.searchsorted(ordered, maps, right=True)
-    rank = (below + upto + 1).double() / 2  # 1 to P, ties share the mean
     ones = inside.double().sum(-1)
-    u = (rank * inside).sum(-1) - ones * (ones + 1) / 2
+    u = (ranks(maps) * inside).sum(-1) - ones * (ones + 1) / 2
     return _scored(u / (ones * (inside.shape[-1] - ones)).clamp_min(1), maps, inside)
 
 
@@ -157,6 +153,14 @@ def otsu(maps: Tensor) -> Tensor:
     parted[..., :-1] = ordered[..., 1:] > ordered[..., :-1]  # equal values stay together
     best = torch.where(parted, between, -1.0).argmax(-1, keepdim=True)
     return ordered.gather(-1, best)[..., 0]
+
+
+def ranks(maps: Tensor) -> Tensor:
+    """Rank of each value in its map, 1 to P, equal values sharing their mean rank. (..., P) -> (..., P) float64."""
+    maps = maps.contiguous()
+    ordered, _ = maps.sort(dim=-1)
+    below, upto = torch.searchsorted(ordered, maps), torch.searchsorted(ordered, maps, right=True)
+    return (below + upto + 1).double() / 2
 
 
 def _prepared(maps: Tensor, cover: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,317 @@
+"""Does the model itself depend on what a map marks? Insertion and deletion of patches, and randomised weights.
+
+Patches are taken away from an image in the order of its map, the highest first (*deletion*), or put back into an emptied
+image in that order (*insertion*), and the model's answer to the whole image is followed: the probability of the class that
+it predicts, or, where it has no classes, the cosine of its output to that for the whole image. A faithful map lets
+deletion fall early and insertion rise early. Both areas depend on model and images, hence mean something only beside those
+of random orders on the same images. Where subjects stand in the middle, the centre prior beats random orders as well,
+and it knows nothing of the model: compare with its curves too. Source: Petsiuk, Das, Saenko 2018, arXiv 1806.07421.
+
+A patch that is away shows the mean colour of its image. That holds nothing of what was where, in a photograph as in a made
+scene, and needs no width to be chosen, while a blur shows an object larger than itself still. It is an image that the model
+was not trained on, however: fill="blur" tells whether a result hangs on that.
+
+Differs from the paper: steps are patches, not pixels; equal values of a map come in random order, so that a map without an
+opinion is at chance; deletion and insertion use the same fill.
+
+Randomised weights: a map that stays as it is when the weights are shuffled does not show what the model has learned.
+Source: Adebayo et al. 2018, arXiv 1810.03292.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitreous.errors import DataError, SettingError
+from vitreous.lens.probe import undisturbed
+from vitreous.lens.scores import bootstrap, ranks
+
+FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+FILLS = ("mean", "blur")
+BLUR = 0.1  # standard deviation of the blur, in sides of the image
+PROBABILITY, COSINE = "probability of the predicted class", "cosine to the output for the whole image"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a model says while patches come and go; the last axis runs over fractions.
+
+    fractions: (F,) share of the patches put in or taken away. insertion, deletion: (..., F), the leading axes those of
+    the maps, the first over images; NaN for a map that is not all finite. followed: PROBABILITY or COSINE. fill: FILLS.
+    """
+
+    fractions: Tensor
+    insertion: Tensor
+    deletion: Tensor
+    followed: str
+    fill: str
+
+    @property
+    def insertion_area(self) -> Tensor:
+        """Area under the insertion curve (...), high is good."""
+        return torch.trapezoid(self.insertion, self.fractions, dim=-1)
+
+    @property
+    def deletion_area(self) -> Tensor:
+        """Area under the deletion curve (...), low is good."""
+        return torch.trapezoid(self.deletion, self.fractions, dim=-1)
+
+    def of(self, number: int) -> Curves:
+        """Those of one of several maps: of maps (B, M, P) that with this number, (B, F)."""
+        return Curves(self.fractions, self.insertion[:, number], self.deletion[:, number], self.followed, self.fill)
+
+    @staticmethod
+    def joined(parts: Sequence[Curves]) -> Curves:
+        """Those of all images, from batches that were made alike."""
+        first = parts[0]
+        insertion, deletion = (torch.cat([getattr(part, name) for part in parts]) for name in ("insertion", "deletion"))
+        return Curves(first.fractions, insertion, deletion, first.followed, first.fill)
+
+
+def curves(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    grid: tuple[int, int],
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    fill: str = "mean",
+    classes: bool | None = None,
+    batch_size: int = 32,
+    numbers: Iterable[int] | None = None,
+    seed: int = 0,
+) -> Curves:
+    """Insertion and deletion curves of maps (B, P) or (B, M, P) on a grid (rows, cols), for images (B, C, h, w).
+
+    images: as the model takes them. fractions: from 0 to 1, rising; brought to whole patches. classes: whether the
+    outputs are logits; None: they are if the output has `logits`, or is a (B, classes) tensor or a tuple that begins
+    with one, and the model's `num_classes`, if any, is not 0. numbers: of the images, by which, with `seed`, equal values are
+    put in order; 0 to B - 1. batch_size: images in one pass; a map costs two passes per image and inner fraction.
+
+    The model runs in eval mode without gradients; its mode and the random state are as before afterwards.
+    Raises DataError for maps that do not fit the images or the grid, SettingError for fractions or a fill unknown.
+    """
+    numbers = _checked(images, maps, grid, fractions, fill, numbers)
+    several, patches = maps.reshape(len(maps), -1, maps.shape[-1]), maps.shape[-1]
+    counts = torch.tensor([round(fraction * patches) for fraction in fractions])
+    turns, inner = order(several, numbers, seed), counts[1:-1]  # (B, M, P), (F - 2)
+    like = next(model.parameters(), images)
+    images = images.to(like.device, like.dtype)
+    empty = filled(images, fill)
+
+    shape = (*turns.shape[:2], 2, len(inner))  # 2: put in, taken away
+    values = torch.empty(shape, dtype=torch.float64)
+    with undisturbed(model):
+        judge = Judge(model, images, batch_size, classes)
+        emptied = judge.whole(empty)
+        for part in torch.arange(values.numel()).split(batch_size):
+            image, number, away, step = torch.unravel_index(part, shape)
+            shown = (turns[image, number] < inner[step, None]) ^ away.bool()[:, None]  # (n, P)
+            mask, at = pixels(shown, grid, images.shape[-2:]).to(images.device), image.to(images.device)
+            values.view(-1)[part] = judge(torch.where(mask, images[at], empty[at]), image)
+
+    low, high = (end.view(-1, 1, 1).expand(*shape[:2], 1) for end in (emptied, judge.clean))
+    found = torch.cat([low, values[:, :, 0], high], -1), torch.cat([high, values[:, :, 1], low], -1)
+    known = several.isfinite().all(-1, keepdim=True).cpu()
+    insertion, deletion = (torch.where(known, value, torch.nan).reshape(*maps.shape[:-1], -1) for value in found)
+    return Curves(counts.double() / patches, insertion, deletion, judge.followed, fill)
+
+
+def random_maps(grid: tuple[int, int], numbers: Iterable[int], orders: int = 2, seed: int = 0) -> Tensor:
+    """Maps (B, orders, P) of random values for the images of these numbers, drawn by seed and number alone."""
+    patches = grid[0] * grid[1]
+    drawn = [[_stream(seed, 1, turn, number).random(patches) for turn in range(orders)] for number in numbers]
+    return torch.from_numpy(np.array(drawn, np.float64).reshape(-1, orders, patches))
+
+
+def compare(found: Curves, base: Curves, draws: int = 2000, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """How much better than other orders, in area: {name: (mean over images, low, high)}, 95 % intervals.
+
+    found: (B, F). base: (B, M, F) of the same images, the mean over M counts: of `random_maps`, or of the centre prior.
+    "insertion": ours minus theirs. "deletion": theirs minus ours. "difference": their sum. All are 0 where ours is as
+    good, and at most 1, 1 and 2; an interval that holds 0 shows nothing.
+    """
+    insertion = found.insertion_area - base.insertion_area.mean(-1)
+    deletion = base.deletion_area.mean(-1) - found.deletion_area
+    differences = {"insertion": insertion, "deletion": deletion, "difference": insertion + deletion}
+    return {name: bootstrap(value, draws, seed) for name, value in differences.items()}
+
+
+def record(found: Curves, random: Curves, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """All that is to be shown of one map: means over images as numbers and lists for JSON. Arguments as in `compare`."""
+    lists = {
+        "fractions": found.fractions,
+        "insertion": found.insertion.nanmean(0),
+        "deletion": found.deletion.nanmean(0),
+        "random_insertion": random.insertion.flatten(0, 1).nanmean(0),
+        "random_deletion": random.deletion.flatten(0, 1).nanmean(0),
+    }
+    compared = compare(found, random, draws, seed)
+    return {
+        "followed": found.followed,
+        "fill": found.fill,
+        "images": int(found.insertion_area.isfinite().sum()),
+        **{name: value.tolist() for name, value in lists.items()},
+        "insertion_area": found.insertion_area.nanmean().item(),
+        "deletion_area": found.deletion_area.nanmean().item(),
+        "insertion_difference": list(compared["insertion"]),
+        "deletion_difference": list(compared["deletion"]),
+        "difference": list(compared["difference"]),
+    }
+
+
+# -- images with some of their patches ---------------------------------------------------------------------------------
+
+
+def order(maps: Tensor, numbers: Sequence[int], seed: int = 0) -> Tensor:
+    """The turn of each patch, 0 for the highest value of its map, equal ones in random order. (B, M, P) -> (B, M, P)."""
+    patches = maps.shape[-1]
+    mixed = torch.from_numpy(np.array([_stream(seed, 2, 0, number).permutation(patches) for number in numbers]))
+    mixed = mixed[:, None].expand(maps.shape)
+    shuffled = maps.detach().cpu().double().gather(-1, mixed)
+    sequence = mixed.gather(-1, shuffled.argsort(dim=-1, descending=True, stable=True))  # patches, highest first
+    return torch.empty_like(sequence).scatter_(-1, sequence, torch.arange(patches).expand(maps.shape))
+
+
+def pixels(shown: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Which pixels belong to patches that are shown: (n, P) bool -> (n, 1, height, width), whole pixels."""
+    (rows, cols), (height, width) = grid, size
+    row, col = torch.arange(height) * rows // height, torch.arange(width) * cols // width
+    return shown.view(-1, 1, rows, cols)[:, :, row][..., col]
+
+
+def filled(images: Tensor, fill: str) -> Tensor:
+    """The images with every patch away, (B, C, h, w): their mean colour, or a blur of a tenth of each side."""
+    if fill == "mean":
+        return images.mean((-2, -1), keepdim=True).expand_as(images)
+    down, across = (_blur(side).to(images) for side in images.shape[-2:])
+    return down @ images @ across.mT
+
+
+def _blur(side: int) -> Tensor:
+    """Gaussian weights (side, side); rows sum to one, so that borders keep their brightness."""
+    place = torch.arange(side, dtype=torch.float64)
+    weights = torch.exp(-(place[:, None] - place).square() / (2 * (BLUR * side) ** 2))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _stream(seed: int, use: int, turn: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, use], counter=[0, 0, turn, number]))
+
+
+# -- what a model says -------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """How much a model still says of changed images what it said of the whole ones. `followed` tells in what measure.
+
+    clean: (B,) what it says of the whole ones.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, batch_size: int, classes: bool | None):
+        self.model, self.batch_size = model, batch_size
+        outputs = [model(part) for part in images.split(batch_size)]
+        self.classes = has_classes(model, outputs[0]) if classes is None else classes
+        self.followed = PROBABILITY if self.classes else COSINE
+        answers = torch.cat([self.read(output) for output in outputs])
+        self.target = answers.argmax(-1) if self.classes else answers
+        self.clean = self.score(answers, self.target)
+
+    def __call__(self, images: Tensor, owner: Tensor) -> Tensor:
+        """(n,) float64: probability or cosine, of images (n, C, h, w) made of those that `owner` (n) numbers."""
+        return self.score(self.read(self.model(images)), self.target[owner])
+
+    def whole(self, images: Tensor) -> Tensor:
+        """The same of one image for each of the whole ones (B,)."""
+        numbers = torch.arange(len(images)).split(self.batch_size)
+        return torch.cat([self(images[part.to(images.device)], part) for part in numbers])
+
+    def score(self, answers: Tensor, target: Tensor) -> Tensor:
+        if self.classes:
+            return answers.softmax(-1).gather(-1, target[:, None])[:, 0]
+        return F.cosine_similarity(answers, target, dim=-1)
+
+    def read(self, output: Any) -> Tensor:
+        """The output as (n, classes) logits or (n, width) features, float64, on the CPU."""
+        value = answer(output).flatten(1).cpu().double()
+        return F.pad(value, (1, 0)) if self.classes and value.shape[-1] == 1 else value  # one logit: against nought
+
+
+def answer(output: Any) -> Tensor:
+    """The tensor that a model answers with: its logits, else a tensor itself, else the first one in a tuple or record.
+
+    Raises DataError if there is none.
+    """
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    for value in (_logits(output), output, *values):
+        if isinstance(value, Tensor):
+            return value
+    raise DataError(
+        f"Found an output of type {type(output).__name__}; expected a tensor, something with logits, or a tuple with a "
+        "tensor. Wrap the model in a module that returns its logits."
+    )
+
+
+def has_classes(model: nn.Module, output: Any) -> bool:
+    """Whether an output is logits of classes, as `curves` decides; a record without logits holds features."""
+    if isinstance(output, (Tensor, tuple, list)):
+        return answer(output).ndim == 2 and getattr(model, "num_classes", None) != 0
+    return isinstance(_logits(output), Tensor)
+
+
+def _logits(output: Any) -> Any:
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+
+
+def _checked(
+    images: Tensor, maps: Tensor, grid: tuple[int, int], fractions: Sequence[float], fill: str, numbers: Iterable[int] | None
+) -> list[int]:
+    """The numbers of the images. Raises as `curves` does."""
+    numbers = list(range(len(images)) if numbers is None else numbers)
+    fits = images.ndim == 4 and len(images) > 0 and maps.ndim in (2, 3) and maps.shape[-1] == grid[0] * grid[1] > 0
+    if not fits or not len(images) == len(maps) == len(numbers):
+        raise DataError(
+            f"Found images {tuple(images.shape)}, {len(numbers)} numbers, maps {tuple(maps.shape)} and a grid of {grid[0]} x "
+            f"{grid[1]}; expected (B, C, h, w), B, and (B, P) or (B, M, P) with P the patches of the grid. Bring them together."
+        )
+    if len(fractions) < 2 or fractions[0] != 0 or fractions[-1] != 1 or list(fractions) != sorted(set(fractions)):
+        raise SettingError(f"Found fractions {tuple(fractions)}; expected them to rise from 0 to 1. Begin with 0, end with 1.")
+    if fill not in FILLS:
+        raise SettingError(f"Found fill={fill!r}; expected one of {', '.join(FILLS)}. Choose one of them.")
+    return numbers
+
+
+# -- randomised weights ------------------------------------------------------------------------------------------------
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of a model in which the entries of each parameter are shuffled among themselves, drawn by `seed`.
+
+    Every tensor keeps its distribution; what was learned is gone. Buffers stay. The model itself is not touched.
+    """
+    shuffled, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in shuffled.parameters():
+            entries = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[entries].view_as(parameter))
+    return shuffled
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's correlation of maps (..., P) patch by patch, -1 to 1, ties sharing their mean rank: (...) float64.
+
+    Of a map with its counterpart from randomised weights: near 1, the map does not come from what was learned. NaN where
+    a map is the same everywhere, or not all finite.
+    """
+    centred = [ranks(maps) - (maps.shape[-1] + 1) / 2 for maps in (first, second)]
+    product = (centred[0] * centred[1]).sum(-1)
+    found = product / (centred[0].square().sum(-1) * centred[1].square().sum(-1)).sqrt()
+    return torch.where(first.isfinite().all(-1) & second.isfinite().all(-1), found, torch.nan)
