@@ -78,12 +78,13 @@ def expand(term: str, ndim: int) -> tuple[Label, ...]:
 
 
 def arranged(x: Tensor, labels: Sequence[Label], wanted: Sequence[Label], sizes: dict[Label, int]) -> Tensor:
-    """x with one axis per wanted label, in that order, a view; axes that it lacks, or has in size 1, are expanded."""
-    x = x.permute([labels.index(label) for label in wanted if label in labels])
+    """x with one axis per wanted label (and more behind), in that order, a view; axes of size 1, or absent, are expanded."""
+    more = range(len(labels), x.ndim)
+    x = x.permute(*(labels.index(label) for label in wanted if label in labels), *more)
     for i, label in enumerate(wanted):
         if label not in labels:
             x = x.unsqueeze(i)
-    return x.expand(*(sizes[label] for label in wanted))
+    return x.expand(*(sizes[label] for label in wanted), *x.shape[x.ndim - len(more) :])
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitreous.errors import HostError
+from vitreous.lens.layout import Layout
 
 CAP = 1 << 24  # entries of a buffer (64 MiB): what a block of rows may take, however large batch and sequence are
 WHOLE = 256  # up to this many rows the check covers all of them; beyond, strips spread over the rows
@@ -165,7 +165,7 @@ class Call:
     v: Tensor
     output: Tensor
     scale: float | None
-    layout: Any | None
+    layout: Layout | None
     source: Tensor | None
     inserted: int
     mixed: bool

@@ -118,7 +118,7 @@ class Use:
     """Weights met V. Leading axes are the call's own: effective (..., N, M), v (..., M, Kv), output (..., N, Kv).
 
     probabilities: the softmax's own output in the same form; None: it is `effective`, or cannot be said. whole: no key of
-    the softmax is left out.
+    the softmax is left out. place_v, place_output: what V and the output are views of, and what gives such views.
     """
 
     weights: Weights
@@ -128,6 +128,8 @@ class Use:
     v: Tensor
     output: Tensor
     whole: bool
+    place_v: tuple[Tensor, Callable[[Tensor], Tensor]]
+    place_output: tuple[Tensor, Callable[[Tensor], Tensor]]
 
     @property
     def note(self) -> str:
@@ -280,14 +282,20 @@ class Flow:
         sizes = {"row": 1, "column": 1} | sizes
         wanted = [*lead, row, label]
         axes = rearranged(weights.axes, own, wanted, sizes)
+        def form(labels: Sequence[Label], last: Sequence[Label]) -> Callable[[Tensor], Tensor]:
+            return lambda x: arranged(x, labels, [*lead, *last], sizes)
+
+        form_v, form_output = form(theirs, [label, column]), form(c.labels_out, [row, column])
         return Use(
             weights=weights,
             axes=axes,
             effective=arranged(a, own, wanted, sizes),
             probabilities=probabilities(weights, a, axes, key[1]),
-            v=arranged(v, theirs, [*lead, label, column], sizes),
-            output=arranged(out, c.labels_out, [*lead, row, column], sizes),
+            v=form_v(v),
+            output=form_output(out),
             whole=key[1],
+            place_v=(v, form_v),
+            place_output=(out, form_output),
         )
 
     def changed(self, fact: Weights, x: Tensor, axes: Axes | None, into: Tensor | None = None, **fields: Any) -> Weights:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.errors import DataError, HostError, NotReached
+from vitreous.layers.tokens import Stream
 from vitreous.lens.call import Arrangement, Buffers, Call, ComputedMap, StoredMap, is_stochastic, output_error
+from vitreous.lens.places import Layout, Shadows, channel, layout
 from vitreous.lens.probe import undisturbed
 from vitreous.lens.running import Leave, Running
 from vitreous.lens.softmax import Flow, Use, tensors
@@ -45,6 +48,7 @@ QUIET = {
     "__index__", "__repr__", "__format__", "__hash__", "get_device", "data_ptr", "untyped_storage", "is_same_size", "numpy",
 }  # fmt: skip
 Key = tuple[str, int]  # name of a call or module, how-manieth
+Placed = tuple[Tensor, Callable[[Tensor], Tensor]]  # a tensor of the model, and what gives the view of it that a call is about
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Traced:
     lead: tuple[int, ...]
     factors: tuple[tuple[tuple[int, str], ...], ...]
     kind: str = "token"
-    layout: Any | None = None
+    layout: Layout | None = None
 
 
 @dataclass
@@ -81,10 +85,10 @@ class Layouts:
     """
 
     calls: dict[Key, Traced] = field(default_factory=dict)
-    outputs: dict[Key, Any] = field(default_factory=dict)
+    outputs: dict[Key, Layout] = field(default_factory=dict)
     known: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary, repr=False)  # tensors of earlier passes
 
-    def get(self, key: Key) -> Any | None:
+    def get(self, key: Key) -> Layout | None:
         """The layout of a call; None: unknown."""
         return self.calls[key].layout if key in self.calls else None
 
@@ -93,13 +97,13 @@ class Layouts:
 class Raw:
     """An attention as it was found: leading axes are the call's own.
 
-    q, k: (..., N, K), (..., M, K) or None; v, output: (..., M, Kv), (..., N, Kv).
-    picks: what brings tensors with the axes of the operands of the product to the form of q and k.
+    q, k: each an operand of the product and what brings a tensor with its axes to (..., N, K), (..., M, K); None: unknown.
+    v, output: (..., M, Kv), (..., N, Kv).
     """
 
     route: str
-    operands: tuple[Tensor, Tensor] | None
-    picks: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None
+    q: Placed | None
+    k: Placed | None
     v: Tensor
     output: Tensor
     mask: Tensor | None = None
@@ -139,8 +143,8 @@ def watch(
 def trace(model: nn.Module, images: Tensor) -> Layouts:
     """A pass of the first image, in which the places of every call are found. Raises as `watch`."""
     images = fitting(model, images)[:1]
-    tracer = Tracer()
-    through(model, images, tracer, tracer.layouts.known, None)
+    tracer = Tracer(images)
+    through(model, images, tracer, tracer.layouts.known, tracer.leave)
     return tracer.layouts
 
 
@@ -242,9 +246,8 @@ class Tap(TorchFunctionMode):
                 found = fused(args, kwargs, out)
             else:
                 found = self.flow.follow(name, self.running.path, func, args, kwargs, out)
-        if isinstance(found, Use):
-            with torch._C.DisableTorchFunction():
-                found = written(found)
+            if isinstance(found, Use):
+                found = Raw("softmax", *(found.operands() or (None, None)), found.v, found.output, use=found)
         if isinstance(found, Raw):
             found.heads = self.heads
             with aside(found.output.device):
@@ -331,19 +334,17 @@ def fused(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Raw | str
             x = x.repeat_interleave(lead[-1] // x.shape[axes - 3], dim=axes - 3)
         return x.expand(*lead, *x.shape[axes - 2 :])
 
-    picks = tuple(lambda x, axes=operand.ndim: spread(x, axes) for operand in (q, k))
     scale = 1 / math.sqrt(max(1, q.shape[-1])) if given["scale"] is None else given["scale"]
     return Raw(
-        "fused", (q, k), picks, spread(v, v.ndim), out, mask=given["attn_mask"], causal=given["is_causal"], scale=float(scale)
+        route="fused",
+        q=(q, partial(spread, axes=q.ndim)),
+        k=(k, partial(spread, axes=k.ndim)),
+        v=spread(v, v.ndim),
+        output=out,
+        mask=given["attn_mask"],
+        causal=given["is_causal"],
+        scale=float(scale),
     )
-
-
-def written(use: Use) -> Raw:
-    """A softmax that met V."""
-    found = use.operands()
-    operands = None if found is None else (found[0][0], found[1][0])
-    picks = None if found is None else (found[0][1], found[1][1])
-    return Raw("softmax", operands, picks, use.v, use.output, use=use)
 
 
 class Receiver:
@@ -371,16 +372,73 @@ class Receiver:
 
 
 class Tracer(Receiver):
-    """Notes the shapes and places of every attention."""
+    """Notes the shapes and places of every attention, and the places of module outputs, in a pass of one image."""
 
-    def __init__(self):
+    def __init__(self, image: Tensor):
         super().__init__()
-        self.layouts = Layouts()
+        self.layouts, self.shadows = Layouts(), Shadows(image)
+        self.same: dict[bytes, Layout | None] = {}  # most modules leave tokens where they are
+        self.tokens: dict[int, Layout] = {}  # the last layout of so many tokens
+
+    def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        self.shadows.follow(func, tuple(args), kwargs, out)
 
     def attention(self, running: Running, raw: Raw) -> None:
         self.count += 1
-        kind = "pooling" if raw.use is not None and raw.use.product is None else "token"
-        self.layouts.calls[self.key(running)] = Traced(raw.lead, guessed(raw.lead, raw.heads), kind)
+        product = raw.use is None or raw.use.product is not None
+        kind = "token" if product else "pooling"
+        sides = (raw.q, raw.k)
+        if raw.q is None:  # the output is where its query is, V where the keys are
+            sides = (raw.use.place_output, raw.use.place_v)
+        query, key = (self.places(side) for side in sides)
+        found = layout(query, key, self.shadows.size, self.shadows.reason(*(side[0] for side in sides)))
+        if found is None or len(found.factors) != len(raw.lead):
+            found, factors = None, guessed(raw.lead, raw.heads)
+        else:
+            factors = found.factors
+        if raw.q is not None and channel(query, key):
+            kind, found = "channel", None  # rows and columns of the map are channels, which are nowhere
+        self.layouts.calls[self.key(running)] = Traced(raw.lead, factors, kind, found)
+
+    def places(self, side: Placed) -> Tensor | None:
+        """Places (..., N, K, 4) of a side; axes on which they do not differ have size 1 or stride 0."""
+        places = self.shadows.of(side[0])
+        return None if places is None else side[1](narrowed(places))
+
+    def leave(self, name: str, number: int, output: Any) -> None:
+        """The layout of a module's output (1, N, D), (1, D, N), (1, h, w, D) or (1, D, h, w)."""
+        if isinstance(output, Stream):  # for its original tokens, as in `Stream.tokens`
+            count = output.x.shape[1] - output.state.inserted if output.state.source is None else output.state.source.shape[1]
+            found = self.tokens.get(count)
+        else:
+            found = self.of_output(output) if isinstance(output, Tensor) and output.ndim in (3, 4) else None
+            if found is not None:
+                self.tokens[found.queries.shape[1]] = found
+        if found is not None:
+            self.layouts.outputs[name, number] = found
+
+    def of_output(self, output: Tensor) -> Layout | None:
+        places = self.shadows.of(output)
+        if places is None or len(output) != 1:
+            return None
+        places = narrowed(places)
+        varying = [axis for axis in range(1, output.ndim) if places.shape[axis] > 1]
+        if len(varying) != output.ndim - 2 or varying[-1] - varying[0] != len(varying) - 1:
+            return None
+        constant = next(axis for axis in range(1, output.ndim) if axis not in varying)
+        places = places.movedim(constant, -2).flatten(1, -3)  # (1, N, 1, 4)
+        key = places.numpy().tobytes()
+        if key not in self.same:
+            self.same[key] = layout(places, None, self.shadows.size)
+        return self.same[key]
+
+
+def narrowed(places: Tensor) -> Tensor:
+    """Places (..., 4) with size 1 in place of axes along which nothing differs."""
+    for axis in range(places.ndim - 1):
+        if places.stride(axis) == 0:
+            places = places.narrow(axis, 0, 1)
+    return places
 
 
 class Capture(Receiver):
@@ -413,9 +471,7 @@ class Capture(Receiver):
         self, name: str, number: int, running: Running, raw: Raw, traced: Traced | None, arrangement: Arrangement
     ) -> Call:
         v, output = arrangement.merge(raw.v), arrangement.merge(raw.output)
-        q = k = None
-        if raw.operands is not None:
-            q, k = (arrangement.merge(pick(x)) for pick, x in zip(raw.picks, raw.operands, strict=True))
+        q, k = (None if side is None else arrangement.merge(side[1](side[0])) for side in (raw.q, raw.k))
         use, state = raw.use, running.state
         if use is None:
             maps = ComputedMap(q, k, raw.mask, raw.causal, raw.scale, arrangement, self.buffers)
@@ -482,4 +538,4 @@ def arranged_batch(raw: Raw, traced: Traced | None, batch: int) -> Arrangement |
     return Arrangement(tuple(factors))
 
 
-__all__ = ["Call", "Layouts", "Refusal", "Seen", "Traced", "trace", "watch"]
+__all__ = ["Call", "Layout", "Layouts", "Refusal", "Seen", "Traced", "trace", "watch"]
