@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitreous.errors import DataError, NotReached
 from vitreous.lens import indicators, spectra
-from vitreous.lens.sweep import Buffers, Sweep
+from vitreous.lens.sweep import Buffers, Distances, Sweep, same_places
 
 if TYPE_CHECKING:
     from vitreous.lens.tap import Call
@@ -94,7 +94,7 @@ class Measures:
         self._together: dict[int, _Record] = {}  # the latest row of all heads, by layer
         self._notes: dict[str, list[str]] = {}
         self._records: list[_Record] = []
-        self._buffers = Buffers()
+        self._buffers, self._distances = Buffers(), Distances()
 
     @torch.no_grad()
     def see(self, call: Call) -> None:
@@ -198,7 +198,7 @@ class Measures:
     def _swept(self, call: Call, count: int, effective: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """What one sweep over the rows gives: values per head (images, H), and of all heads together (images, 1)."""
         size = max(1, self.block // (call.output[..., 0, 0].numel() * call.v.shape[3]))
-        sweep = Sweep(count, self.noisy, not effective or call.stochastic, _places(call), self._buffers)
+        sweep = Sweep(count, self.noisy, not effective or call.stochastic, _places(call), self._buffers, self._distances)
         for rows, block in call.rows(min(size, call.output.shape[3]), effective):
             sweep.add(rows, block)
         heads, together = sweep.values()
@@ -222,12 +222,13 @@ class Measures:
         return found | ({"angular_alignment_paper": _numpy(cosine[count:])} if self.noisy else {})
 
     def _add_scores(self, layer: int, first: int, call: Call, count: int) -> None:
-        """Spectra of the scores, image by image: the decomposition works in float64."""
+        """Spectra of the scores, some images at a time: the decomposition works in float64."""
         if call.q is None:
             return
+        images = max(1, self.block // (2 * call.q[0].numel() + 2 * call.k[0].numel()))
         parts = [
-            {name: value.mean(dim=1) for name, value in spectra.score(q[None], k[None], call.scale).indicators().items()}
-            for q, k in zip(call.q[:count], call.k[:count], strict=True)
+            {name: value.mean(dim=1) for name, value in spectra.score(q, k, call.scale).indicators().items()}
+            for q, k in zip(call.q[:count].split(images), call.k[:count].split(images), strict=True)
         ]
         values = {name: _numpy(torch.cat([part[name] for part in parts])) for name in spectra.INDICATORS}
         self._records.append(_Record(layer, "score", call.kind, values, first))
@@ -300,7 +301,7 @@ def _own(call: Call) -> bool:
     places = _places(call)
     if call.q.shape != call.k.shape:
         return False
-    return places is None or bool(torch.equal(places[0].nan_to_num(-1.0), places[1].nan_to_num(-1.0)))
+    return places is None or places[0] is places[1] or same_places(*places)
 
 
 def _without(q: Tensor, sigma: Tensor) -> Tensor | None:

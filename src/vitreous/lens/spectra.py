@@ -85,8 +85,12 @@ def learned(module: nn.Module, heads: int) -> Spectrum:
 
 
 def score(q: Tensor, k: Tensor, scale: float | None = None) -> Spectrum:
-    """Of scale q k^T, scale 1 if unknown: q (B, W, H, N, K), k (B, W, H, M, K). No N x M matrix is made."""
-    return Spectrum("score", product_singular_values(q.detach().double(), k.detach().double()) * (scale or 1.0))
+    """Of scale q k^T, scale 1 if unknown: q (B, W, H, N, K), k (B, W, H, M, K). No N x M matrix is made.
+
+    Values below 1e-8 of the largest are rounding, as they would be after a kernel in float32.
+    """
+    values = product_singular_values(q.detach().double(), k.detach().double(), exact=False)
+    return Spectrum("score", values * (scale or 1.0))
 
 
 def weight(module: nn.Module, heads: int, width: int, energies: Energies | None = None) -> Spectrum:

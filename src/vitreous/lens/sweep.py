@@ -24,18 +24,50 @@ class Buffers:
         return flat[:count].view(shape)
 
 
+class Distances:
+    """Distances between places, in buffers; kept until others are asked for, since the layers of a model ask for the same."""
+
+    def __init__(self):
+        self._buffers = Buffers()
+        self._places: tuple[Tensor, Tensor] | None = None
+        self._found: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def between(self, queries: Tensor, keys: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Which queries have a place (W, n) bool, which keys (W, M) float32, and distances (W, n, M) in pixels, any without.
+
+        queries (W, n, 2), keys (W, M, 2): (y, x), NaN for none.
+        """
+        same = self._places is not None and all(map(same_places, self._places, (queries, keys)))
+        if not same or self._found[0].device != device:
+            self._places = queries, keys
+            seen, there = (places.isfinite().all(dim=-1).to(device) for places in (queries, keys))
+            queries, keys = (places.nan_to_num().to(device, torch.float32) for places in (queries, keys))
+            y, x = (self._buffers.get(name, keys, (*queries.shape[:2], keys.shape[1])) for name in ("y", "x"))
+            torch.sub(queries[..., 0, None], keys[:, None, :, 0], out=y).square_()
+            torch.sub(queries[..., 1, None], keys[:, None, :, 1], out=x).square_()
+            self._found = seen, there.float(), y.add_(x).sqrt_()
+        return self._found
+
+
 class Sweep:
     """Sums over the rows of one map (B, W, H, N, M).
 
     count: the first `count` of B images are measured; with `noisy` as many noisy versions follow.
     stochastic: rows are distributions; otherwise only what needs none is measured.
-    places: (y, x) of queries (W, N, 2) and keys (W, M, 2), NaN for none.
+    places: (y, x) of queries (W, N, 2) and keys (W, M, 2), NaN for none; None: unknown.
     """
 
     def __init__(
-        self, count: int, noisy: bool, stochastic: bool, places: tuple[Tensor, Tensor] | None, buffers: Buffers
+        self,
+        count: int,
+        noisy: bool,
+        stochastic: bool,
+        places: tuple[Tensor, Tensor] | None,
+        buffers: Buffers,
+        distances: Distances,
     ):
-        self.count, self.noisy, self.stochastic, self.places, self.buffers = count, noisy, stochastic, places, buffers
+        self.count, self.noisy, self.stochastic, self.places = count, noisy, stochastic, places
+        self.buffers, self.distances = buffers, distances
         self.sums: dict[str, Tensor] = {}
         self.entries = 0  # of one image's maps: H W N M
 
@@ -79,26 +111,14 @@ class Sweep:
 
     def _add_distances(self, rows: slice, clean: Tensor, scratch: Tensor) -> None:
         """Mean distance and square distance under each row's weights on keys with a place."""
-        queries, keys = (places.to(clean.device, torch.float32) for places in self.places)
-        queries = queries[:, rows]
-        seen, there = (places.isfinite().all(dim=-1) for places in (queries, keys))  # (W, n), (W, M)
-        distance = self._distances(queries.nan_to_num(), keys.nan_to_num())[:, None]  # (W, 1, n, M)
-        there = there.to(clean.dtype)[:, None, None]  # (W, 1, 1, M)
-        mass = torch.mul(clean, there, out=scratch).sum(dim=-1)  # (B, W, H, n)
-        far = scratch.mul_(distance).sum(dim=-1)
-        farther = scratch.mul_(distance).sum(dim=-1)
+        seen, there, distance = self.distances.between(self.places[0][:, rows], self.places[1], clean.device)
+        mass = torch.mul(clean, there[:, None, None], out=scratch).sum(dim=-1)  # (B, W, H, n)
+        far = scratch.mul_(distance[:, None]).sum(dim=-1)
+        farther = scratch.mul_(distance[:, None]).sum(dim=-1)
         valid = (mass > 0) & seen[:, None]
         self._sum("placed", valid)
         self._sum("distance", torch.where(valid, far / mass, 0.0))
         self._sum("square_distance", torch.where(valid, farther / mass, 0.0))
-
-    def _distances(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(W, n, M) between places (W, n, 2) and (W, M, 2)."""
-        shape = (*queries.shape[:2], keys.shape[1])
-        y, x = (self.buffers.get(name, queries, shape) for name in ("y", "x"))
-        torch.sub(queries[..., 0, None], keys[:, None, :, 0], out=y).square_()
-        torch.sub(queries[..., 1, None], keys[:, None, :, 1], out=x).square_()
-        return y.add_(x).sqrt_()
 
     def _sum(self, name: str, rows: Tensor) -> None:
         """Add values per row, (B, W, H, n), over windows and rows."""
@@ -106,3 +126,8 @@ class Sweep:
 
     def _put(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0) + value.double()
+
+
+def same_places(a: Tensor, b: Tensor) -> bool:
+    """Whether places are the same ones, NaN in the same rows."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
