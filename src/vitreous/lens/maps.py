@@ -77,7 +77,10 @@ def singular_maps(
         if rows == "auto":
             rows = "unit" if bool(_spikes(space.U[:, :, 0], features).mean() > SPIKE) else "raw"
     if rows == "unit":
-        space = leading_subspace(unit_rows(features), rank, power=POWER, sketch=sketch)
+        z = unit_rows(features)
+        alike = torch.linalg.vector_norm(z, dim=(1, 2)) <= 8 * torch.finfo(z.dtype).eps * z.shape[1] ** 0.5
+        z = torch.where(alike[:, None, None], 0.0, z)  # patches that differ by rounding alone have no map
+        space = leading_subspace(z, rank, power=POWER, sketch=sketch)
     return space.U.mT, space.S, rows
 
 
