@@ -60,7 +60,8 @@ def write_reading(folder: Path, made: Made | None = None) -> Path:
     rng = np.random.default_rng(made.seed)
     scenes = [scene(made, image) for image in range(made.images)]
     for number, start in enumerate(range(0, made.images, made.chunk)):
-        write_part(folder / "parts" / f"{number:05d}.safetensors", made, scenes, range(start, min(start + made.chunk, made.images)), rng)
+        images = range(start, min(start + made.chunk, made.images))
+        write_part(folder / "parts" / f"{number:05d}.safetensors", made, scenes, images, rng)
     table = rows(made)
     (folder / "table.json").write_text(json.dumps({"columns": table}))
     (folder / "table.csv").write_text(as_csv(list(table), zip(*table.values(), strict=True)))
@@ -91,7 +92,7 @@ def facts(made: Made) -> dict:
     components = [
         {
             "name": name, "per_head": name == "attention", "signed": name in ("u1", "u2", "u3", "k1", "foreground"),
-            "about": about.get(name, f"Leading singular vector {name[1:]} of the {'keys' if name[0] == 'k' else 'block output'}."),
+            "about": about.get(name, f"Singular vector {name[1:]} of the {'keys' if name[0] == 'k' else 'block output'}."),
             "rule": "fixed direction" if name[0] in "uk" else "",
         }
         for name in ("attention", *made.extra, "foreground")
@@ -100,7 +101,8 @@ def facts(made: Made) -> dict:
         "format": 1, "kind": "reading", "title": made.title, "fingerprint": "made", "parts": -(-made.images // made.chunk),
         "model": {"name": made.title, "class": "VisionTransformer", "parameters": 5717416,
                   "weights": "random" if made.random else "pretrained", "mechanisms": ["svda:scale=paper"]},
-        "random_weights": made.random, "settings": {"rank": 3, "noise": 0.1}, "versions": {"torch": "2.15.0", "vitreous": "0.1.0"},
+        "random_weights": made.random,
+        "settings": {"rank": 3, "noise": 0.1}, "versions": {"torch": "2.15.0", "vitreous": "0.1.0"},
         "seed": made.seed, "layers": layers, "components": components, "images": made.images, "chunk": made.chunk,
         "refused": [{"name": "head.pool", "reason": "a softmax over classes, not over places"}],
         "skipped": [{"name": "broken.jpg", "reason": "not an image that can be read: truncated"}], "notes": made.notes,
@@ -153,7 +155,8 @@ def write_part(path: Path, made: Made, scenes: list[dict], images: range, rng: n
             drawn = discs - 0.35 + rng.normal(0, 0.08 * (1 + int(name[1]) if name[1:].isdigit() else 1), (n, h, w))
             tensors[f"{name}/{layer}"] = marks if name == "artifacts" else drawn.astype(np.float16)
             if name[0] in "uk" and name[1:].isdigit():
-                tensors[f"{name}/{layer}/confidence"] = np.array([0.71 if i in made.unsure else 0.99 for i in images], np.float32)
+                sure = [0.71 if image in made.unsure else 0.99 for image in images]
+                tensors[f"{name}/{layer}/confidence"] = np.array(sure, np.float32)
     tensors["foreground/-1"] = (discs * 3 - 1).astype(np.float16)
     said = []
     for place, image in enumerate(images):
@@ -201,11 +204,15 @@ def write_scores(folder: Path, made: Made) -> None:
             score = level.get(component, 0.3 + 0.01 * (layer or 0) + 0.005 * (head or 0) if layer != "" else 0.3)
             if component == "attention" and (layer, head) == made.looker:
                 score = made.share
-            means.append([component, layer, head, measure, round(score + 0.02 * number, 4), round(score - 0.03, 4), round(score + 0.05, 4), made.images])
+            middle = score + 0.02 * number
+            found = [round(middle + by, 4) for by in (0, -0.03, 0.05)]
+            means.append([component, layer, head, measure, *found, made.images])
         for image in range(made.images):
-            lines.append([image, component, layer, head, *(round(score + 0.001 * image + 0.02 * i, 4) for i in range(len(SCORES)))])
+            found = [round(score + 0.001 * image + 0.02 * i, 4) for i in range(len(SCORES))]
+            lines.append([image, component, layer, head, *found])
     (folder / "scores.csv").write_text(as_csv(["image", "component", "layer", "head", *SCORES], lines))
-    (folder / "summary.csv").write_text(as_csv(["component", "layer", "head", "measure", "mean", "low", "high", "images"], means))
+    head = ["component", "layer", "head", "measure", "mean", "low", "high", "images"]
+    (folder / "summary.csv").write_text(as_csv(head, means))
 
 
 def curves(made: Made) -> list[dict]:
@@ -239,8 +246,9 @@ def write_run(folder: Path, epochs: int = 4, name: str = "plain", best: int = 2,
     lines = []
     for epoch in range(epochs + 1):
         shift = {("effective_tokens", 1, 0): -0.5 if epoch == best else 0.1 * abs(epoch - best)}
-        settings = {"images": 4, "layers": 3, "heads": 2, "looker": (2, 1), "artifacts": 1, "size": 64, "grid": (8, 8)} | planted
-        write_reading(folder / "readings" / f"epoch-{epoch:03d}", Made(title=f"{name}, epoch {epoch}", shift=shift, curves=False, **settings))
+        settings = {"images": 4, "layers": 3, "heads": 2, "looker": (2, 1), "artifacts": 1, "size": 64, "grid": (8, 8)}
+        made = Made(title=f"{name}, epoch {epoch}", shift=shift, curves=False, **settings | planted)
+        write_reading(folder / "readings" / f"epoch-{epoch:03d}", made)
         if epoch:
             lines.append(
                 {"epoch": epoch, "losses": {"total": 2 / epoch}, "lr": 1e-3, "seconds": 2.0, "images_per_second": 900,

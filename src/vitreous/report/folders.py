@@ -50,7 +50,8 @@ def open_folders(folders: Sequence[Path]) -> list[Source]:
 def _open(folder: Path) -> Source:
     if (folder / "reading.json").is_file():
         facts = read_json(folder / "reading.json")
-        return Source(str(facts.get("title") or folder.resolve().name), None, [folder])
+        title = facts.get("title") if isinstance(facts, dict) else None
+        return Source(str(title or folder.resolve().name), None, [folder])
     if (folder / "run.json").is_file():
         return _open_run(folder)
     found = "no such folder" if not folder.is_dir() else "neither reading.json nor run.json"
@@ -62,6 +63,8 @@ def _open(folder: Path) -> Source:
 
 def _open_run(folder: Path) -> Source:
     run = read_json(folder / "run.json")
+    if not isinstance(run, dict):
+        raise DataError(f"Found no facts of a run in {folder / 'run.json'}. Expected an object. Train with a new --out.")
     found = {}
     for path in (folder / "readings").glob("epoch-*"):
         number = path.name.removeprefix("epoch-")
@@ -92,9 +95,10 @@ class ReadingFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.facts = read_json(folder / "reading.json")
-        if self.facts.get("format") != FORMAT:
+        found = self.facts.get("format") if isinstance(self.facts, dict) else None
+        if found != FORMAT:
             raise DataError(
-                f"Found format {self.facts.get('format')!r} in {folder / 'reading.json'}. Expected {FORMAT}. "
+                f"Found format {found!r} in {folder / 'reading.json'}. Expected {FORMAT}. "
                 "Use the version of Vitreous that wrote it, or look again."
             )
         if not isinstance(self.facts.get("layers"), list) or not isinstance(self.facts.get("components"), list):
@@ -111,7 +115,8 @@ class ReadingFolder:
 
     def incomplete(self, found: str) -> DataError:
         return DataError(
-            f"Found {found} in {self.folder}. Expected a finished reading. Give the same `vitreous look` command again: it goes on."
+            f"Found {found} in {self.folder}. Expected a finished reading. Give the same `vitreous look` command again: it goes "
+            "on where it stopped."
         )
 
     def opened(self, part: Path) -> Any:
@@ -162,8 +167,14 @@ def boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) ->
 
     pictures: {data address: number}, filled here; the same picture goes into a page once.
     """
+    try:
+        return _boiled_down(reading, min(shown, reading.count), pictures)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise reading.incomplete(f"something that does not fit format {FORMAT} ({type(error).__name__}: {error})") from error
+
+
+def _boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -> dict[str, Any]:
     facts = {key: reading.facts.get(key) for key in FACTS}
-    shown = min(shown, reading.count)
     table, each = measures(reading, shown)
     return facts | {
         "random": bool(reading.facts.get("random_weights")),
@@ -282,8 +293,9 @@ def summary(reading: ReadingFolder) -> list[list[Any]]:
     """[component, layer, head, measure, mean, low, high, images] of summary.csv."""
     rows = []
     for line in read_csv(reading.folder / "summary.csv"):
+        place = [line["component"], whole(line["layer"]), whole(line["head"]), line["measure"]]
         numbers = [packing.number(real(line[name]), 4) for name in ("mean", "low", "high")]
-        rows.append([line["component"], whole(line["layer"]), whole(line["head"]), line["measure"], *numbers, whole(line["images"])])
+        rows.append([*place, *numbers, whole(line["images"])])
     return rows
 
 
@@ -320,8 +332,8 @@ def parsed(text: str, path: Path, what: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"Cannot read {path}: {what} is no JSON ({error}). Expected a file as Vitreous writes it. Look again, or take it back "
-            "from a copy."
+            f"Cannot read {path}: {what} is no JSON ({error}). Expected a file as Vitreous writes it. Give the command that "
+            "made the folder again, with a new --out."
         ) from error
 
 
@@ -329,7 +341,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {path} ({error}). Expected a text file in UTF-8. Look again with the same command.") from error
+        raise DataError(f"Cannot read {path} ({error}). Expected a text file in UTF-8. Look again with a new --out.") from error
 
 
 def whole(text: str) -> int:

@@ -6,7 +6,6 @@ import base64
 import json
 import math
 import re
-import unicodedata
 from typing import Any
 
 import numpy as np
@@ -90,9 +89,3 @@ def picture(data: bytes) -> str:
     else:
         return ""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def natural(text: str) -> tuple:
-    """A key that sorts "epoch 10" behind "epoch 9"."""
-    parts = re.split(r"(\d+)", unicodedata.normalize("NFC", text))
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)

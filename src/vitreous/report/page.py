@@ -76,7 +76,7 @@ def fill(data: dict[str, Any]) -> str:
     names = [source["name"] for source in data["sources"]]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(asset("report.html.j2")).render(
-        title=" and ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more",
+        title=together(names),
         kind="run" if data["sources"][0]["run"] else "reading",
         several=len(names) > 1,
         random=any(reading["random"] for source in data["sources"] for reading in source["readings"]),
@@ -86,6 +86,13 @@ def fill(data: dict[str, Any]) -> str:
         script_hash=Markup(digest(script)),
         data=Markup(packing.script_json(data | {"pictures": pictures})),
     )
+
+
+def together(names: Sequence[str]) -> str:
+    """Names as a title."""
+    if len(names) > 4:
+        return f"{names[0]} and {len(names) - 1} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def asset(name: str) -> str:

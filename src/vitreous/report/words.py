@@ -10,7 +10,6 @@ MEASURES: dict[str, tuple[str, str, str]] = {
     "selectivity": ("Selectivity index", "0 to 1", "High is diffuse, low is selective: the reverse of what the name suggests."),
     "mean_distance": ("Attention distance", "pixels", "How far away the attended places are, on average. Low: a local head."),
     "alignment": ("Alignment", "cosine", "Between a token's own query and key. 1: tokens seek what they are themselves."),
-    "angular_alignment": ("Alignment", "cosine", "Between a token's own query and key. 1: tokens seek what they are themselves."),
     "head_redundancy": ("Head redundancy", "0 to 1", "How alike the maps of the heads of a layer are. 1: all the same."),
     "perturbation_robustness": (
         "Change under noise", "relative", "How far the attention moves when the image is made noisy. Low is robust.",
@@ -18,9 +17,9 @@ MEASURES: dict[str, tuple[str, str, str]] = {
     "rank_collapse": ("Rank collapse", "relative", "How far tokens are from being all alike. 0: they have all become one."),
     "spectral_entropy": ("Spectral entropy", "nats", "0: one axis carries all. Log of the number of axes: all carry the same."),
     "effective_rank": ("Effective rank", "axes", "How many axes share the energy. 1: a single one."),
-    "effective_rank_l1": ("Effective rank (magnitudes)", "axes", "Roy and Vetterli's: how many axes share the magnitude."),
-    "spectral_sparsity": ("Spectral sparsity", "0 to 1", "Share of axes that are next to nothing beside the largest."),
-    "artifact_share": ("Artifact tokens", "% of patches", "Patches whose norm is far above the others': they hold no local content."),
+    "effective_rank_l1": ("Effective rank (magnitudes)", "axes", "Roy and Vetterli's: axes that share the magnitude."),
+    "spectral_sparsity": ("Spectral sparsity", "0 to 1", "Share of axes that are as good as nothing."),
+    "artifact_share": ("Artifact tokens", "% of patches", "Patches of outstanding norm: they hold nothing local."),
 }  # fmt: skip
 
 SCORES: dict[str, tuple[str, str, str]] = {

@@ -4,6 +4,9 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const WORDS = DATA.words;
 const LETTERS = ["A", "B"];
 
+/** What an object itself holds under a name, which comes from outside and may be "constructor". */
+const own = (object, name) => (object && Object.hasOwn(object, name) ? object[name] : undefined);
+
 /** An element. attrs: attributes, `on` listeners, `class`; children: nodes or texts, null is left out. */
 function el(tag, attrs = {}, ...children) {
   return fill(document.createElement(tag), attrs, children);
@@ -26,14 +29,14 @@ function fill(node, attrs, children) {
   return node;
 }
 
-/** A number for people: three to four digits, no exponent where it can be helped. */
-function fmt(value) {
+/** A number for people: a few digits, no exponent where it can be helped. */
+function fmt(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (value === 0) return "0";
   if (size >= 1e6 || size < 1e-4) return value.toExponential(2).replace("-", "−");
   if (size >= 1000) return Math.round(value).toLocaleString("en-US").replace("-", "−");
-  return String(Number(value.toPrecision(4))).replace("-", "−");
+  return String(Number(value.toPrecision(digits))).replace("-", "−");
 }
 
 const signedFmt = (value) => (value > 0 ? "+" : "") + fmt(value);
@@ -42,13 +45,13 @@ const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count
 /** [label, unit, explanation] of a measure; one that has a paper form of its own says so. */
 function measureWords(name) {
   const plain = name.replace(/_paper$/, "");
-  const found = WORDS.measures[plain] || [readable(plain), "", ""];
+  const found = own(WORDS.measures, plain) || [readable(plain), "", ""];
   return name === plain ? found : [`${found[0]}, paper's form`, found[1], "As published; not comparable between token counts."];
 }
 
 const readable = (name) => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
-const scoreWords = (name) => WORDS.scores[name] || [readable(name), "", ""];
-const componentName = (name) => WORDS.components[name] || WORDS.baselines[name] || name;
+const scoreWords = (name) => own(WORDS.scores, name) || [readable(name), "", ""];
+const componentName = (name) => own(WORDS.components, name) || own(WORDS.baselines, name) || name;
 const layerName = (layer) => (layer < 0 ? "whole model" : `layer ${layer}`);
 const headName = (head) => (head < 0 ? "mean of heads" : `head ${head}`);
 const where = (layer, head) => (layer < 0 ? "whole model" : head < 0 ? `layer ${layer}` : `layer ${layer}, head ${head}`);

@@ -16,7 +16,7 @@ function bounds(values) {
   return [low >= 0 && low < 0.25 * high ? 0 : low - room, high + room];
 }
 
-const W = 380, H = 232, LEFT = 48, RIGHT = 12, TOP = 10, BOTTOM = 38;
+const W = 330, H = 214, LEFT = 44, RIGHT = 10, TOP = 10, BOTTOM = 38;
 
 /** A figure. series: [{name, look ("line" | "dots"), side ("a" | "b"), color, dashed, hot, points: [{x, y, low, high}]}];
  *  pick(series, point) is called by a click or Enter. */
@@ -38,7 +38,7 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
     svg.append(draw("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: py(y), y2: py(y) }));
     svg.append(draw("text", { class: "tick", x: LEFT - 6, y: py(y) + 3.5, "text-anchor": "end", "aria-hidden": "true" }, fmt(y)));
   }
-  const each = Math.ceil(xs.length / 13);
+  const each = Math.ceil(xs.length / 12);
   const whole = xs.every(Number.isInteger);
   for (const x of whole ? xs.filter((_, i) => i % each === 0) : ticks(first, final, 5)) {
     svg.append(draw("text", { class: "tick", x: px(x), y: H - BOTTOM + 16, "text-anchor": "middle", "aria-hidden": "true" }, xName(x)));
@@ -92,7 +92,7 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
 }
 
 function drawn(s, px, py) {
-  const side = s.side || "a";
+  const side = s.color ? "own" : s.side || "a";
   const style = s.color ? { stroke: s.color, fill: s.color } : {};
   const nodes = s.points.filter((p) => p.low !== undefined && p.low !== null).map((p) =>
     draw("line", { class: `whisker ${side}`, x1: px(p.x), x2: px(p.x), y1: py(p.low), y2: py(p.high), stroke: s.color }));
@@ -122,7 +122,7 @@ function key(entries) {
   return el("ul", { class: "key" }, entries.map(([look, text]) => {
     const mark = draw("svg", { viewBox: "0 0 26 10", class: "key-mark", "aria-hidden": "true" },
       look.includes("dot") ? draw("circle", { class: look, cx: 13, cy: 5, r: 3.4 })
-        : draw("line", { class: look.startsWith("rgb") ? "line" : look, x1: 1, x2: 25, y1: 5, y2: 5, stroke: look.startsWith("rgb") ? look : null }));
+        : draw("line", { class: look.startsWith("rgb") ? "line own" : look, x1: 1, x2: 25, y1: 5, y2: 5, stroke: look.startsWith("rgb") ? look : null }));
     return el("li", {}, mark, text);
   }));
 }

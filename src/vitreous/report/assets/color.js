@@ -34,7 +34,7 @@ const SCALES = {
 const SURE = 0.95; // confidence from which a sign is taken as known
 
 /** A line colour for the i-th of n, told apart by hue and lightness; readable on light and dark ground. */
-const lineColor = (i, n) => `rgb(${oklch(0.55 + 0.14 * (n > 1 ? i / (n - 1) : 0), 0.13, 262 - 225 * (n > 1 ? i / (n - 1) : 0)).join(" ")})`;
+const lineColor = (i, n) => `rgb(${oklch(0.54 + 0.12 * (n > 1 ? i / (n - 1) : 0), 0.13, 262 - 225 * (n > 1 ? i / (n - 1) : 0)).join(" ")})`;
 
 const decoded = new Map();
 
@@ -54,7 +54,7 @@ function block(entry) {
 function mapOf(reading, component, layer, image, head) {
   const at = reading.maps[`${component}/${layer}`] ? layer : -1;
   const entry = reading.maps[`${component}/${at}`];
-  if (!entry || image < 0 || image >= reading.shown || head >= Math.max(entry.heads, 1)) return null;
+  if (!entry || image < 0 || image >= reading.shown || (entry.heads && head >= entry.heads)) return null;
   const size = entry.height * entry.width;
   const { ranges, cells } = block(entry);
   const values = new Float32Array(size);

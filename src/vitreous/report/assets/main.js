@@ -26,12 +26,12 @@ function stamp() {
 function lead() {
   const node = document.getElementById("lead");
   section(["panes"], () => {
-    node.textContent = state.panes.map((pane, i) => {
+    node.replaceChildren(...state.panes.map((pane, i) => {
       const reading = readingOf(pane);
       const model = reading.model || {};
       const grafts = model.mechanisms?.length ? `, grafts: ${model.mechanisms.join(", ")}` : "";
       return `${several || epochs ? `${tagged(i)}: ` : ""}${model.class || model.name || "model"}, ${plural(model.parameters || 0, "parameter")}, weights: ${model.weights || "unknown"}${grafts}. ${plural(reading.layers.length, "layer")}, ${plural(reading.count, "image")}.`;
-    }).join(" ");
+    }).map((line) => el("span", {}, line)));
   });
   const left = DATA.sources.filter((source) => source.leftOut);
   if (left.length) node.after(el("p", { class: "quiet" }, left.map((source) => `${source.name}: ${source.leftOut} epochs are left out, to keep this page small.`).join(" ")));
@@ -42,11 +42,11 @@ stamp();
 lead();
 glance();
 viewer();
+differences();
+if (epochs) overEpochs();
 objectScores();
 artifacts();
-differences();
 indicators();
-if (epochs) overEpochs();
 faithfulness();
 layers();
 facts();

@@ -16,7 +16,7 @@ function sourcesOf(readings) {
 }
 
 function sourceLabel(pair, pairs) {
-  const name = WORDS.sources[pair[0]]?.[0] || readable(pair[0]);
+  const name = own(WORDS.sources, pair[0])?.[0] || readable(pair[0]);
   return pairs.filter((other) => other[0] === pair[0]).length > 1 ? `${name}, ${pair[1]}` : name;
 }
 
@@ -83,7 +83,7 @@ function indicators() {
     if (!keys.includes(box.source)) box.source = keys[0];
     const pair = pairs[keys.indexOf(box.source)];
     source.show(pairs.map((one, i) => ({ value: keys[i], label: sourceLabel(one, pairs) })), box.source);
-    about.textContent = WORDS.sources[pair[0]]?.[1] || "";
+    about.textContent = own(WORDS.sources, pair[0])?.[1] || "";
     const names = measuresOf(readings, pair).filter((name) => box.paper || !name.endsWith("_paper"));
     paper.hidden = !measuresOf(readings, pair).some((name) => name.endsWith("_paper"));
     const two = readings.length > 1;
@@ -123,8 +123,9 @@ function overEpochs() {
   const source = choice("Of", (value) => { box.source = value; redraw(); });
   const lines = choice("Lines", (value) => { box.lines = value; redraw(); });
   const [training, legend, grid] = [el("div", { class: "charts" }), el("div"), el("div", { class: "charts" })];
+  if (several) node.append(el("h3", {}, "After the last epoch"), runsTable(), key(DATA.sources.map((one, i) => [lineColor(i, DATA.sources.length), one.name])));
   node.append(training, el("div", { class: "row" }, source.field, lines.field), legend, grid);
-  training.replaceChildren(...trainingCharts());
+  training.replaceChildren(...trainingCharts(), ...lookerChart());
   training.hidden = !training.children.length;
 
   function redraw() {
@@ -183,4 +184,40 @@ function trainingCharts() {
   const tests = [...new Set(runs.flatMap((run) => run.metrics.flatMap((m) => Object.keys(m.tests || {}))))];
   return [loss, ...tests.map((test) => chart({ id: `accuracy-${test}`, title: `Accuracy, ${test}`, unit: "%", xLabel: "epoch",
     series: colored(runs.map((run) => line(run.name, run, (m) => (m.tests?.[test] ? 100 * m.tests[test].accuracy : null)))) }))];
+}
+
+/** Energy inside of the head that looks most at the object, by epoch. */
+function lookerChart() {
+  const series = DATA.sources.map((source, i) => ({ name: source.name, points: source.readings.map((reading, at) => {
+    const best = looker(reading);
+    return { x: source.epochs[at], y: best?.mean ?? null, low: best?.low, high: best?.high, go: { panes: [{ source: i, at }, ...state.panes.slice(1)], ...(best ? { layer: best.layer, head: best.head } : {}) } };
+  }) }));
+  if (!series.some((s) => s.points.some((p) => p.y !== null))) return [];
+  return [chart({ id: "looker-by-epoch", title: "Energy inside, best head", unit: "0 to 1", xLabel: "epoch", series: colored(series), pick: (s, p) => set(p.go) })];
+}
+
+/** The runs at their last epoch, in one table. */
+function runsTable() {
+  const ends = DATA.sources.map((source, i) => ({ source: i, run: source, reading: source.readings[last(i).at], metrics: source.metrics[source.metrics.length - 1] }));
+  const tests = [...new Set(ends.flatMap((end) => Object.keys(end.metrics?.tests || {})))];
+  const average = (name) => ({ reading }) => {
+    const values = sourcesOf([reading]).filter((pair) => pair[0] === "attention").flatMap((pair) => byLayer(reading, pair, name).map((entry) => entry[1]));
+    return values.length ? mean(values) : null;
+  };
+  const inside = (component) => ({ reading }) => highest(summaryOf(reading).filter((row) => row.component === component && row.measure === "energy_inside"), (row) => row.mean);
+  const best = ({ reading }) => looker(reading);
+  const scored = ends.some(best);
+  return table({ id: "runs-table", caption: "The runs after their last epoch", rows: ends, go: ({ source }) => set({ panes: [last(source), ...state.panes.slice(1)] }), columns: [
+    { label: "Run", value: ({ run }) => run.name },
+    { label: "Epoch", numeric: true, value: ({ run }) => run.epochs[run.epochs.length - 1] },
+    ...tests.map((test) => ({ label: `Accuracy, ${test}`, numeric: true, value: ({ metrics }) => metrics?.tests?.[test]?.accuracy ?? null,
+      text: ({ metrics }) => (metrics?.tests?.[test] ? `${(100 * metrics.tests[test].accuracy).toFixed(1)} %` : "–") })),
+    ...(scored ? [
+      { label: "Looks most at the object", value: (end) => (best(end) ? capital(where(best(end).layer, best(end).head)) : null) },
+      { label: "Energy inside", numeric: true, value: (end) => best(end)?.mean ?? null, text: (end) => (best(end) ? fmt(best(end).mean, 3) + interval(best(end)) : "–") },
+      { label: "Foreground map", title: "Energy inside of the foreground map", numeric: true, value: (end) => inside("foreground")(end)?.mean ?? null },
+    ] : []),
+    { label: "Effective tokens", numeric: true, value: average("effective_tokens") },
+    { label: "Attention entropy", title: "nats", numeric: true, value: average("attention_entropy") },
+  ] });
 }

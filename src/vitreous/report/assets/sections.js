@@ -47,15 +47,15 @@ function glance() {
         const found = worst(reading);
         if (!reading.artifacts.length) return { text: "Not looked for." };
         if (!found) return { big: "none", text: "No layer has tokens of outstanding norm." };
-        return { big: `layer ${found[0]}`, text: `${fmt(found[1])} % of its patches, the most of all layers`, go: { layer: found[0], marks: true } };
+        return { big: `layer ${found[0]}`, text: `${fmt(found[1], 3)} % of its patches, the most of all layers`, go: { layer: found[0], marks: true } };
       }],
       ["focused", "Looks at the fewest places", (reading) => {
         const found = extreme(reading, "effective_tokens", true);
-        return found ? { big: where(found.layer, found.head), text: `${fmt(found.value)} effective tokens`, go: { component: ATTENTION, layer: found.layer, head: found.head } } : { text: "Not measured." };
+        return found ? { big: where(found.layer, found.head), text: `${fmt(found.value, 3)} effective tokens on average`, go: { component: ATTENTION, layer: found.layer, head: found.head } } : { text: "Not measured." };
       }],
       ["local", "Looks closest by", (reading) => {
         const found = extreme(reading, "mean_distance", true);
-        return found ? { big: where(found.layer, found.head), text: `${fmt(found.value)} pixels away on average`, go: { component: ATTENTION, layer: found.layer, head: found.head } } : { text: "Not measured." };
+        return found ? { big: where(found.layer, found.head), text: `${fmt(found.value, 3)} pixels away on average`, go: { component: ATTENTION, layer: found.layer, head: found.head } } : { text: "Not measured." };
       }],
     ];
     const made = findings.map(([id, title, find]) => card(id, title, shownReadings().map((reading, i) => ({ ...find(reading), letter: two ? LETTERS[i] : "" }))));
@@ -114,15 +114,15 @@ function scored(reading, index, measure) {
   const lines = Object.keys(WORDS.baselines).map((name) => [name, baseline(reading, name, measure)]).filter(([, row]) => row);
   const said = best ? el("p", { class: "sentence" }, `${capital(where(best.layer, best.head))} looks most at the object: `, el("strong", {}, fmt(best.mean)), `${interval(best)}.`) : null;
   const bases = el("p", { class: "quiet" }, lines.map(([name, row]) => `${WORDS.baselines[name]} ${fmt(row.mean)}${interval(row)}`).join(" · "));
-  const others = rows.filter((row) => row.head < 0 && !WORDS.baselines[row.component]);
+  const others = rows.filter((row) => row.head < 0 && !own(WORDS.baselines, row.component));
   const names = [...new Set(others.map((row) => row.component))];
   const bars = names.length ? chart({ id: `maps-${"ab"[index]}`, title: "Other maps", unit: scoreWords(measure)[1], xLabel: "layer", xName: (x) => (x < 0 ? "whole" : String(x)),
     series: names.map((name, i) => ({ name: componentName(name), look: "line", knots: true, color: lineColor(i, names.length),
       points: others.filter((row) => row.component === name).sort((a, b) => a.layer - b.layer).map((row) => ({ x: row.layer, y: row.mean, low: row.low, high: row.high })) })),
     pick: (s, p) => set({ component: others.find((row) => componentName(row.component) === s.name).component, layer: p.x < 0 ? state.layer : p.x, head: -1 }) }) : null;
-  return el("div", {}, state.panes.length > 1 ? el("h3", {}, tagged(index)) : null, said, bases,
+  return el("div", {}, state.panes.length > 1 ? el("h3", {}, tagged(index)) : null, said, bases, el("div", { class: "abreast" },
     matrix(`Attention: ${scoreWords(measure)[0]} by layer and head, ${tagged(index)}`, rows.filter((row) => row.component === ATTENTION && row.head >= 0).map((row) => ({ ...row, value: row.mean })), best),
-    names.length ? key(names.map((name, i) => [lineColor(i, names.length), componentName(name)])) : null, bars);
+    bars && el("div", { class: "grow" }, key(names.map((name, i) => [lineColor(i, names.length), componentName(name)])), bars)));
 }
 
 /** A table of layers and heads with coloured cells. rows: {layer, head, value}. */
@@ -132,13 +132,14 @@ function matrix(caption, rows, best, signed = false) {
   const heads = [...new Set(rows.map((row) => row.head))].sort((a, b) => a - b);
   const values = rows.map((row) => row.value);
   const [low, high] = signed ? [0, Math.max(...values)] : [Math.min(...values), Math.max(...values)];
+  const short = (value) => (high < 10 ? value.toFixed(2) : fmt(value, 3)).replace("-", "−");
   const cell = (layer, head) => {
     const row = rows.find((one) => one.layer === layer && one.head === head);
     if (!row) return el("td", {}, "–");
     const t = high > low ? (row.value - low) / (high - low) : 0.5;
     const top = best && best.layer === layer && best.head === head;
-    const button = el("button", { type: "button", class: `heat ${top ? "top" : ""}`, "data-layer": layer, "data-head": head, "aria-label": `${where(layer, head)}: ${fmt(row.value)}${top ? ", the highest" : ""}`,
-      on: { click: () => show({ component: ATTENTION, layer, head }) } }, fmt(Number(row.value.toPrecision(2))));
+    const button = el("button", { type: "button", class: `heat ${top ? "peak" : ""}`, "data-layer": layer, "data-head": head, "aria-label": `${where(layer, head)}: ${fmt(row.value)}${top ? ", the highest" : ""}`,
+      on: { click: () => show({ component: ATTENTION, layer, head }) } }, short(row.value));
     const color = oklch(0.95 - 0.5 * t, 0.02 + 0.12 * t, 235 - 25 * t);
     button.style.backgroundColor = `rgb(${color.join(" ")})`;
     button.style.color = t > 0.55 ? "#fff" : "#14202b";
@@ -158,14 +159,14 @@ function scoreTables(sheet) {
     const found = new Map();
     for (const row of summaryOf(reading)) {
       const id = `${row.component}/${row.layer}/${row.head}`;
-      if (!found.has(id)) found.set(id, { component: row.component, layer: row.layer, head: row.head, count: row.count });
-      found.get(id)[row.measure] = row;
+      if (!found.has(id)) found.set(id, { component: row.component, layer: row.layer, head: row.head, count: row.count, by: new Map() });
+      found.get(id).by.set(row.measure, row);
     }
     const columns = [
       { label: "Map", value: (row) => componentName(row.component) },
       { label: "Layer", numeric: true, value: (row) => (row.layer < 0 ? null : row.layer) },
       { label: "Head", numeric: true, value: (row) => (row.head < 0 ? null : row.head) },
-      ...names.map((name) => ({ label: scoreWords(name)[0], numeric: true, value: (row) => row[name]?.mean ?? null, text: (row) => (row[name] ? fmt(row[name].mean) + interval(row[name]) : "–") })),
+      ...names.map((name) => ({ label: scoreWords(name)[0], numeric: true, value: (row) => row.by.get(name)?.mean ?? null, text: (row) => (row.by.has(name) ? fmt(row.by.get(name).mean) + interval(row.by.get(name)) : "–") })),
       { label: "Images", numeric: true, value: (row) => row.count },
     ];
     if (state.panes.length > 1) sheet.append(el("h3", {}, tagged(index)));
@@ -186,7 +187,7 @@ function artifacts() {
     const [title, unit, about] = measureWords("artifact_share");
     sentence.textContent = readings.map((reading, i) => {
       const found = worst(reading);
-      return `${readings.length > 1 ? `${LETTERS[i]}: ` : ""}${found ? `most artifact tokens in layer ${found[0]}: ${fmt(found[1])} % of its patches.` : "no artifact tokens in any layer."}`;
+      return `${readings.length > 1 ? `${LETTERS[i]}: ` : ""}${found ? `most artifact tokens in layer ${found[0]}: ${fmt(found[1], 3)} % of its patches.` : "no artifact tokens in any layer."}`;
     }).map(capital).join(" ");
     box.replaceChildren(chart({ id: "artifact-chart", title, unit, about, xLabel: "layer", pick: (s, p) => show({ layer: p.x, marks: true }),
       series: readings.map((reading, i) => ({ name: tagged(i), look: "line", knots: true, side: "ab"[i], points: reading.artifacts.map(([x, y]) => ({ x, y })) })) }));
@@ -196,7 +197,7 @@ function artifacts() {
 // --- faithfulness ----------------------------------------------------------------------------------------------------
 
 function faithfulness() {
-  const { node, show: showPart } = part("faithfulness", "Do the maps matter to the model?");
+  const { node, show: showPart } = part("faithfulness", "Faithfulness");
   const box = { chosen: null };
   const pick = choice("Map", (value) => { box.chosen = value; redraw(); });
   const about = el("p", { class: "about" }, "Patches are put in, or taken away, from the highest of the map down, and the model's probability is followed. "
@@ -254,20 +255,16 @@ function changes(a, b) {
 }
 
 function differences() {
-  const { node, show: showPart } = part("changes", "What differs between A and B");
+  const { node, show: showPart } = part("changes", "What differs");
   const body = el("div");
   node.append(body);
   section(["panes"], () => {
     showPart(state.panes.length > 1);
     if (state.panes.length < 2) return;
     const rows = changes(...shownReadings());
-    const places = new Map();
-    for (const row of rows) {
-      const id = `${row.layer}/${row.head}`;
-      if (!places.has(id)) places.set(id, { layer: row.layer, head: row.head, sizes: [] });
-      places.get(id).sizes.push(row.size);
-    }
-    const cells = [...places.values()].filter((place) => place.head >= 0).map((place) => ({ ...place, value: Math.sqrt(mean(place.sizes.map((size) => size ** 2))) }));
+    const heads = shownReadings().map((reading) => new Set(reading.table.rows.map((row) => `${row[2]}/${row[3]}`)));
+    const cells = [...heads[0]].filter((id) => heads[1].has(id)).map((id) => id.split("/").map(Number)).filter(([, head]) => head >= 0)
+      .map(([layer, head]) => ({ layer, head, value: Math.max(0, ...rows.filter((row) => row.layer === layer && row.head === head).map((row) => row.size)) }));
     const columns = [
       { label: "Where", value: (row) => capital(where(row.layer, row.head)) },
       { label: "Measure", value: (row) => measureWords(row.measure)[0] },
@@ -281,7 +278,7 @@ function differences() {
     body.replaceChildren(
       el("p", { class: "about" }, "Mean over images, B against A, per layer and head. A spread is the standard deviation of that measure over all layers and heads of both. "
         + (unlike[0] === unlike[1] ? "" : "The two models name their layers differently: they are matched by number.")),
-      ...(rows.length ? [cells.length ? el("h3", {}, "How much each head differs, over all measures, in spreads") : null,
+      ...(rows.length ? [cells.length ? el("h3", {}, "The largest difference of each head, in spreads") : null,
         matrix("Differences by layer and head", cells, highest(cells, (cell) => cell.value), true),
         el("h3", {}, "Largest first"), table({ id: "changes-table", caption: "Differences between A and B", columns, rows, limit: 20, go: (row) => show({ layer: row.layer, head: row.head }) })].filter(Boolean)
         : [el("p", { class: "sentence" }, "No measure differs.")]));
@@ -291,7 +288,7 @@ function differences() {
 // --- layers, what was left out, facts --------------------------------------------------------------------------------
 
 function layers() {
-  const { node } = part("layers", "How each layer was captured");
+  const { node } = part("layers", "Capture");
   const body = el("div");
   node.append(body);
   const size = (pair) => (pair ? `${pair[0]} × ${pair[1]}` : "none");
@@ -309,10 +306,10 @@ function layers() {
       { label: "Keys", numeric: true, value: (row) => row.keys },
       { label: "Windows", numeric: true, value: (row) => row.windows },
       { label: "Grid", value: (row) => size(row.grid) },
-      { label: "Note", value: (row) => row.note || "" },
+      { label: "Note", long: true, value: (row) => row.note || "" },
     ] }),
     ...[["refused", "Refused: no map, for a reason"], ["skipped", "Skipped images"]].flatMap(([id, title]) => (reading[id]?.length ? [el("h3", {}, title),
-      table({ id: `${id}-${"ab"[i]}`, caption: title, rows: reading[id], columns: [{ label: "Name", value: (row) => row.name }, { label: "Reason", value: (row) => row.reason }] })] : [])),
+      table({ id: `${id}-${"ab"[i]}`, caption: title, rows: reading[id], columns: [{ label: "Name", long: true, value: (row) => row.name }, { label: "Reason", long: true, value: (row) => row.reason }] })] : [])),
   ].filter(Boolean))));
 }
 

@@ -1,6 +1,6 @@
 // Tables that sort by their heads.
 
-/** columns: [{label, title, numeric, value(row), text(row), mark(row)}]; go(row) makes the first column's cells buttons. */
+/** columns: [{label, title, numeric, long, value(row), text(row)}]; go(row) makes the first column's cells buttons. */
 function table({ caption, columns, rows, sort = null, limit = 60, go = null, id = null }) {
   let order = sort; // {column, down}
   let all = rows.length <= limit;
@@ -18,9 +18,8 @@ function table({ caption, columns, rows, sort = null, limit = 60, go = null, id 
   function cell(column, row, index) {
     let content = text(column, row);
     if (index === 0 && go) content = el("button", { type: "button", class: "plain", on: { click: () => go(row) } }, content);
-    const mark = column.mark && column.mark(row) ? "best" : null;
     const tag = index === 0 ? "th" : "td";
-    return el(tag, { scope: index === 0 ? "row" : null, class: [column.numeric ? "number" : null, mark].filter(Boolean).join(" ") || null }, content);
+    return el(tag, { scope: index === 0 ? "row" : null, class: [column.numeric ? "number" : null, column.long ? "long" : null].filter(Boolean).join(" ") || null }, content);
   }
 
   function fillIn() {
