@@ -235,6 +235,7 @@ def test_random_maps_follow_from_the_image_alone():
     part = lens.baselines(GRID, [3, 7], seed=1)
     close(part["random"], whole["random"][[3, 7]])
     assert not torch.equal(whole["random"], lens.baselines(GRID, range(10), seed=2)["random"])
+    assert whole["random"].unique().numel() == 10 * P
     assert tuple(whole) == lens.BASELINES
     assert {value.shape for value in whole.values()} == {(10, P)}
     assert lens.baselines(GRID, [])["random"].shape == (0, P)
