@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from vitreous.errors import DataError, NotReached
 from vitreous.lens import indicators, spectra
-from vitreous.lens.sweep import Buffers, Distances, Sweep, same_places
-
-if TYPE_CHECKING:
-    from vitreous.lens.tap import Call
+from vitreous.lens.call import Buffers, Call
+from vitreous.lens.sweep import Distances, Sweep, same_places
 
 SOURCES = ("attention", *spectra.SOURCES)
 KEYS = ("layer", "head", "image", "source", "kind")

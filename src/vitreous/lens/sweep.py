@@ -6,22 +6,7 @@ import torch
 from torch import Tensor
 
 from vitreous.lens import indicators
-
-
-class Buffers:
-    """Memory that is taken once and used again. Fresh tensors of block size may pile up in the allocator under load."""
-
-    def __init__(self):
-        self._flat: dict[str, Tensor] = {}
-
-    def get(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """float32 of this shape, contiguous, with any content, on the device of `like`."""
-        count = int(torch.Size(shape).numel())
-        flat = self._flat.get(name)
-        if flat is None or len(flat) < count or flat.device != like.device:
-            self._flat.pop(name, None)  # before the new one is made
-            flat = self._flat[name] = torch.empty(count, device=like.device)
-        return flat[:count].view(shape)
+from vitreous.lens.call import Buffers
 
 
 class Distances:
@@ -42,7 +27,7 @@ class Distances:
             self._places = queries, keys
             seen, there = (places.isfinite().all(dim=-1).to(device) for places in (queries, keys))
             queries, keys = (places.nan_to_num().to(device, torch.float32) for places in (queries, keys))
-            y, x = (self._buffers.get(name, keys, (*queries.shape[:2], keys.shape[1])) for name in ("y", "x"))
+            y, x = (self._buffers.take(i, (*queries.shape[:2], keys.shape[1]), device) for i in (0, 1))
             torch.sub(queries[..., 0, None], keys[:, None, :, 0], out=y).square_()
             torch.sub(queries[..., 1, None], keys[:, None, :, 1], out=x).square_()
             self._found = seen, there.float(), y.add_(x).sqrt_()
@@ -74,7 +59,7 @@ class Sweep:
     def add(self, rows: slice, block: Tensor) -> None:
         """Take in the query rows `rows`: block (B, W, H, n, M)."""
         clean = block[: self.count]
-        scratch = self.buffers.get("scratch", clean, clean.shape)
+        scratch = self.buffers.take(0, clean.shape, clean.device)
         self.entries += clean[0].numel()
         squares = torch.linalg.vector_norm(clean, dim=-1).square_()  # (B, W, H, n)
         self._sum("squares", squares)
