@@ -12,14 +12,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from vitreous.errors import HostError
+from vitreous.errors import DataError, HostError
 from vitreous.layers.spectral import unit_rows
-from vitreous.lens.direction import Direction, Feature
+from vitreous.lens.direction import Direction, Feature, batches
 from vitreous.lens.maps import blurred, border_distance, gram_filter, log_attention, resampled, standardised
-from vitreous.lens.sight import Sight
+from vitreous.lens.sight import Sight, sights
+from vitreous.lens.tap import trace
 
 # Without a direction: the depths, as shares of all layers, where ViT-Tiny/16 keeps its subject. A guess for other models.
 USUAL = {"k": (6 / 12, 9 / 12), "o": (5 / 12, 8 / 12)}
@@ -37,6 +40,27 @@ class Foreground:
     def grid(self) -> tuple[int, int]:
         """(rows, cols) of the patches."""
         return tuple(self.maps.shape[1:])
+
+
+def foreground(
+    model: nn.Module, images: Any, direction: Direction | None = None, *, class_token: bool = True, batch: int = 16
+) -> Foreground:
+    """The foreground map of each image, on the model's grid of patches: `result.maps` (B, rows, cols).
+
+    images: a tensor (B, C, h, w), normalised for the model, or what `look` takes: a folder, paths, images. direction: of
+    this model, from `find_direction` or `Direction.load`; without one the map is less sure, and `result.rule` says so.
+    class_token=False leaves the class token's attention out. Raises HostError for another model than the direction's, and
+    for one without keys or outputs on a grid; DataError for no images.
+    """
+    if direction is not None:
+        direction.check(model)
+    layouts, found = None, []
+    for _, part in batches(model, images, batch):
+        layouts = trace(model, part) if layouts is None else layouts
+        found.append(foreground_of(references(sights(model, part, layouts), direction, class_token)))
+    if not found:
+        raise DataError("Found no images. Expected at least one. Give a tensor (B, C, h, w), a folder or paths.")
+    return Foreground(torch.cat([f.maps for f in found]), found[0].rule)
 
 
 @dataclass(frozen=True)
