@@ -13,7 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreous.lens.fields import Field, Move, Parts, average, both, constant, filled, here, over, set_of, shape_of, still, thin
+from vitreous.lens.fields import (
+    Field,
+    Move,
+    Parts,
+    average,
+    both,
+    constant,
+    filled,
+    here,
+    over,
+    set_of,
+    shape_of,
+    spread,
+    still,
+    thin,
+)
 from vitreous.lens.moves import pair, refold
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
@@ -163,16 +178,16 @@ def _windowed(
 
 def _beyond(parts: Parts, axis: int, before: int, after: int) -> Parts:
     """Parts longer on both sides of an axis (or cut): places go on as at the border, spread and mass stay."""
-    y, x, moment, mass = parts
+    y, x, _, mass = parts
     size = mass.shape[axis]
     wanted = torch.arange(-before, size + after)
     inside = wanted.clamp(0, size - 1)
     inner = (2 * inside - wanted).clamp(0, size - 1)  # mirrored at the border
     far = torch.where(inner == inside, 0.0, (wanted - inside) / (inside - inner)).double()
     far = far.reshape(-1, *(1,) * (-1 - axis))
-    spread = moment - y.square() - x.square()
+    width = spread(parts)
     y, x = (p.index_select(axis, inside) + (p.index_select(axis, inside) - p.index_select(axis, inner)) * far for p in (y, x))
-    return y, x, spread.index_select(axis, inside) + y.square() + x.square(), mass.index_select(axis, inside)
+    return y, x, width.index_select(axis, inside) + y.square() + x.square(), mass.index_select(axis, inside)
 
 
 def widen(move: Move) -> Field | None:

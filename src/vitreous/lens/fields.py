@@ -154,14 +154,24 @@ def over(parts: Parts, axes: int | Sequence[int]) -> Parts:
 
 
 def both(a: Parts, b: Parts) -> Parts:
-    """The mean of what has a place in two sets of the same shape."""
+    """Where the sum of two tensors is, from sets of the same shape: the mean of what has a place.
+
+    Where one stands for a much smaller part of the image than the other (a token that attended with the query of a whole
+    region, a coarse map added to a fine one), its place alone.
+    """
     if a is b or all(same(thin(p), thin(q)) for p, q in zip(a, b, strict=True)):
         return a
-    found = []
-    for p, q in zip(a, b, strict=True):
-        p, q = torch.broadcast_tensors(thin(p), thin(q))
-        found.append(torch.where(p.isnan(), q, torch.where(q.isnan(), p, (p + q) / 2)))
-    return tuple(found)
+    a, b = (torch.broadcast_tensors(*map(thin, parts)) for parts in (a, b))
+    first, second = spread(a), spread(b)
+    only_a = b[0].isnan() | (2 * first + CLOSE < second)
+    only_b = a[0].isnan() | (2 * second + CLOSE < first)
+    return tuple(torch.where(only_a, p, torch.where(only_b, q, (p + q) / 2)) for p, q in zip(a, b, strict=True))
+
+
+def spread(parts: Parts) -> Tensor:
+    """Variance of the pixels that an element stands for, in square pixels, over both axes together."""
+    y, x, moment, _ = parts
+    return (moment - y.square() - x.square()).clamp(min=0)
 
 
 def same(p: Tensor, q: Tensor) -> bool:

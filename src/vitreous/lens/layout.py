@@ -191,16 +191,20 @@ def _chosen(places: Tensor, chosen: Sequence[Tensor]) -> Tensor:
 def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens that stand for much of the image lose their place: a pooled mean is not the patch in the middle.
 
-    Compared is the variance of the pixels that a token stands for: by how much it exceeds that of the finer side's median
-    token, relative to the variance of all places there are.
+    Compared is the variance of the pixels that a token stands for with that of the median token beside it, relative to the
+    variance of their places. Tokens that are all at one place are compared with those of the other side.
     """
-    sets = [places.flatten(0, -2)[places[..., 0].flatten().isfinite()] for places in (query, key)]
-    spreads = [float(points[:, 2].median()) for points in sets if len(points)]
-    width = max((float(points[:, :2].var(0, correction=0).sum()) for points in sets if len(points)), default=0.0)
-    if not spreads:
-        return query, key
-    limit = min(spreads) + max(width / 2, CLOSE)
-    return tuple(torch.where(places[..., 2:3] > limit, torch.nan, places) for places in (query, key))
+    points = [places.flatten(0, -2)[places[..., 0].flatten().isfinite()] for places in (query, key)]
+    known = [(float(p[:, 2].median()), float(p[:, :2].var(0, correction=0).sum())) for p in points if len(p)]
+    found = []
+    for places, own in zip((query, key), points, strict=True):
+        if len(own):
+            middle, width = float(own[:, 2].median()), float(own[:, :2].var(0, correction=0).sum())
+            if width <= CLOSE:
+                middle, width = max(known, key=lambda pair: pair[1])
+            places = torch.where(places[..., 2:3] > middle + max(width / 2, CLOSE), torch.nan, places)
+        found.append(places)
+    return found[0], found[1]
 
 
 # --- grids ------------------------------------------------------------------------------------------------------------
@@ -256,12 +260,12 @@ def _covers(levels: Tensor, length: int) -> bool:
 
 
 def _lattice(points: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], Tensor] | None:
-    """Grid and cells of places some of which are missing: all lie on multiples of one pitch that starts at the border."""
+    """Grid and cells of places some of which are missing: all lie on multiples of one pitch, the same for both axes."""
     if bool((points[:, 3] - points[0, 3]).abs().max() > CLOSE):
         return None
     ranks = [_ranks(points[:, i], CLOSE) for i in range(2)]
     pitches = [float(levels.diff().min()) if len(levels) > 1 else None for _, levels in ranks]
-    if pitches == [None, None]:
+    if pitches == [None, None] or (None not in pitches and abs(pitches[0] - pitches[1]) > 0.05 * pitches[0]):
         return None
     grid, index = [], torch.zeros(len(points), dtype=torch.long)
     for (rank, levels), pitch, other, length in zip(ranks, pitches, pitches[::-1], size, strict=True):

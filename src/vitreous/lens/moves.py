@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -282,10 +283,12 @@ def write(move: Move) -> Field | None:
     rest = [here(value) for value in move.args[1:]]
 
     def written(p: Tensor, q: Tensor) -> Tensor:
-        p = p.clone(memory_format=torch.contiguous_format)
         if move.name == "setitem":
+            p, q = _slim(p, q, rest[0])
+            p = p.clone(memory_format=torch.contiguous_format)
             p[rest[0]] = q
-            return p
+            return p.expand(target.shape)
+        p = p.clone(memory_format=torch.contiguous_format)
         if len(move.args) > 2:
             return move.plain(p, *rest[:-1], q)
         return move.plain(p, *rest, **{n: q if v is values else here(v) for n, v in move.kwargs.items()})
@@ -295,6 +298,18 @@ def write(move: Move) -> Field | None:
         pairs = zip(set_of(base, which, target.shape), set_of(field, which, values.shape), strict=True)
         sets.append(tuple(written(p, q) for p, q in pairs))
     return Field(tuple(sets), bool(base and base.contracted) or bool(field and field.contracted))
+
+
+def _slim(p: Tensor, q: Tensor, index: Any) -> tuple[Tensor, Tensor]:
+    """Both without axes of stride 0 that the index takes in full."""
+    items = index if isinstance(index, tuple) else (index,)
+    if p.ndim != q.ndim or not all(isinstance(item, slice) for item in items):
+        return p, q
+    for axis in range(p.ndim):
+        whole = axis >= len(items) or items[axis].indices(p.shape[axis]) == (0, p.shape[axis], 1)
+        if whole and p.stride(axis) == 0 and (q.stride(axis) == 0 or q.shape[axis] == 1):
+            p, q = p.narrow(axis, 0, 1), q.narrow(axis, 0, 1)
+    return p, q
 
 
 def copy(move: Move) -> Field | None:

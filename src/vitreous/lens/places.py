@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.lens import blends, moves
-from vitreous.lens.fields import Field, Move, Parts, thin
+from vitreous.lens.fields import Field, Move, Parts, spread, thin
 from vitreous.lens.layout import Layout, channel, layout
 
 __all__ = ["Layout", "Shadows", "channel", "layout"]
@@ -162,8 +162,8 @@ class Shadows:
 
 def _stacked(parts: Parts, shape: tuple[int, ...]) -> Tensor:
     y, x, moment, mass = (thin(part) for part in parts)
-    spread = (moment - y.square() - x.square()).clamp(min=0)
-    return torch.stack(torch.broadcast_tensors(y, x, spread, mass), dim=-1).expand(*shape, 4)
+    width = spread((y, x, moment, mass))
+    return torch.stack(torch.broadcast_tensors(y, x, width, mass), dim=-1).expand(*shape, 4)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
