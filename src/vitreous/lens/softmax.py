@@ -384,8 +384,15 @@ def handwritten(ops: Sequence[str]) -> bool:
 
 
 def carried(axes: Axes, own: Sequence[Label], out: Sequence[Label], shape: Sequence[int]) -> Axes:
-    """Axes after a contraction with something else: those that are left, and new ones."""
-    digits = tuple(axes.digits[own.index(label)] if label in own else ((n, None),) for label, n in zip(out, shape, strict=True))
+    """Axes after a contraction with something else: those that are left, and new ones.
+
+    If one axis was mixed into one of equal size, as heads are, that stands in its place.
+    """
+    gone, new = [x for x in own if x not in out], [x for x in out if x not in own]
+    known = dict(zip(own, axes.digits, strict=True))
+    if len(gone) == len(new) == 1 and math.prod(n for n, _ in known[gone[0]]) == shape[out.index(new[0])]:
+        known[new[0]] = known[gone[0]]
+    digits = tuple(known.get(label, ((n, None),)) for label, n in zip(out, shape, strict=True))
     return Axes(axes.shape, digits, axes.offset).broadcast(shape)
 
 

@@ -39,7 +39,7 @@ from vitreous.lens.running import Leave, Running
 from vitreous.lens.softmax import Flow, Use, tensors
 
 TOLERANCE = 1e-4  # of the largest |V|, or |score|; half precision: four roundings
-NAMESPACES = {"aten", "prim", "prims", "torchvision"}  # operators whose Python callers are seen, or that are no attention
+NAMESPACES = {"aten", "prim", "prims", "profiler", "torchvision"}  # operators whose Python callers are seen, or that are no attention
 GETTERS = {"T", "mT", "H", "mH", "data", "real", "imag"}  # attributes that are tensors
 # They give no tensor that needs following; most calls of a pass are of these.
 QUIET = {
@@ -283,8 +283,8 @@ class Tap(TorchFunctionMode):
     def arriving(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Look at a call before it is made: kernels that hide what they do, and tensors that came from such."""
         if isinstance(func, (OpOverload, OpOverloadPacket)):
-            operator = str(getattr(func, "_qualified_op_name", func))
-            if operator.split("::")[0].split(".")[0] not in NAMESPACES:
+            operator = func._qualified_op_name if isinstance(func, OpOverloadPacket) else func.name()
+            if operator.split("::")[0] not in NAMESPACES:
                 self.receiver.refuse(self.running.path, f"the kernel {operator} does not show what it computes")
         elif isinstance(func, HigherOrderOperator):
             advice = "; use scaled dot product attention (set_attn_implementation('sdpa'))" if "flex" in func.name() else ""
