@@ -38,7 +38,8 @@ from vitreous.lens.views import Views
 FORMAT = 1
 SIGMA = 0.25  # of the bump, in sides of the image
 SIDE = 0.6  # of a corner of a photograph, in sides of the photograph
-BEST = 3  # features taken of each kind, and
+BEST = 3  # features taken of each kind, with at least
+NEAR = 0.5  # of the strength of the best, and none weaker; and
 PAIR = 2  # layers of class attention: chosen on ECSSD images of even position, ViT-Tiny/16 (benchmarks/foreground)
 WEAK = 0.2  # a scan whose best feature follows subjects less has found none: untrained ViTs reach 0.13, the real one 0.47
 LEAST = 8  # photographs: each corner in each half
@@ -303,7 +304,8 @@ class Scan:
             )
         chosen = self.chosen(strength, self.features[best].grid)
         attention = {layer: total / self.judged for layer, total in self.attention.items()}
-        pair = sorted((layer for layer in attention if attention[layer] > 0), key=lambda n: (-attention[n], n))[:PAIR]
+        low = max(NEAR * max(attention.values(), default=0.0), 0.0)
+        pair = sorted((n for n in attention if attention[n] > low), key=lambda n: (-attention[n], n))[:PAIR]
         named = {f"{kind}{layer}": value for (layer, kind), value in strength.items()}
         named |= {f"a{layer}": value for layer, value in attention.items()}
         return Direction(
@@ -318,9 +320,10 @@ class Scan:
         )
 
     def chosen(self, strength: dict[Feature, float], grid: tuple[int, int]) -> tuple[Feature, ...]:
-        """The BEST keys and outputs on the grid that follow the subject at all; tokens only where there are neither."""
+        """The BEST keys and outputs on the grid that are NEAR the best; tokens only where there are neither."""
+        low = NEAR * max(strength.values())
         ranked = sorted(strength, key=lambda feature: (-strength[feature], feature))
-        ranked = [feature for feature in ranked if strength[feature] > 0 and self.features[feature].grid == grid]
+        ranked = [feature for feature in ranked if strength[feature] >= low and self.features[feature].grid == grid]
         kinds = ("k", "o") if any(kind in ("k", "o") for _, kind in ranked) else ("x",)
         return tuple(sorted(f for name in kinds for f in [f for f in ranked if f[1] == name][:BEST]))
 
