@@ -139,7 +139,31 @@ def test_the_order_of_an_unknown_fused_layer_is_checked_in_the_pass():
     refused = spectra.weight(module, 3, 8, other)
     assert refused.values is None
     assert refused.indicators() == {}
-    assert refused.note == "the order of the rows of Fused.qkv could not be checked"
+    assert refused.note == "the order of the rows of Fused.qkv could not be confirmed"
+
+
+@pytest.mark.parametrize("names", [("q", "kv"), ("qk",)])
+def test_partly_fused_layers_are_checked_too(names):
+    module, x = nn.Module(), random(2, 9, 24).float()
+    for name in names:
+        module.add_module(name, nn.Linear(24, 24 * len(name)))
+    filled(module)
+    outs = {name: getattr(module, name)(x).detach() for name in names}
+    q, k = (outs["q"], outs["kv"][..., :24]) if len(names) == 2 else outs["qk"].chunk(2, dim=-1)
+    energies = [t.unflatten(-1, (3, 8)).square().sum(dim=(0, 1)) for t in (q, k)]
+    seen = {name: out.square().sum(dim=(0, 1)) for name, out in outs.items()}
+    w = [torch.cat([getattr(module, name).weight for name in names])[i : i + 24] for i in (0, 24)]
+    b = [torch.cat([getattr(module, name).bias for name in names])[i : i + 24] for i in (0, 24)]
+    found = spectra.weight(module, 3, 8, Energies(*energies, seen))
+    close(found.values, singular_values(form(w[0], b[0], w[1], b[1], 3))[:, :8])
+    assert spectra.weight(module, 3, 8).values is None
+    assert spectra.weight(module, 3, 8, Energies(*reversed(energies), seen)).values is None  # the other way round
+
+
+def test_one_head_says_nothing_by_its_sum():
+    module, x = filled(Fused()), random(2, 9, 24).float()
+    pooled = of_pass(module, x, 1, lambda q, k: (q.cumsum(dim=2), k.cumsum(dim=2)))
+    assert spectra.weight(module, 1, 24, pooled).values is None
 
 
 def test_what_lies_between_weights_and_scores_is_noted():

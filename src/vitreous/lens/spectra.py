@@ -7,14 +7,15 @@
 The scale of a score is known where a fused kernel was told; elsewhere queries are taken as they enter the product. The
 corrected indicators are free of scale, so this concerns the paper's forms alone.
 
-Weights are found by name: two linear layers, or one with the rows q | k | v, heads one after the other. What lies between
-such a layer and the product is read off their energies in the pass (`Energies`): equal in every channel, nothing; equal in
-every head, a rotation; else a norm, a pooling or another order of rows, and then a fused layer of an unknown class is refused.
+Weights are found by name: one linear layer each, or a fused one with the rows q | k | v (k | v, q | k), heads one after the
+other. What lies between such a layer and the product is read off their energies in the pass (`Energies`): equal in every
+channel, nothing; equal in every head, a rotation; else a norm, a pooling or another order of rows, and then a fused layer of
+an unknown class is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -35,9 +36,16 @@ INDICATORS = {
     "spectral_sparsity": indicators.relative_sparsity,
     "spectral_sparsity_paper": indicators.spectral_sparsity,
 }
+Part = tuple[str, int, int]  # name of a layer, which part of its rows, of how many
 FUSED = ("qkv", "to_qkv", "in_proj", "query_key_value")
 PAIRS = (("q", "k"), ("query", "key"), ("q_proj", "k_proj"), ("to_q", "to_k"), ("wq", "wk"), ("q_lin", "k_lin"))
-NAMES = {*FUSED, *(name for pair in PAIRS for name in pair)}  # the layers whose energies are worth keeping
+PARTS: tuple[tuple[Part, Part], ...] = (  # where the rows of queries and of keys are
+    *(((name, 0, 3), (name, 1, 3)) for name in FUSED),
+    *(((q, 0, 1), (k, 0, 1)) for q, k in PAIRS),
+    *(((q, 0, 1), (kv, 0, 2)) for q, kv in (("q", "kv"), ("to_q", "to_kv"), ("wq", "wkv"))),
+    (("qk", 0, 2), ("qk", 1, 2)),
+)
+NAMES = {name for pair in PARTS for name, _, _ in pair}  # the layers whose energies are worth keeping
 SAME = 1e-2  # relative difference of energies that rounding in half precision may make
 NOTES = {
     "plain": "",
@@ -103,34 +111,36 @@ def weight(module: nn.Module, heads: int, width: int, energies: Energies | None 
         return Spectrum("weight", None, f"no query and key weights of {heads} x {width} rows, by name, in {_class(module)}")
     between = _between(found, energies)
     if not found.certain and between in ("changed", "unseen"):
-        return Spectrum("weight", None, f"the order of the rows of {_class(module)}.{found.layers[0]} could not be checked")
+        fused = next(name for name, _, count in found.parts if count > 1)
+        return Spectrum("weight", None, f"the order of the rows of {_class(module)}.{fused} could not be confirmed")
     return Spectrum("weight", product_singular_values(found.q.mT, found.k.mT), NOTES[between])
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """[W b] of queries and keys, (H, K, D + 1) each, float64; the layers they came from; whether the order is certain."""
+    """[W b] of queries and keys, (H, K, D + 1) each, float64; where they are among the children, and if that is certain."""
 
     q: Tensor
     k: Tensor
-    layers: tuple[str, ...]
+    parts: tuple[Part, ...]
     certain: bool
 
 
 def _projection(module: nn.Module, heads: int, width: int) -> _Projection | None:
     """Query and key weights of a module, None if no naming that is known fits it."""
-    parts = _known(module) or _pair(module) or _fused(module, 3 * heads * width)
-    if parts is None:
-        return None
-    w_q, b_q, w_k, b_k, layers, certain = parts
-    q, k = _rows(w_q, b_q, heads, width), _rows(w_k, b_k, heads, width)
-    return None if q is None or k is None else _Projection(q, k, layers, certain)
+    known = _known(module)
+    for w_q, b_q, w_k, b_k, parts, certain in [known] if known else _named(module):
+        q, k = _rows(w_q, b_q, heads, width), _rows(w_k, b_k, heads, width)
+        if q is not None and k is not None:
+            return _Projection(q, k, parts, certain)
+    return None
 
 
 def _known(module: nn.Module) -> tuple | None:
     """Classes whose order of rows is known: timm's plain, rotary and EVA attention, ours, and PyTorch's own."""
     if isinstance(module, Attention) or type(module) in HOSTS:
-        return *query_key_weights(module), ("q_proj", "k_proj") if module.qkv is None else ("qkv",), True
+        fused = (("qkv", 0, 3), ("qkv", 1, 3))
+        return *query_key_weights(module), (("q_proj", 0, 1), ("k_proj", 0, 1)) if module.qkv is None else fused, True
     if isinstance(module, nn.MultiheadAttention):
         w = (module.q_proj_weight, module.k_proj_weight) if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
         b = (None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
@@ -138,27 +148,19 @@ def _known(module: nn.Module) -> tuple | None:
     return None
 
 
-def _pair(module: nn.Module) -> tuple | None:
-    """Two linear layers under names that say which is which."""
-    for names in PAIRS:
-        q, k = (getattr(module, name, None) for name in names)
-        if _linear(q) and _linear(k):
-            return q.weight, q.bias, k.weight, k.bias, names, True
-    return None
-
-
-def _fused(module: nn.Module, rows: int) -> tuple | None:
-    """One linear layer with the rows q | k | v; biases may stand beside it, and then show that order themselves."""
-    for name in FUSED:
-        layer = getattr(module, name, None)
-        if _linear(layer) and len(layer.weight) == rows:
-            b_q, b_k = (getattr(module, bias, None) for bias in ("q_bias", "k_bias"))
-            beside = b_q is not None and len(b_q) == rows // 3
-            if layer.bias is not None:
-                b_q, b_k, _ = layer.bias.chunk(3)
-            w_q, w_k, _ = layer.weight.chunk(3)
-            return w_q, b_q, w_k, b_k, (name,), beside
-    return None
+def _named(module: nn.Module) -> Iterator[tuple]:
+    """Linear layers under the names of PARTS. Two layers say which is which; so do biases that stand beside a fused one."""
+    for parts in PARTS:
+        layers = [getattr(module, name, None) for name, _, _ in parts]
+        if all(_linear(layer) and len(layer.weight) % count == 0 for layer, (_, _, count) in zip(layers, parts, strict=True)):
+            found, certain = [], True
+            for layer, letter, (_, index, count) in zip(layers, "qk", parts, strict=True):
+                weight, bias = (None if x is None else x.chunk(count)[index] for x in (layer.weight, layer.bias))
+                beside = getattr(module, f"{letter}_bias", None) if bias is None else None
+                fits = isinstance(beside, Tensor) and beside.shape == weight.shape[:1]
+                found += [weight, beside if fits else bias]
+                certain = certain and (count == 1 or fits)
+            yield *found, parts, certain
 
 
 def _linear(layer: object) -> bool:
@@ -170,26 +172,28 @@ def _linear(layer: object) -> bool:
 def _rows(weight: Tensor, bias: Tensor | None, heads: int, width: int) -> Tensor | None:
     """[W b] (H, K, D + 1) in float64; heads that share a projection (grouped queries) get it repeated."""
     weight = weight.detach().flatten(1).double()
-    groups, left = divmod(heads * width, len(weight))
-    if left or len(weight) % width:
+    if len(weight) % width or (heads * width) % len(weight):
         return None
     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
     rows = torch.cat([weight, bias[:, None]], dim=1)
-    return rows.unflatten(0, (-1, width)).repeat_interleave(groups, dim=0)
+    return rows.unflatten(0, (-1, width)).repeat_interleave(heads * width // len(weight), dim=0)
 
 
 def _between(found: _Projection, energies: Energies | None) -> str:
     """What lies between the layers and the product: a key of NOTES."""
-    if not found.layers:  # weights of PyTorch's own class, which has nothing there
+    if not found.parts:  # weights of PyTorch's own class, which has nothing there
         return "plain"
-    seen = [] if energies is None else [energies.layers.get(name) for name in found.layers]
-    if not seen or any(each is None for each in seen):
+    if energies is None or any(name not in energies.layers for name, _, _ in found.parts):
         return "unseen"
-    parts = seen if len(seen) == 2 else seen[0].chunk(3)[:2]
-    pairs = [(_heads(part, call), call.double()) for part, call in zip(parts, (energies.q, energies.k), strict=True)]
+    pairs = [
+        (_heads(energies.layers[name].chunk(count)[index], call), call.double())
+        for (name, index, count), call in zip(found.parts, (energies.q, energies.k), strict=True)
+    ]
     if all(_proportional(before, after) for before, after in pairs):
         return "plain"
-    return "turned" if all(_proportional(before.sum(1), after.sum(1)) for before, after in pairs) else "changed"
+    by_head = [(before.sum(1), after.sum(1)) for before, after in pairs]
+    several = len(energies.q) > 1  # of one head the sum says nothing: any number is in proportion
+    return "turned" if several and all(_proportional(*pair) for pair in by_head) else "changed"
 
 
 def _heads(part: Tensor, call: Tensor) -> Tensor:
