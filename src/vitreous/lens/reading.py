@@ -32,6 +32,8 @@ CHUNK = 16  # images in a part
 SOURCES = ("attention", "learned", "weight", "score")
 KINDS = ("token", "channel", "pooling", "effective")
 KEYS = ("layer", "head", "image", "source", "kind")
+WHOLE = ("layer", "head", "image")  # columns of whole numbers, of which -1 means none in particular
+WORDS = ("source", "kind", "component", "measure")
 OTHERS = ("rows", "scores", "picture", "mask")  # what a part holds beside maps
 NAMED = {"source": SOURCES, "kind": KINDS}  # columns of words, kept as numbers in a part
 Columns = dict[str, np.ndarray]
@@ -93,7 +95,7 @@ class Maps(Mapping):
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         names = [key.split("/") for key in (self.parts[0].tensors if self.parts else ())]
-        return iter([(name[0], int(name[1])) for name in names if len(name) == 2 and name[0] not in OTHERS])
+        return iter(sorted((name[0], int(name[1])) for name in names if len(name) == 2 and name[0] not in OTHERS))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -257,9 +259,7 @@ def read(folder: str | Path) -> Reading:
         raise DataError(f"Found no {missing[0]}. Expected {len(paths)} parts. Look again with the same --out.")
     reading = Reading(facts, StoredParts(paths), found)
     if (folder / "summary.csv").exists():
-        with open(folder / "summary.csv", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        facts["summary"] = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        facts["summary"] = from_csv((folder / "summary.csv").read_text(encoding="utf-8"))
     return reading
 
 
@@ -298,8 +298,23 @@ def as_csv(columns: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
+def from_csv(text: str) -> Columns:
+    """The columns that `as_csv` wrote: -1 for empty cells of `head`, `image`, `layer`, NaN for other empty ones."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    found: Columns = {}
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        if name in WHOLE:
+            found[name] = np.array([int(value or -1) for value in values])
+        elif name in WORDS:
+            found[name] = np.array(values)
+        else:
+            found[name] = np.array([float(value or "nan") for value in values])
+    return found
+
+
 def cells(name: str, values: list[Any]) -> list[Any]:
-    if name in ("head", "image", "layer"):
+    if name in WHOLE:
         return ["" if value == -1 else value for value in values]
     return ["" if value != value else f"{value:.7g}" if isinstance(value, float) else harmless(value) for value in values]
 
