@@ -33,6 +33,8 @@ class Shown:
     kind: str = "token"
     scale: float | None = 1.0
     stochastic: bool = True
+    source: Tensor | None = None
+    inserted: int = 0
     sizes: list = field(default_factory=list)
 
     def __post_init__(self):

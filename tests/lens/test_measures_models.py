@@ -12,7 +12,7 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from vitreous import SPC, SVDA, graft
+from vitreous import SPC, SVDA, EViT, TokenMerging, graft
 from vitreous.errors import DataError
 from vitreous.lens import indicators
 from vitreous.lens.measures import Measures, averaged, perturbed
@@ -220,6 +220,29 @@ def test_inserted_tokens_are_among_those_attended_to():
     table, _ = measured(graft(model, SPC(after=1, tokens=4)), pictures(), noisy=False)
     close(column(table, "effective_tokens", 0), torch.full((3, 2), 17.0))
     close(column(table, "effective_tokens", 1), torch.full((3, 2), 21.0))
+
+
+@pytest.mark.parametrize("mechanism", [TokenMerging(tokens=3), EViT(keep=0.5, layers=(0,))], ids=["merging", "evit"])
+def test_merged_tokens_stand_at_the_mean_of_their_places(mechanism):
+    """Image by image: which tokens are merged depends on the image, and the traced one is none of them."""
+    model, images, calls = graft(build(), mechanism), pictures(4), []
+    measures = Measures(model)
+
+    def see(call):
+        measures.see(call)
+        calls.append((call.map(), call.source))
+
+    watch(model, images, see, layouts=trace(model, pictures(1, seed=9)))
+    maps, source = calls[1]
+    assert len({tuple(row.tolist()) for row in source}) == 4
+    for image in range(4):
+        means = torch.full((maps.shape[-1], 2), torch.nan)
+        for token in range(maps.shape[-1]):
+            spoken_for = [places(1)[j] for j in range(1, 17) if source[image, j] == token]
+            if spoken_for:
+                means[token] = torch.stack(spoken_for).mean(dim=0)
+        wanted = indicators.mean_distance(maps[image], indicators.distances(means, means))[0]
+        close(column(measures.columns(), "mean_distance", 1)[image], wanted)
 
 
 @pytest.mark.parametrize("mechanisms", [(), (SVDA(),)], ids=["plain", "svda"])

@@ -92,6 +92,7 @@ class Measures:
         self._together: dict[int, _Record] = {}  # the latest row of all heads, by layer
         self._notes: dict[str, list[str]] = {}
         self._records: list[_Record] = []
+        self._whole: Tensor | None = None  # places of the latest call whose tokens were not merged
         self._buffers, self._distances = Buffers(), Distances()
 
     @torch.no_grad()
@@ -196,15 +197,39 @@ class Measures:
     def _swept(self, call: Call, count: int, effective: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """What one sweep over the rows gives: values per head (images, H), and of all heads together (images, 1)."""
         size = max(1, self.block // (call.output[..., 0, 0].numel() * call.v.shape[3]))
-        sweep = Sweep(count, self.noisy, not effective or call.stochastic, _places(call), self._buffers, self._distances)
+        places = self._places(call, count)
+        sweep = Sweep(count, self.noisy, not effective or call.stochastic, places, self._buffers, self._distances)
         for rows, block in call.rows(min(size, call.output.shape[3]), effective):
             sweep.add(rows, block)
         heads, together = sweep.values()
         return {k: _numpy(v) for k, v in heads.items()}, {k: _numpy(v)[:, None] for k, v in together.items()}
 
+    def _places(self, call: Call, count: int) -> tuple[Tensor, Tensor] | None:
+        """(y, x) in pixels of queries (B or 1, W, N, 2) and keys (B or 1, W, M, 2); NaN: no place; None: not known.
+
+        A token that our own grafts merged stands at the mean of the places that it speaks for, image by image.
+        """
+        if call.kind == "channel":
+            return None
+        windows, n, m = *call.output.shape[1:4:2], call.v.shape[3]
+        if call.source is not None:
+            if self._whole is None or len(self._whole) != call.source.shape[1] or n != m or windows > 1:
+                return None
+            places = _gathered(self._whole, call.source[:count].to(self._whole.device), n)
+            return places, places
+        layout = call.layout
+        if layout is None or layout.queries.shape[:2] != (windows, n) or layout.keys.shape[:2] != (windows, m):
+            return None
+        if windows == 1 and not call.inserted:
+            self._whole = layout.queries[0]
+        return layout.queries[None], layout.keys[None]
+
     def _alignment(self, call: Call, count: int) -> dict[str, np.ndarray]:
         """Cosine of a token's own query and key, before a learned spectrum comes in; nothing where that cannot be told."""
-        if call.kind != "token" or call.q is None or not _own(call):
+        if call.kind != "token" or call.q is None or call.q.shape != call.k.shape:
+            return {}
+        places = self._places(call, count)
+        if places is not None and not same_places(*places):  # attention to other tokens
             return {}
         q = call.q
         sigma = spectra.learned(self._modules.get(call.name, nn.Identity()), q.shape[2]).values
@@ -283,23 +308,17 @@ def _table(records: Sequence[_Record]) -> dict[str, np.ndarray]:
     return {name: values[order] for name, values in found.items()}
 
 
-def _places(call: Call) -> tuple[Tensor, Tensor] | None:
-    """(y, x) in pixels of queries (W, N, 2) and keys (W, M, 2), if the call's tokens are where the layout says."""
-    layout = call.layout
-    if layout is None or call.kind == "channel":
-        return None
-    _, windows, _, n, _ = call.output.shape
-    if layout.queries.shape[:2] != (windows, n) or layout.keys.shape[:2] != (windows, call.v.shape[3]):
-        return None
-    return layout.queries, layout.keys
+def _gathered(places: Tensor, source: Tensor, tokens: int) -> Tensor:
+    """Places (B, 1, tokens, 2) of merged tokens: the mean of those that each speaks for. NaN where there are none.
 
-
-def _own(call: Call) -> bool:
-    """True if query i and key i are the same token, as far as is known."""
-    places = _places(call)
-    if call.q.shape != call.k.shape:
-        return False
-    return places is None or places[0] is places[1] or same_places(*places)
+    places (N0, 2) of the original tokens; source (B, N0): which token speaks for each, -1: none.
+    """
+    kept = (source >= 0) & places.isfinite().all(dim=-1)
+    image, token = kept.nonzero(as_tuple=True)
+    index = image * tokens + source[kept]
+    total = places.new_zeros(len(source) * tokens, 2).index_add(0, index, places[token])
+    count = torch.bincount(index, minlength=len(source) * tokens)
+    return (total / count[:, None]).unflatten(0, (len(source), 1, tokens))
 
 
 def _without(q: Tensor, sigma: Tensor) -> Tensor | None:

@@ -18,18 +18,18 @@ class Distances:
         self._found: tuple[Tensor, Tensor, Tensor] | None = None
 
     def between(self, queries: Tensor, keys: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Which queries have a place (W, n) bool, which keys (W, M) float32, and distances (W, n, M) in pixels, any without.
+        """Which queries have a place (..., n) bool, which keys (..., M) float32, and distances (..., n, M), any without.
 
-        queries (W, n, 2), keys (W, M, 2): (y, x), NaN for none.
+        queries (..., n, 2), keys (..., M, 2): (y, x), NaN for none.
         """
         same = self._places is not None and all(map(same_places, self._places, (queries, keys)))
         if not same or self._found[0].device != device:
             self._places = queries, keys
             seen, there = (places.isfinite().all(dim=-1).to(device) for places in (queries, keys))
             queries, keys = (places.nan_to_num().to(device, torch.float32) for places in (queries, keys))
-            y, x = (self._buffers.take(i, (*queries.shape[:2], keys.shape[1]), device) for i in (0, 1))
-            torch.sub(queries[..., 0, None], keys[:, None, :, 0], out=y).square_()
-            torch.sub(queries[..., 1, None], keys[:, None, :, 1], out=x).square_()
+            y, x = (self._buffers.take(i, (*queries.shape[:-1], keys.shape[-2]), device) for i in (0, 1))
+            torch.sub(queries[..., 0, None], keys[..., None, :, 0], out=y).square_()
+            torch.sub(queries[..., 1, None], keys[..., None, :, 1], out=x).square_()
             self._found = seen, there.float(), y.add_(x).sqrt_()
         return self._found
 
@@ -39,7 +39,7 @@ class Sweep:
 
     count: the first `count` of B images are measured; with `noisy` as many noisy versions follow.
     stochastic: rows are distributions; otherwise only what needs none is measured.
-    places: (y, x) of queries (W, N, 2) and keys (W, M, 2), NaN for none; None: unknown.
+    places: (y, x) of queries (B or 1, W, N, 2) and keys (B or 1, W, M, 2), NaN for none; None: unknown.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class Sweep:
 
     def _add_distances(self, rows: slice, clean: Tensor, scratch: Tensor) -> None:
         """Mean distance and square distance under each row's weights on keys with a place."""
-        seen, there, distance = self.distances.between(self.places[0][:, rows], self.places[1], clean.device)
-        mass = torch.mul(clean, there[:, None, None], out=scratch).sum(dim=-1)  # (B, W, H, n)
-        far = scratch.mul_(distance[:, None]).sum(dim=-1)
-        farther = scratch.mul_(distance[:, None]).sum(dim=-1)
-        valid = (mass > 0) & seen[:, None]
+        seen, there, distance = self.distances.between(self.places[0][..., rows, :], self.places[1], clean.device)
+        mass = torch.mul(clean, there[..., None, None, :], out=scratch).sum(dim=-1)  # (B, W, H, n)
+        far = scratch.mul_(distance[..., None, :, :]).sum(dim=-1)
+        farther = scratch.mul_(distance[..., None, :, :]).sum(dim=-1)
+        valid = (mass > 0) & seen[..., None, :]
         self._sum("placed", valid)
         self._sum("distance", torch.where(valid, far / mass, 0.0))
         self._sum("square_distance", torch.where(valid, farther / mass, 0.0))
