@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_addoption(parser):
     parser.addoption("--require-data", action="store_true", help="fail where the real images and weights are absent")
+    parser.addoption("--require-browser", action="store_true", help="fail where there is no Chromium to open the report with")
 
 
 def pytest_configure(config):
@@ -19,11 +22,18 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    return f"real data: {'used' if DATA.is_dir() else 'ABSENT, their tests are skipped'} (../shared/data)"
+    data = f"real data: {'used' if DATA.is_dir() else 'ABSENT, their tests are skipped'} (../shared/data)"
+    return [data, f"browser: {chromium() or 'no Chromium is installed, tests of the report page in it are SKIPPED'}"]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    terminalreporter.write_line(pytest_report_header(config))
+    for line in pytest_report_header(config):
+        terminalreporter.write_line(line)
+
+
+def chromium() -> str | None:
+    """The program file of the system's Chromium or Chrome."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +42,17 @@ def shared_data(request) -> Path:
     if not DATA.is_dir():
         (pytest.fail if request.config.getoption("--require-data") else pytest.skip)("../shared/data is absent")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def browser(request):
+    """A headless Chromium of the system; skips without one, or fails under --require-browser."""
+    program = chromium()
+    if program is None:
+        (pytest.fail if request.config.getoption("--require-browser") else pytest.skip)("no Chromium is installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=program)
+        yield opened
+        opened.close()

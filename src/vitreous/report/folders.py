@@ -115,8 +115,8 @@ class ReadingFolder:
 
     def incomplete(self, found: str) -> DataError:
         return DataError(
-            f"Found {found} in {self.folder}. Expected a finished reading. Give the same `vitreous look` command again: it goes "
-            "on where it stopped."
+            f"Found {found} in {self.folder}. Expected a finished reading. Give the same `vitreous look` command again: it "
+            "goes on where it stopped."
         )
 
     def opened(self, part: Path) -> Any:
@@ -269,9 +269,9 @@ def _mean(values: np.ndarray, image: np.ndarray) -> list[float | None] | None:
     if single.any():
         found = values[single]
         spread = float(found.std(ddof=1)) if len(found) > 1 else None
-        return [packing.number(found.mean()), packing.number(spread, 3), len(found)]
+        return [packing.number(found.mean(), 7), packing.number(spread, 3), len(found)]
     whole = values[np.isfinite(values)]
-    return [packing.number(whole[0]), None, 0] if len(whole) else None
+    return [packing.number(whole[0], 7), None, 0] if len(whole) else None
 
 
 def image_scores(reading: ReadingFolder, shown: int) -> dict[str, Any] | None:

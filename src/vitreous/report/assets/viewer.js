@@ -273,7 +273,7 @@ function outline(context, mask, width, height) {
   if (!outlines.has(mask)) {
     const sheet = el("canvas", { width: mask.naturalWidth, height: mask.naturalHeight });
     const [w, h] = [sheet.width, sheet.height];
-    const pen = sheet.getContext("2d");
+    const pen = sheet.getContext("2d", { willReadFrequently: true });
     pen.drawImage(mask, 0, 0);
     const data = pen.getImageData(0, 0, w, h).data;
     const inside = (x, y) => x >= 0 && y >= 0 && x < w && y < h && data[4 * (y * w + x)] > 127;

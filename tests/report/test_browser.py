@@ -1,0 +1,435 @@
+"""The page in a real browser with the network off: visitors find their answers, and no name from outside can do anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from report.made import Made, value, write_reading, write_run
+from vitreous.report.page import write
+
+HOSTILE = [
+    "<script>window.hit=1</script>",
+    "</script><script>window.hit=2</script>",
+    "\"><img src=x onerror='window.hit=3'>",
+    "<svg/onload=window.hit=4>.jpg",
+    "<!--<script>window.hit=5",
+    "javascript:window.hit=6",
+    "{{7*7}}{% raw %}${window.hit=7}",
+    "'-(window.hit=8)-'",
+    "__proto__",
+    "constructor",
+    "&lt;b&gt;&amp;&#x3c;",
+    "a\u2028b\u2029c",
+    "\x1b[31m\x07\u202egpj.exe",
+    "\udcff.jpg",
+    "https://example.org/x.png",
+    "]]></style><style>*{display:none}",
+    "very-" + "long" * 60,
+]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> Path:
+    """one.html, two.html, random.html, run.html, runs.html, hostile.html."""
+    root = tmp_path_factory.mktemp("pages")
+    one = write_reading(root / "one", Made(title="vit_made", images=4, notes=["A note."]))
+    shift = {("effective_tokens", 1, 1): 3.0, ("mean_distance", 2, 0): -0.4}
+    two = write_reading(root / "two", Made(title="vit_tuned", images=4, looker=(0, 2), shift=shift))
+    random = write_reading(root / "random", Made(title="vit_random", images=2, random=True))
+    runs = [write_run(root / name, epochs=3, name=name, images=2, best=best) for name, best in (("plain", 2), ("SVDA", 1))]
+    write([one], root / "one.html")
+    write([one, two], root / "two.html")
+    write([one, random], root / "random.html")
+    write(runs[:1], root / "run.html")
+    write(runs, root / "runs.html")
+    return root
+
+
+@contextmanager
+def visit(browser, path: Path, fragment: str = "", **settings) -> Iterator:
+    """The page in a fresh context without a network. In the end: nothing on the console, no other file was asked for."""
+    context = browser.new_context(**({"viewport": {"width": 1200, "height": 900}} | settings))
+    context.set_offline(True)
+    said, asked = [], []
+    page = context.new_page()
+    page.set_default_timeout(5000)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri() + fragment)
+    assert page.evaluate("document.documentElement.dataset.ready") == "yes"
+    yield page
+    assert said == []
+    assert {url for url in asked if not url.startswith("data:")} == {path.as_uri()}
+    context.close()
+
+
+ROWS = "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+
+
+def cells(page, table: str) -> list[list[str]]:
+    """The text of a table's cells, once it is there."""
+    page.locator(f"{table} tbody tr").first.wait_for(state="attached")
+    return page.locator(f"{table} tbody tr").evaluate_all(ROWS)
+
+
+def heads(page, table: str) -> list[str]:
+    page.locator(f"{table} thead th").first.wait_for(state="attached")
+    return page.locator(f"{table} thead th").all_text_contents()
+
+
+# --- five questions ---------------------------------------------------------------------------------------------------
+
+
+def test_which_head_looks_most_at_the_object(browser, pages):
+    with visit(browser, pages / "one.html") as page:
+        assert page.locator("[data-finding=object] button").text_content() == "Layer 2, head 1"
+        assert "0.71 [0.68, 0.76]; centre prior 0.41" in page.locator("[data-finding=object]").text_content()
+        numbers = "all => all.map(one => [Number(one.textContent), one.dataset.layer, one.dataset.head])"
+        shown = page.locator("#object .heat").evaluate_all(numbers)
+        assert len(shown) == 4 * 3
+        assert max(shown) == [0.71, "2", "1"]
+        assert page.locator("#object .peak").get_attribute("aria-label") == "layer 2, head 1: 0.71, the highest"
+        page.locator("#object .values > summary").last.click()
+        table = "#score-table-a"
+        assert cells(page, table)[0][:4] == ["Attention", "2", "1", "0.71 [0.68, 0.76]"]  # sorted by it from the start
+        page.get_by_label("AUROC").check(force=True)
+        assert "0.73" in page.locator("#object .sentence").text_content()
+
+
+def test_which_layer_has_the_artifacts(browser, pages):
+    with visit(browser, pages / "one.html") as page:
+        assert page.locator("[data-finding=artifacts] button").text_content() == "Layer 3"
+        assert "layer 3: 3.57 %" in page.locator("#artifacts .sentence").text_content()
+        page.locator("#artifact-chart summary").click()
+        share = 100 * 7 / 196
+        assert cells(page, "#artifact-chart") == [["0", "0"], ["1", "0"], ["2", "0"], ["3", f"{share:.3f}"]]
+
+
+def test_the_value_of_an_indicator_at_a_layer_and_head(browser, pages):
+    expected = sum(value("mean_distance", 1, 2, image) for image in range(4)) / 4
+    with visit(browser, pages / "one.html") as page:
+        page.locator("#by-layer-attention-mean_distance summary").click()
+        table = "#by-layer-attention-mean_distance"
+        row = cells(page, table)[1]
+        assert float(row[heads(page, table).index("head 2")]) == pytest.approx(expected, abs=1e-3)
+        page.locator("#indicators > details > summary").click()
+        names = heads(page, "#indicator-table-a")
+        rows = cells(page, "#indicator-table-a")
+        (row,) = [row for row in rows if row[:2] == ["1", "2"]]
+        assert float(row[names.index("Attention distance")]) == pytest.approx(expected, abs=1e-3)
+        page.locator("#indicator-table-a").get_by_role("button", name="Attention distance").click()
+        column = [row[names.index("Attention distance")] for row in cells(page, "#indicator-table-a")]
+        numbers = [float(text) for text in column if text != "–"]
+        assert numbers == sorted(numbers, reverse=True)
+        assert column[len(numbers) :] == ["–"] * 4  # what was not measured comes last
+        page.get_by_label("Spectrum of the weights").first.check(force=True)
+        assert page.locator("#by-layer-weight-effective_rank").count() == 1
+
+
+def test_after_which_epoch_a_head_was_sharpest(browser, pages):
+    with visit(browser, pages / "run.html") as page:
+        page.locator("#maps").get_by_role("radio", name="1", exact=True).first.check(force=True)
+        page.get_by_label("heads of layer 1").check(force=True)
+        chart = "#by-epoch-attention-effective_tokens"
+        page.locator(f"{chart} summary").click()
+        page.locator(chart).get_by_role("button", name="head 0").click()
+        page.locator(chart).get_by_role("button", name="head 0").click()
+        assert heads(page, chart)[1] == "head 0"
+        assert page.locator(f"{chart} th[aria-sort]").get_attribute("aria-sort") == "ascending"
+        assert cells(page, chart)[0][0] == "2"
+        assert page.locator("#accuracy-test figcaption").text_content() == "Accuracy, test%"
+
+
+def test_what_differs_between_two_models(browser, pages):
+    with visit(browser, pages / "two.html") as page:
+        assert page.locator("[data-finding=change] button").text_content() == "Layer 1, head 1"
+        rows = cells(page, "#changes-table")
+        assert rows[0][:3] == ["Layer 1, head 1", "Effective tokens", "attention"]
+        assert rows[0][5] == "+3"
+        assert rows[1][:2] == ["Layer 2, head 0", "Attention distance"]
+        assert rows[1][5] == "−0.4"
+        assert len(rows) == 2
+        assert page.locator("[data-finding=object] button").all_text_contents() == ["Layer 2, head 1", "Layer 0, head 2"]
+        page.locator("#changes-table").get_by_role("button", name="Layer 1, head 1").click()
+        assert "layer 1, head 1" in page.locator(".pane figcaption").first.text_content()
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+# the values of the large map, [value, row, column] from low to high
+VALUES = """canvas => { const map = canvas.closest('.pane').shown.map;
+    const all = [...map.values].map((value, i) => [value, Math.floor(i / map.width), i % map.width]);
+    return all.sort((a, b) => a[0] - b[0]); }"""
+# the colours at the middle of some of its cells
+PIXELS = """(canvas, places) => { const all = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+    return places.map(([, row, column]) => { const [x, y] = [column, row].map(i => Math.floor((i + 0.5) * canvas.width / 14));
+        return [...all.data.slice(4 * (y * all.width + x), 4 * (y * all.width + x) + 3)]; }); }"""
+
+
+def lightness(color: list[int]) -> float:
+    return 0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2]
+
+
+def test_the_map_is_bright_where_the_object_is(browser, pages):
+    with visit(browser, pages / "one.html") as page:
+        page.get_by_label("Opacity of the map").fill("100")
+        canvas = page.locator("canvas[data-pane='0']")
+        values = canvas.evaluate(VALUES)
+        low, middle, high = map(lightness, canvas.evaluate(PIXELS, [values[0], values[150], values[-1]]))
+        assert low < 30
+        assert high > 200
+        assert low <= middle < high
+        full = canvas.evaluate("canvas => canvas.toDataURL()")
+        page.get_by_label("Opacity of the map").fill("0")
+        assert canvas.evaluate("canvas => canvas.toDataURL()") != full
+        assert [float(text) for text in page.locator(".legend-ends span").all_text_contents() if text] == [
+            pytest.approx(values[0][0], rel=1e-3), pytest.approx(values[-1][0], rel=1e-3)]  # fmt: skip
+
+
+def test_a_sign_that_is_not_known_is_said(browser, pages):
+    with visit(browser, pages / "one.html") as page:
+        page.get_by_label("u1", exact=True).check(force=True)
+        assert not page.locator(".badge").is_visible()
+        ends = page.locator(".legend-ends span").all_text_contents()
+        assert ends[1] == "0"
+        assert ends[0] == "−" + ends[2]
+        page.locator(".thumbs input").nth(2).check(force=True)
+        assert "Unsigned: which side is the object is not known (confidence 0.71" in page.locator(".badge").text_content()
+        assert page.locator(".legend-ends span").all_text_contents() == ["one side", "0", "other side"]
+
+
+def test_artifact_tokens_and_the_object_are_marked(browser, pages):
+    with visit(browser, pages / "one.html") as page:
+        page.get_by_role("group", name="Layer").get_by_label("3", exact=True).check(force=True)
+        drawn = [page.locator("canvas[data-pane='0']").evaluate("canvas => canvas.toDataURL()")]
+        for name in ("Mark artifact tokens", "Outline the object", "Clip the highest 2 %"):
+            page.get_by_label(name).click()
+            drawn.append(page.locator("canvas[data-pane='0']").evaluate("canvas => canvas.toDataURL()"))
+        assert len(set(drawn)) == 4
+
+
+def test_epochs_are_scrubbed_and_runs_stand_side_by_side(browser, pages):
+    with visit(browser, pages / "runs.html") as page:
+        assert page.locator(".pane figcaption strong").all_text_contents() == ["plain, epoch 3"]
+        page.get_by_label("Epoch of plain").fill("1")
+        assert page.locator(".pane figcaption strong").all_text_contents() == ["plain, epoch 1"]
+        page.get_by_role("button", name="Compare side by side").click()
+        assert page.locator(".pane figcaption strong").all_text_contents() == ["plain, epoch 1", "SVDA, epoch 3"]
+        page.get_by_label("Reading B").select_option("plain")
+        page.get_by_role("button", name="One epoch back").last.click()
+        assert page.locator(".pane figcaption strong").all_text_contents() == ["plain, epoch 1", "plain, epoch 2"]
+        assert [row[0] for row in cells(page, "#runs-table")] == ["plain", "SVDA"]
+        assert page.locator("#changes").is_visible()
+        page.get_by_role("button", name="Show only A").click()
+        assert not page.locator("#changes").is_visible()
+
+
+def test_random_weights_are_stamped_on_every_view(browser, pages):
+    with visit(browser, pages / "random.html") as page:
+        stamp = page.locator("body > .stamp")
+        assert stamp.text_content() == "B: random weights: these maps say nothing about a trained model"
+        assert [one.is_visible() for one in page.locator(".pane > .stamp").all()] == [False, True]
+        for name in ("maps", "indicators", "facts"):
+            page.locator(f"#{name}").scroll_into_view_if_needed()
+            assert stamp.evaluate("node => node.getBoundingClientRect().top") == 0
+        page.get_by_role("button", name="Show only A").click()
+        assert not stamp.is_visible()
+    with visit(browser, pages / "one.html") as page:
+        assert page.locator("body > .stamp").count() == 0
+
+
+# --- keyboard, phone, colours, print ----------------------------------------------------------------------------------
+
+
+def tab_to(page, test: str, limit: int = 80) -> None:
+    """Press Tab until the element in focus passes a test; each one on the way shows that it is in focus."""
+    for _ in range(limit):
+        page.keyboard.press("Tab")
+        outline = """node => [node, node.nextElementSibling].filter(Boolean).some(one =>
+            parseFloat(getComputedStyle(one).outlineWidth) >= 2 && getComputedStyle(one).outlineStyle !== 'none')"""
+        focused = page.evaluate_handle("document.activeElement")
+        assert focused.evaluate(outline), focused.evaluate("node => node.outerHTML.slice(0, 200)")
+        if focused.evaluate(f"node => {test}"):
+            return
+    raise AssertionError(f"never came to {test}")
+
+
+def test_everything_can_be_done_with_the_keyboard(browser, pages):
+    with visit(browser, pages / "one.html") as page:
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "To the maps"
+        tab_to(page, "node.closest('.thumbs')")
+        page.keyboard.press("ArrowRight")
+        assert "photo-01.jpg" in page.locator(".pane figcaption").text_content()
+        tab_to(page, "node.matches('canvas[data-pane]')")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowDown")
+        read = page.locator(".pane > .readout").text_content()
+        shown = page.locator("canvas[data-pane]").evaluate("canvas => canvas.closest('.pane').shown.map.values[1 * 14 + 1]")
+        assert re.fullmatch(r"Row 2, column 2: [\d.]+", read)
+        assert float(read.split(": ")[1]) == pytest.approx(shown, rel=1e-3)
+        tab_to(page, "node.closest('fieldset')?.textContent.startsWith('Layer')")
+        page.keyboard.press("ArrowRight")
+        assert "layer 3, head 1" in page.locator(".pane figcaption").text_content()
+        tab_to(page, "node.getAttribute('aria-label') === 'Opacity of the map, percent'")
+        page.keyboard.press("ArrowLeft")
+        assert page.get_by_label("Opacity of the map").input_value() == "65"
+        tab_to(page, "node.closest('.tiles')")
+        page.keyboard.press("Enter")
+        assert "head 0" in page.locator(".pane figcaption").text_content()
+        assert page.evaluate("document.activeElement.className") == "tile"
+        tab_to(page, "node.matches('#by-layer-attention-effective_tokens svg')")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        said = page.locator("#by-layer-attention-effective_tokens .readout").text_content()
+        assert said == "Layer 1, mean of heads: 1.11 tokens"
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")
+        assert "layer 1, head 2" in page.locator(".pane figcaption").text_content()
+        tab_to(page, "node.matches('#layer-table-a .sort')")
+        page.keyboard.press("Enter")
+        assert page.locator("#layer-table-a th").first.get_attribute("aria-sort") == "descending"
+        assert [row[0] for row in cells(page, "#layer-table-a")] == ["3", "2", "1", "0"]
+
+
+def test_names_for_screen_readers(browser, pages):
+    unnamed = """() => [...document.querySelectorAll('input, button, select, [tabindex]')].filter(node =>
+        !(node.ariaLabel || (node.closest('label') || node).textContent.trim())).map(node => node.outerHTML)"""
+    with visit(browser, pages / "runs.html") as page:
+        page.get_by_role("button", name="Compare side by side").click()
+        assert page.evaluate(unnamed) == []
+        assert page.locator("figure.chart > svg").count() == page.locator(".chart summary").count() > 0
+        assert page.evaluate("[...document.querySelectorAll('table')].filter(t => !t.caption).length") == 0
+        assert page.locator("h1").count() == 1
+        ids = page.evaluate("[...document.querySelectorAll('[id]')].map(node => node.id)")
+        assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("name", ["one", "two", "runs", "random"])
+def test_a_phone_needs_no_sideways_scrolling(browser, pages, name):
+    with visit(browser, pages / f"{name}.html", viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True) as page:
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        page.wait_for_timeout(100)
+        wide = """() => [...document.querySelectorAll('main *, header *')].filter(node =>
+            !node.closest('.scroll, .thumbs, .unseen') && node.getBoundingClientRect().right > innerWidth + 1)
+            .map(node => node.outerHTML.slice(0, 120))"""
+        assert page.evaluate(wide) == []
+        assert page.evaluate("[document.documentElement.scrollWidth, visualViewport.width]") == [360, 360]
+
+
+# the text whose contrast to what is behind it is below 4.5 (WCAG AA), as [contrast, text]
+FAINT = """() => {
+  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = c => { const [r, g, b] = c.map(v => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const parse = text => text.match(/[\\d.]+/g).map(Number);
+  const ground = node => { for (let at = node; at; at = at.parentElement) {
+    const c = parse(getComputedStyle(at).backgroundColor);
+    if (c.length === 3 || c[3] === 1) return c.slice(0, 3); } return [255, 255, 255]; };
+  const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !node.checkVisibility()) continue;
+    if (node.closest('script, fieldset:disabled, .unseen')) continue;
+    const style = getComputedStyle(node);
+    const color = parse(node.closest('svg') ? style.fill : style.color).slice(0, 3);
+    const [a, b] = [light(color), light(ground(node.closest('svg')?.parentElement || node))].sort((x, y) => y - x);
+    const contrast = (a + 0.05) / (b + 0.05);
+    if (contrast < 4.5) found.push([contrast, walker.currentNode.data, style.color]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_light_and_dark(browser, pages, scheme):
+    grounds = {}
+    for name in ("random", "runs"):
+        with visit(browser, pages / f"{name}.html", color_scheme=scheme) as page:
+            page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+            assert page.evaluate(FAINT) == []
+            grounds["system"] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            other = "light" if scheme == "dark" else "dark"
+            page.locator("#theme").get_by_label(other).check(force=True)
+            assert page.evaluate(FAINT) == []
+            grounds["chosen"] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert grounds["system"] != grounds["chosen"]
+
+
+def test_reduced_motion_and_print(browser, pages):
+    with visit(browser, pages / "one.html", reduced_motion="reduce") as page:
+        assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+        page.emulate_media(media="print")
+        assert not page.locator("nav").is_visible()
+        assert page.locator("canvas[data-pane]").is_visible()
+        assert len(page.pdf()) > 10_000
+
+
+# --- names from outside -----------------------------------------------------------------------------------------------
+
+
+def hostile_folder(root: Path) -> Path:
+    """A reading in which every text that comes from outside is one of HOSTILE."""
+    made = Made(title=HOSTILE[0], images=len(HOSTILE), layers=len(HOSTILE), names=HOSTILE, labels=HOSTILE[::-1], notes=HOSTILE)
+    folder = write_reading(root / "hostile", made)
+    facts = json.loads((folder / "reading.json").read_text())
+    facts["model"] = {"name": HOSTILE[1], "class": HOSTILE[2], "parameters": 1, "weights": HOSTILE[3], "mechanisms": HOSTILE}
+    facts["settings"] = {text: text for text in HOSTILE}
+    facts["versions"] = {text: text for text in HOSTILE}
+    facts["refused"] = facts["skipped"] = [{"name": text, "reason": text} for text in HOSTILE]
+    for layer, text in zip(facts["layers"], HOSTILE, strict=True):
+        layer |= {"name": text, "kind": text, "route": text, "verified": text, "note": text}
+    for component in facts["components"]:
+        component |= {"about": HOSTILE[2], "rule": HOSTILE[1]}
+    (folder / "reading.json").write_text(json.dumps(facts))
+    table = json.loads((folder / "table.json").read_text())["columns"]
+    table["source"] = [text if text == "attention" else HOSTILE[2] for text in table["source"]]
+    for text in HOSTILE:
+        table[text] = table["alignment"]
+    (folder / "table.json").write_text(json.dumps({"columns": table}))
+    lines = (folder / "summary.csv").read_text().replace("pointing", '"' + HOSTILE[2].replace('"', '""') + '"')
+    lines = lines.replace("iou_best", "__proto__").replace("iou_otsu", "<svg/onload=window.hit=9>")
+    (folder / "summary.csv").write_text(lines)
+    curves = json.loads((folder / "curves.json").read_text())
+    curves[0]["component"] = HOSTILE[4]
+    (folder / "curves.json").write_text(json.dumps(curves))
+    return folder
+
+
+def test_no_name_can_do_anything(browser, tmp_path):
+    folder = hostile_folder(tmp_path)
+    out = write([folder, folder], tmp_path / "hostile.html")
+    with visit(browser, out, fragment="#<img src=x onerror=window.hit=10>") as page:
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        for box in page.locator("input[type=radio]").all()[:120]:
+            if box.is_enabled():
+                box.check(force=True)
+        page.wait_for_timeout(100)
+        assert page.evaluate("window.hit") is None
+        assert page.locator("img").count() == len(HOSTILE)  # the thumbnails and nothing else
+        assert page.locator("script, style").count() == 3
+        assert page.evaluate("({}).polluted") is None
+        shown = page.locator(".thumb-name").all_text_contents()
+        for text, name in zip(HOSTILE, shown, strict=True):
+            if text.isascii() and text.isprintable():
+                assert name == text
+        assert shown[12] == "\\x1b[31m\\x07\\u202egpj.exe"
+        assert shown[13] == "\\udcff.jpg"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+
+
+def test_a_run_of_any_name_is_shown_as_it_is(browser, tmp_path):
+    names = ["<b>bold<b>", "__proto__", "'\"&"]
+    runs = [write_run(tmp_path / name, epochs=1, name=name, images=1, layers=3) for name in names]
+    with visit(browser, write(runs, tmp_path / "r.html")) as page:
+        assert [row[0] for row in cells(page, "#runs-table")] == names
+        assert page.locator("h1").text_content() == "<b>bold<b>, __proto__ and '\"&"
+        assert page.locator("b").count() == 0
