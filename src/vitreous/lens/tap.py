@@ -39,7 +39,7 @@ from vitreous.lens.running import Leave, Running
 from vitreous.lens.softmax import Flow, Use, tensors
 
 TOLERANCE = 1e-4  # of the largest |V|, or |score|; half precision: four roundings
-NAMESPACES = {"aten", "prim", "prims", "profiler", "torchvision"}  # operators whose Python callers are seen, or that are no attention
+NAMESPACES = {"aten", "prim", "prims", "profiler", "torchvision"}  # operators that hide no attention
 GETTERS = {"T", "mT", "H", "mH", "data", "real", "imag"}  # attributes that are tensors
 # They give no tensor that needs following; most calls of a pass are of these.
 QUIET = {
@@ -168,7 +168,7 @@ def through(model: nn.Module, images: Tensor, receiver: Receiver, known: WeakIdK
     for tensor in (images, *held(model)):
         known[tensor] = None
     running = Running(model, leave)
-    with undisturbed(model), eager(), running, Tap(running, receiver, known) as tap:
+    with torch._C._EnableTorchFunction(), undisturbed(model), eager(), running, Tap(running, receiver, known) as tap:
         output = model(images)
     if receiver.count:
         return output
@@ -297,14 +297,14 @@ class Tap(TorchFunctionMode):
                     f"{self.running.path or 'The model'} runs under torch.vmap, where tensors stand for many. Expected plain "
                     "ones. Give the model a batch in place of vmap over images."
                 )
-            if tensor.ndim and tensor.numel() > 1:
+            if tensor.ndim and tensor.numel() > 1 and self.receiver.strict:
                 raise HostError(
                     f"{self.running.path or 'The model'} works on a tensor {tuple(tensor.shape)} that no visible call made: it "
                     "came from scripted code, a kernel of another package, numpy or another thread. Expected PyTorch "
                     "functions in one thread. Switch that code off (timm.layers.set_scriptable, "
                     "attn_implementation='sdpa'), or keep such a constant as a buffer."
                 )
-        return None
+            self.known[tensor] = None
 
 
 def plain(func: Callable) -> str:
@@ -348,7 +348,13 @@ def fused(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Raw | str
 
 
 class Receiver:
-    """What becomes of the attentions of one pass. count: how many were taken; refused: what gave no map."""
+    """What becomes of the attentions of one pass. count: how many were taken; refused: what gave no map.
+
+    strict: tensors that no visible call made are an error. In a first pass they are only remembered: what is there again
+    in the second is a constant that the model's code keeps, and what is not was computed out of sight.
+    """
+
+    strict = False
 
     def __init__(self):
         self.count, self.refused = 0, []
@@ -390,7 +396,7 @@ class Tracer(Receiver):
         sides = (raw.q, raw.k)
         if raw.q is None:  # the output is where its query is, V where the keys are
             sides = (raw.use.place_output, raw.use.place_v)
-        query, key = (self.places(side) for side in sides)
+        query, key = (self.places(side, x.shape[-2]) for side, x in zip(sides, (raw.output, raw.v), strict=True))
         found = layout(query, key, self.shadows.size, self.shadows.reason(*(side[0] for side in sides)))
         if found is None or len(found.factors) != len(raw.lead):
             found, factors = None, guessed(raw.lead, raw.heads)
@@ -400,10 +406,10 @@ class Tracer(Receiver):
             kind, found = "channel", None  # rows and columns of the map are channels, which are nowhere
         self.layouts.calls[self.key(running)] = Traced(raw.lead, factors, kind, found)
 
-    def places(self, side: Placed) -> Tensor | None:
-        """Places (..., N, K, 4) of a side; axes on which they do not differ have size 1 or stride 0."""
+    def places(self, side: Placed, count: int) -> Tensor:
+        """Places (..., count, K, 4) of a side, NaN if it has none; axes on which they do not differ have size 1 or stride 0."""
         places = self.shadows.of(side[0])
-        return None if places is None else side[1](narrowed(places))
+        return torch.full((count, 1, 4), math.nan) if places is None else side[1](narrowed(places))
 
     def leave(self, name: str, number: int, output: Any) -> None:
         """The layout of a module's output (1, N, D), (1, D, N), (1, h, w, D) or (1, D, h, w)."""
@@ -443,6 +449,8 @@ def narrowed(places: Tensor) -> Tensor:
 
 class Capture(Receiver):
     """Brings every attention to one form, checks it, and shows it."""
+
+    strict = True
 
     def __init__(self, see: Callable[[Call], None], layouts: Layouts, batch: int):
         super().__init__()
