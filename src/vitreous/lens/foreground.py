@@ -83,26 +83,26 @@ class References:
 
 
 def references(sights: Sequence[Sight], direction: Direction | None = None, class_token: bool = True) -> References:
-    """The references of a batch from the sights of all layers, in order; those of `wanted` suffice.
+    """The references of a batch from the sights of all layers; features that `wanted` does not name may be missing.
 
     class_token=False leaves the class token's attention out. Raises HostError if the features needed are not there.
     """
     seen = {sight.layer: sight for sight in sights}
     features, pair = wanted(len(sights), direction)
     placed = {f: grid for f in features if f[0] in seen and (grid := grid_of(seen[f[0]], f[1])) is not None}
-    if not placed or (direction is not None and len(placed) < len(features)):
-        missing = ", ".join(f"{kind}{layer}" for layer, kind in features if (layer, kind) not in placed)
+    grid = Counter(placed.values()).most_common(1)[0][0] if placed else None
+    kept = [f for f in features if f in placed and placed[f] == grid]
+    if not kept or (direction is not None and len(kept) < len(features)):
+        missing = ", ".join(f"{kind}{layer}" for layer, kind in features if (layer, kind) not in kept)
         raise HostError(
-            f"Found no places, or nothing at all, of the features {missing}. Expected them on a grid of patches. "
+            f"Found no places, or nothing at all, of the features {missing}. Expected them on one grid of patches. "
             "A foreground map needs layers whose keys or outputs lie on one; calibrate to let others be found."
         )
-    grid = Counter(placed.values()).most_common(1)[0][0]
-    features = [f for f in features if placed.get(f) == grid]
-    values = [seen[layer].feature(kind) for layer, kind in features]
+    values = [seen[layer].feature(kind) for layer, kind in kept]
     rows = tuple(unit_rows(x) for x in values)
     fixed = None if direction is None else standardised(direction.along(rows))
     attention = attention_of([seen[n] for n in pair if n in seen], grid) if class_token else None
-    keys = [x for f, x in zip(features, values, strict=True) if f[1] == "k"] or values
+    keys = [x for f, x in zip(kept, values, strict=True) if f[1] == "k"] or values
     border = standardised(sum(standardised(border_distance(x, grid)) for x in keys))
     return References(grid, fixed, attention, border, rows)
 
