@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 PAPER_EPS = 1e-8
 
@@ -76,7 +75,9 @@ def angular_alignment(q: Tensor, k: Tensor) -> Tensor:
     Rows are brought to unit length here, so q and k may be given as projected, without sigma. Rotary embedding turns
     both alike and changes nothing. A row of zeros counts as cosine 0.
     """
-    return (_unit(q) * _unit(k)).sum(dim=-1).mean(dim=-1)
+    q, k = _wide(q), _wide(k)
+    lengths = [torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12) for x in (q, k)]
+    return ((q * k).sum(dim=-1) / lengths[0] / lengths[1]).mean(dim=-1)
 
 
 def selectivity(attention: Tensor) -> Tensor:
@@ -184,10 +185,6 @@ def _entropy(weights: Tensor, eps: float) -> Tensor:
     total = (weights.sum(dim=-1, keepdim=True) + eps).clamp_min(torch.finfo(weights.dtype).tiny)
     p = weights / total
     return -torch.special.xlogy(p, p + eps).sum(dim=-1)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(_wide(x), dim=-1)  # its eps of 1e-12 would vanish in half precision
 
 
 def _wide(x: Tensor) -> Tensor:
