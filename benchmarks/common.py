@@ -25,9 +25,9 @@ def photographs(data: Path, count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def vit_tiny(data: Path) -> torch.nn.Module:
-    """The real ImageNet ViT-Tiny/16."""
-    return timm.create_model(f"local-dir:{data}/weights/vit_tiny_patch16_224", pretrained=True).eval()
+def vit_tiny(data: Path, **settings) -> torch.nn.Module:
+    """The real ImageNet ViT-Tiny/16; settings of timm, such as img_size."""
+    return timm.create_model(f"local-dir:{data}/weights/vit_tiny_patch16_224", pretrained=True, **settings).eval()
 
 
 def machine() -> dict[str, str]:

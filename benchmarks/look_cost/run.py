@@ -1,0 +1,155 @@
+"""What does looking cost? Seconds and memory of a pass with its attention measured, against the plain forward pass.
+
+    python benchmarks/look_cost/run.py ../shared/data        about 10 minutes on two cores
+
+Seconds: the real ViT-Tiny/16, 224 x 224 photographs, one thread; the arms take turns (plain, pass, five, ...), median over the
+rounds of the ratio to the plain pass of the same round, with its 95 % bootstrap interval. Arms:
+
+    plain        model(images)
+    pass         every attention captured and checked, nothing measured
+    five         measured: alignment, selectivity and, of the weights, spectral entropy, effective rank, sparsity (these once
+                 per model); attention entropy, effective tokens, distance, width and head redundancy come with them
+    scores       five, and the same spectral indicators of each image's scores
+    robustness   five, and robustness: a noisy copy of each image is in the batch
+
+Memory: peak resident GiB of a process of its own with one 1024 x 1024 image (4,097 tokens, 12 layers), alone and beside a
+process that keeps a core busy. Finished parts of result.json are not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from vitreous.lens.measures import Measures, perturbed
+from vitreous.lens.tap import trace, watch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from common import photographs, vit_tiny, write  # noqa: E402
+
+BATCHES, ROUNDS, REPEATS = (1, 4), 41, 5
+ARMS = ("plain", "pass", "five", "scores", "robustness")
+MEMORY = ("plain", "pass", "scores")
+MODEL = ("attention", "learned", "weight")
+SPIN = "import torch; torch.set_num_threads(1); x = torch.rand(1500, 1500)\nwhile True: x = (x @ x).clamp(0, 1)"
+
+
+def arms_of(model: torch.nn.Module, images: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """One pass of each arm. As in a look at many images, layouts and spectra of the weights are there from the first on."""
+    layouts = trace(model, images)
+    noisy = torch.cat([images, perturbed(images, 0.01, torch.Generator().manual_seed(0), (0.5,), (0.5,))])
+
+    def measured(batch: torch.Tensor, **settings) -> Callable[[], object]:
+        measures = Measures(model, **settings)
+
+        def act() -> object:
+            watch(model, batch, measures.see, layouts=layouts, leave=measures.leave)
+            return measures.take()
+
+        return act
+
+    return {
+        "plain": lambda: model(images),
+        "pass": lambda: watch(model, images, lambda call: None, layouts=layouts),
+        "five": measured(images, sources=MODEL),
+        "scores": measured(images),
+        "robustness": measured(noisy, noisy=True, sources=MODEL),
+    }
+
+
+def seconds(act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    return round(time.perf_counter() - started, 5)
+
+
+def interval(values: torch.Tensor) -> tuple[float, float, float]:
+    """Median, and its 95 % bootstrap interval over rounds."""
+    generator = torch.Generator().manual_seed(0)
+    draws = values[torch.randint(len(values), (2000, len(values)), generator=generator)].quantile(0.5, dim=1)
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return values.quantile(0.5).item(), low.item(), high.item()
+
+
+def peak(data: Path, arm: str) -> None:
+    """Print the peak resident memory of this process, in GiB, after one pass over one large image."""
+    model, image = vit_tiny(data, img_size=1024), torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    act = partial(model, image) if arm == "plain" else arms_of(model, image)[arm]
+    act()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    print(round(kilobytes / 2**20, 4))
+
+
+def peak_apart(data: Path, arm: str, busy: bool) -> float:
+    """`peak` in a process of its own."""
+    load = subprocess.Popen([sys.executable, "-c", SPIN]) if busy else None
+    try:
+        command = [sys.executable, __file__, str(data), arm]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    finally:
+        if load is not None:
+            load.kill()
+            load.wait()
+
+
+def main(data: Path) -> None:
+    file = HERE / "result.json"
+    result = json.loads(file.read_text()) if file.exists() else {"seconds": {}, "memory": {}}
+    result["command"] = "python benchmarks/look_cost/run.py ../shared/data"
+    model = vit_tiny(data)
+    for batch in BATCHES:
+        rows = result["seconds"].setdefault(str(batch), [])
+        arms = arms_of(model, photographs(data, batch))
+        for act in arms.values():
+            act()
+        while len(rows) < ROUNDS:
+            rows.append({name: seconds(act) for name, act in arms.items()})
+        write(file, result)
+    for busy in (False, True):
+        for arm in MEMORY:
+            values = result["memory"].setdefault(f"{arm}, {'busy' if busy else 'idle'}", [])
+            while len(values) < REPEATS:
+                values.append(peak_apart(data, arm, busy))
+                print(arm, "busy" if busy else "idle", values[-1], flush=True)
+                write(file, result)
+    (HERE / "table.md").write_text(table(result))
+
+
+def table(result: dict) -> str:
+    lines = [
+        "Seconds over those of the plain pass; `over the pass` is what measuring adds, in plain passes.",
+        "",
+        "| batch | arm | seconds | of plain | over the pass |",
+        "|---|---|---|---|---|",
+    ]
+    for batch, rows in result["seconds"].items():
+        columns = {arm: torch.tensor([row[arm] for row in rows], dtype=torch.float64) for arm in ARMS}
+        for arm, values in columns.items():
+            middle, low, high = interval(values / columns["plain"])
+            extra = interval((values - columns["pass"]) / columns["plain"])
+            over = "" if arm in ("plain", "pass") else f"{extra[0]:.2f} [{extra[1]:.2f}, {extra[2]:.2f}]"
+            lines.append(f"| {batch} | {arm} | {values.median():.4f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {over} |")
+    lines += ["", "Peak resident GiB with one image of 1024 x 1024, process by process.", ""]
+    lines += ["| arm | idle | busy |", "|---|---|---|"]
+    for arm in MEMORY:
+        cells = (", ".join(f"{value:.2f}" for value in result["memory"][f"{arm}, {load}"]) for load in ("idle", "busy"))
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    if len(sys.argv) > 2:
+        peak(Path(sys.argv[1]), sys.argv[2])
+    else:
+        main(Path(sys.argv[1]))
