@@ -75,9 +75,25 @@ class Arrangement:
         return self.spread(x).reshape(*self.groups, *rest)
 
 
-class ComputedMap:
-    """The map of a fused call, recomputed from what the call was given, some rows at a time."""
+class Map:
+    """A map that gives its rows in a buffer: groups (B, W, H), size (N, M)."""
 
+    groups: tuple[int, int, int]
+    size: tuple[int, int]
+
+    def slices(self, size: int) -> Iterator[slice]:
+        """All rows in order, at most `size` at a time, and no more than a buffer may hold."""
+        queries, keys = self.size
+        step = max(1, min(size, CAP // max(1, math.prod(self.groups) * keys)))
+        for start in range(0, queries, step):
+            yield slice(start, min(start + step, queries))
+
+    def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
+        """Rows (B, W, H, n, M), float32. fresh: the buffer is left as it is until the next block, and may serve once more."""
+        raise NotImplementedError
+
+
+class ComputedMap(Map):
     def __init__(
         self,
         q: Tensor,
@@ -92,6 +108,7 @@ class ComputedMap:
         self.groups, self.size = q.shape[:3], (q.shape[3], k.shape[3])
         self.q, self.k = (x.flatten(0, 2).float() for x in (q, k))
         self.causal, self.scale, self.arrangement, self.buffers = causal, scale, arrangement, buffers
+        self.fresh: tuple[slice, Tensor] | None = None
         self.bias = self.blocked = None
         if mask is not None:
             lead = [math.prod(size for size, _ in axis) for axis in arrangement.factors]
@@ -99,8 +116,11 @@ class ComputedMap:
             values = arrangement.spread(values.expand(*lead, *self.size))
             self.blocked, self.bias = (values, None) if mask.dtype == torch.bool else (None, values)
 
-    def block(self, rows: slice, effective: bool = False) -> Tensor:
-        """Rows of the map, (B, W, H, n, M), in a buffer; rows in which all keys are masked are 0, as in the fused kernels."""
+    def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
+        """Rows of the map; those in which all keys are masked are 0, as in the fused kernels."""
+        ready, self.fresh = self.fresh, None
+        if ready is not None and ready[0] == rows:
+            return ready[1]
         n, keys = rows.stop - rows.start, self.size[1]
         shape = (self.q.shape[0], n, keys)
         scores = self.buffers.take(0, shape, self.q.device)
@@ -116,10 +136,12 @@ class ComputedMap:
         maps = torch.softmax(scores, dim=-1, out=self.buffers.take(1, shape, self.q.device))
         if self.blocked is not None or self.bias is not None:
             maps.masked_fill_((scores.amax(-1, keepdim=True) == -math.inf), 0)
-        return maps.view(*self.groups, n, keys)
+        maps = maps.view(*self.groups, n, keys)
+        self.fresh = (rows, maps) if fresh else None
+        return maps
 
 
-class StoredMap:
+class StoredMap(Map):
     """The map of a softmax that was seen: probabilities as it gave them, and what multiplied V."""
 
     def __init__(self, probabilities: Tensor | None, effective: Tensor, arrangement: Arrangement, buffers: Buffers):
@@ -128,8 +150,8 @@ class StoredMap:
         self.effective = arrangement.spread(effective)
         self.probabilities = self.effective if probabilities is None else arrangement.spread(probabilities)
 
-    def block(self, rows: slice, effective: bool = False) -> Tensor:
-        """Rows of either map, (B, W, H, n, M) float32, in a buffer."""
+    def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
+        """Rows of the softmax's own output, or of what multiplied V."""
         part = (self.effective if effective else self.probabilities)[..., rows, :]
         buffer = self.buffers.take(0, part.shape, part.device)
         return buffer.copy_(part).view(*self.groups, *part.shape[-2:])
@@ -173,7 +195,7 @@ class Call:
     error: float
     verified: str
     note: str = ""
-    maps: ComputedMap | StoredMap | None = field(default=None, repr=False)
+    maps: Map | None = field(default=None, repr=False)
 
     def rows(self, size: int = 256, effective: bool = False) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of at most `size` rows, (slice, (B, W, H, n, M) float32), in order; ONE buffer: use at once, keep nothing.
@@ -185,10 +207,7 @@ class Call:
                 f"The map of {self.name} was asked for after its call. Expected to be read while the tap shows it: maps are "
                 "not kept. Read rows() or map() inside the callback."
             )
-        groups, (queries, keys) = self.maps.groups, self.maps.size
-        step = max(1, min(size, CAP // max(1, math.prod(groups) * keys)))
-        for start in range(0, queries, step):
-            rows = slice(start, min(start + step, queries))
+        for rows in self.maps.slices(size):
             yield rows, self.maps.block(rows, effective)
 
     def map(self, effective: bool = False) -> Tensor:
@@ -196,11 +215,13 @@ class Call:
         return torch.cat([block.clone() for _, block in self.rows(effective=effective)], dim=3)
 
 
-def strips(queries: int) -> list[slice]:
+def strips(call: Call) -> list[slice]:
     """The rows that a check covers: all of few, or strips from the first to the last."""
+    queries = call.maps.size[0]
     if queries <= WHOLE:
-        return [slice(start, min(start + 64, queries)) for start in range(0, queries, 64)]
-    return [slice(i * (queries - STRIP) // (STRIPS - 1), i * (queries - STRIP) // (STRIPS - 1) + STRIP) for i in range(STRIPS)]
+        return list(call.maps.slices(WHOLE))
+    starts = (i * (queries - STRIP) // (STRIPS - 1) for i in range(STRIPS))
+    return [slice(start, start + STRIP) for start in starts]
 
 
 def output_error(call: Call) -> tuple[float, str]:
@@ -208,17 +229,18 @@ def output_error(call: Call) -> tuple[float, str]:
 
     NaN where both are NaN is no error: rows masked in full, of a plain softmax.
     """
-    v, worst = call.v.float(), 0.0
-    covered = strips(call.maps.size[0])
+    v, worst, covered = call.v.float(), 0.0, strips(call)
     for rows in covered:
-        again, own = call.maps.block(rows, effective=True) @ v, call.output[..., rows, :].float()
-        error = (again - own).abs_().masked_fill_(again.isnan() & own.isnan(), 0)
-        worst = max(worst, float(error.max())) if not error.isnan().any() else math.nan
-        if math.isnan(worst):
-            break
-    largest = float(v.abs().nan_to_num(0).max()) if v.numel() else 0.0
-    rows = sum(s.stop - s.start for s in covered)
-    words = "output recomputed" if rows == call.maps.size[0] else f"output recomputed for {rows} of {call.maps.size[0]} rows"
+        again, own = call.maps.block(rows, effective=True, fresh=True) @ v, call.output[..., rows, :].float()
+        error = (again - own).abs_()
+        largest = error.max().item()
+        if math.isnan(largest):
+            largest = error.masked_fill_(again.isnan() & own.isnan(), 0).max().item()
+        worst = largest if math.isnan(largest) else max(worst, largest)
+    largest, count = v.abs().nan_to_num_(0).max().item(), sum(rows.stop - rows.start for rows in covered)
+    words = "output recomputed" if count == call.maps.size[0] else f"output recomputed for {count} of {call.maps.size[0]} rows"
+    if not largest:
+        words += ", which says nothing: V is zero"
     return worst / max(largest, torch.finfo(torch.float32).tiny), words
 
 

@@ -8,7 +8,7 @@ with V and the output in hand. Shapes decide nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,15 +189,21 @@ def take(x: Tensor, labels: Sequence[Label], known: Sequence[Label], coordinates
     return x[tuple(index if x.shape[i] > 1 else index * 0 for i, index in enumerate(at))]
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in an argument, or in what a call gave."""
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in an argument, or in what a call gave; also inside lists, tuples and dicts."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
-    elif isinstance(value, dict):
-        yield from tensors(tuple(value.values()))
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    found = []
+    for item in value:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple, dict)):
+            found += tensors(item)
+    return found
 
 
 class Flow:
@@ -305,7 +311,7 @@ class Flow:
         return replace(fact, axes=axes, kept=kept, gone=fact.gone or overwritten, mixed=True, **fields)
 
     def passed(self, sources: list, name: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        outs = list(tensors(out)) or ([args[0]] if name == "__setitem__" else [])
+        outs = tensors(out) or ([args[0]] if name == "__setitem__" else [])
         outs = [x for x in outs if x.is_floating_point()]
         if not outs:
             return
@@ -317,7 +323,7 @@ class Flow:
                     other.softmax.used |= other.softmax is not fact.softmax and outs[0].shape == x.shape
         integer = all(not isinstance(y, Tensor) or y is x for y in tensors((*args, *kwargs.values())))
         if name in VIEWS and integer:
-            metas = list(tensors(on_meta(func, args, kwargs)))
+            metas = tensors(on_meta(func, args, kwargs))
             for y, meta in zip(outs, metas, strict=True):
                 axes = None if fact.axes is None else fact.axes.viewed(meta, x.shape)
                 self.facts[y] = moved(fact, x, axes, y)

@@ -165,8 +165,9 @@ def fitting(model: nn.Module, images: Tensor) -> Tensor:
 
 def through(model: nn.Module, images: Tensor, receiver: Receiver, known: WeakIdKeyDictionary, leave: Leave | None) -> Any:
     """One pass of images through the model, its attentions to the receiver. Raises if there was none."""
-    for tensor in (images, *held(model)):
-        known[tensor] = None
+    if not known:
+        known.update((tensor, None) for tensor in attributes(model))
+    known.update((tensor, None) for tensor in (images, *model.parameters(), *model.buffers()))
     running = Running(model, leave)
     with torch._C._EnableTorchFunction(), undisturbed(model), eager(), running, Tap(running, receiver, known) as tap:
         output = model(images)
@@ -185,10 +186,8 @@ def through(model: nn.Module, images: Tensor, receiver: Receiver, known: WeakIdK
     )
 
 
-def held(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that a model keeps: parameters, buffers, and those in plain attributes, lists and dicts (caches)."""
-    yield from model.parameters()
-    yield from model.buffers()
+def attributes(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules keep in plain attributes, lists and dicts, such as tables made in an earlier pass."""
     for module in model.modules():
         for key, value in vars(module).items():
             if key not in ("_parameters", "_buffers", "_modules"):
