@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from vitreous import GaussianMask, check, graft, new_parameters, ungraft
 from vitreous.errors import GraftError, HostError, MaskError, SettingError
 from vitreous.layers.tokens import TokenState
-from vitreous.lens.probe import measure
+from vitreous.lens.look import look
 from vitreous.mechanisms.attn.gaussian_mask import merged, mixture, squared_distances
 
 SMALL = {"img_size": (12, 16), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -155,9 +155,10 @@ def test_inserted_tokens_are_seen_as_without_a_mask():
 
 def test_is_measured_like_any_other_attention():
     """The map is recomputed with the mask, and must give what the model computed, inserted tokens included."""
-    rows = measure(graft(vit(), "gaussian_mask", "extra_tokens"), pictures().clamp(0, 1))
-    assert {row["layer"] for row in rows} == {0, 1}
-    assert "spectral_entropy" not in {row["indicator"] for row in rows}
+    reading = look(graft(vit(), "gaussian_mask", "extra_tokens"), pictures().clamp(0, 1))
+    assert [layer["name"] for layer in reading.layers] == ["blocks.0.attn", "blocks.1.attn"]
+    assert all(layer["error"] < 1e-5 for layer in reading.layers)
+    assert "learned" not in reading.table()["source"]
 
 
 def test_a_merged_token_has_the_mean_of_its_places():

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 from vitreous import grafts
 from vitreous.errors import DataError, NotReached, SettingError, VitreousError
+from vitreous.lens.reading import read
 from vitreous.train import TrainSettings, load, train
 from vitreous.train.loop import NotFinite, score
 from vitreous.train.loop import test as run_test
@@ -56,16 +58,19 @@ def test_a_run_leaves_a_folder_that_explains_itself(settings, quiet, mechanisms)
 def test_readings_by_epoch_layer_and_head_for_both_arms(settings, quiet, tmp_path):
     for arm in ("plain", "svda"):
         folder = train(settings(graft=() if arm == "plain" else (arm,), out=str(tmp_path / arm)), quiet)
-        files = sorted((folder / "readings").iterdir())
-        assert [file.name for file in files] == ["epoch-000.csv", "epoch-001.csv", "epoch-002.csv"]
-        for epoch, file in enumerate(files):
-            lines = read_table(file)
-            assert {line["epoch"] for line in lines} == {str(epoch)}
-            heads = {(line["layer"], line["head"]) for line in lines}
-            assert heads == {(layer, head) for layer in "01" for head in ("0", "1", "")}
-            entropy = [float(line["attention_entropy"]) for line in lines if line["head"]]
-            assert all(0 < value <= torch.tensor(17.0).log().item() + 1e-6 for value in entropy)
-            assert ("spectral_entropy" in lines[0]) == (arm == "svda")
+        found = sorted((folder / "readings").iterdir())
+        assert [path.name for path in found] == ["epoch-000", "epoch-001", "epoch-002"]
+        for path in found:
+            table = read(path).table()
+            heads = set(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
+            assert heads == {(layer, head) for layer in (0, 1) for head in (-1, 0, 1)}
+            entropy = table["attention_entropy"]
+            entropy = entropy[np.isfinite(entropy)]
+            assert len(entropy) == 2 * 2 * len(read(path).images)
+            assert (entropy > 0).all()
+            assert (entropy <= np.log(17) + 1e-6).all()
+            assert ("learned" in table["source"]) == (arm == "svda")
+            assert "energy_inside" in read(path).scores()  # made scenes have masks
 
 
 def test_gradient_norms_of_what_the_grafts_brought_are_logged(settings, quiet):
@@ -86,7 +91,7 @@ def test_two_runs_are_equal_and_another_seed_is_not(settings, quiet, tmp_path):
         for name, seed in zip("abc", (0, 0, 1), strict=True)
     )
     assert numbers(first) == numbers(second)
-    for name in ("model.safetensors", "predictions.csv", "readings/epoch-002.csv"):
+    for name in ("model.safetensors", "predictions.csv", "readings/epoch-002/table.csv"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert numbers(first) != numbers(other)
 

@@ -40,8 +40,7 @@ class Gallery:
 
     def __init__(self, layers: int, direction: Direction | None, rows: dict[str, str]):
         self.direction, self.rows = direction, rows
-        features, pair = wanted(layers, direction)
-        self.needed = {(layer, letter) for layer, letter in features}
+        self.needed = set(wanted(layers, direction)[0])
         self.sights: list[Sight] = []
         self.vectors: dict[str, tuple[Tensor, tuple[int, int]]] = {}  # {"u/6": (B, R, P) unsigned, grid}
         self.maps: dict[str, Tensor] = {}

@@ -35,7 +35,8 @@ KEYS = ("layer", "head", "image", "source", "kind")
 WHOLE = ("layer", "head", "image")  # columns of whole numbers, of which -1 means none in particular
 WORDS = ("source", "kind", "component", "measure")
 OTHERS = ("rows", "scores", "picture", "mask")  # what a part holds beside maps
-NAMED = {"source": SOURCES, "kind": KINDS}  # columns of words, kept as numbers in a part
+COMPONENTS = ("attention", "rollout", "u1", "u2", "u3", "k1", "foreground", "centre", "random", "area")  # that have scores
+NAMED = {"source": SOURCES, "kind": KINDS, "component": COMPONENTS}  # columns of words, kept as numbers in a part
 Columns = dict[str, np.ndarray]
 
 
@@ -51,6 +52,12 @@ class Part:
         """The columns of a table that the part holds: "rows" (measures) or "scores"."""
         found = {key.partition("/")[2]: value for key, value in self.tensors.items() if key.startswith(f"{group}/")}
         return {key: np.array(NAMED[key])[value] if key in NAMED else value for key, value in found.items()}
+
+    def maps(self) -> list[str]:
+        """Names of the maps, "u1/6", by component and layer."""
+        names = [key.split("/") for key in self.tensors]
+        found = [(name[0], int(name[1])) for name in names if len(name) == 2 and name[0] not in OTHERS]
+        return [f"{component}/{layer}" for component, layer in sorted(found)]
 
     def put(self, group: str, columns: Columns) -> None:
         """Take in the columns of a table."""
@@ -94,8 +101,8 @@ class Maps(Mapping):
         return self._joined(name, (component, layer))
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        names = [key.split("/") for key in (self.parts[0].tensors if self.parts else ())]
-        return iter(sorted((name[0], int(name[1])) for name in names if len(name) == 2 and name[0] not in OTHERS))
+        names = [name.split("/") for name in (self.parts[0].maps() if self.parts else ())]
+        return iter([(component, int(layer)) for component, layer in names])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -141,11 +148,7 @@ class Reading:
 
     def scores(self) -> Columns:
         """{column: (rows,)}: maps against masks: image, component, layer, head, measures; empty without masks."""
-        found = joined([part.columns("scores") for part in self.parts])
-        if found:
-            names = np.array(self.facts["scored"])
-            found = {"component": names[found.pop("component")]} | found
-        return found
+        return joined([part.columns("scores") for part in self.parts])
 
     def to_pandas(self) -> Any:
         """The table as a pandas DataFrame. Raises SettingError without pandas."""

@@ -13,7 +13,7 @@ the attention module is the part of the block that the attention lies in.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class Collector:
     def place_of(self, call: Call) -> Place | None:
         """Where the tokens of a call are; None: unknown. Merged, dropped and inserted tokens go by what our grafts recorded."""
         if self.whole is None and call.layout is not None:
-            self.whole = call.layout
+            self.whole = without_last(call.layout, call.inserted)
         if call.source is None and not call.inserted:
             return None if call.layout is None else Place(call.layout)
         return None if self.whole is None else Place(self.whole, call.source, call.inserted, self.images)
@@ -148,7 +148,7 @@ class Collector:
             return
         sight = next((s for s in reversed(self.sights) if s.key == self.around[name][1]), None)
         kind, x = self.around[name][0], first_tensor(output)
-        if sight is None or (kind == "output" and sight.merged):  # which token is where, the output of a merged one does not say
+        if sight is None or (kind == "output" and sight.merged):  # a bare tensor does not say which token is where
             return
         patches, grid = self.patches(x, self.layouts.outputs.get((name, number)))
         if patches is not None:
@@ -223,6 +223,20 @@ def modules_around(calls: Sequence[Key], placed: Collection[Key]) -> dict[str, t
         for kind, name in zip(("tokens", "output"), alone[first:], strict=False):
             found[name] = (kind, call)
     return found
+
+
+def without_last(layout: Layout, count: int) -> Layout:
+    """The layout without the last `count` tokens, those that a graft inserted."""
+    if not count:
+        return layout
+    queries, keys = layout.queries.shape[1] - count, layout.keys.shape[1] - count
+    return replace(
+        layout,
+        queries=layout.queries[:, :queries],
+        keys=layout.keys[:, :keys],
+        cells=None if layout.cells is None else layout.cells[:, :queries],
+        key_cells=None if layout.key_cells is None else layout.key_cells[:, :keys],
+    )
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images as a model sees them: resized, cropped and normalised by its own pretrained_cfg, with the picture and mask of that view."""
+"""Images as a model sees them: resized, cropped and normalised by its pretrained_cfg, with picture and mask of that view."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ class Views(Sequence[View]):
     """Views of images, made one by one when asked for; `views[i]` raises DataError for an image that cannot be read.
 
     mean, std: by which pixels of [0, 1] were normalised; None where that is not known (tensors for a model without a
-    pretrained_cfg, or tensors that are no images).
+    pretrained_cfg). inputs: input_size, mean, std, ... in place of the model's own pretrained_cfg.
     """
 
-    def __init__(self, model: nn.Module, images: Any, masks: Any = None):
-        self.config = config_of(model)
+    def __init__(self, model: nn.Module, images: Any, masks: Any = None, inputs: dict[str, Any] | None = None):
+        self.config = config_of(model) if inputs is None else inputs
         self.tensors = images if isinstance(images, Tensor) else None
         if self.tensors is not None:
+            check_images(self.tensors)
             self.masks = given_masks(masks, self.tensors)
             self.mean, self.std = tensor_statistics(self.tensors, self.config)
             return
@@ -77,8 +78,7 @@ class Views(Sequence[View]):
     def __getitem__(self, i: int) -> View:
         if self.tensors is not None:
             x, mask = self.tensors[i], None if self.masks is None else self.masks[i]
-            height, width = x.shape[-2:] if x.ndim == 3 else (0, 0)
-            return View(f"image {i}", x, self.picture(x), mask, width, height)
+            return View(f"image {i}", x, self.picture(x), mask, x.shape[-1], x.shape[-2])
         image, mask = self.images.image(i), self.images.mask(i)
         x = self.transform(image.convert("L" if self.config["input_size"][0] == 1 else "RGB"))
         if mask is not None:
@@ -104,9 +104,7 @@ class Views(Sequence[View]):
         return found
 
     def picture(self, x: Tensor) -> np.ndarray:
-        """pixels (C, h, w) -> (h, w, 3) uint8. Where mean and std are not known, the values' own range becomes black to white."""
-        if x.ndim != 3:
-            return np.zeros((1, 1, 3), np.uint8)
+        """pixels (C, h, w) -> (h, w, 3) uint8. Where mean and std are not known, the values' own range is black to white."""
         x = x.detach().cpu().float()
         if self.mean is not None:
             x = x * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
@@ -129,8 +127,6 @@ def moves(step: Any) -> bool:
 
 def tensor_statistics(images: Tensor, config: dict[str, Any] | None) -> tuple[tuple | None, tuple | None]:
     """mean and std that bring the tensors back to [0, 1]: those of the config, or none at all (0, 1), or not known."""
-    if images.ndim != 4 or not len(images):
-        return None, None
     channels = images.shape[1]
     candidates = [((0.0,) * channels, (1.0,) * channels)]
     if config is not None and len(config["mean"]) == channels:
@@ -141,6 +137,14 @@ def tensor_statistics(images: Tensor, config: dict[str, Any] | None) -> tuple[tu
         if pixels.min() >= -1e-3 and pixels.max() <= 1 + 1e-3:
             return mean, std
     return None, None
+
+
+def check_images(images: Tensor) -> None:
+    """Raise DataError unless they are (B, C, h, w), at least one."""
+    if images.ndim != 4 or not len(images):
+        raise DataError(
+            f"Found a tensor of shape {tuple(images.shape)}. Expected images (B, C, h, w), at least one. Of one: x[None]."
+        )
 
 
 def given_masks(masks: Any, images: Tensor) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from vitreous.errors import VitreousError
 from vitreous.grafting import new_parameters
-from vitreous.lens.probe import measure
+from vitreous.lens.look import look
 from vitreous.mechanism import parse
 from vitreous.train import checkpoint, summary
 from vitreous.train.objectives import penalties, set_progress
@@ -125,10 +125,10 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def read(job: Job, run: Run, epoch: int) -> None:
-    """Measure the indicators on the sample images, if attention can be read, and write them down."""
+    """Look at the sample images, if attention can be seen, and write that down."""
     if job.sample is not None:
-        rows = measure(job.tested, job.sample.to(job.device), mean=job.inputs.mean, std=job.inputs.std)
-        run.readings(epoch, rows)
+        about = {"weights": "run", "classes": list(job.data.classes)}
+        look(job.tested, job.sample, inputs=job.inputs.config(), out=run.reading(epoch), about=about)
 
 
 class Means:

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vitreous.data import ArraySet, Data, ImageSet, open_data
-from vitreous.errors import HostError, SettingError
+from vitreous.errors import HostError, NotReached, SettingError
 from vitreous.grafting import check, graft, grafts
-from vitreous.lens.probe import attentions
+from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
 from vitreous.train import checkpoint, network, optim
 from vitreous.train.inputs import Inputs, loader
 from vitreous.train.objectives import classification_loss, mixing
 from vitreous.train.settings import TrainSettings
 
-SAMPLE = 64  # test images on which indicators are read
+SAMPLE = 64  # images on which grafts are checked and calibrated
+READ = 16  # test images that are looked at after every epoch
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Job:
     ema: ModelEmaV3 | None
     train: DataLoader
     tests: dict[str, DataLoader]
-    sample: Tensor | None  # (S, C, H, W); None where attention cannot be read
+    sample: ImageSet | None  # what is looked at; None where attention cannot be read
     remarks: list[str]
     updates: int = 0
 
@@ -77,10 +78,10 @@ def prepare(settings: TrainSettings) -> Job:
 
     train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=settings.mixed)
     tests = {name: batches(images, 2 * settings.batch_size) for name, images in data.tests.items()}
-    sample = next(iter(batches(spaced(data.tests["test"]), SAMPLE)))[0].to(device)
+    sample = next(iter(batches(spaced(data.tests["test"], SAMPLE), SAMPLE)))[0].to(device)
     model.to(device)
     for record in grafts(model)[there:]:
-        record.mechanism.calibrate(model, next(iter(batches(spaced(data.train), SAMPLE)))[0].to(device))
+        record.mechanism.calibrate(model, next(iter(batches(spaced(data.train, SAMPLE), SAMPLE)))[0].to(device))
     optimizer = optim.optimizer(model, settings)
     job = Job(
         settings=settings,
@@ -95,7 +96,7 @@ def prepare(settings: TrainSettings) -> Job:
         ema=None if settings.model_ema is None else ModelEmaV3(model, settings.model_ema, use_warmup=True),
         train=train,
         tests=tests,
-        sample=readable(model, sample, remarks),
+        sample=spaced(data.tests["test"], READ) if readable(model, sample, remarks) else None,
         remarks=remarks,
     )
     if grafts(model):
@@ -150,9 +151,9 @@ def data_and_model(settings: TrainSettings) -> tuple[Data, Inputs, nn.Module, li
     return data, inputs, model, remarks
 
 
-def spaced(images: ImageSet) -> ImageSet:
-    """At most SAMPLE of the images, evenly spaced, always the same."""
-    return images.subset(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int))
+def spaced(images: ImageSet, most: int) -> ImageSet:
+    """At most so many of the images, evenly spaced, always the same."""
+    return images.subset(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))
 
 
 def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Inputs:
@@ -189,14 +190,14 @@ def check_patches(model: nn.Module, size: tuple[int, int]) -> None:
         )
 
 
-def readable(model: nn.Module, sample: Tensor, remarks: list[str]) -> Tensor | None:
-    """The sample if indicators of attention can be read from this model, else None and a remark why not."""
+def readable(model: nn.Module, sample: Tensor, remarks: list[str]) -> bool:
+    """Whether attention can be seen in this model; else a remark why not."""
     try:
-        attentions(model)
-    except HostError as error:
+        trace(model, sample)
+    except (HostError, NotReached) as error:
         remarks.append(f"No readings: {error}")
-        return None
-    return sample
+        return False
+    return True
 
 
 def facts(job: Job) -> dict[str, Any]:

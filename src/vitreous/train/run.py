@@ -2,7 +2,7 @@
 
     run.json         settings, versions, machine, data, model, command line
     metrics.jsonl    one line per epoch: losses by name, scores per test set, learning rate, speed, gradient norms
-    readings/        epoch-000.csv (before training), ...: indicators per layer and head on fixed test images
+    readings/        epoch-000/ (before training), ...: what it looks at on fixed test images (`lens.reading`)
     predictions.csv  every test image: label, prediction, its probability
     summary.md       the same for people
     model.safetensors, config.json, mechanisms.json    the model after the last finished epoch
@@ -73,20 +73,9 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
 
-    def readings(self, epoch: int, rows: Iterable[dict[str, Any]]) -> None:
-        """Write readings/epoch-NNN.csv from rows of layer, head, indicator, form, value: one column per indicator.
-
-        A paper form that differs from the corrected one has a column NAME_paper. Head is empty for all heads together.
-        """
-        table: dict[tuple, dict[str, Any]] = {}
-        for row in rows:
-            head = "" if row["head"] is None else row["head"]
-            column = row["indicator"] + ("_paper" if row["form"] == "paper" else "")
-            line = table.setdefault((row["layer"], str(head)), {"epoch": epoch, "layer": row["layer"], "head": head})
-            line[column] = row["value"]
-        columns = list(dict.fromkeys(column for line in table.values() for column in line))
-        (self.folder / "readings").mkdir(exist_ok=True)
-        self.table(f"readings/epoch-{epoch:03d}.csv", columns, [[line.get(c, "") for c in columns] for line in table.values()])
+    def reading(self, epoch: int) -> Path:
+        """The folder of the reading after an epoch; 0 is before training."""
+        return self.folder / "readings" / f"epoch-{epoch:03d}"
 
     def table(self, name: str, columns: list[str], lines: Iterable[Iterable[Any]]) -> None:
         """Write a CSV file."""
