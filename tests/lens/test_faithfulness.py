@@ -283,7 +283,7 @@ def test_a_record_is_plain_and_leaves_out_what_is_missing(images, maps):
     random = lens.curves(Small(), images, lens.random_maps(GRID, range(4)), GRID)
     assert found.insertion[2, 0].isnan().all()
     assert found.insertion[2, 1].isfinite().all()
-    entry = json.loads(json.dumps(lens.record(found.of(0), random), allow_nan=False))
+    entry = json.loads(json.dumps(lens.record(found.of(0), random, found.of(1)), allow_nan=False))
     assert entry["images"] == 3
     assert len(entry["insertion"]) == len(entry["random_deletion"]) == len(entry["fractions"]) == len(lens.FRACTIONS)
     others = [0, 1, 3]
@@ -292,6 +292,9 @@ def test_a_record_is_plain_and_leaves_out_what_is_missing(images, maps):
     assert entry["difference"] == pytest.approx(scores.bootstrap(gain))
     assert entry["difference"][0] == pytest.approx(gain[others].mean().item())
     assert entry["difference"][0] == pytest.approx(entry["insertion_difference"][0] + entry["deletion_difference"][0])
+    gain = found.insertion_area[:, 0] - found.insertion_area[:, 1] + found.deletion_area[:, 1] - found.deletion_area[:, 0]
+    assert entry["difference_to_centre"] == pytest.approx(scores.bootstrap(gain))
+    assert "difference_to_centre" not in lens.record(found.of(0), random)
 
 
 # -- randomised weights ------------------------------------------------------------------------------------------------

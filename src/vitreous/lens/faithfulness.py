@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,14 +66,14 @@ class Curves:
 
     def of(self, number: int) -> Curves:
         """Those of one of several maps: of maps (B, M, P) that with this number, (B, F)."""
-        return Curves(self.fractions, self.insertion[:, number], self.deletion[:, number], self.followed, self.fill)
+        return replace(self, insertion=self.insertion[:, number], deletion=self.deletion[:, number])
 
     @staticmethod
     def joined(parts: Sequence[Curves]) -> Curves:
         """Those of all images, from batches that were made alike."""
         first = parts[0]
         insertion, deletion = (torch.cat([getattr(part, name) for part in parts]) for name in ("insertion", "deletion"))
-        return Curves(first.fractions, insertion, deletion, first.followed, first.fill)
+        return replace(first, insertion=insertion, deletion=deletion)
 
 
 def curves(
@@ -145,8 +145,13 @@ def compare(found: Curves, base: Curves, draws: int = 2000, seed: int = 0) -> di
     return {name: bootstrap(value, draws, seed) for name, value in differences.items()}
 
 
-def record(found: Curves, random: Curves, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """All that is to be shown of one map: means over images as numbers and lists for JSON. Arguments as in `compare`."""
+def record(
+    found: Curves, random: Curves, centre: Curves | None = None, *, draws: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """All that is to be shown of one map: means over images as numbers and lists for JSON.
+
+    found: (B, F). random: (B, orders, F). centre: (B, F), those of the centre prior, of the same images.
+    """
     lists = {
         "fractions": found.fractions,
         "insertion": found.insertion.nanmean(0),
@@ -155,6 +160,9 @@ def record(found: Curves, random: Curves, draws: int = 2000, seed: int = 0) -> d
         "random_deletion": random.deletion.flatten(0, 1).nanmean(0),
     }
     compared = compare(found, random, draws, seed)
+    if centre is not None:
+        base = replace(centre, insertion=centre.insertion[:, None], deletion=centre.deletion[:, None])
+        compared["centre"] = compare(found, base, draws, seed)["difference"]
     return {
         "followed": found.followed,
         "fill": found.fill,
@@ -165,6 +173,7 @@ def record(found: Curves, random: Curves, draws: int = 2000, seed: int = 0) -> d
         "insertion_difference": list(compared["insertion"]),
         "deletion_difference": list(compared["deletion"]),
         "difference": list(compared["difference"]),
+        **({"difference_to_centre": list(compared["centre"])} if centre is not None else {}),
     }
 
 
