@@ -169,7 +169,7 @@ class Call:
     q, k: (B, W, H, N, K), (B, W, H, M, K) as they enter the product; None where there is none, or its axes were lost.
     v, output: (B, W, H, M, Kv), (B, W, H, N, Kv), the second as the model computed it.
     scale: what the fused call multiplied q k^T with; None: unknown.
-    layout: where queries and keys are in the image (`places.Layout`); None: unknown.
+    layout: where queries and keys are in the image (`places.Layout`); None: unknown, or other in every image: see source.
     source, inserted: of our own token grafts, as in `layers.tokens.TokenState`: (B, N0) for each original token the
         index of the one that speaks for it, -1 dropped; None: itself. Inserted tokens stand at the end.
     mixed: values were changed between softmax and V, so that `effective` maps differ from probabilities.

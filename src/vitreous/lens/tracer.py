@@ -1,0 +1,113 @@
+"""Where the queries and keys of every attention are: a pass with one image, in which every call moves places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vitreous.layers.tokens import Stream
+from vitreous.lens.found import Factors, Key, Placed, Raw, Receiver, guessed
+from vitreous.lens.places import Layout, Shadows, channel, layout
+from vitreous.lens.running import Running
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One call of a pass with one image: sizes of its leading axes, their factors (see `Arrangement`), kind and layout."""
+
+    lead: tuple[int, ...]
+    factors: Factors
+    kind: str = "token"
+    layout: Layout | None = None
+
+
+@dataclass
+class Layouts:
+    """Where the queries and keys of every call are, from a pass with one image.
+
+    calls: by (call name, number). outputs: layouts of module outputs, by (module name, number).
+    """
+
+    calls: dict[Key, Traced] = field(default_factory=dict)
+    outputs: dict[Key, Layout] = field(default_factory=dict)
+    known: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary, repr=False)  # tensors of earlier passes
+
+    def get(self, key: Key) -> Layout | None:
+        """The layout of a call; None: unknown."""
+        return self.calls[key].layout if key in self.calls else None
+
+
+class Tracer(Receiver):
+    """Notes the shapes and places of every attention, and the places of module outputs, in a pass of one image."""
+
+    def __init__(self, image: Tensor):
+        super().__init__()
+        self.layouts, self.shadows = Layouts(), Shadows(image)
+        self.same: dict[bytes, Layout | None] = {}  # most modules leave tokens where they are
+        self.tokens: dict[int, Layout] = {}  # the last layout of so many tokens
+
+    def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        self.shadows.follow(func, tuple(args), kwargs, out)
+
+    def attention(self, running: Running, raw: Raw) -> None:
+        self.count += 1
+        product = raw.use is None or raw.use.product is not None
+        kind = "token" if product else "pooling"
+        sides = (raw.q, raw.k)
+        if raw.q is None:  # the output is where its query is, V where the keys are
+            sides = (raw.use.place_output, raw.use.place_v)
+        query, key = (self.places(side, x.shape[-2]) for side, x in zip(sides, (raw.output, raw.v), strict=True))
+        found = layout(query, key, self.shadows.size, self.shadows.reason(*(side[0] for side in sides)))
+        if found is None or len(found.factors) != len(raw.lead):
+            found, factors = None, guessed(raw.lead, raw.heads)
+        else:
+            factors = found.factors
+        if raw.q is not None and channel(query, key):
+            kind, found = "channel", None  # rows and columns of the map are channels, which are nowhere
+        self.layouts.calls[self.key(running)] = Traced(raw.lead, factors, kind, found)
+
+    def places(self, side: Placed, count: int) -> Tensor:
+        """Places (..., count, K, 4) of a side, NaN if it has none; axes on which they do not differ have size 1 or stride 0."""
+        places = self.shadows.of(side[0])
+        return torch.full((count, 1, 4), math.nan) if places is None else side[1](narrowed(places))
+
+    def leave(self, name: str, number: int, output: Any) -> None:
+        """The layout of a module's output (1, N, D), (1, D, N), (1, h, w, D) or (1, D, h, w)."""
+        if isinstance(output, Stream):  # for its original tokens, as in `Stream.tokens`
+            count = output.x.shape[1] - output.state.inserted if output.state.source is None else output.state.source.shape[1]
+            found = self.tokens.get(count)
+        else:
+            found = self.of_output(output) if isinstance(output, Tensor) and output.ndim in (3, 4) else None
+            if found is not None:
+                self.tokens[found.queries.shape[1]] = found
+        if found is not None:
+            self.layouts.outputs[name, number] = found
+
+    def of_output(self, output: Tensor) -> Layout | None:
+        places = self.shadows.of(output)
+        if places is None or len(output) != 1:
+            return None
+        places = narrowed(places)
+        varying = [axis for axis in range(1, output.ndim) if places.shape[axis] > 1]
+        if len(varying) != output.ndim - 2 or varying[-1] - varying[0] != len(varying) - 1:
+            return None
+        constant = next(axis for axis in range(1, output.ndim) if axis not in varying)
+        places = places.movedim(constant, -2).flatten(1, -3)  # (1, N, 1, 4)
+        key = places.numpy().tobytes()
+        if key not in self.same:
+            self.same[key] = layout(places, None, self.shadows.size)
+        return self.same[key]
+
+
+def narrowed(places: Tensor) -> Tensor:
+    """Places (..., 4) with size 1 in place of axes along which nothing differs."""
+    for axis in range(places.ndim - 1):
+        if places.stride(axis) == 0:
+            places = places.narrow(axis, 0, 1)
+    return places
