@@ -405,6 +405,18 @@ def test_only_the_sources_asked_for():
     assert set(measured(shown(), sources=("score",))["source"]) == {"score"}
 
 
+def test_an_image_that_is_not_finite_spoils_its_own_rows_alone():
+    call = shown(batch=3, layout=grid())
+    wanted = measured(call)
+    call.q[1], call.maps[1] = torch.nan, torch.nan
+    found = measured(call)
+    of_map = [(name, "attention") for name in ("attention_entropy", "mean_distance", "head_redundancy")]
+    for name, source in [*of_map, ("effective_rank", "score")]:
+        values = column(found, name, source)
+        assert values[1].isnan().all()
+        close(values[[0, 2]], column(wanted, name, source)[[0, 2]])
+
+
 def test_bad_batches_are_refused():
     with pytest.raises(DataError, match=r"batch of 3.*perturbed"):
         measured(shown(batch=3), noisy=True)

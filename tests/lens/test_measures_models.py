@@ -194,6 +194,13 @@ def test_batches_make_no_difference():
             np.testing.assert_array_equal(split[name], values)
 
 
+def test_rows_of_the_model_come_with_the_first_image_alone():
+    table, measures = measured(build("eva"), pictures(2), noisy=False, first=16)
+    assert set(table["source"]) == {"attention", "score"}
+    assert set(table["image"]) == {16, 17}
+    assert measures.notes == []
+
+
 def test_without_noise_nothing_changes():
     table, _ = measured(build(), torch.cat([pictures(), pictures()]))
     for name in ("perturbation_robustness", "perturbation_robustness_paper"):

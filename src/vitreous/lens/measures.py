@@ -70,7 +70,8 @@ class Measures:
     masked out altogether do not count.
 
     model: to find the weights and learned spectra of the modules that made the calls.
-    sources: which of SOURCES to measure. first: the number of the first image; learned and weight rows come with image 0.
+    sources: which of SOURCES to measure. first: the number of the first image. Learned and weight rows, and notes on
+        them, come with image 0 alone.
     block: numbers per buffer, of which there are two (the map's and ours), and two of one head's size for distances.
     `leave` is needed for `notes` to tell what lies between weights and scores, and for fused weights of unknown classes.
     """
@@ -115,8 +116,8 @@ class Measures:
     def leave(self, name: str, number: int, output: Any) -> None:
         """At the end of a module's forward: keep the energies of layers that may be a projection, until their call."""
         parent, _, child = name.rpartition(".")
-        fresh = child in spectra.NAMES and "weight" in self.sources and (parent, 0) not in self.layers
-        if fresh and isinstance(output, Tensor) and output.is_floating_point():
+        fresh = self.first == 0 and "weight" in self.sources and (parent, 0) not in self.layers
+        if fresh and child in spectra.NAMES and isinstance(output, Tensor) and output.is_floating_point():
             axis = 1 if isinstance(self._modules.get(name), nn.Conv2d) else output.ndim - 1
             others = [i for i in range(output.ndim) if i != axis]
             energies = output.detach().float().square().sum(dim=others)
@@ -167,7 +168,7 @@ class Measures:
     def _add_model(self, layer: int, call: Call) -> None:
         """The rows that follow from the model alone, with the first image; from the first call, which shows H and K."""
         module, energies = self._modules.get(call.name), self._energies.pop(call.name, {})
-        if module is None or call.q is None or call.kind == "channel":
+        if self.first or module is None or call.q is None or call.kind == "channel":
             return
         heads, width = call.q.shape[2], call.q.shape[4]
         found = []
@@ -178,7 +179,7 @@ class Measures:
             found.append(spectra.weight(module, heads, width, spectra.Energies(q, k, energies)))
             if found[-1].note:
                 self._notes.setdefault(f"weight spectrum: {found[-1].note}", []).append(call.name)
-        for spectrum in found if self.first == 0 else ():
+        for spectrum in found:
             if spectrum.values is not None:
                 values = {name: _numpy(value)[None] for name, value in spectrum.indicators().items()}
                 self._records.append(_Record(layer, spectrum.source, call.kind, values))
