@@ -13,7 +13,7 @@ import safetensors.numpy
 from PIL import Image, ImageDraw
 
 MEASURES = (
-    "attention_entropy", "effective_tokens", "selectivity", "selectivity_paper", "mean_distance", "alignment",
+    "attention_entropy", "effective_tokens", "selectivity", "selectivity_paper", "mean_distance", "angular_alignment",
     "head_redundancy", "perturbation_robustness", "rank_collapse", "spectral_entropy", "effective_rank",
 )  # fmt: skip
 SCORES = ("energy_inside", "auroc", "average_precision", "pointing", "iou_otsu", "iou_best")
@@ -159,10 +159,10 @@ def write_part(path: Path, made: Made, scenes: list[dict], images: range, rng: n
                 tensors[f"{name}/{layer}/confidence"] = np.array(sure, np.float32)
     tensors["foreground/-1"] = (discs * 3 - 1).astype(np.float16)
     said = []
-    for place, image in enumerate(images):
-        tensors[f"picture/{place}"] = scenes[image]["picture"]
+    for image in images:
+        tensors[f"picture/{image}"] = scenes[image]["picture"]
         if made.masks:
-            tensors[f"mask/{place}"] = scenes[image]["mask"]
+            tensors[f"mask/{image}"] = scenes[image]["mask"]
         label = made.labels[image % len(made.labels)] if made.labels else "disc"
         said.append(
             {"image": image, "name": made.name(image), "width": 400, "height": 300, "predicted": label, "probability": 0.8,

@@ -89,7 +89,7 @@ def test_the_numbers_of_the_page_are_those_of_the_folder(folder, tmp_path):
     learned = pytest.approx(value("effective_rank", 3, 0, -1), rel=1e-4)
     assert rows["weight", "token", 3, 0]["effective_rank"] == [learned, None, 0]
     assert rows["attention", "token", 2, -1]["rank_collapse"] is not None
-    assert rows["attention", "token", 2, -1]["alignment"] is None
+    assert rows["attention", "token", 2, -1]["angular_alignment"] is None
     single = dict(zip(columns, reading["each"]["values"]["attention/token/1/2/4"], strict=True))
     assert single["mean_distance"] == pytest.approx(value("mean_distance", 1, 2, 4), rel=1e-3)
     assert set(columns) == set(MEASURES)
@@ -243,7 +243,7 @@ def spoil_table_columns(folder: Path) -> None:
 
 def spoil_table_words(folder: Path) -> None:
     table = json.loads((folder / "table.json").read_text())
-    table["columns"]["alignment"][0] = "much"
+    table["columns"]["angular_alignment"][0] = "much"
     (folder / "table.json").write_text(json.dumps(table))
 
 

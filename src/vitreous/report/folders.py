@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,11 @@ def open_folders(folders: Sequence[Path]) -> list[Source]:
             f"Found readings and runs together ({', '.join(source.name for source in sources)}). Expected folders of one kind. "
             "Name a reading inside the run, such as RUN/readings/epoch-005."
         )
-    return sources
+    names = [source.name for source in sources]
+    return [
+        replace(source, name=f"{source.name} ({folder.resolve().name})") if names.count(source.name) > 1 else source
+        for source, folder in zip(sources, map(Path, folders), strict=True)
+    ]
 
 
 def _open(folder: Path) -> Source:
@@ -109,7 +113,7 @@ class ReadingFolder:
         for part in self.parts:
             with self.opened(part) as file:
                 said = parsed((file.metadata() or {}).get("images", ""), part, "its list of images")
-            self.images += [image | {"part": part, "place": place} for place, image in enumerate(said)]
+            self.images += [image | {"part": part} for image in said]
         if len(self.images) != self.count:
             raise self.incomplete(f"{len(self.images)} of {self.count} images")
 
@@ -198,10 +202,9 @@ def _image(reading: ReadingFolder, image: dict[str, Any], pictures: dict[str, in
         names = set(file.keys())
         for kind in ("picture", "mask"):
             address = ""
-            for name in (f"{kind}/{image['image']}", f"{kind}/{image['place']}"):
-                if name in names:
-                    address = packing.picture(file.get_tensor(name).astype(np.uint8).tobytes())
-                    break
+            name = f"{kind}/{image['image']}"
+            if name in names:
+                address = packing.picture(file.get_tensor(name).astype(np.uint8).tobytes())
             found[kind] = pictures.setdefault(address, len(pictures)) if address else None
     return found
 

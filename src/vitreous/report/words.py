@@ -9,12 +9,13 @@ MEASURES: dict[str, tuple[str, str, str]] = {
     "effective_tokens": ("Effective tokens", "tokens", "How many tokens a query attends to. 1: a single one."),
     "selectivity": ("Selectivity index", "0 to 1", "High is diffuse, low is selective: the reverse of what the name suggests."),
     "mean_distance": ("Attention distance", "pixels", "How far away the attended places are, on average. Low: a local head."),
-    "alignment": ("Alignment", "cosine", "Between a token's own query and key. 1: tokens seek what they are themselves."),
+    "angular_alignment": ("Alignment", "cosine", "Of a token's own query and key. 1: tokens seek what they are themselves."),
+    "attention_width": ("Attention width", "pixels", "Width of the Gaussian that looks as far. Weight far away counts more."),
     "head_redundancy": ("Head redundancy", "0 to 1", "How alike the maps of the heads of a layer are. 1: all the same."),
     "perturbation_robustness": (
         "Change under noise", "relative", "How far the attention moves when the image is made noisy. Low is robust.",
     ),
-    "rank_collapse": ("Rank collapse", "relative", "How far tokens are from being all alike. 0: they have all become one."),
+    "rank_collapse": ("Rank collapse", "relative", "How far tokens are from all being the same one. Low is collapsed."),
     "spectral_entropy": ("Spectral entropy", "nats", "0: one axis carries all. Log of the number of axes: all carry the same."),
     "effective_rank": ("Effective rank", "axes", "How many axes share the energy. 1: a single one."),
     "effective_rank_l1": ("Effective rank (magnitudes)", "axes", "Roy and Vetterli's: axes that share the magnitude."),
@@ -23,7 +24,11 @@ MEASURES: dict[str, tuple[str, str, str]] = {
 }  # fmt: skip
 
 SCORES: dict[str, tuple[str, str, str]] = {
-    "energy_inside": ("Energy inside", "0 to 1", "Share of the map that lies on the object. By chance: the object's area."),
+    "energy_inside": (
+        "Energy inside",
+        "0 to 1",
+        "Share of the map's mass that lies on the object. By chance: the object's area.",
+    ),
     "auroc": ("AUROC", "0 to 1", "Chance that a patch of the object scores above one of the background. By chance: 0.5."),
     "average_precision": ("Average precision", "0 to 1", "Precision over all thresholds. By chance: the object's area."),
     "pointing": ("Pointing game", "0 to 1", "How often the highest patch lies on the object. By chance: the object's area."),

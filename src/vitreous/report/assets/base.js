@@ -63,9 +63,9 @@ const several = DATA.sources.length > 1;
 const epochs = DATA.sources.some((source) => source.epochs);
 const last = (source) => ({ source, at: DATA.sources[source].readings.length - 1 });
 const state = {
-  panes: several && !epochs ? [last(0), last(1)] : [last(0)],
+  panes: DATA.sources.length === 2 || (several && !epochs) ? [last(0), last(1)] : [last(0)],
   image: 0, layer: 0, head: -1, component: "attention",
-  opacity: 70, marks: true, outline: false, clip: false, shared: true,
+  opacity: 65, marks: true, outline: false, clip: true, shared: true,
 };
 const sections = [];
 

@@ -33,6 +33,12 @@ const SCALES = {
 };
 const SURE = 0.95; // confidence from which a sign is taken as known
 
+/** Black or white, whichever stands out more. */
+function contrasting(color) {
+  const [r, g, b] = color.map((byte) => (byte / 255 <= 0.03928 ? byte / 255 / 12.92 : ((byte / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
+}
+
 /** A line colour for the i-th of n, told apart by hue and lightness; readable on light and dark ground. */
 const lineColor = (i, n) => `rgb(${oklch(0.54 + 0.12 * (n > 1 ? i / (n - 1) : 0), 0.13, 262 - 225 * (n > 1 ? i / (n - 1) : 0)).join(" ")})`;
 

@@ -6,15 +6,28 @@ const ATTENTION = "attention";
 const summaryOf = (reading) => reading.summary.map(([component, layer, head, measure, mean_, low, high, count]) =>
   ({ component, layer, head, measure, mean: mean_, low, high, count }));
 const highest = (rows, value) => rows.reduce((best, row) => (value(row) !== null && (!best || value(row) > value(best)) ? row : best), null);
-const interval = (row) => (row.low === null ? "" : ` [${fmt(row.low)}, ${fmt(row.high)}]`);
+const interval = (row) => (row.low === null ? "" : ` [${fmt(row.low, 3)}, ${fmt(row.high, 3)}]`);
 
 /** The head that looks most at the object: most of its attention inside the masks. */
 function looker(reading, measure = "energy_inside") {
   return highest(summaryOf(reading).filter((row) => row.component === ATTENTION && row.head >= 0 && row.measure === measure), (row) => row.mean);
 }
 
-const baseline = (reading, name, measure) => summaryOf(reading).find((row) => row.component === name && row.measure === measure) || null;
-const worst = (reading) => { const found = highest(reading.artifacts, (row) => row[1]); return found && found[1] > 0 ? found : null; };
+/** A map that looks at no image, on the grid of the whole model's maps. */
+const baseline = (reading, name, measure) => summaryOf(reading).find((row) => row.component === name && row.measure === measure && row.layer < 0) || null;
+
+/** {share, layers}: the layers with the most artifact tokens, or null if there are none. */
+function worst(reading) {
+  const share = Math.max(0, ...reading.artifacts.map((row) => row[1]));
+  return share > 0 ? { share, layers: reading.artifacts.filter((row) => row[1] >= 0.999 * share).map((row) => row[0]) } : null;
+}
+
+/** "layer 3", "layers 3 and 5", "layers 7 to 11". */
+function listed(layers) {
+  if (layers.length === 1) return `layer ${layers[0]}`;
+  const row = layers.every((layer, i) => layer === layers[0] + i) && layers.length > 2;
+  return `layers ${row ? `${layers[0]} to ${layers[layers.length - 1]}` : `${layers.slice(0, -1).join(", ")} and ${layers[layers.length - 1]}`}`;
+}
 
 function extreme(reading, measure, down) {
   const found = [];
@@ -40,14 +53,14 @@ function glance() {
         const found = looker(reading);
         if (!found) return { text: "Not scored: no masks were given." };
         const centre = baseline(reading, "centre", "energy_inside");
-        return { big: where(found.layer, found.head), text: `energy inside ${fmt(found.mean)}${interval(found)}${centre ? `; centre prior ${fmt(centre.mean)}` : ""}`,
+        return { big: where(found.layer, found.head), text: `energy inside ${fmt(found.mean, 3)}${interval(found)}${centre ? `; centre prior ${fmt(centre.mean, 3)}` : ""}`,
           go: { component: ATTENTION, layer: found.layer, head: found.head, outline: true } };
       }],
       ["artifacts", "Artifact tokens", (reading) => {
         const found = worst(reading);
         if (!reading.artifacts.length) return { text: "Not looked for." };
         if (!found) return { big: "none", text: "No layer has tokens of outstanding norm." };
-        return { big: `layer ${found[0]}`, text: `${fmt(found[1], 3)} % of its patches, the most of all layers`, go: { layer: found[0], marks: true } };
+        return { big: listed(found.layers), text: `${fmt(found.share, 3)} % of the patches, the most of all layers`, go: { layer: found.layers[0], marks: true } };
       }],
       ["focused", "Looks at the fewest places", (reading) => {
         const found = extreme(reading, "effective_tokens", true);
@@ -112,13 +125,13 @@ function scored(reading, index, measure) {
   if (!rows.length) return el("p", { class: "quiet" }, `${tagged(index)}: no masks were given.`);
   const best = looker(reading, measure);
   const lines = Object.keys(WORDS.baselines).map((name) => [name, baseline(reading, name, measure)]).filter(([, row]) => row);
-  const said = best ? el("p", { class: "sentence" }, `${capital(where(best.layer, best.head))} looks most at the object: `, el("strong", {}, fmt(best.mean)), `${interval(best)}.`) : null;
-  const bases = el("p", { class: "quiet" }, lines.map(([name, row]) => `${WORDS.baselines[name]} ${fmt(row.mean)}${interval(row)}`).join(" · "));
+  const said = best ? el("p", { class: "sentence" }, `${capital(where(best.layer, best.head))} looks most at the object: `, el("strong", {}, fmt(best.mean, 3)), `${interval(best)}.`) : null;
+  const bases = el("p", { class: "quiet" }, lines.map(([name, row]) => `${WORDS.baselines[name]} ${fmt(row.mean, 3)}${interval(row)}`).join(" · "));
   const others = rows.filter((row) => row.head < 0 && !own(WORDS.baselines, row.component));
   const names = [...new Set(others.map((row) => row.component))];
   const bars = names.length ? chart({ id: `maps-${"ab"[index]}`, title: "Other maps", unit: scoreWords(measure)[1], xLabel: "layer", xName: (x) => (x < 0 ? "whole" : String(x)),
     series: names.map((name, i) => ({ name: componentName(name), look: "line", knots: true, color: lineColor(i, names.length),
-      points: others.filter((row) => row.component === name).sort((a, b) => a.layer - b.layer).map((row) => ({ x: row.layer, y: row.mean, low: row.low, high: row.high })) })),
+      points: others.filter((row) => row.component === name).sort((a, b) => a.layer - b.layer).map((row) => ({ x: row.layer, y: row.mean, low: names.length < 4 ? row.low : null, high: row.high })) })),
     pick: (s, p) => set({ component: others.find((row) => componentName(row.component) === s.name).component, layer: p.x < 0 ? state.layer : p.x, head: -1 }) }) : null;
   return el("div", {}, state.panes.length > 1 ? el("h3", {}, tagged(index)) : null, said, bases, el("div", { class: "abreast" },
     matrix(`Attention: ${scoreWords(measure)[0]} by layer and head, ${tagged(index)}`, rows.filter((row) => row.component === ATTENTION && row.head >= 0).map((row) => ({ ...row, value: row.mean })), best),
@@ -142,7 +155,7 @@ function matrix(caption, rows, best, signed = false) {
       on: { click: () => show({ component: ATTENTION, layer, head }) } }, short(row.value));
     const color = oklch(0.95 - 0.5 * t, 0.02 + 0.12 * t, 235 - 25 * t);
     button.style.backgroundColor = `rgb(${color.join(" ")})`;
-    button.style.color = t > 0.55 ? "#fff" : "#14202b";
+    button.style.color = contrasting(color);
     return el("td", {}, button);
   };
   const sheet = el("table", { class: "matrix" }, el("caption", { class: "unseen" }, caption),
@@ -166,7 +179,7 @@ function scoreTables(sheet) {
       { label: "Map", value: (row) => componentName(row.component) },
       { label: "Layer", numeric: true, value: (row) => (row.layer < 0 ? null : row.layer) },
       { label: "Head", numeric: true, value: (row) => (row.head < 0 ? null : row.head) },
-      ...names.map((name) => ({ label: scoreWords(name)[0], numeric: true, value: (row) => row.by.get(name)?.mean ?? null, text: (row) => (row.by.has(name) ? fmt(row.by.get(name).mean) + interval(row.by.get(name)) : "–") })),
+      ...names.map((name) => ({ label: scoreWords(name)[0], numeric: true, value: (row) => row.by.get(name)?.mean ?? null, text: (row) => (row.by.has(name) ? fmt(row.by.get(name).mean, 3) + interval(row.by.get(name)) : "–") })),
       { label: "Images", numeric: true, value: (row) => row.count },
     ];
     if (state.panes.length > 1) sheet.append(el("h3", {}, tagged(index)));
@@ -187,7 +200,7 @@ function artifacts() {
     const [title, unit, about] = measureWords("artifact_share");
     sentence.textContent = readings.map((reading, i) => {
       const found = worst(reading);
-      return `${readings.length > 1 ? `${LETTERS[i]}: ` : ""}${found ? `most artifact tokens in layer ${found[0]}: ${fmt(found[1], 3)} % of its patches.` : "no artifact tokens in any layer."}`;
+      return `${readings.length > 1 ? `${LETTERS[i]}: ` : ""}${found ? `most artifact tokens in ${listed(found.layers)}: ${fmt(found.share, 3)} % of the patches.` : "no artifact tokens in any layer."}`;
     }).map(capital).join(" ");
     box.replaceChildren(chart({ id: "artifact-chart", title, unit, about, xLabel: "layer", pick: (s, p) => show({ layer: p.x, marks: true }),
       series: readings.map((reading, i) => ({ name: tagged(i), look: "line", knots: true, side: "ab"[i], points: reading.artifacts.map(([x, y]) => ({ x, y })) })) }));
@@ -198,12 +211,13 @@ function artifacts() {
 
 function faithfulness() {
   const { node, show: showPart } = part("faithfulness", "Faithfulness");
-  const box = { chosen: null };
-  const pick = choice("Map", (value) => { box.chosen = value; redraw(); });
+  const box = { component: null, layer: null };
+  const pick = choice("Map", (value) => { box.component = value; redraw(); });
+  const depth = choice("Layer", (value) => { box.layer = value; redraw(); });
   const about = el("p", { class: "about" }, "Patches are put in, or taken away, from the highest of the map down, and the model's probability is followed. "
     + "A faithful map raises it faster, and lowers it faster, than a random order. With randomised weights the map should become another one: a correlation near 0.");
-  const [body, sheet] = [el("div", { class: "charts" }), el("div")];
-  node.append(about, pick.field, key([["line a", "the map"], ["line a dashed", "random order"]]), body, sheet);
+  const [told, body, sheet] = [el("p", { class: "quiet" }), el("div", { class: "charts" }), el("div")];
+  node.append(about, el("div", { class: "row" }, pick.field, depth.field), told, key([["line a", "the map"], ["line a dashed", "random order"]]), body, sheet);
   const name = (curve) => `${componentName(curve.component)}${curve.layer < 0 ? "" : `, layer ${curve.layer}`}`;
   const series = (curve, what) => [[what, false], [`random_${what}`, true]].filter(([id]) => curve[id]).map(([id, dashed]) =>
     ({ name: dashed ? "random order" : "the map", look: "line", side: "a", dashed, points: curve.fractions.map((x, i) => ({ x, y: curve[id][i] })) }));
@@ -213,11 +227,18 @@ function faithfulness() {
     const found = readings.flatMap((reading, i) => reading.curves.map((curve) => ({ curve, i })));
     showPart(found.length > 0);
     if (!found.length) return;
-    const names = [...new Set(found.map(({ curve }) => name(curve)))];
-    if (!names.includes(box.chosen)) box.chosen = names[0];
-    pick.show(names.map((value) => ({ value, label: value })), box.chosen);
+    const best = highest(found, ({ curve }) => curve.difference?.[0] ?? null) || found[0];
+    const names = [...new Set(found.map(({ curve }) => curve.component))];
+    if (!names.includes(box.component)) Object.assign(box, { component: best.curve.component, layer: best.curve.layer });
+    const depths = [...new Set(found.filter(({ curve }) => curve.component === box.component).map(({ curve }) => curve.layer))].sort((a, b) => a - b);
+    if (!depths.includes(box.layer)) box.layer = depths[depths.length - 1];
+    pick.show(names.map((value) => ({ value, label: componentName(value) })), box.component);
+    depth.show(depths.map((value) => ({ value, label: value < 0 ? "whole model" : String(value) })), box.layer);
+    const shown = found.filter(({ curve }) => curve.component === box.component && curve.layer === box.layer);
+    const { followed, fill: filled, images: count } = shown[0].curve;
+    told.textContent = [followed && `Followed: ${followed}`, filled && `missing patches: ${filled}`, count && plural(count, "image")].filter(Boolean).join("; ");
     const tag = (i) => (readings.length > 1 ? ` of ${LETTERS[i]}` : "");
-    body.replaceChildren(...found.filter(({ curve }) => name(curve) === box.chosen).flatMap(({ curve, i }) => [
+    body.replaceChildren(...shown.flatMap(({ curve, i }) => [
       chart({ title: `Insertion${tag(i)}`, unit: "probability", xLabel: "share of patches put in", xName: fmt, series: series(curve, "insertion") }),
       chart({ title: `Deletion${tag(i)}`, unit: "probability", xLabel: "share of patches taken away", xName: fmt, series: series(curve, "deletion") })]));
     const columns = [
@@ -225,10 +246,10 @@ function faithfulness() {
       { label: "Area, insertion", numeric: true, value: ({ curve }) => curve.insertion_area ?? null },
       { label: "Area, deletion", numeric: true, value: ({ curve }) => curve.deletion_area ?? null },
       { label: "Difference to random order", numeric: true, value: ({ curve }) => curve.difference?.[0] ?? null,
-        text: ({ curve }) => (curve.difference ? `${fmt(curve.difference[0])} [${fmt(curve.difference[1])}, ${fmt(curve.difference[2])}]` : "–") },
+        text: ({ curve }) => (curve.difference ? `${fmt(curve.difference[0], 3)} [${fmt(curve.difference[1], 3)}, ${fmt(curve.difference[2], 3)}]` : "–") },
       { label: "Correlation, weights randomised", numeric: true, value: ({ curve }) => curve.randomised ?? null },
     ];
-    sheet.replaceChildren(table({ caption: "Faithfulness of the maps", columns, rows: found }));
+    sheet.replaceChildren(table({ id: "curve-table", caption: "Faithfulness of the maps", columns, rows: found, sort: { column: 3, down: true }, limit: 12 }));
   }
   section(["panes"], redraw);
 }

@@ -38,7 +38,8 @@ function viewer() {
     const told = readings.map((r) => r.components.find((c) => c.name === state.component)).find(Boolean);
     const perHead = readings.some((r) => r.maps[`${state.component}/${state.layer}`]?.heads);
     const alone = !readings.some((r) => r.maps[`${state.component}/${state.layer}`]);
-    about.textContent = told ? [told.about, told.rule ? `Sign: ${told.rule}.` : "", alone ? "One map for the whole model." : ""].filter(Boolean).join(" ") : "";
+    about.textContent = told ? [told.about, told.rule ? `${told.signed ? "Sign by" : "By"} ${told.rule}` : "", alone ? "one map for the whole model" : ""].filter(Boolean)
+      .map((text) => `${capital(text).replace(/\.$/, "")}.`).join(" ") : "";
     layer.show(layersOf(readings).map((value) => ({ value, label: String(value), title: layerTitle(readings, value) })), state.layer, alone);
     const heads = Math.max(0, ...readings.map((r) => r.layers.find((l) => l.layer === state.layer)?.heads || 0));
     head.show([-1, ...Array(heads).keys()].map((value) => ({ value, label: value < 0 ? "mean" : String(value) })), state.head, !perHead);
@@ -67,8 +68,14 @@ function settle(readings) {
   if (state.head >= heads) state.head = -1;
 }
 
-const componentsOf = (readings) => [...new Set(readings.flatMap((r) => r.components.map((c) => c.name)
-  .filter((name) => Object.keys(r.maps).some((map) => map.startsWith(`${name}/`)))))];
+/** Names of the components that there are maps of, the best known first. */
+function componentsOf(readings) {
+  const order = ["attention", "rollout", "foreground", "u1", "u2", "u3", "k1", "artifacts"];
+  const place = (name) => (order.includes(name) ? order.indexOf(name) : order.length);
+  const found = new Set(readings.flatMap((r) => r.components.map((c) => c.name).filter((name) => Object.keys(r.maps).some((map) => map.startsWith(`${name}/`)))));
+  return [...found].sort((a, b) => place(a) - place(b));
+}
+
 const layersOf = (readings) => [...new Set(readings.flatMap((r) => r.layers.map((l) => l.layer)))].sort((a, b) => a - b);
 const layerTitle = (readings, layer) => readings.map((r) => r.layers.find((l) => l.layer === layer)?.name).find(Boolean);
 
@@ -220,9 +227,9 @@ function paint(node) {
   context.clearRect(0, 0, CANVAS, height);
   if (photo?.naturalWidth) context.drawImage(photo, 0, 0, CANVAS, height);
   if (map) {
-    context.globalAlpha = photo?.naturalWidth ? state.opacity / 100 : 1;
     eachCell(map, canvas, (value, x, y, width, tall) => {
       if (Number.isNaN(value)) return;
+      context.globalAlpha = photo?.naturalWidth ? cover(strength(value, range)) : 1;
       context.fillStyle = `rgb(${colorOf(map, value, range).join(" ")})`;
       context.fillRect(x, y, width, tall);
     });
@@ -240,6 +247,15 @@ function paint(node) {
     }
   }
 }
+
+/** How much a value says, 0 to 1: its place in the range, or its distance from zero if it is signed. */
+function strength(value, range) {
+  const t = Math.min(Math.max((value - range.low) / (range.high - range.low), 0), 1);
+  return range.signed ? Math.abs(2 * t - 1) : t;
+}
+
+/** Opacity of a cell: what says little lets more of the image through. 0 and 1 are none and all. */
+const cover = (much) => (state.opacity / 100) ** (1 + 1.6 * (1 - much));
 
 /** Calls with value and whole-pixel box of every cell, so that cells meet without seams. */
 function eachCell(map, canvas, call) {
