@@ -1,4 +1,4 @@
-"""The six interpretability indicators of SVDA, as published and corrected, and five of others, as pure functions.
+"""The six interpretability indicators of SVDA, as published and corrected, and four of others, as pure functions.
 
 Paper: Arampatzakis, Pavlidis, Mitianoudis, Papamarkos, 2026, arXiv 2602.10994 (classification), 2602.11005 (depth).
 *Paper form*: as the public experiments execute it, with natural logarithms and eps = 1e-8. *Corrected form*: what can
@@ -128,7 +128,7 @@ def mean_distance(attention: Tensor, distance: Tensor) -> Tensor:
     distance: (N, M), see `distances`; NaN is no place (class token, registers, padding). Sums run over keys with a place, so
     weight on a class token neither shortens nor lengthens a head's reach; rows without a place, or with all weight on keys
     without one, are left out; NaN if none is left. A head whose weights fall off as a Gaussian of width s has distance
-    s sqrt(pi / 2). Source: Dosovitskiy et al. 2021, arXiv 2010.11929, figure 7; what becomes of the class token is our choice.
+    s sqrt(pi / 2). Source: Dosovitskiy et al. 2021, arXiv 2010.11929; what becomes of the class token is our choice.
     """
     return _over_places(attention, distance, distance)
 

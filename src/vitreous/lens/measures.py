@@ -72,7 +72,8 @@ class Measures:
     model: to find the weights and learned spectra of the modules that made the calls.
     sources: which of SOURCES to measure. first: the number of the first image. Learned and weight rows, and notes on
         them, come with image 0 alone.
-    block: numbers per buffer, of which there are two (the map's and ours), and two of one head's size for distances.
+    block: numbers per buffer, or one row of all heads and images if that is more; there are two such buffers (the map's and
+        ours), and two of the size of one head's block for distances.
     `leave` is needed for `notes` to tell what lies between weights and scores, and for fused weights of unknown classes.
     """
 
