@@ -108,12 +108,13 @@ class ReadingFolder:
         if not isinstance(self.facts.get("layers"), list) or not isinstance(self.facts.get("components"), list):
             raise self.incomplete("reading.json without its layers or components")
         self.count = int(self.facts.get("images", 0))
-        self.parts = sorted((folder / "parts").glob("*.safetensors"))
+        self.parts: list[Path] = []  # that hold images; those of which none could be read have none
         self.images: list[dict[str, Any]] = []  # of all parts, each with the part it lies in
-        for part in self.parts:
+        for part in sorted((folder / "parts").glob("*.safetensors")):
             with self.opened(part) as file:
                 said = parsed((file.metadata() or {}).get("images", ""), part, "its list of images")
             self.images += [image | {"part": part} for image in said]
+            self.parts += [part] if said else []
         if len(self.images) != self.count:
             raise self.incomplete(f"{len(self.images)} of {self.count} images")
 

@@ -15,7 +15,7 @@ MEASURES: dict[str, tuple[str, str, str]] = {
     "perturbation_robustness": (
         "Change under noise", "relative", "How far the attention moves when the image is made noisy. Low is robust.",
     ),
-    "rank_collapse": ("Rank collapse", "relative", "How far tokens are from all being the same one. Low is collapsed."),
+    "rank_collapse": ("Rank collapse", "0 to 1", "How far tokens are from all being the same one. Low is collapsed."),
     "spectral_entropy": ("Spectral entropy", "nats", "0: one axis carries all. Log of the number of axes: all carry the same."),
     "effective_rank": ("Effective rank", "axes", "How many axes share the energy. 1: a single one."),
     "effective_rank_l1": ("Effective rank (magnitudes)", "axes", "Roy and Vetterli's: axes that share the magnitude."),
