@@ -23,6 +23,7 @@ from vitreous import SPC, SVDA, EViT, ExtraTokens, TokenMerging
 from vitreous.errors import DataError, HostError, NotReached
 from vitreous.lens import tap
 from vitreous.lens.call import Arrangement
+from vitreous.lens.capture import Capture
 from vitreous.lens.tap import trace, watch
 
 HEADS, WIDTH, TOKENS, BATCH = 4, 8, 16, 3
@@ -481,16 +482,30 @@ def test_the_random_state_is_as_before():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_no_tensor_of_the_pass_is_kept():
-    model, refs = vit(), []
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_tensor_of_an_attention_is_kept(fused, monkeypatch):
+    """At each attention, what the one before was made of is gone; after the pass, all of it."""
+    model, refs, alive = vit(), [], []
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    take = Capture.attention
+
+    def attention(self, running, raw):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in refs))
+        refs.extend(weakref.ref(x) for x in (raw, raw.q[0], raw.k[0], raw.v, raw.output))
+        take(self, running, raw)
 
     def see(call):
         refs.extend(weakref.ref(x) for x in (call, call.maps, call.q, call.k, call.v, call.output))
         refs.extend(weakref.ref(block) for _, block in call.rows())
 
+    monkeypatch.setattr(Capture, "attention", attention)
     found = watch(model, images(), see)
+    assert found.output.shape == (BATCH, 5)
     del found
     gc.collect()
+    assert alive == [0, 0, 0]
     assert [ref for ref in refs if ref() is not None] == []
 
 

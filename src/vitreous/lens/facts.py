@@ -1,128 +1,189 @@
-"""What a reading says of itself: the model and its weights, layers, components, classes, and what tells it from others."""
+"""What is known of a tensor on the way from queries and keys to V: scores, weights, and the use that ends them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitreous.grafting import grafts
-from vitreous.lens.call import Call
-from vitreous.lens.faithfulness import answer, has_classes
-from vitreous.lens.gallery import about
-from vitreous.lens.reading import Part
-from vitreous.lens.views import View, Views
+from vitreous.lens.axes import Axes, Contraction, Label, along, unravel
 
-PACKAGES = ("vitreous", "torch", "timm", "numpy")
-Said = tuple[str | None, float | None]  # a class and its probability; None, None without classes
-WARNING = "Random weights: these maps say nothing about a trained model."
+SAMPLES = 256  # entries of a product that are kept, to be computed again from the operands
 
 
-def of_model(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Title, model, versions. given: "name" and "weights", where the caller knows them."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name = given.get("name") or config.get("architecture") or type(model).__name__
-    weights = given.get("weights", "given")
-    return {
-        "title": name,
-        "model": {
-            "name": name,
-            "class": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "weights": weights,
-            "mechanisms": [str(found.mechanism) for found in grafts(model)],
-        },
-        "random_weights": weights == "random",
-        "versions": {package: version(package) for package in PACKAGES},
-    }
+@dataclass(frozen=True)
+class Product:
+    """A contraction of two activations, and some entries of it: values at flat positions."""
+
+    contraction: Contraction
+    shape: tuple[int, ...]
+    positions: Tensor
+    values: Tensor
+
+    def error(self) -> float:
+        """The sampled entries against their computation from the operands: largest difference over the largest entry."""
+        c, coordinates = self.contraction, unravel(self.positions, self.shape)
+        rows = [
+            take(x, labels, c.labels_out, coordinates).double() for x, labels in ((c.a, c.labels_a), (c.b, c.labels_b))
+        ]  # (S, K) each
+        finite = self.values.isfinite()
+        if rows[0].shape != rows[1].shape or not finite.any():
+            return 0.0
+        own, again = self.values[finite], (rows[0] * rows[1]).sum(-1)[finite]
+        return float((own - again).abs().max() / own.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def of_layer(call: Call, layer: int, has_class: bool) -> dict[str, Any]:
-    """One captured attention: what it is, where its tokens are, and how its map was verified."""
-    layout = call.layout
-    return {
-        "layer": layer,
-        "name": call.name,
-        "number": call.number,
-        "kind": call.kind,
-        "route": call.route,
-        "verified": call.verified,
-        "error": call.error,
-        "heads": call.output.shape[2],
-        "queries": call.output.shape[3],
-        "keys": call.v.shape[3],
-        "windows": call.output.shape[1],
-        "prefix": 0 if layout is None else layout.prefix,
-        "grid": None if layout is None or layout.key_grid is None else list(layout.key_grid),
-        "has_class": has_class,
-        "effective": call.mixed,
-        "note": call.note or ("where its tokens are is not known" if layout is None else layout.note),
-    }
+@dataclass(frozen=True)
+class Scores:
+    """A product, or what followed from it. axes: this tensor's axes in the product; None: lost on the way."""
+
+    product: Product
+    axes: Axes | None
+    ops: tuple[str, ...] = ()
 
 
-def of_image(view: View, number: int, names: Sequence[str] | None, said: Said) -> dict[str, Any]:
-    """One image: its name and size, what the model says of it, its label and whether it has a mask."""
-    return {
-        "image": number,
-        "name": view.name,
-        "width": view.width,
-        "height": view.height,
-        "predicted": said[0],
-        "probability": said[1],
-        "label": names[view.label] if names and 0 <= view.label < len(names) else None,
-        "mask": view.mask is not None,
-    }
+@dataclass
+class Record:
+    """That there was a softmax, and whether it met a V: kept to the end of a pass, without a tensor."""
+
+    path: str
+    used: bool = False
 
 
-def of_components(part: Part, rules: Mapping[str, str], rows: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The components that there are maps of. rules: {"u1/6": by what it was signed}; rows: {"u/6": "raw" or "unit"}."""
-    found: dict[str, dict[str, Any]] = {}
-    for key in part.maps():
-        name, layer = key.split("/")
-        if name not in found:
-            signed = f"{key}/confidence" in part.tensors
-            found[name] = {"name": name, "per_head": part.tensors[key].ndim == 4, "signed": signed, "about": about(name)}
-        if key in rules:
-            found[name]["rule"] = rules[key]
-        if found[name]["signed"]:
-            found[name].setdefault("rows", {})[layer] = rows[f"{name[0]}/{layer}"]
-    return list(found.values())
+@dataclass(frozen=True)
+class Softmax:
+    """One softmax of the pass. shape, axis: of its output; scores: None if no product leads here."""
+
+    record: Record
+    shape: tuple[int, ...]
+    axis: int
+    scores: Scores | None
 
 
-def class_names(model: nn.Module) -> list[str] | None:
-    """Names of the classes: those that travel with the model, or ImageNet's; None where they are not known."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    if config.get("label_names"):
-        return [str(name) for name in config["label_names"]]
-    subset = infer_imagenet_subset(model) if hasattr(model, "num_classes") else None
-    if not subset:
+@dataclass(frozen=True)
+class Weights:
+    """A softmax's output, or what followed from it. axes: in that output; None: lost.
+
+    kept: the output itself, unless this tensor is it. gone: its values were overwritten. mixed: values changed since.
+    log: still logarithms. lossy: dropout that was not switched off.
+    """
+
+    softmax: Softmax
+    axes: Axes | None
+    kept: Tensor | None = None
+    gone: bool = False
+    mixed: bool = False
+    log: bool = False
+    lossy: bool = False
+
+    def key_axis(self) -> tuple[int, bool] | None:
+        """(the axis of this tensor that is the softmax's, whether all of its entries are left), or None."""
+        if self.axes is None:
+            return None
+        size, stride = self.softmax.shape[self.softmax.axis], math.prod(self.softmax.shape[self.softmax.axis + 1 :])
+        for i, digits in enumerate(self.axes.digits):
+            if len(digits) == 1 and digits[0][1] and digits[0][1] % stride == 0 and digits[0][1] < stride * size:
+                return i, digits[0] == (size, stride)
         return None
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(i) for i in range(info.num_classes())]
 
 
-def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, count: int) -> list[Said]:
-    """(class, its probability) for each of the first `count` images; (None, None) where the output is not of classes."""
-    if not has_classes(model, output):
-        return [(None, None)] * count
-    probability, best = answer(output)[:count].float().softmax(-1).max(-1)
-    named = [names[i] if names and i < len(names) else f"class {i}" for i in best.tolist()]
-    return list(zip(named, probability.tolist(), strict=True))
+@dataclass(frozen=True)
+class Use:
+    """Weights met V. Leading axes are the call's own: effective (..., N, M), v (..., M, Kv), output (..., N, Kv).
+
+    probabilities: the softmax's own output in the same form; None: it is `effective`, or cannot be said. whole: no key of
+    the softmax is left out. place_v, place_output: what V and the output are views of, and what gives such views.
+    """
+
+    weights: Weights
+    axes: Axes
+    effective: Tensor
+    probabilities: Tensor | None
+    v: Tensor
+    output: Tensor
+    whole: bool
+    place_v: tuple[Tensor, Callable[[Tensor], Tensor]]
+    place_output: tuple[Tensor, Callable[[Tensor], Tensor]]
+
+    @property
+    def note(self) -> str:
+        if self.weights.lossy:
+            return "dropout is on between softmax and V, even in eval mode"
+        if self.mixed and self.probabilities is None:
+            return "the softmax's own output is gone or of another shape; probabilities are the effective map"
+        return "" if self.whole else "some keys of the softmax are left out at V"
+
+    @property
+    def mixed(self) -> bool:
+        """Values were changed, or keys left out, between softmax and V."""
+        return self.weights.mixed or not self.whole
+
+    @property
+    def product(self) -> Product | None:
+        return None if self.weights.softmax.scores is None else self.weights.softmax.scores.product
+
+    def operands(self) -> tuple[tuple[Tensor, Callable], tuple[Tensor, Callable]] | None:
+        """(q, pick), (k, pick): the operands of the product, and what brings a tensor with such axes to (..., N or M, K).
+
+        None if there is no product, or its axes were lost between it and V.
+        """
+        softmax = self.weights.softmax
+        scores = softmax.scores
+        if scores is None or scores.axes is None or not scores.axes.known or not self.axes.known:
+            return None
+        c, place = scores.product.contraction, scores.axes.digits[softmax.axis]
+        strides = Axes.of(scores.product.shape).digits
+        found = [
+            label
+            for label, ((n, stride),) in zip(c.labels_out, strides, strict=True)
+            if len(place) == 1 and stride <= place[0][1] < n * stride
+        ]
+        if len(found) != 1 or (found[0] in c.labels_a) == (found[0] in c.labels_b):
+            return None
+        sides = [(c.b, c.labels_b), (c.a, c.labels_a)]
+        (k, of_k), (q, of_q) = sides if found[0] in c.labels_b else sides[::-1]
+        if any(sum(label not in c.labels_out for label in labels) != 1 for labels in (of_k, of_q)):
+            return None
+        lead = range(len(self.axes.digits) - 2)
+        at_q, at_k = (self.coordinates((*lead, axis), scores) for axis in (len(lead), len(lead) + 1))
+        return (q, lambda x: take(x, of_q, c.labels_out, at_q)), (k, lambda x: take(x, of_k, c.labels_out, at_k))
+
+    def coordinates(self, axes: Sequence[int], scores: Scores) -> list[Tensor]:
+        """For every entry along these axes of the map, where it was in the product: one index per axis of that."""
+        inside = unravel(self.axes.index(axes), self.axes.shape)
+        steps = (along(digits)[at] for digits, at in zip(scores.axes.digits, inside, strict=True))
+        return unravel(sum(steps) + scores.axes.offset, scores.axes.shape)
 
 
-def fingerprint(model: nn.Module, views: Views, count: int, settings: Mapping[str, Any]) -> str:
-    """A digest of weights, images and settings: an interrupted reading goes on only with the same."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            values = tensor.detach().cpu().contiguous().flatten()
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-            digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
-    digest.update(json.dumps([settings, views.identity(count)], sort_keys=True).encode())
-    return digest.hexdigest()
+def take(x: Tensor, labels: Sequence[Label], known: Sequence[Label], coordinates: Sequence[Tensor]) -> Tensor:
+    """Rows of an operand: x with one axis per label (and more behind), at coordinates of the known ones -> (..., the rest)."""
+    order = sorted(range(len(labels)), key=lambda i: labels[i] not in known)
+    at = [coordinates[known.index(labels[i])] for i in order if labels[i] in known]
+    x = x.permute(*order, *range(len(labels), x.ndim))
+    return x[tuple(index if x.shape[i] > 1 else index * 0 for i, index in enumerate(at))]
+
+
+def product(c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Product:
+    """The fact of a product, with entries spread over it. Of `baddbmm` without what it adds."""
+    positions = torch.linspace(0, max(0, out.numel() - 1), min(SAMPLES, out.numel()), dtype=torch.float64).long()
+    coordinates = tuple(unravel(positions, out.shape))
+    values = out[coordinates].double()
+    if name in ("baddbmm", "addmm"):
+        added = args[0] if args else kwargs["input"]
+        values = values - kwargs.get("beta", 1) * added.expand(out.shape)[coordinates].double()
+        values = values / kwargs.get("alpha", 1)
+    return Product(c, tuple(out.shape), positions, values)
+
+
+def probabilities(weights: Weights, a: Tensor, axes: Axes, whole: bool) -> Tensor | None:
+    """The softmax's own output with the axes of the map at V; None if it is that map, or cannot be had."""
+    kept = weights.kept
+    if not (weights.mixed or not whole) or kept is None or not axes.known:
+        return None
+    kept, parts = kept.contiguous(), [part for digits in axes.digits for part in digits]
+    kept = kept.as_strided([n for n, _ in parts], [stride for _, stride in parts], kept.storage_offset() + axes.offset)
+    return kept.reshape([math.prod(n for n, _ in digits) for digits in axes.digits])

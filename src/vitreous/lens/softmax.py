@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitreous.lens.axes import Axes, Contraction, Label, along, arranged, contraction, on_meta, unravel
+from vitreous.lens.axes import Axes, Contraction, Label, arranged, contraction, on_meta
+from vitreous.lens.facts import Record, Scores, Softmax, Use, Weights, probabilities, product
 
 SOFTMAXES = {
     "softmax", "_softmax", "special_softmax", "_safe_softmax", "softmin", "gumbel_softmax", "log_softmax", "_log_softmax",
@@ -41,152 +41,6 @@ MOVES = {
     "index_put", "masked_select", "constant_pad_nd", "__getitem__", "tril", "triu",
 }  # fmt: skip
 DIVISIONS = {"div", "div_", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "__itruediv__", "mul", "mul_", "__mul__"}
-SAMPLES = 256  # entries of a product that are kept, to be computed again from the operands
-
-
-@dataclass(frozen=True)
-class Product:
-    """A contraction of two activations, and some entries of it: values at flat positions."""
-
-    contraction: Contraction
-    shape: tuple[int, ...]
-    positions: Tensor
-    values: Tensor
-
-    def error(self) -> float:
-        """The sampled entries against their computation from the operands: largest difference over the largest entry."""
-        c, coordinates = self.contraction, unravel(self.positions, self.shape)
-        rows = [
-            take(x, labels, c.labels_out, coordinates).double() for x, labels in ((c.a, c.labels_a), (c.b, c.labels_b))
-        ]  # (S, K) each
-        finite = self.values.isfinite()
-        if rows[0].shape != rows[1].shape or not finite.any():
-            return 0.0
-        own, again = self.values[finite], (rows[0] * rows[1]).sum(-1)[finite]
-        return float((own - again).abs().max() / own.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A product, or what followed from it. axes: this tensor's axes in the product; None: lost on the way."""
-
-    product: Product
-    axes: Axes | None
-    ops: tuple[str, ...] = ()
-
-
-@dataclass
-class Softmax:
-    """One softmax of the pass. shape, axis: of its output; scores: None if no product leads here; merged: see `Weights`."""
-
-    path: str
-    shape: tuple[int, ...]
-    axis: int
-    scores: Scores | None
-    used: bool = False
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A softmax's output, or what followed from it. axes: in that output; None: lost.
-
-    kept: the output itself, unless this tensor is it. gone: its values were overwritten. mixed: values changed since.
-    log: still logarithms. lossy: dropout that was not switched off.
-    """
-
-    softmax: Softmax
-    axes: Axes | None
-    kept: Tensor | None = None
-    gone: bool = False
-    mixed: bool = False
-    log: bool = False
-    lossy: bool = False
-
-    def key_axis(self) -> tuple[int, bool] | None:
-        """(the axis of this tensor that is the softmax's, whether all of its entries are left), or None."""
-        if self.axes is None:
-            return None
-        size, stride = self.softmax.shape[self.softmax.axis], math.prod(self.softmax.shape[self.softmax.axis + 1 :])
-        for i, digits in enumerate(self.axes.digits):
-            if len(digits) == 1 and digits[0][1] and digits[0][1] % stride == 0 and digits[0][1] < stride * size:
-                return i, digits[0] == (size, stride)
-        return None
-
-
-@dataclass(frozen=True)
-class Use:
-    """Weights met V. Leading axes are the call's own: effective (..., N, M), v (..., M, Kv), output (..., N, Kv).
-
-    probabilities: the softmax's own output in the same form; None: it is `effective`, or cannot be said. whole: no key of
-    the softmax is left out. place_v, place_output: what V and the output are views of, and what gives such views.
-    """
-
-    weights: Weights
-    axes: Axes
-    effective: Tensor
-    probabilities: Tensor | None
-    v: Tensor
-    output: Tensor
-    whole: bool
-    place_v: tuple[Tensor, Callable[[Tensor], Tensor]]
-    place_output: tuple[Tensor, Callable[[Tensor], Tensor]]
-
-    @property
-    def note(self) -> str:
-        if self.weights.lossy:
-            return "dropout is on between softmax and V, even in eval mode"
-        if self.mixed and self.probabilities is None:
-            return "the softmax's own output is gone or of another shape; probabilities are the effective map"
-        return "" if self.whole else "some keys of the softmax are left out at V"
-
-    @property
-    def mixed(self) -> bool:
-        """Values were changed, or keys left out, between softmax and V."""
-        return self.weights.mixed or not self.whole
-
-    @property
-    def product(self) -> Product | None:
-        return None if self.weights.softmax.scores is None else self.weights.softmax.scores.product
-
-    def operands(self) -> tuple[tuple[Tensor, Callable], tuple[Tensor, Callable]] | None:
-        """(q, pick), (k, pick): the operands of the product, and what brings a tensor with such axes to (..., N or M, K).
-
-        None if there is no product, or its axes were lost between it and V.
-        """
-        softmax = self.weights.softmax
-        scores = softmax.scores
-        if scores is None or scores.axes is None or not scores.axes.known or not self.axes.known:
-            return None
-        c, place = scores.product.contraction, scores.axes.digits[softmax.axis]
-        strides = Axes.of(scores.product.shape).digits
-        found = [
-            label
-            for label, ((n, stride),) in zip(c.labels_out, strides, strict=True)
-            if len(place) == 1 and stride <= place[0][1] < n * stride
-        ]
-        if len(found) != 1 or (found[0] in c.labels_a) == (found[0] in c.labels_b):
-            return None
-        sides = [(c.b, c.labels_b), (c.a, c.labels_a)]
-        (k, of_k), (q, of_q) = sides if found[0] in c.labels_b else sides[::-1]
-        if any(sum(label not in c.labels_out for label in labels) != 1 for labels in (of_k, of_q)):
-            return None
-        lead = range(len(self.axes.digits) - 2)
-        at_q, at_k = (self.coordinates((*lead, axis), scores) for axis in (len(lead), len(lead) + 1))
-        return (q, lambda x: take(x, of_q, c.labels_out, at_q)), (k, lambda x: take(x, of_k, c.labels_out, at_k))
-
-    def coordinates(self, axes: Sequence[int], scores: Scores) -> list[Tensor]:
-        """For every entry along these axes of the map, where it was in the product: one index per axis of that."""
-        inside = unravel(self.axes.index(axes), self.axes.shape)
-        steps = (along(digits)[at] for digits, at in zip(scores.axes.digits, inside, strict=True))
-        return unravel(sum(steps) + scores.axes.offset, scores.axes.shape)
-
-
-def take(x: Tensor, labels: Sequence[Label], known: Sequence[Label], coordinates: Sequence[Tensor]) -> Tensor:
-    """Rows of an operand: x with one axis per label (and more behind), at coordinates of the known ones -> (..., the rest)."""
-    order = sorted(range(len(labels)), key=lambda i: labels[i] not in known)
-    at = [coordinates[known.index(labels[i])] for i in order if labels[i] in known]
-    x = x.permute(*order, *range(len(labels), x.ndim))
-    return x[tuple(index if x.shape[i] > 1 else index * 0 for i, index in enumerate(at))]
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -211,7 +65,7 @@ class Flow:
 
     def __init__(self):
         self.facts = WeakIdKeyDictionary()
-        self.softmaxes: list[Softmax] = []
+        self.softmaxes: list[Record] = []
 
     def clear(self) -> None:
         self.facts = WeakIdKeyDictionary()
@@ -239,8 +93,9 @@ class Flow:
             dim = -1 if name == "gumbel_softmax" else F._get_softmax_dim(name, x.ndim, 5)
         fact = self.facts.get(x)
         scores = fact if isinstance(fact, Scores) else fact.softmax.scores if isinstance(fact, Weights) else None
-        softmax = Softmax(path, tuple(out.shape), dim % max(1, out.ndim), scores)
-        self.softmaxes.append(softmax)
+        record = Record(path)
+        self.softmaxes.append(record)
+        softmax = Softmax(record, tuple(out.shape), dim % max(1, out.ndim), scores)
         self.facts[out] = Weights(softmax, Axes.of(out.shape), log="log" in name)
 
     def contracted(self, c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Any:
@@ -274,7 +129,7 @@ class Flow:
         (a, own), (v, theirs) = of_a, of_v
         if weights.softmax.scores is None and weights.mixed:
             return None  # a gate on something else, not weights over places
-        weights.softmax.used = True
+        weights.softmax.record.used = True
         if weights.log:
             return "logarithms of a softmax were contracted, not the softmax"
         if sum(label not in c.labels_out for label in own) != 1 or sum(label not in c.labels_out for label in theirs) != 1:
@@ -320,7 +175,7 @@ class Flow:
         if isinstance(fact, Weights):
             for _, other in sources:
                 if isinstance(other, Weights):
-                    other.softmax.used |= other.softmax is not fact.softmax and outs[0].shape == x.shape
+                    other.softmax.record.used |= other.softmax is not fact.softmax and outs[0].shape == x.shape
         integer = all(not isinstance(y, Tensor) or y is x for y in tensors((*args, *kwargs.values())))
         if name in VIEWS and integer:
             metas = tensors(on_meta(func, args, kwargs))
@@ -406,25 +261,3 @@ def rearranged(axes: Axes, own: Sequence[Label], wanted: Sequence[Label], sizes:
     """Axes of what `arranged` gives."""
     digits = tuple(axes.digits[own.index(label)] if label in own else ((1, 0),) for label in wanted)
     return Axes(axes.shape, digits, axes.offset).broadcast([sizes[label] for label in wanted])
-
-
-def probabilities(weights: Weights, a: Tensor, axes: Axes, whole: bool) -> Tensor | None:
-    """The softmax's own output with the axes of the map at V; None if it is that map, or cannot be had."""
-    kept = weights.kept
-    if not (weights.mixed or not whole) or kept is None or not axes.known:
-        return None
-    kept, parts = kept.contiguous(), [part for digits in axes.digits for part in digits]
-    kept = kept.as_strided([n for n, _ in parts], [stride for _, stride in parts], kept.storage_offset() + axes.offset)
-    return kept.reshape([math.prod(n for n, _ in digits) for digits in axes.digits])
-
-
-def product(c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Product:
-    """The fact of a product, with entries spread over it. Of `baddbmm` without what it adds."""
-    positions = torch.linspace(0, max(0, out.numel() - 1), min(SAMPLES, out.numel()), dtype=torch.float64).long()
-    coordinates = tuple(unravel(positions, out.shape))
-    values = out[coordinates].double()
-    if name in ("baddbmm", "addmm"):
-        added = args[0] if args else kwargs["input"]
-        values = values - kwargs.get("beta", 1) * added.expand(out.shape)[coordinates].double()
-        values = values / kwargs.get("alpha", 1)
-    return Product(c, tuple(out.shape), positions, values)

@@ -30,11 +30,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vitreous.errors import DataError, HostError, NotReached
 from vitreous.lens.call import Call
 from vitreous.lens.capture import Capture
+from vitreous.lens.facts import Use
 from vitreous.lens.found import Raw, Receiver, Refusal, fused
 from vitreous.lens.places import Layout
 from vitreous.lens.probe import undisturbed
 from vitreous.lens.running import Leave, Running
-from vitreous.lens.softmax import Flow, Use, tensors
+from vitreous.lens.softmax import Flow, tensors
 from vitreous.lens.tracer import Layouts, Traced, Tracer
 
 __all__ = ["Call", "Layout", "Layouts", "Refusal", "Seen", "Traced", "trace", "watch"]
@@ -162,9 +163,9 @@ class Tap(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for softmax in self.flow.softmaxes:
-            if not softmax.used:
-                self.receiver.refuse(softmax.path, "a softmax was never contracted along its axis: its weights are no map")
+        for record in self.flow.softmaxes:
+            if not record.used:
+                self.receiver.refuse(record.path, "a softmax was never contracted along its axis: its weights are no map")
         self.flow.clear()
 
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None):
