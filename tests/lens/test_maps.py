@@ -197,6 +197,22 @@ def test_a_chance_correlation_is_not_sure():
     assert not found.sure.any()
 
 
+def test_no_sure_sign_flips_over_a_hundred_sketches():
+    """Objects that stand out clearly, a little, or not at all; the sketch decides nothing that is shown as sure."""
+    inside = planted()[0].repeat(3, 1)
+    contrast = torch.tensor([3.0, 0.5, 0.0]).repeat_interleave(4).double()
+    x = contrast[:, None, None] * inside[..., None] * noise(12, seed=1) + noise(12, P, 12, seed=2)
+    first, flips = None, 0
+    for seed in range(100):
+        u, _, _ = maps.singular_maps(x, 2, rows="unit", sketch=noise(12, 10, seed=seed))
+        found = maps.signed(u, fixed=inside + 0.5 * noise(12, P, seed=3))
+        first = found if first is None else first
+        flips += (((found.maps * first.maps).sum(-1) < 0) & first.sure).sum().item()
+    assert flips == 0
+    assert first.sure[:4, 0].all()
+    assert not first.sure[8:].any()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.floats(0, 5))
 def test_confidence_is_a_probability_and_grows_with_the_match(seed, rank, share):
