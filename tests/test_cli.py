@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -36,7 +37,8 @@ def test_train_writes_a_folder_that_plain_timm_reads(elsewhere, capsys):
     out = capsys.readouterr()
     assert out.err == ""
     assert "epoch 1/1" in out.out
-    assert out.out.endswith("Done: here/summary.md\n")
+    assert out.out.endswith("Done: here/summary.md\nReport: here/report.html\n")
+    assert "<title>" in Path("here/report.html").read_text(encoding="utf-8")
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(timm.create_model("local-dir:here", pretrained=True).eval()(x), load("here")(x))
 
@@ -149,8 +151,8 @@ def test_demo_compares_three_and_names_a_command_that_works(elsewhere, capsys):
     assert call("demo --quick --out show") == 0
     shown = capsys.readouterr()
     assert shown.err == ""
-    assert {path.name for path in (elsewhere / "show").iterdir()} == {"plain", "SVDA", "SVD-ViT"}
-    for row in ("usual backgrounds", "swapped backgrounds", "effective tokens", "seconds"):
+    assert {path.name for path in (elsewhere / "show").iterdir()} == {"plain", "SVDA", "SVD-ViT", "first-look", "report.html"}
+    for row in ("usual backgrounds", "swapped backgrounds", "attention on the", "effective tokens", "seconds", "first-look/report.html"):
         assert row in shown.out
     assert re.search(r"graft removed:\s+│\s+│\s+0 │\s+0 │", shown.out)
     following = re.search(r"^  (?:\S*/)?vitreous (train cutouts)( .*)$", shown.out, re.MULTILINE)

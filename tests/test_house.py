@@ -158,8 +158,9 @@ MAY_IMPORT = {
     "train": JOBS,
     "bench": JOBS,
     "compress": JOBS,
+    "demo": JOBS | {"train", "looking", "report"},
     "looking": JOBS | {"train", "report"},
-    "cli": JOBS | {"train", "bench", "compress", "looking", "report", "vitreous"},
+    "cli": JOBS | {"train", "bench", "compress", "demo", "looking", "report", "vitreous"},
 }
 
 

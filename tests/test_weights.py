@@ -13,7 +13,7 @@ import torch
 import vitreous
 from vitreous.data import open_data
 from vitreous.train import checkpoint
-from vitreous.train.demo import NETWORK
+from vitreous.demo import NETWORK
 from vitreous.train.inputs import Inputs, loader
 
 FOLDER = Path(vitreous.__file__).parent / "weights" / "cutouts"

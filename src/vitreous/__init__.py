@@ -6,21 +6,31 @@ from typing import Any
 
 import vitreous.architectures  # noqa: F401  (timm.create_model knows our networks)
 from vitreous.grafting import Graft, Removal, calibrate, check, graft, grafts, new_parameters, no_weight_decay, ungraft
+from vitreous.lens.direction import Direction, find_direction
+from vitreous.lens.foreground import foreground
+from vitreous.lens.look import look
+from vitreous.lens.reading import Reading, read
 from vitreous.mechanism import Mechanism, catalogue, class_by_name, parse
 
 __version__ = "0.1.0"
 __all__ = [
+    "Direction",
     "Graft",
     "Mechanism",
+    "Reading",
     "Removal",
     "calibrate",
     "catalogue",
     "check",
+    "find_direction",
+    "foreground",
     "graft",
     "grafts",
+    "look",
     "new_parameters",
     "no_weight_decay",
     "parse",
+    "read",
     "ungraft",
 ]
 

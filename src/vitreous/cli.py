@@ -78,14 +78,19 @@ def calibrate(words: list[str]) -> None:
 
 
 def train(words: list[str]) -> None:
+    from vitreous.report.page import write
     from vitreous.train.loop import train
     from vitreous.train.settings import from_words
 
-    print(f"Done: {train(from_words(words))}/summary.md")
+    folder = train(from_words(words))
+    print(f"Done: {folder}/summary.md")
+    runs = sorted(folder.glob("seed-*")) or [folder]
+    if all((run / "readings").is_dir() for run in runs):  # none where the model shows no attention; the summary says why
+        print(f"Report: {write(runs, folder / 'report.html')}")
 
 
 def demo(words: list[str]) -> None:
-    from vitreous.train.demo import demo, from_words
+    from vitreous.demo import demo, from_words
 
     demo(from_words(words))
 

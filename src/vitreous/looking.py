@@ -12,13 +12,14 @@ import timm
 import torch
 import tyro
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 from tyro import conf
 
 from vitreous.errors import DataError, SettingError
 from vitreous.grafting import grafts
-from vitreous.lens.foreground import Direction, find_direction
+from vitreous.lens.direction import Direction, find_direction
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
 from vitreous.report.page import write as write_report
@@ -148,7 +149,11 @@ def calibrate_command(words: Sequence[str]) -> None:
     if not path.parent.is_dir():
         raise SettingError(f"Found no folder {path.parent}. Expected one for the direction. Give --out FILE.safetensors.")
     model, _ = open_model(name, source, console)
-    direction = find_direction(model, list(photos), console=console)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("photographs, twice")
+        direction = find_direction(
+            model, list(photos), progress=lambda done, of: progress.update(task, completed=done, total=of)
+        )
     direction.save(path)
     console.print(f"Done: {path}", soft_wrap=True, highlight=False, markup=False)
 

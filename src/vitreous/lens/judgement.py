@@ -21,12 +21,13 @@ def against_masks(maps: Mapping[str, Tensor], views: Sequence[View], first: int,
     """Rows of the table of scores: every map, and its mean over heads (head -1), beside maps that look at no image.
 
     maps: {"attention/6": (B, H, rows, cols), "u1/6": (B, rows, cols), ...}. first: number of the first image. Baselines
-    have layer -1; where layers have grids of their own, those on another than the first grid have baselines, too.
+    have layer -1; layers on another grid than the first one have baselines of their own, too.
     """
     have = [i for i, view in enumerate(views) if view.mask is not None]
     numbers = [first + i for i in have]
     covers: dict[tuple[int, int], Tensor] = {}
     tables: list[Columns] = []
+    compared: set[int] = set()  # layers that have baselines
 
     def add(component: str, layer: int, head: int, values: Tensor, cover: Tensor) -> None:
         keys = {"layer": layer, "head": head, "image": np.array(numbers)}
@@ -39,7 +40,9 @@ def against_masks(maps: Mapping[str, Tensor], views: Sequence[View], first: int,
         values = values[have].flatten(-2).float().cpu()
         if grid not in covers:
             covers[grid] = torch.stack([scores.coverage(views[i].mask, grid) for i in have])
-            at = -1 if len(covers) == 1 else layer
+        at = -1 if grid == next(iter(covers)) else layer
+        if at not in compared:
+            compared.add(at)
             for baseline, blind in scores.baselines(grid, numbers, seed).items():
                 add(baseline, at, -1, blind, covers[grid])
         if values.ndim == 3:
@@ -66,13 +69,14 @@ def against_model(
         by_grid.setdefault(tuple(values.shape[-2:]), []).append(name)
     found = []
     for grid, names in by_grid.items():
-        ours = torch.stack([flat(maps[name]) for name in names], dim=1)  # (B, M, P)
+        centre = scores.centre_prior(grid).float().expand(len(views), -1)
+        ours = torch.stack([*(flat(maps[name]) for name in names), centre], dim=1)  # (B, M + 1, P)
         blind = faithfulness.random_maps(grid, range(len(views)), seed=seed)
         random = faithfulness.curves(model, images, blind, grid, **options)
         curves = faithfulness.curves(model, images, ours, grid, **options)
         for number, name in enumerate(names):
             component, layer = split(name)
-            entry = faithfulness.record(curves.of(number), random, seed=seed)
+            entry = faithfulness.record(curves.of(number), random, curves.of(len(names)), seed=seed)
             like = likeness(component, ours[:, number], shuffled.get(name))
             found.append({"component": component, "layer": layer, "randomised": like, **entry})
     return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitreous.errors import DataError, SettingError
 from vitreous.grafting import check, grafts
-from vitreous.lens import facts, faithfulness, scores
+from vitreous.lens import description, faithfulness, scores
 from vitreous.lens.call import Call
 from vitreous.lens.direction import Direction
 from vitreous.lens.gallery import Gallery, stacked
@@ -60,7 +60,7 @@ class Plan:
 
     def remember(self, call: Call, has_class: bool) -> None:
         """Keep what the page says of a layer; its error is the largest of all batches."""
-        record = self.layers.setdefault((call.name, call.number), facts.of_layer(call, len(self.layers), has_class))
+        record = self.layers.setdefault((call.name, call.number), description.of_layer(call, len(self.layers), has_class))
         record["error"] = max(record["error"], call.error)
 
     def facts(self, parts: Sequence[Part]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Plan:
             "format": FORMAT,
             "kind": "reading",
             "layers": list(self.layers.values()),
-            "components": facts.of_components(first, self.rules, self.rows),
+            "components": description.of_components(first, self.rules, self.rows),
             "images": self.seen,
             "chunk": CHUNK,
             "parts": len(parts),
@@ -129,16 +129,17 @@ def look(
     if direction is not None:
         direction.check(model)
     about = about or {}
-    plan = Plan(model, views, direction, noise, seed, batch_size, memory, about.get("classes") or facts.class_names(model))
+    names = about.get("classes") or description.class_names(model)
+    plan = Plan(model, views, direction, noise, seed, batch_size, memory, names)
     if about.get("weights") == "random":
-        plan.notes[facts.WARNING] = None
+        plan.notes[description.WARNING] = None
     settings = {"noise": noise, "seed": seed, "curves": curves, "limit": limit, "direction": direction is not None}
-    mark = facts.fingerprint(model, views, count, settings)
+    mark = description.fingerprint(model, views, count, settings)
     writer = None if out is None else Writer(Path(out), mark)
     if writer is not None and (writer.folder / "reading.json").is_file():
         return read(writer.folder)
     parts = all_parts(plan, count, writer, console)
-    known = facts.of_model(model, about) | plan.facts(parts) | {"settings": settings, "seed": seed, "fingerprint": mark}
+    known = description.of_model(model, about) | plan.facts(parts) | {"settings": settings, "seed": seed, "fingerprint": mark}
     reading = Reading(known, parts, all_curves(plan, parts, min(curves, plan.seen)))
     if scored := reading.scores():
         known["summary"] = scores.summary(scored, seed=seed)
@@ -188,7 +189,7 @@ def look_at(plan: Plan, numbers: range) -> Part:
         gallery, columns, said = see(plan, batch, first)
         tensors.append(gallery.tensors())
         rows.append(columns)
-        part.images += [facts.of_image(view, first + i, plan.names, said[i]) for i, view in enumerate(batch)]
+        part.images += [description.of_image(view, first + i, plan.names, said[i]) for i, view in enumerate(batch)]
         if any(view.mask is not None for view in batch):
             scored.append(against_masks(gallery.maps, batch, first, plan.seed))
     part.tensors = stacked(tensors)
@@ -203,7 +204,7 @@ def look_at(plan: Plan, numbers: range) -> Part:
     return part
 
 
-def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns, list[facts.Said]]:
+def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns, list[description.Said]]:
     """One pass of a batch: its maps, the rows of the table, and what the model says of each image."""
     images, count = torch.stack([view.pixels for view in views]), len(views)
     like = next((p for p in plan.model.parameters() if p.is_floating_point()), images)
@@ -236,7 +237,7 @@ def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns
     plan.refused |= dict.fromkeys(seen.refused)
     plan.notes |= dict.fromkeys([*measures.notes, *gallery.notes])
     plan.rules |= gallery.rules | ({} if foreground is None else {"foreground/-1": foreground.rule})
-    return gallery, measures.columns(), facts.predictions(plan.model, seen.output, plan.names, count)
+    return gallery, measures.columns(), description.predictions(plan.model, seen.output, plan.names, count)
 
 
 def with_noise(plan: Plan, images: Tensor, first: int) -> Tensor:

@@ -12,7 +12,7 @@ from vitreous.files import write_text
 from vitreous.train.run import read_metrics
 
 FILES = """\
-- `metrics.jsonl`: one line per epoch; `readings/`: indicators per layer and head, by epoch; `predictions.csv`: every test image
+- `metrics.jsonl`: one line per epoch; `readings/`: what it looked at, by epoch; `predictions.csv`: every test image
 - `model.safetensors`, `config.json`, `mechanisms.json`: the model after the last finished epoch
 - `run.json`: settings, versions, machine
 """
