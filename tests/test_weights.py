@@ -22,7 +22,7 @@ README = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 def test_they_are_small_and_whole():
     names = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
-    assert set(names) == {"model.safetensors", "config.json", "mechanisms.json", "README.md"}
+    assert set(names) == {"model.safetensors", "config.json", "mechanisms.json", "README.md", "foreground.safetensors"}
     assert sum(names.values()) < 2_000_000
 
 
