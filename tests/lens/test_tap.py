@@ -107,6 +107,7 @@ TRIANGLE = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
 BIAS = torch.randn(1, HEADS, TOKENS, TOKENS, generator=torch.Generator().manual_seed(2))
 HOLES = torch.rand(BATCH, 1, 1, TOKENS, generator=torch.Generator().manual_seed(3)) < 0.7
 EMPTY = TRIANGLE.clone().index_fill(0, torch.tensor([5]), False)
+MINUS = torch.zeros(TOKENS, TOKENS).masked_fill(~EMPTY, -math.inf)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,9 @@ EMPTY = TRIANGLE.clone().index_fill(0, torch.tensor([5]), False)
         ({"attn_mask": BIAS}, BIAS),
         ({"attn_mask": HOLES}, HOLES),
         ({"attn_mask": EMPTY}, EMPTY),
+        ({"attn_mask": MINUS}, EMPTY),
     ],
-    ids=["plain", "scale", "causal", "bool", "float", "keys per image", "row masked in full"],
+    ids=["plain", "scale", "causal", "bool", "float", "keys per image", "row masked in full", "the same with -inf"],
 )
 def test_fused_maps_equal_the_formula(given, mask):
     net = Net(lambda net, q, k, v: F.scaled_dot_product_attention(q, k, v, **limited(given, len(q)))).eval()
@@ -170,21 +172,23 @@ def test_heads_folded_into_the_batch_come_apart():
     torch.testing.assert_close(call["map"][:, 0].double(), plain(*net.given[:2]), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("inside", ["batch", "axis"])
-def test_windows_are_told_from_heads(inside):
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("inside", ["batch", "batch and heads", "axis"])
+def test_windows_are_told_from_heads(inside, written):
     """Two windows, the upper and the lower half of the image, as an axis of its own (5-D) or within the batch."""
 
     def windows(net, q, k, v):
         q, k, v = (x.unflatten(2, (2, -1)) for x in (q, k, v))  # (B, H, W, n, K)
-        if inside == "batch":
-            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        z = F.scaled_dot_product_attention(q, k, v)
-        return (z.unflatten(0, (-1, 2)).transpose(1, 2) if inside == "batch" else z).flatten(2, 3)
+        if inside != "axis":
+            q, k, v = (x.transpose(1, 2).flatten(0, 1 if inside == "batch" else 2) for x in (q, k, v))
+        z = (q @ k.mT * WIDTH**-0.5).softmax(-1) @ v if written else F.scaled_dot_product_attention(q, k, v)
+        return (z if inside == "axis" else z.view(-1, 2, HEADS, *z.shape[-2:]).transpose(1, 2)).flatten(2, 3)
 
     net = Net(windows)
     _, (call,) = seen(net)
     q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in net.given)
     assert torch.equal(call["q"], q)
+    assert torch.equal(call["k"], k)
     assert torch.equal(call["v"], v)
     torch.testing.assert_close(call["map"].double(), plain(q, k), atol=1e-6, rtol=1e-5)
     assert (call["layout"].windows, call["layout"].heads, call["layout"].grid) == (2, HEADS, (4, 4))

@@ -12,6 +12,7 @@ from vitreous.lens.running import Running
 from vitreous.lens.tracer import Layouts, Traced
 
 TOLERANCE = 1e-4  # of the largest |V|, or |score|; half precision: four roundings
+FLOAT32 = {"highest": 0.0, "high": 2**-10, "medium": 2**-7}  # what PyTorch is allowed to round operands to
 
 
 class Capture(Receiver):
@@ -32,7 +33,7 @@ class Capture(Receiver):
             self.refuse(name, f"no axis of its output {shape} is the batch of {batch}; look at one image at a time")
             return
         call = self.call(name, number, running, raw, traced, arrangement)
-        tolerance = max(TOLERANCE, 4 * torch.finfo(raw.output.dtype).eps)
+        tolerance = max(TOLERANCE, 4 * precision(raw))
         if not call.error <= tolerance:
             self.refuse(name, f"its map is off by {call.error:.2g}, more than {tolerance:.2g} ({call.verified})")
             return
@@ -78,8 +79,17 @@ class Capture(Receiver):
         call.error, call.verified = output_error(call)
         if use is not None and use.product is not None:
             call.error, call.verified = max(call.error, use.product.error()), f"score entries and {call.verified}"
+        elif use is not None:
+            call.verified += ", from the very weights"
         call.stochastic = not call.mixed or is_stochastic(call)
         return call
+
+
+def precision(raw: Raw) -> float:
+    """The coarsest step, relative, of what a call computed with."""
+    values = [raw.output] if raw.use is None or raw.use.product is None else [raw.output, raw.use.product.values]
+    steps = [torch.finfo(x.dtype).eps for x in values]
+    return max(*steps, FLOAT32[torch.get_float32_matmul_precision()])
 
 
 def arranged_batch(raw: Raw, traced: Traced | None, batch: int) -> Arrangement | None:

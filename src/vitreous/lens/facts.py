@@ -27,13 +27,13 @@ class Product:
     def error(self) -> float:
         """The sampled entries against their computation from the operands: largest difference over the largest entry."""
         c, coordinates = self.contraction, unravel(self.positions, self.shape)
-        rows = [
-            take(x, labels, c.labels_out, coordinates).double() for x, labels in ((c.a, c.labels_a), (c.b, c.labels_b))
-        ]  # (S, K) each
-        finite = self.values.isfinite()
+        sides = ((c.a, c.labels_a), (c.b, c.labels_b))
+        rows = [take(x, labels, c.labels_out, coordinates).cpu().double() for x, labels in sides]  # (S, K) each
+        values = self.values.cpu().double()
+        finite = values.isfinite()
         if rows[0].shape != rows[1].shape or not finite.any():
             return 0.0
-        own, again = self.values[finite], (rows[0] * rows[1]).sum(-1)[finite]
+        own, again = values[finite], (rows[0] * rows[1]).sum(-1)[finite]
         return float((own - again).abs().max() / own.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
@@ -171,11 +171,10 @@ def product(c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, An
     """The fact of a product, with entries spread over it. Of `baddbmm` without what it adds."""
     positions = torch.linspace(0, max(0, out.numel() - 1), min(SAMPLES, out.numel()), dtype=torch.float64).long()
     coordinates = tuple(unravel(positions, out.shape))
-    values = out[coordinates].double()
+    values = out[coordinates]
     if name in ("baddbmm", "addmm"):
         added = args[0] if args else kwargs["input"]
-        values = values - kwargs.get("beta", 1) * added.expand(out.shape)[coordinates].double()
-        values = values / kwargs.get("alpha", 1)
+        values = (values - kwargs.get("beta", 1) * added.expand(out.shape)[coordinates]) / kwargs.get("alpha", 1)
     return Product(c, tuple(out.shape), positions, values)
 
 
