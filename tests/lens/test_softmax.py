@@ -108,6 +108,19 @@ def in_place(net, q, k, v):
     return join(scores.softmax(-1) @ v)
 
 
+def relative(net, q, k, v):
+    """Decomposed relative positions: products of the queries too, one for rows and one for columns; q k^T comes last."""
+    tables = 0 * torch.arange(4 * WIDTH).view(4, WIDTH).float()
+    rows, columns = (torch.einsum("bhnk,ik->bhni", q, table * 1.0) for table in (tables, tables))
+    bias = (rows[..., None] + columns[..., None, :]).flatten(-2)
+    return join((bias + q @ k.mT * SCALE).softmax(-1) @ v)
+
+
+def chosen(net, q, k, v):
+    scores = q @ k.mT * SCALE
+    return join(torch.where(torch.ones(TOKENS, TOKENS, dtype=torch.bool), scores, -math.inf).softmax(-1) @ v)
+
+
 SPELLINGS = {
     "method": lambda net, q, k, v: join((q @ k.mT * SCALE).softmax(-1) @ v),
     "torch": lambda net, q, k, v: join(torch.matmul(torch.softmax(torch.matmul(q * SCALE, k.mT), dim=-1), v)),
@@ -126,6 +139,8 @@ SPELLINGS = {
     "unfolded": unfolded,
     "cast": cast,
     "in place": in_place,
+    "relative positions": relative,
+    "where": chosen,
 }
 
 
@@ -247,6 +262,29 @@ def test_one_kv_head_in_an_einsum():
     q, k, v = net.given
     torch.testing.assert_close(call["map"][:, 0].double(), plain(q, k[:, :1].expand_as(k)), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(call["v"][:, 0], v[:, :1].expand_as(v))
+
+
+@pytest.mark.parametrize("second", ["a product", "moved"])
+def test_queries_and_keys_are_not_guessed(second):
+    """Scores that are a sum of two products, or whose entries were moved, have a map but no q and k."""
+
+    def attend(net, q, k, v):
+        scores = q @ k.mT * SCALE
+        scores = scores + v @ v.mT * SCALE if second == "a product" else scores.roll(1, dims=-1)
+        net.weights = scores.softmax(-1)
+        return join(net.weights @ v)
+
+    net = Net(attend)
+    _, (call,) = seen(net)
+    assert call["q"] is None
+    assert call["k"] is None
+    assert call["kind"] == "token"
+    assert torch.equal(call["map"][:, 0], net.weights)
+
+
+def test_weights_whose_entries_were_moved_are_refused():
+    with pytest.raises(HostError, match="never contracted"):
+        seen(Net(lambda net, q, k, v: join((q @ k.mT * SCALE).softmax(-1).flip(-1) @ v)))
 
 
 def test_rows_masked_in_full_are_nan_as_the_model_has_them():

@@ -37,8 +37,8 @@ DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "
 # Entries are taken or put elsewhere, maybe among others: what came of scores are scores still, but nobody knows where.
 MOVES = {
     "cat", "concat", "concatenate", "stack", "hstack", "vstack", "pad", "index_select", "gather", "take_along_dim", "scatter",
-    "scatter_", "topk", "sort", "where", "roll", "flip", "repeat", "repeat_interleave", "tile", "as_strided", "unfold",
-    "index_put", "masked_select", "constant_pad_nd", "__getitem__", "tril", "triu",
+    "scatter_", "topk", "sort", "roll", "flip", "repeat", "repeat_interleave", "tile", "as_strided", "unfold", "index_put",
+    "index_put_", "masked_select", "constant_pad_nd", "__getitem__",
 }  # fmt: skip
 DIVISIONS = {"div", "div_", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "__itruediv__", "mul", "mul_", "__mul__"}
 
@@ -170,8 +170,7 @@ class Flow:
         outs = [x for x in outs if x.is_floating_point()]
         if not outs:
             return
-        # Weights before scores, those with a product first, those of the result's shape first.
-        x, fact = min(sources, key=lambda s: (isinstance(s[1], Scores), weak(s[1]), s[0].shape != outs[0].shape))
+        x, fact = principal(sources, outs[0].shape)
         if isinstance(fact, Weights):
             for _, other in sources:
                 if isinstance(other, Weights):
@@ -209,7 +208,7 @@ class Flow:
             self.facts[y] = replace(fact, log=False, kept=None)
             return
         axes, mixing = fact.axes, {"linear": x.ndim - 1, "conv1d": 1, "conv2d": 1, "conv3d": 1}.get(name)
-        if key is None or key[0] == mixing or len(y.shape) != len(x.shape):
+        if key is None or key[0] == mixing or len(y.shape) != len(x.shape) or name in MOVES:
             self.facts.pop(y, None)
             return
         differ = [i for i, (n, m) in enumerate(zip(y.shape, x.shape, strict=True)) if n != m]
@@ -221,8 +220,32 @@ class Flow:
         self.facts[y] = self.changed(fact, x, axes, y, lossy=fact.lossy or name in DROPOUTS)
 
 
-def weak(fact: Scores | Weights) -> bool:
-    return isinstance(fact, Weights) and fact.softmax.scores is None
+def principal(sources: list[tuple[Tensor, Scores | Weights]], shape: Sequence[int]) -> tuple[Tensor, Scores | Weights]:
+    """The tensor whose fact the result of a call inherits: weights before scores, then those of the result's shape.
+
+    Of several products the one that has a value of its own for every entry (q k^T beside relative positions, which repeat);
+    if there are two such, nobody can say what queries and keys are.
+    """
+
+    def rank(source: tuple[Tensor, Scores | Weights]) -> tuple[bool, ...]:
+        x, fact = source
+        if isinstance(fact, Weights):
+            return False, fact.softmax.scores is None, x.shape != shape
+        return True, repeats(x, fact, shape), x.shape != shape
+
+    x, fact = min(sources, key=rank)
+    if isinstance(fact, Scores) and not repeats(x, fact, shape):
+        rivals = [(y, other) for y, other in sources if isinstance(other, Scores) and other.product is not fact.product]
+        if any(not repeats(y, other, shape) for y, other in rivals):
+            fact = replace(fact, axes=None)
+    return x, fact
+
+
+def repeats(x: Tensor, fact: Scores, shape: Sequence[int]) -> bool:
+    """Whether these scores, broadcast to a shape, have entries that come from one of the product, or from nobody knows."""
+    if fact.axes is None or len(shape) < x.ndim:
+        return True
+    return any(size > 1 and not stride for digits in fact.axes.broadcast(shape).digits for size, stride in digits)
 
 
 def moved(fact: Scores | Weights, x: Tensor, axes: Axes | None, y: Tensor) -> Scores | Weights:
