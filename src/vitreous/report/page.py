@@ -19,7 +19,10 @@ from vitreous.report.words import words
 
 IMAGES = 64  # on a page, at most
 LIMIT = 15_000_000  # bytes of a page
-SCRIPTS = ("base.js", "color.js", "chart.js", "table.js", "viewer.js", "measures.js", "sections.js", "main.js")
+SCRIPTS = (
+    "base", "color", "chart", "table", "viewer", "pane", "paint", "indicators", "epochs", "findings", "scores", "curves",
+    "changes", "facts", "main",
+)  # fmt: skip
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
@@ -72,7 +75,7 @@ def fill(data: dict[str, Any]) -> str:
     pictures = data.pop("pictures")
     data = packing.legible(data)
     style = asset("report.css")
-    script = '"use strict";\n(() => {\n' + "\n".join(asset(name) for name in SCRIPTS) + "})();\n"
+    script = '"use strict";\n(() => {\n' + "\n".join(asset(f"{name}.js") for name in SCRIPTS) + "})();\n"
     names = [source["name"] for source in data["sources"]]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(asset("report.html.j2")).render(

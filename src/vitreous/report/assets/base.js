@@ -46,7 +46,9 @@ const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count
 function measureWords(name) {
   const plain = name.replace(/_paper$/, "");
   const found = own(WORDS.measures, plain) || [readable(plain), "", ""];
-  return name === plain ? found : [`${found[0]}, paper's form`, found[1], "As published; not comparable between token counts."];
+  return name === plain
+    ? found
+    : [`${found[0]}, paper's form`, found[1], "As published; not comparable between token counts."];
 }
 
 const readable = (name) => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
@@ -54,7 +56,8 @@ const scoreWords = (name) => own(WORDS.scores, name) || [readable(name), "", ""]
 const componentName = (name) => own(WORDS.components, name) || own(WORDS.baselines, name) || name;
 const layerName = (layer) => (layer < 0 ? "whole model" : `layer ${layer}`);
 const headName = (head) => (head < 0 ? "mean of heads" : `head ${head}`);
-const where = (layer, head) => (layer < 0 ? "whole model" : head < 0 ? `layer ${layer}` : `layer ${layer}, head ${head}`);
+const where = (layer, head) =>
+  layer < 0 ? "whole model" : head < 0 ? `layer ${layer}` : `layer ${layer}, head ${head}`;
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 // --- state: what is chosen; sections draw themselves again when something that they need changes ---------------------
@@ -64,8 +67,15 @@ const epochs = DATA.sources.some((source) => source.epochs);
 const last = (source) => ({ source, at: DATA.sources[source].readings.length - 1 });
 const state = {
   panes: DATA.sources.length === 2 || (several && !epochs) ? [last(0), last(1)] : [last(0)],
-  image: 0, layer: 0, head: -1, component: "attention",
-  opacity: 65, marks: true, outline: false, clip: true, shared: true,
+  image: 0,
+  layer: 0,
+  head: -1,
+  component: "attention",
+  opacity: 65,
+  marks: true,
+  outline: false,
+  clip: true,
+  shared: true,
 };
 const sections = [];
 
@@ -116,13 +126,22 @@ function choice(label, pick, kind = "pills") {
       const now = JSON.stringify(options.map((option) => [option.value, option.label, option.key]));
       if (now !== written) {
         written = now;
-        box.replaceChildren(...options.map((option) => {
-          const input = el("input", { type: "radio", name, value: option.value, on: { change: () => pick(option.value) } });
-          return el("label", { title: option.title }, input, el("span", {}, option.content || option.label));
-        }));
+        box.replaceChildren(
+          ...options.map((option) => {
+            const input = el("input", {
+              type: "radio",
+              name,
+              value: option.value,
+              on: { change: () => pick(option.value) },
+            });
+            return el("label", { title: option.title }, input, el("span", {}, option.content || option.label));
+          }),
+        );
       }
       const inputs = [...box.querySelectorAll("input")];
-      inputs.forEach((input, index) => { input.checked = options[index].value === value; });
+      inputs.forEach((input, index) => {
+        input.checked = options[index].value === value;
+      });
       field.disabled = disabled;
     },
   };
@@ -136,9 +155,20 @@ function check(label, key) {
 
 /** A part of the page with a heading and an entry in the navigation. */
 function part(id, title, ...children) {
-  const node = el("section", { id, "aria-labelledby": `${id}-title` }, el("h2", { id: `${id}-title` }, title), ...children);
+  const node = el(
+    "section",
+    { id, "aria-labelledby": `${id}-title` },
+    el("h2", { id: `${id}-title` }, title),
+    ...children,
+  );
   document.getElementById("main").append(node);
   const entry = el("li", {}, el("a", { href: `#${id}` }, title));
   document.getElementById("nav").append(entry);
-  return { node, show(visible) { node.hidden = !visible; entry.hidden = !visible; } };
+  return {
+    node,
+    show(visible) {
+      node.hidden = !visible;
+      entry.hidden = !visible;
+    },
+  };
 }

@@ -6,7 +6,8 @@ function ticks(low, high, count = 5) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++)
+    found.push(Number((i * step).toPrecision(12)));
   return found;
 }
 
@@ -16,15 +17,28 @@ function bounds(values) {
   return [low >= 0 && low < 0.25 * high ? 0 : low - room, high + room];
 }
 
-const W = 330, H = 214, LEFT = 44, RIGHT = 10, TOP = 10, BOTTOM = 38;
+const W = 330,
+  H = 214,
+  LEFT = 44,
+  RIGHT = 10,
+  TOP = 10,
+  BOTTOM = 38;
 
 /** A figure. series: [{name, look ("line" | "dots"), side ("a" | "b"), color, dashed, hot, points: [{x, y, low, high}]}];
  *  pick(series, point) is called by a click or Enter. */
 function chart({ title, unit = "", about = "", xLabel, series, xName = String, range = null, pick = null, id = null }) {
-  series = series.map((s) => ({ ...s, points: s.points.filter((p) => p.y !== null && p.y !== undefined) })).filter((s) => s.points.length);
+  series = series
+    .map((s) => ({ ...s, points: s.points.filter((p) => p.y !== null && p.y !== undefined) }))
+    .filter((s) => s.points.length);
   const label = unit ? `${title} (${unit})` : title;
-  const head = el("figcaption", {}, el("span", { class: "chart-title" }, title), unit ? el("span", { class: "unit" }, unit) : null);
-  if (!series.length) return el("figure", { class: "chart", id }, head, el("p", { class: "quiet" }, "Nothing was measured."));
+  const head = el(
+    "figcaption",
+    {},
+    el("span", { class: "chart-title" }, title),
+    unit ? el("span", { class: "unit" }, unit) : null,
+  );
+  if (!series.length)
+    return el("figure", { class: "chart", id }, head, el("p", { class: "quiet" }, "Nothing was measured."));
   const all = series.flatMap((s) => s.points);
   const xs = [...new Set(all.map((p) => p.x))].sort((a, b) => a - b);
   const [low, high] = range || bounds(all.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y]));
@@ -32,19 +46,38 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
   const px = (x) => LEFT + 8 + ((x - first) / (final - first)) * (W - LEFT - RIGHT - 16);
   const py = (y) => H - BOTTOM - ((y - low) / (high - low || 1)) * (H - TOP - BOTTOM);
 
-  const svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, tabindex: 0, role: "group", "aria-roledescription": "chart",
-    "aria-label": `${label} by ${xLabel}. Arrow keys read the values.` });
+  const svg = draw("svg", {
+    viewBox: `0 0 ${W} ${H}`,
+    tabindex: 0,
+    role: "group",
+    "aria-roledescription": "chart",
+    "aria-label": `${label} by ${xLabel}. Arrow keys read the values.`,
+  });
   for (const y of ticks(low, high, 4)) {
     svg.append(draw("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: py(y), y2: py(y) }));
-    svg.append(draw("text", { class: "tick", x: LEFT - 6, y: py(y) + 3.5, "text-anchor": "end", "aria-hidden": "true" }, fmt(y)));
+    svg.append(
+      draw("text", { class: "tick", x: LEFT - 6, y: py(y) + 3.5, "text-anchor": "end", "aria-hidden": "true" }, fmt(y)),
+    );
   }
   const each = Math.ceil(xs.length / 12);
   const whole = xs.every(Number.isInteger);
   for (const x of whole ? xs.filter((_, i) => i % each === 0) : ticks(first, final, 5)) {
-    svg.append(draw("text", { class: "tick", x: px(x), y: H - BOTTOM + 16, "text-anchor": "middle", "aria-hidden": "true" }, xName(x)));
+    svg.append(
+      draw(
+        "text",
+        { class: "tick", x: px(x), y: H - BOTTOM + 16, "text-anchor": "middle", "aria-hidden": "true" },
+        xName(x),
+      ),
+    );
   }
   svg.append(draw("line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM }));
-  svg.append(draw("text", { class: "axis-label", x: (LEFT + W - RIGHT) / 2, y: H - 5, "text-anchor": "middle", "aria-hidden": "true" }, xLabel));
+  svg.append(
+    draw(
+      "text",
+      { class: "axis-label", x: (LEFT + W - RIGHT) / 2, y: H - 5, "text-anchor": "middle", "aria-hidden": "true" },
+      xLabel,
+    ),
+  );
   const marks = draw("g", { "aria-hidden": "true" });
   for (const s of series) marks.append(...drawn(s, px, py));
   const ring = draw("circle", { class: "ring", r: 6.5, cx: -20, cy: -20 });
@@ -72,10 +105,12 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
     const box = svg.getBoundingClientRect();
     const [x, y] = [((event.clientX - box.left) / box.width) * W, ((event.clientY - box.top) / box.height) * H];
     let found = null;
-    series.forEach((s, i) => s.points.forEach((p, j) => {
-      const distance = (px(p.x) - x) ** 2 + (py(p.y) - y) ** 2;
-      if (!found || distance < found.distance) found = { distance, s: i, p: j };
-    }));
+    series.forEach((s, i) =>
+      s.points.forEach((p, j) => {
+        const distance = (px(p.x) - x) ** 2 + (py(p.y) - y) ** 2;
+        if (!found || distance < found.distance) found = { distance, s: i, p: j };
+      }),
+    );
     return found;
   };
   svg.addEventListener("pointermove", (event) => {
@@ -84,26 +119,58 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
   });
   if (pick) {
     svg.classList.add("pickable");
-    svg.addEventListener("click", (event) => { const f = nearest(event); pick(series[f.s], series[f.s].points[f.p]); });
+    svg.addEventListener("click", (event) => {
+      const f = nearest(event);
+      pick(series[f.s], series[f.s].points[f.p]);
+    });
   }
   const more = el("details", { class: "values" }, el("summary", {}, "Values as a table"));
-  more.addEventListener("toggle", () => { if (more.open && more.children.length === 1) more.append(valuesTable(label, xLabel, xName, xs, series)); });
-  return el("figure", { class: "chart", id }, head, about ? el("p", { class: "about" }, about) : null, svg, readout, more);
+  more.addEventListener("toggle", () => {
+    if (more.open && more.children.length === 1) more.append(valuesTable(label, xLabel, xName, xs, series));
+  });
+  return el(
+    "figure",
+    { class: "chart", id },
+    head,
+    about ? el("p", { class: "about" }, about) : null,
+    svg,
+    readout,
+    more,
+  );
 }
 
 function drawn(s, px, py) {
   const side = s.color ? "own" : s.side || "a";
   const style = s.color ? { stroke: s.color, fill: s.color } : {};
-  const nodes = s.points.filter((p) => p.low !== undefined && p.low !== null).map((p) =>
-    draw("line", { class: `whisker ${side}`, x1: px(p.x), x2: px(p.x), y1: py(p.low), y2: py(p.high), stroke: s.color }));
+  const nodes = s.points
+    .filter((p) => p.low !== undefined && p.low !== null)
+    .map((p) =>
+      draw("line", {
+        class: `whisker ${side}`,
+        x1: px(p.x),
+        x2: px(p.x),
+        y1: py(p.low),
+        y2: py(p.high),
+        stroke: s.color,
+      }),
+    );
   if (s.look === "line" && s.points.length > 1) {
     const points = s.points.map((p) => `${px(p.x).toFixed(1)},${py(p.y).toFixed(1)}`).join(" ");
     nodes.push(draw("polyline", { class: `line ${side}${s.dashed ? " dashed" : ""}`, points, stroke: s.color }));
   }
   const lonely = s.look === "line" && s.points.length === 1;
   if (s.look === "dots" || lonely || s.knots) {
-    nodes.push(...s.points.map((p) => draw("circle", { class: `dot ${side}${s.hot ? " hot" : ""}${s.look === "line" ? " knot" : ""}`, cx: px(p.x).toFixed(1),
-      cy: py(p.y).toFixed(1), r: s.hot ? 4.2 : 3, ...style })));
+    nodes.push(
+      ...s.points.map((p) =>
+        draw("circle", {
+          class: `dot ${side}${s.hot ? " hot" : ""}${s.look === "line" ? " knot" : ""}`,
+          cx: px(p.x).toFixed(1),
+          cy: py(p.y).toFixed(1),
+          r: s.hot ? 4.2 : 3,
+          ...style,
+        }),
+      ),
+    );
   }
   return nodes;
 }
@@ -119,10 +186,25 @@ function valuesTable(label, xLabel, xName, xs, series) {
 
 /** What the marks mean: [[class or color, text]]. */
 function key(entries) {
-  return el("ul", { class: "key" }, entries.map(([look, text]) => {
-    const mark = draw("svg", { viewBox: "0 0 26 10", class: "key-mark", "aria-hidden": "true" },
-      look.includes("dot") ? draw("circle", { class: look, cx: 13, cy: 5, r: 3.4 })
-        : draw("line", { class: look.startsWith("rgb") ? "line own" : look, x1: 1, x2: 25, y1: 5, y2: 5, stroke: look.startsWith("rgb") ? look : null }));
-    return el("li", {}, mark, text);
-  }));
+  return el(
+    "ul",
+    { class: "key" },
+    entries.map(([look, text]) => {
+      const mark = draw(
+        "svg",
+        { viewBox: "0 0 26 10", class: "key-mark", "aria-hidden": "true" },
+        look.includes("dot")
+          ? draw("circle", { class: look, cx: 13, cy: 5, r: 3.4 })
+          : draw("line", {
+              class: look.startsWith("rgb") ? "line own" : look,
+              x1: 1,
+              x2: 25,
+              y1: 5,
+              y2: 5,
+              stroke: look.startsWith("rgb") ? look : null,
+            }),
+      );
+      return el("li", {}, mark, text);
+    }),
+  );
 }

@@ -29,18 +29,23 @@ const SCALES = {
   // Blue below zero, orange above, near white at zero.
   signed: ramp((t) => oklch(0.97 - 0.46 * Math.abs(2 * t - 1) ** 0.9, 0.19 * Math.abs(2 * t - 1), t < 0.5 ? 255 : 45)),
   // Two sides that claim nothing: teal and violet.
-  unsigned: ramp((t) => oklch(0.96 - 0.4 * Math.abs(2 * t - 1) ** 0.9, 0.13 * Math.abs(2 * t - 1), t < 0.5 ? 185 : 305)),
+  unsigned: ramp((t) =>
+    oklch(0.96 - 0.4 * Math.abs(2 * t - 1) ** 0.9, 0.13 * Math.abs(2 * t - 1), t < 0.5 ? 185 : 305),
+  ),
 };
 const SURE = 0.95; // confidence from which a sign is taken as known
 
 /** Black or white, whichever stands out more. */
 function contrasting(color) {
-  const [r, g, b] = color.map((byte) => (byte / 255 <= 0.03928 ? byte / 255 / 12.92 : ((byte / 255 + 0.055) / 1.055) ** 2.4));
+  const [r, g, b] = color.map((byte) =>
+    byte / 255 <= 0.03928 ? byte / 255 / 12.92 : ((byte / 255 + 0.055) / 1.055) ** 2.4,
+  );
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 }
 
 /** A line colour for the i-th of n, told apart by hue and lightness; readable on light and dark ground. */
-const lineColor = (i, n) => `rgb(${oklch(0.54 + 0.12 * (n > 1 ? i / (n - 1) : 0), 0.13, 262 - 225 * (n > 1 ? i / (n - 1) : 0)).join(" ")})`;
+const lineColor = (i, n) =>
+  `rgb(${oklch(0.54 + 0.12 * (n > 1 ? i / (n - 1) : 0), 0.13, 262 - 225 * (n > 1 ? i / (n - 1) : 0)).join(" ")})`;
 
 const decoded = new Map();
 
@@ -77,9 +82,18 @@ function mapOf(reading, component, layer, image, head) {
   const confidence = entry.confidence ? entry.confidence[image] : null;
   const finite = [...values].filter(Number.isFinite);
   return {
-    values, component, layer: at, head: entry.heads ? head : -1, heads: entry.heads, height: entry.height, width: entry.width,
-    signed: entry.signed, confidence, unsure: entry.signed && confidence !== null && confidence < SURE,
-    low: finite.length ? Math.min(...finite) : 0, high: finite.length ? Math.max(...finite) : 0,
+    values,
+    component,
+    layer: at,
+    head: entry.heads ? head : -1,
+    heads: entry.heads,
+    height: entry.height,
+    width: entry.width,
+    signed: entry.signed,
+    confidence,
+    unsure: entry.signed && confidence !== null && confidence < SURE,
+    low: finite.length ? Math.min(...finite) : 0,
+    high: finite.length ? Math.max(...finite) : 0,
     top: quantile(finite, 0.98),
   };
 }

@@ -19,22 +19,40 @@ function stamp() {
   section(["panes"], () => {
     const random = shownReadings().map((reading) => reading.random);
     node.hidden = !random.some(Boolean);
-    node.textContent = random.every(Boolean) ? text : `${random.map((yes, i) => (yes ? LETTERS[i] : "")).filter(Boolean).join()}: ${text.charAt(0).toLowerCase()}${text.slice(1)}`;
+    node.textContent = random.every(Boolean)
+      ? text
+      : `${random
+          .map((yes, i) => (yes ? LETTERS[i] : ""))
+          .filter(Boolean)
+          .join()}: ${text.charAt(0).toLowerCase()}${text.slice(1)}`;
   });
 }
 
 function lead() {
   const node = document.getElementById("lead");
   section(["panes"], () => {
-    node.replaceChildren(...state.panes.map((pane, i) => {
-      const reading = readingOf(pane);
-      const model = reading.model || {};
-      const grafts = model.mechanisms?.length ? `, grafts: ${model.mechanisms.join(", ")}` : "";
-      return `${several || epochs ? `${tagged(i)}: ` : ""}${model.class || model.name || "model"}, ${plural(model.parameters || 0, "parameter")}, weights: ${model.weights || "unknown"}${grafts}. ${plural(reading.layers.length, "layer")}, ${plural(reading.count, "image")}.`;
-    }).map((line) => el("span", {}, line)));
+    node.replaceChildren(
+      ...state.panes
+        .map((pane, i) => {
+          const reading = readingOf(pane);
+          const model = reading.model || {};
+          const grafts = model.mechanisms?.length ? `, grafts: ${model.mechanisms.join(", ")}` : "";
+          return `${several || epochs ? `${tagged(i)}: ` : ""}${model.class || model.name || "model"}, ${plural(model.parameters || 0, "parameter")}, weights: ${model.weights || "unknown"}${grafts}. ${plural(reading.layers.length, "layer")}, ${plural(reading.count, "image")}.`;
+        })
+        .map((line) => el("span", {}, line)),
+    );
   });
   const left = DATA.sources.filter((source) => source.leftOut);
-  if (left.length) node.after(el("p", { class: "quiet" }, left.map((source) => `${source.name}: ${source.leftOut} epochs are left out, to keep this page small.`).join(" ")));
+  if (left.length)
+    node.after(
+      el(
+        "p",
+        { class: "quiet" },
+        left
+          .map((source) => `${source.name}: ${source.leftOut} epochs are left out, to keep this page small.`)
+          .join(" "),
+      ),
+    );
 }
 
 theme();
@@ -52,7 +70,7 @@ layers();
 facts();
 const start = looker(readingOf(state.panes[0]));
 const layersShown = layersOf(shownReadings());
-state.layer = start ? start.layer : layersShown[layersShown.length - 1] ?? 0;
+state.layer = start ? start.layer : (layersShown[layersShown.length - 1] ?? 0);
 state.head = start ? start.head : -1;
 for (const one of sections) one.redraw();
 document.documentElement.dataset.ready = "yes";
