@@ -19,7 +19,7 @@ ABOUT = {
     "attention": "attention of the class token to the patches, head by head; without a class token, the attention received",
     "rollout": "attention followed through all layers up to this one (Abnar and Zuidema 2020)",
     "u": "left singular vector of the residual stream after the block, bright where the object is",
-    "k": "left singular vector of the keys, bright where the object is",
+    "k": "left singular vector of the keys, brought to unit length and centred, bright where the object is",
     "artifacts": "tokens of more than twice the median norm, which hold no picture of their place",
     "foreground": "where the subject is, found without masks",
 }
@@ -63,7 +63,8 @@ class Gallery:
         ):
             if features is not None and min(features.shape[1:]) > rank:
                 name = f"{letter}/{layer}"
-                u, _, self.rows[name] = singular_maps(features, rank, rows=self.rows.get(name, "auto"))
+                usual = "auto" if letter == "u" else "unit"  # of keys, unit rows find more (benchmarks/foreground)
+                u, _, self.rows[name] = singular_maps(features, rank, rows=self.rows.get(name, usual))
                 self.vectors[name] = (u, grid)
         for letter, name in (("k", "keys"), ("o", "output"), ("x", "tokens")):
             if (layer, letter) not in self.needed:
