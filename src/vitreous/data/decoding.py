@@ -59,14 +59,22 @@ def decode(source: Source, name: str, channels: int) -> Image.Image:
     raw = contents(source, name)
     try:
         with _opened(io.BytesIO(raw)) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError("it has 32 bits per pixel")
-            elif "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert("L" if channels == 1 else "RGB")
+            return converted(image, name, channels)
+    except BROKEN as error:
+        raise _unreadable(name, error) from error
+
+
+def converted(image: Image.Image, name: str, channels: int) -> Image.Image:
+    """An opened image as `decode` gives it. Raises DataError naming it."""
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("it has 32 bits per pixel")
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("L" if channels == 1 else "RGB")
     except BROKEN as error:
         raise _unreadable(name, error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,24 +10,26 @@ import numpy as np
 from PIL import Image
 
 from vitreous.data.archives import is_archive, list_files
-from vitreous.data.decoding import Source, contents, is_image
+from vitreous.data.decoding import Source, contents, converted, is_image
 from vitreous.data.folders import FileSet
 from vitreous.data.foregrounds import Foreground, match_masks, part_masks, read_boxes
 from vitreous.data.sets import ImageSet
 from vitreous.errors import DataError
 
+TWICE = re.compile(r" \(\d+\)$")  # the number behind a name that was taken: cat.jpg (2)
+
 
 class Pictures(ImageSet):
-    """PIL images in memory, in the mode they will be seen in, with a name each and, where known, a (height, width) mask."""
+    """PIL images in memory, as files of them would be read, with a name each and, where known, a (height, width) mask."""
 
     def __init__(self, images: Sequence[Image.Image], names: Sequence[str] = (), masks: Sequence[np.ndarray | None] = ()):
         super().__init__([-1] * len(images), 3)
-        self.images = [image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB") for image in images]
         self.names = list(names) or [f"image {i}" for i in range(len(images))]
+        self.images = list(images)
         self.masks = list(masks) or [None] * len(images)
 
     def image(self, i: int) -> Image.Image:
-        return self.images[i]
+        return converted(self.images[i], self.names[i], self.channels)
 
     def mask(self, i: int) -> np.ndarray | None:
         return self.masks[i]
@@ -47,11 +50,20 @@ def photographs(
     folder `masks` or a boxes.csv inside a folder of images counts. Files are decoded when asked for, so that one that is
     broken stops no other. Raises DataError for paths that are not there, and for no images.
     """
-    items = [given] if isinstance(given, str | Path | Image.Image) else list(given)
+    alone = isinstance(given, str | Path | Image.Image) or not isinstance(given, Iterable)
+    items = [given] if alone else list(given)
+    strangers = [item for item in items if not isinstance(item, str | Path | Image.Image)]
+    if strangers:
+        raise DataError(
+            f"Found a {type(strangers[0]).__name__} among the images. Expected paths, or PIL images. Of arrays make PIL "
+            "images, or one normalised tensor (B, C, h, w)."
+        )
     pictures = [item for item in items if isinstance(item, Image.Image)]
     if pictures:
         if len(pictures) < len(items):
             raise DataError("Found PIL images and paths together. Expected one kind. Open the files, or give paths alone.")
+        if masks is not None:
+            raise DataError("Found masks for PIL images. Expected them for files. Give paths, or tensors and an array.")
         return Pictures(pictures)
     files: dict[str, Source] = {}
     foregrounds: dict[str, Foreground] = {}
@@ -95,10 +107,10 @@ def _free(name: str, taken: dict[str, Source]) -> str:
 def _beside(path: Path, files: dict[str, Source]) -> dict[str, Foreground]:
     """Masks in a folder, or boxes in a table, for the images of these names. Raises DataError if none fits."""
     if path.is_dir():
-        masks = {name.rpartition(".")[0]: (name, source) for name, source in list_files(path, empty=True).items()}
-        found: dict[str, Foreground] = {
-            name: masks[stem] for name in files if (stem := name.partition(" (")[0].rpartition(".")[0]) in masks
-        }
+        there = {name: source for name, source in list_files(path, empty=True).items() if is_image(name)}
+        masks = {name.rpartition(".")[0]: (name, source) for name, source in there.items()}
+        stems = {name: TWICE.sub("", name).rpartition(".")[0] for name in files}
+        found: dict[str, Foreground] = {name: masks[stem] for name, stem in stems.items() if stem in masks}
     elif path.suffix.lower() == ".csv" and path.is_file():
         found = dict(read_boxes(contents(path, path.name), files))
     else:
