@@ -6,20 +6,22 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torchvision import transforms
 
 from vitreous.data import ImageSet, photographs
-from vitreous.errors import DataError, SettingError
+from vitreous.data.decoding import Source
+from vitreous.errors import DataError, HostError, SettingError
 
 QUALITY = 85  # of the JPEG pictures that a reading keeps
+BEGINNING = 1 << 14  # bytes of a file that tell it from others of its name and size
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,20 @@ class Views(Sequence[View]):
         self.tensors = images if isinstance(images, Tensor) else None
         if self.tensors is not None:
             check_images(self.tensors)
-            self.masks = given_masks(masks, self.tensors)
+            self.given = given_masks(masks, self.tensors)
             self.mean, self.std = tensor_statistics(self.tensors, self.config)
             return
+        if isinstance(images, ImageSet) and masks is not None:
+            raise DataError("Found masks beside a set of images, which has its own. Expected one source. Leave masks out.")
         self.images = images if isinstance(images, ImageSet) else photographs(images, masks)
         if self.config is None:
             raise SettingError(
                 f"Found images and a {type(model).__name__} without a pretrained_cfg, which would say how to prepare them. "
-                "Expected a timm model, or a tensor. Prepare them yourself and give a tensor (B, C, H, W)."
+                "Expected a timm model, or a tensor. Give a tensor (B, C, H, W) that you prepared, or say how with inputs."
             )
+        channels = self.config["input_size"][0]
+        if channels not in (1, 3):
+            raise HostError(f"Found a model of {channels} channels. Expected 1 or 3 for images. Give a tensor (B, C, H, W).")
         self.mean, self.std = (tuple(self.config[name]) for name in ("mean", "std"))
         self.transform = create_transform(**self.config, is_training=False)
         self.geometry = transforms.Compose([step for step in self.transform.transforms if moves(step)])
@@ -77,7 +84,7 @@ class Views(Sequence[View]):
 
     def __getitem__(self, i: int) -> View:
         if self.tensors is not None:
-            x, mask = self.tensors[i], None if self.masks is None else self.masks[i]
+            x, mask = self.tensors[i], None if self.given is None else self.given[i]
             return View(f"image {i}", x, self.picture(x), mask, x.shape[-1], x.shape[-2])
         image, mask = self.images.image(i), self.images.mask(i)
         x = self.transform(image.convert("L" if self.config["input_size"][0] == 1 else "RGB"))
@@ -90,17 +97,18 @@ class Views(Sequence[View]):
         return names[i] if names else f"image {i}"
 
     def identity(self, count: int) -> list[Any]:
-        """What tells the first `count` images from others, cheaply: a digest of tensors, else names and sizes of files."""
+        """What tells the first `count` images, with their masks, from others: digests, of files from their first bytes."""
         if self.tensors is not None:
             values = self.tensors[:count].detach().cpu().contiguous()
-            return [list(values.shape), hashlib.blake2b(values.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()]
-        found = []
-        for i in range(count):
-            source = getattr(self.images, "sources", [None] * count)[i]
-            if source is None:
-                found.append([self.name(i), hashlib.blake2b(self.images.image(i).tobytes()).hexdigest()])
-            else:
-                found.append([self.name(i), source.stat().st_size if isinstance(source, Path) else len(source)])
+            given = () if self.given is None else self.given[:count].tobytes()
+            return [list(values.shape), digest(values.flatten().view(torch.uint8).numpy().tobytes()), digest(bytes(given))]
+        sources, known = (getattr(self.images, name, None) for name in ("sources", "foregrounds"))
+        if sources is None:
+            return [[self.name(i), *of_pixels(self.images, i)] for i in range(count)]
+        found = [[self.name(i), of_file(sources[i])] for i in range(count)]
+        for entry in found:
+            if mask := (known or {}).get(entry[0]):
+                entry.append([mask[0], of_file(mask[1])] if isinstance(mask, tuple) else mask)
         return found
 
     def picture(self, x: Tensor) -> np.ndarray:
@@ -116,8 +124,37 @@ class Views(Sequence[View]):
 
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
-    """input_size, mean, std, interpolation and crop of a timm model; None for a model that has none."""
-    return resolve_model_data_config(model) if getattr(model, "pretrained_cfg", None) else None
+    """input_size (as the model was built), mean, std, interpolation and crop of a timm model; None for one without."""
+    if not getattr(model, "pretrained_cfg", None):
+        return None
+    config = resolve_model_data_config(model) | {"input_size": get_model_input_config(model)["input_size"]}
+    if len(config["mean"]) == 3 and config["input_size"][0] == 1:  # statistics of colours for a model of grey images
+        config |= {name: (sum(config[name]) / 3,) for name in ("mean", "std")}
+    return config
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def of_file(source: Source) -> list[Any]:
+    """Size and digest of the first bytes of a file; nothing of one that cannot be read."""
+    if isinstance(source, bytes):
+        return [len(source), digest(source[:BEGINNING])]
+    try:
+        with source.open("rb") as file:
+            return [source.stat().st_size, digest(file.read(BEGINNING))]
+    except OSError:
+        return []
+
+
+def of_pixels(images: ImageSet, i: int) -> list[str]:
+    """Digests of an image and its mask; nothing of one that cannot be read."""
+    try:
+        image, mask = images.image(i), images.mask(i)
+    except DataError:
+        return []
+    return [digest(image.tobytes()), "" if mask is None else digest(mask.tobytes())]
 
 
 def moves(step: Any) -> bool:
@@ -144,6 +181,11 @@ def check_images(images: Tensor) -> None:
     if images.ndim != 4 or not len(images):
         raise DataError(
             f"Found a tensor of shape {tuple(images.shape)}. Expected images (B, C, h, w), at least one. Of one: x[None]."
+        )
+    if not images.is_floating_point():
+        raise DataError(
+            f"Found a tensor of {images.dtype}. Expected pixels normalised for the model, of a floating type. Give paths or "
+            "PIL images to have them prepared, or normalise the tensor."
         )
 
 
