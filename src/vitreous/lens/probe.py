@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -187,8 +189,11 @@ def hooked(recorders: Iterable[Recorder]) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients while the body runs; afterwards every module's mode and the random state as before."""
-    modes = {module: module.training for module in model.modules()}
+    """Eval mode and no gradients while the body runs; afterwards every module's mode and the random state as before.
+
+    Random state: of torch, numpy and Python, for models that draw from those.
+    """
+    modes, drawn = {module: module.training for module in model.modules()}, (random.getstate(), np.random.get_state())
     try:
         with torch.no_grad(), torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
             model.eval()
@@ -196,3 +201,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
