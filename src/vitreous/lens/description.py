@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from vitreous.grafting import grafts
 from vitreous.lens.call import Call
+from vitreous.lens.direction import Direction
 from vitreous.lens.faithfulness import answer, has_classes
 from vitreous.lens.gallery import about
 from vitreous.lens.reading import Part
+from vitreous.lens.sight import Sight
 from vitreous.lens.views import View, Views
 
 PACKAGES = ("vitreous", "torch", "timm", "numpy")
@@ -43,11 +45,15 @@ def of_model(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_layer(call: Call, layer: int, has_class: bool) -> dict[str, Any]:
+def of_layer(call: Call, sight: Sight) -> dict[str, Any]:
     """One captured attention: what it is, where its tokens are, and how its map was verified."""
-    layout = call.layout
+    layout, note = call.layout, ""
+    if sight.merged:
+        note = "tokens were merged or dropped before it: in maps each stands wherever it speaks for"
+    elif sight.grid is None:
+        note = "where its tokens are is not known" if layout is None else layout.note
     return {
-        "layer": layer,
+        "layer": sight.layer,
         "name": call.name,
         "number": call.number,
         "kind": call.kind,
@@ -58,11 +64,11 @@ def of_layer(call: Call, layer: int, has_class: bool) -> dict[str, Any]:
         "queries": call.output.shape[3],
         "keys": call.v.shape[3],
         "windows": call.output.shape[1],
-        "prefix": 0 if layout is None else layout.prefix,
-        "grid": None if layout is None or layout.key_grid is None else list(layout.key_grid),
-        "has_class": has_class,
+        "prefix": sight.prefix,
+        "grid": None if sight.grid is None else list(sight.grid),
+        "has_class": sight.has_class,
         "effective": call.mixed,
-        "note": call.note or ("where its tokens are is not known" if layout is None else layout.note),
+        "note": call.note or note,
     }
 
 
@@ -119,10 +125,30 @@ def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, coun
 def fingerprint(model: nn.Module, views: Views, count: int, settings: Mapping[str, Any]) -> str:
     """A digest of weights, images and settings: an interrupted reading goes on only with the same."""
     digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(arguments(model)).encode())
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             values = tensor.detach().cpu().contiguous().flatten()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
             digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
-    digest.update(json.dumps([settings, views.identity(count)], sort_keys=True).encode())
+    digest.update(json.dumps([settings, views.config, views.identity(count)], sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def of_direction(direction: Direction | None) -> str | None:
+    """What tells a direction from others."""
+    if direction is None:
+        return None
+    vectors = [vector.detach().cpu().double().numpy().tobytes() for vector in direction.vectors]
+    named = json.dumps([direction.features, direction.attention]).encode()
+    return hashlib.blake2b(b"".join([named, *vectors]), digest_size=8).hexdigest()
+
+
+def arguments(model: nn.Module) -> list[Any]:
+    """What a model was built with beside its weights: classes and plain attributes of its modules, and grafts."""
+    found: list[Any] = [str(record.mechanism) for record in grafts(model)]
+    for name, module in model.named_modules():
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        kept = {key: value for key, value in plain.items() if not key.startswith("_") and key != "training"}
+        found.append([name, type(module).__name__, kept])
+    return found

@@ -6,6 +6,7 @@ images, in which every attention is reduced at once: to numbers by `lens.measure
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vitreous.errors import DataError, SettingError
+from vitreous.errors import DataError, HostError, SettingError, VitreousError
 from vitreous.grafting import check, grafts
 from vitreous.lens import description, faithfulness, scores
 from vitreous.lens.call import Call
@@ -24,8 +25,8 @@ from vitreous.lens.direction import Direction
 from vitreous.lens.gallery import Gallery, stacked
 from vitreous.lens.judgement import against_masks, against_model
 from vitreous.lens.measures import BLOCK, Measures, perturbed
-from vitreous.lens.reading import CHUNK, FORMAT, Columns, Part, Reading, StoredParts, Writer, joined, read
-from vitreous.lens.sight import Collector
+from vitreous.lens.reading import CHUNK, FORMAT, Columns, Part, Reading, StoredParts, Writer, joined, read, read_part
+from vitreous.lens.sight import Collector, Sight, has_class_token
 from vitreous.lens.tap import Layouts, Refusal, trace, watch
 from vitreous.lens.views import View, Views
 
@@ -58,10 +59,30 @@ class Plan:
             self.layouts[shape] = trace(self.model, images)
         return self.layouts[shape]
 
-    def remember(self, call: Call, has_class: bool) -> None:
+    def remember(self, call: Call, sight: Sight) -> None:
         """Keep what the page says of a layer; its error is the largest of all batches."""
-        record = self.layers.setdefault((call.name, call.number), description.of_layer(call, len(self.layers), has_class))
+        record = self.layers.setdefault(sight.key, description.of_layer(call, sight))
         record["error"] = max(record["error"], call.error)
+        if record["layer"] != sight.layer:
+            raise HostError(
+                f"Found {call.name} as attention {sight.layer} of a pass, and {record['layer']} of an earlier one. Expected "
+                "the same attentions for all images. Look at fewer images, or leave out those that differ."
+            )
+
+    def learned(self) -> dict[str, Any]:
+        """What was found out so far, as a part keeps it."""
+        found = {"layers": list(self.layers.values()), "rows": self.rows, "rules": self.rules, "notes": list(self.notes)}
+        return copy.deepcopy(found | {"refused": [[refusal.name, refusal.reason] for refusal in self.refused]})
+
+    def learn(self, found: dict[str, Any]) -> None:
+        """Take in what an earlier, interrupted look had found out."""
+        for record in found.get("layers", ()):
+            known = self.layers.setdefault((record["name"], record["number"]), record)
+            known["error"] = max(known["error"], record["error"])
+        self.rows |= found.get("rows", {})
+        self.rules |= found.get("rules", {})
+        self.notes |= dict.fromkeys(found.get("notes", ()))
+        self.refused |= {Refusal(*refused): None for refused in found.get("refused", ())}
 
     def facts(self, parts: Sequence[Part]) -> dict[str, Any]:
         """What reading.json says beside the model and the settings."""
@@ -119,6 +140,8 @@ def look(
         ("batch_size", batch_size, 1, 10**6),
         ("memory", memory, 0.001, 10**4),
         ("curves", curves, 0, 10**6),
+        ("seed", seed, 0, 2**32),
+        ("limit", 1 if limit is None else limit, 1, 10**12),
     ):
         if not low <= value <= high:
             raise SettingError(f"Found {name}={value}. Expected {low} to {high:g}. Choose a value in between.")
@@ -133,14 +156,16 @@ def look(
     plan = Plan(model, views, direction, noise, seed, batch_size, memory, names)
     if about.get("weights") == "random":
         plan.notes[description.WARNING] = None
-    settings = {"noise": noise, "seed": seed, "curves": curves, "limit": limit, "direction": direction is not None}
+    settings = {"noise": noise, "seed": seed, "curves": curves, "limit": limit}
+    settings["direction"] = description.of_direction(direction)
     mark = description.fingerprint(model, views, count, settings)
     writer = None if out is None else Writer(Path(out), mark)
-    if writer is not None and (writer.folder / "reading.json").is_file():
+    if writer is not None and (writer.folder / "reading.json").is_file() and len(writer.done) * CHUNK >= count:
         return read(writer.folder)
     parts = all_parts(plan, count, writer, console)
+    found = all_curves(plan, parts, min(curves, plan.seen))
     known = description.of_model(model, about) | plan.facts(parts) | {"settings": settings, "seed": seed, "fingerprint": mark}
-    reading = Reading(known, parts, all_curves(plan, parts, min(curves, plan.seen)))
+    reading = Reading(known, parts, found)
     if scored := reading.scores():
         known["summary"] = scores.summary(scored, seed=seed)
     if writer is None:
@@ -152,13 +177,12 @@ def look(
 def all_parts(plan: Plan, count: int, writer: Writer | None, console: Console | None) -> Sequence[Part]:
     """Look at images 0 to count - 1, CHUNK by CHUNK; parts that the writer has are not made again."""
     starts = list(range(0, count, CHUNK))
-    if writer is not None and writer.done:
-        look_at(plan, range(1))  # layers, components and rows are learned from the first image
-        plan.seen = 0
     parts: list[Part] = []
     for number in shown(range(len(starts)), "images", console):
         if writer is not None and number in writer.done:
-            plan.seen += len(StoredParts([writer.path(number)])[0].images)
+            part = read_part(writer.path(number))
+            plan.learn(part.learned)
+            plan.seen += len(part.images)
             continue
         part = look_at(plan, range(starts[number], min(starts[number] + CHUNK, count)))
         plan.seen += len(part.images)
@@ -201,6 +225,7 @@ def look_at(plan: Plan, numbers: range) -> Part:
         part.put("rows", joined(rows))
     if scored:
         part.put("scores", joined(scored))
+    part.learned = plan.learned()
     return part
 
 
@@ -220,12 +245,13 @@ def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns
     block = max(1, min(BLOCK, int(plan.memory * GIB / 16)))  # four buffers of four bytes
     measures = Measures(plan.model, noisy=noisy, first=first, block=block)
     gallery = Gallery(len(layouts.calls), plan.direction, plan.rows)
-    collector = Collector(layouts, count, rollout=True, on_tokens=measures.tokens, done=gallery.add)
+    class_token = has_class_token(plan.model)
+    collector = Collector(layouts, count, class_token=class_token, rollout=True, on_tokens=measures.tokens, done=gallery.add)
 
     def take(call: Call) -> None:
         measures.see(call)
         collector.see(call)
-        plan.remember(call, collector.sights[-1].has_class)
+        plan.remember(call, collector.sights[-1])
 
     def leave(name: str, number: int, output: Any) -> None:
         measures.leave(name, number, output)
@@ -256,11 +282,23 @@ def all_curves(plan: Plan, parts: Sequence[Part], count: int) -> list[dict[str, 
     skipped = {record["name"] for part in parts for record in part.skipped}
     readable = (i for i in range(len(plan.views)) if plan.views.name(i) not in skipped)
     views = [plan.views[i] for _, i in zip(range(count), readable, strict=False)]
-    ours, _, _ = see(plan, views, 0)
-    copy = faithfulness.randomised(plan.model, plan.seed)
-    blind = replace(plan, model=copy, direction=None, noise=0.0, layers={}, rules={}, refused={}, notes={})
-    theirs, _, _ = see(blind, views, 0)
-    return against_model(plan.model, views, ours.maps, theirs.maps, plan.seed, max(16, plan.batch_size))
+    shuffled = faithfulness.randomised(plan.model, plan.seed)
+    fresh = {"layouts": {}, "layers": {}, "rules": {}, "refused": {}, "notes": {}}
+    blind = replace(plan, model=shuffled, direction=None, noise=0.0, **fresh)
+    ours = maps_of(replace(plan, noise=0.0), views)
+    try:
+        theirs = maps_of(blind, views)
+    except VitreousError as error:
+        plan.notes[f"The model with shuffled weights could not be seen, and no map is compared with its own: {error}"] = None
+        theirs = {}
+    return against_model(plan.model, views, ours, theirs, plan.seed, max(16, plan.batch_size))
+
+
+def maps_of(plan: Plan, views: Sequence[View]) -> dict[str, Tensor]:
+    """All maps of some images, in memory."""
+    starts = range(0, len(views), plan.batch_size)
+    galleries = [see(plan, views[start : start + plan.batch_size], start)[0] for start in starts]
+    return {name: torch.cat([gallery.maps[name] for gallery in galleries]) for name in galleries[0].maps}
 
 
 def shown(items: Sequence[Any], what: str, console: Console | None) -> Iterator[Any]:

@@ -16,13 +16,15 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vitreous.errors import DataError, SettingError, UnknownName
 from vitreous.files import write, write_text
@@ -34,6 +36,7 @@ KINDS = ("token", "channel", "pooling", "effective")
 KEYS = ("layer", "head", "image", "source", "kind")
 WHOLE = ("layer", "head", "image")  # columns of whole numbers, of which -1 means none in particular
 WORDS = ("source", "kind", "component", "measure")
+SAID = ("skipped", "learned")  # in a part as JSON, in a tensor of bytes: of metadata only one key has an order, the images
 OTHERS = ("rows", "scores", "picture", "mask")  # what a part holds beside maps
 COMPONENTS = ("attention", "rollout", "u1", "u2", "u3", "k1", "foreground", "centre", "random", "area")  # that have scores
 NAMED = {"source": SOURCES, "kind": KINDS, "component": COMPONENTS}  # columns of words, kept as numbers in a part
@@ -42,11 +45,15 @@ Columns = dict[str, np.ndarray]
 
 @dataclass
 class Part:
-    """Up to CHUNK images: tensors by name as the file holds them, and what is known of each image."""
+    """Up to CHUNK images: tensors by name as the file holds them, and what is known of each image.
+
+    learned: what had been found out of the model by then, for a look that goes on after this part.
+    """
 
     tensors: dict[str, np.ndarray]
     images: list[dict[str, Any]]
     skipped: list[dict[str, str]] = field(default_factory=list)
+    learned: dict[str, Any] = field(default_factory=dict)
 
     def columns(self, group: str) -> Columns:
         """The columns of a table that the part holds: "rows" (measures) or "scores"."""
@@ -78,6 +85,11 @@ class Maps(Mapping):
     def __init__(self, parts: Sequence[Part]):
         self.parts = parts
 
+    @cached_property
+    def first(self) -> Part:
+        """The first part that holds images; those of which none could be read have no maps."""
+        return next((part for part in self.parts if part.images), Part({}, []))
+
     def __getitem__(self, key: str | tuple) -> np.ndarray:
         component, layer, *head = (key, -1) if isinstance(key, str) else key
         values = self._joined(f"{component}/{layer}", key).astype(np.float32)
@@ -96,12 +108,12 @@ class Maps(Mapping):
     def confidence(self, component: str, layer: int) -> np.ndarray:
         """(image,), 0 to 1; 1 for components that have no sign to be wrong about."""
         name = f"{component}/{layer}/confidence"
-        if self.parts and name not in self.parts[0].tensors:
+        if f"{component}/{layer}" in self.first.tensors and name not in self.first.tensors:
             return np.ones(len(self[component, layer]), np.float32)
         return self._joined(name, (component, layer))
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        names = [name.split("/") for name in (self.parts[0].maps() if self.parts else ())]
+        names = [name.split("/") for name in self.first.maps()]
         return iter([(component, int(layer)) for component, layer in names])
 
     def __len__(self) -> int:
@@ -111,10 +123,10 @@ class Maps(Mapping):
         return key in set(self)
 
     def _joined(self, name: str, key: Any) -> np.ndarray:
-        if not self.parts or name not in self.parts[0].tensors:
+        if name not in self.first.tensors:
             known = [f"{component} {layer}" for component, layer in self]
             raise UnknownName(" ".join(str(k) for k in (key if isinstance(key, tuple) else (key,))), "map", known)
-        return np.concatenate([part.tensors[name] for part in self.parts])
+        return np.concatenate([part.tensors[name] for part in self.parts if part.images])
 
 
 class Reading:
@@ -175,34 +187,36 @@ class Reading:
 class Writer:
     """Writes a reading part by part. `done`: the numbers of the parts that are there, from an earlier, interrupted call.
 
-    fingerprint: of model, images and settings; the folder goes on only with the same one.
+    fingerprint: of model, images and settings; the folder goes on only with the same one. Nothing is written before the first
+    part, so that a look that fails leaves nothing.
     """
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder, self.fingerprint = folder, fingerprint
-        mark = folder / "parts" / "fingerprint"
-        try:
-            if not mark.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        self.mark = folder / "parts" / "fingerprint"
+        with writable(folder):
+            if not self.mark.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise SettingError(f"Found something in {folder}. Expected a new or empty folder. Choose another --out.")
-            if mark.is_file() and mark.read_text() != fingerprint:
+            if self.mark.is_file() and self.mark.read_text() != fingerprint:
                 raise SettingError(
                     f"Found another reading in {folder}: of another model, other images or settings. Expected a new folder, or "
                     "the same reading to go on with. Choose another --out, or delete the folder."
                 )
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            write_text(mark, fingerprint)
-        except OSError as error:
-            raise SettingError(f"Cannot write {folder} ({error.strerror}). Expected a writable folder. Mend --out.") from error
-        self.done = {int(path.stem) for path in mark.parent.glob("*.safetensors")}
+        self.done = {int(path.stem) for path in self.mark.parent.glob("*.safetensors") if path.stem.isdigit()}
 
     def path(self, number: int) -> Path:
         return self.folder / "parts" / f"{number:05d}.safetensors"
 
     def add(self, number: int, part: Part) -> None:
         """Write a part, whole or not at all."""
-        metadata = {"images": json.dumps(part.images), "skipped": json.dumps(part.skipped)}
         tensors = {key: np.ascontiguousarray(part.tensors[key]) for key in sorted(part.tensors)}
-        write(self.path(number), lambda path: safetensors.numpy.save_file(tensors, path, metadata=metadata))
+        tensors["said"] = np.frombuffer(json.dumps({name: getattr(part, name) for name in SAID}).encode(), np.uint8)
+        metadata = {"images": json.dumps(part.images)}
+        with writable(self.folder):
+            if not self.mark.is_file():
+                self.mark.parent.mkdir(parents=True, exist_ok=True)
+                write_text(self.mark, self.fingerprint)
+            write(self.path(number), lambda path: safetensors.numpy.save_file(tensors, path, metadata=metadata))
         self.done.add(number)
 
     def finish(self, reading: Reading) -> None:
@@ -223,7 +237,18 @@ class Writer:
         self.text(f"{name}.csv", as_csv(columns))
 
     def text(self, name: str, content: str) -> None:
-        write_text(self.folder / name, content)
+        with writable(self.folder):
+            write_text(self.folder / name, content)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """What goes wrong in writing to a folder, as a SettingError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingError(f"Cannot write {folder} ({reason}). Expected a writable folder, with space. Mend --out.") from error
 
 
 class StoredParts(Sequence):
@@ -249,30 +274,29 @@ def read(folder: str | Path) -> Reading:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
             raise DataError(f"Found {path} in format {facts['format']}. Expected {FORMAT}. Read it as it was written.")
-        curves = folder / "curves.json"
+        paths = [folder / "parts" / f"{number:05d}.safetensors" for number in range(facts["parts"])]
+        curves, summary = folder / "curves.json", folder / "summary.csv"
         found = json.loads(curves.read_text(encoding="utf-8")) if curves.exists() else []
+        if summary.exists():
+            facts["summary"] = from_csv(summary.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"Found no complete reading in {folder} ({type(error).__name__}: {error}). Expected a folder that `vitreous look` "
             "finished. Check the path, or let `vitreous look` go on with it."
         ) from error
-    paths = [folder / "parts" / f"{number:05d}.safetensors" for number in range(facts["parts"])]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"Found no {missing[0]}. Expected {len(paths)} parts. Look again with the same --out.")
-    reading = Reading(facts, StoredParts(paths), found)
-    if (folder / "summary.csv").exists():
-        facts["summary"] = from_csv((folder / "summary.csv").read_text(encoding="utf-8"))
-    return reading
+    return Reading(facts, StoredParts(paths), found)
 
 
 def read_part(path: Path) -> Part:
     """A part of a reading. Raises DataError for a file that is damaged."""
     try:
         with safe_open(path, "numpy") as file:
-            said = file.metadata() or {}
+            images = json.loads((file.metadata() or {})["images"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        return Part(tensors, json.loads(said["images"]), json.loads(said["skipped"]))
+        return Part(tensors, images, **json.loads(tensors.pop("said").tobytes()))
     except Exception as error:  # what a damaged file can raise is not foreseeable
         raise DataError(
             f"Found {path}, which cannot be read ({type(error).__name__}: {error}). Expected a part of a reading. Delete it "

@@ -36,7 +36,8 @@ class Sight:
     layer counts the attentions in the order of their calls; kind is that of the call, key its name and number.
     attention (B, H, P): the class token's attention to the patches, or, without one (`has_class` False), the mean
     attention that each patch receives. rollout (B, P): attention rollout up to this layer; None where it is not defined.
-    merged: tokens were merged or dropped before it, by a graft of ours. Where no token is, features and maps are 0.
+    merged: tokens were merged or dropped before it, by a graft of ours. Where no token is, features and maps are 0. prefix: how
+    many tokens without a place come first.
     """
 
     layer: int
@@ -51,6 +52,7 @@ class Sight:
     tokens: Tensor | None = None
     rollout: Tensor | None = None
     merged: bool = False
+    prefix: int = 0
 
     def feature(self, letter: str) -> Tensor | None:
         """The feature that "k", "o" or "x" stands for."""
@@ -60,7 +62,7 @@ class Sight:
 def sights(model: nn.Module, images: Tensor, layouts: Layouts | None = None) -> list[Sight]:
     """One sight per attention of a pass of images (B, C, h, w). layouts: from `trace`, for callers with several batches."""
     layouts = trace(model, images) if layouts is None else layouts
-    collector = Collector(layouts, len(images))
+    collector = Collector(layouts, len(images), class_token=has_class_token(model))
     watch(model, images, collector.see, layouts=layouts, leave=collector.leave)
     return collector.sights
 
@@ -68,9 +70,10 @@ def sights(model: nn.Module, images: Tensor, layouts: Layouts | None = None) -> 
 class Collector:
     """Gathers the sights of one pass: `see` and `leave` are the callbacks of `watch`.
 
-    images: how many of the batch count, from the first on. rollout: whether to follow it. on_tokens(name, number, tokens):
-    told the residual stream (B, N, D), of all images, after the block around the attention (name, number). done(sight): told
-    when all of a sight is there, to reduce it before the next; the rest is told by `finish`.
+    images: how many of the batch count, from the first on. class_token: as of `has_class_token`. rollout: whether to follow
+    it. on_tokens(name, number, tokens): told the residual stream (B, N, D), of all images, after the block around the
+    attention (name, number). done(sight): told when all of a sight is there, to reduce it before the next; the rest is told
+    by `finish`.
     """
 
     def __init__(
@@ -78,11 +81,13 @@ class Collector:
         layouts: Layouts,
         images: int,
         *,
+        class_token: bool = True,
         rollout: bool = False,
         on_tokens: Callable[[str, int, Tensor], None] | None = None,
         done: Callable[[Sight], None] | None = None,
     ):
-        self.layouts, self.images, self.follow, self.on_tokens, self.done = layouts, images, rollout, on_tokens, done
+        self.layouts, self.images, self.class_token, self.follow = layouts, images, class_token, rollout
+        self.on_tokens, self.done = on_tokens, done
         self.told = 0
         self.around = modules_around(list(layouts.calls), layouts.outputs)
         self.sights: list[Sight] = []
@@ -98,7 +103,8 @@ class Collector:
         if place is None or call.kind == "channel":
             return
         sight.merged = place.source is not None
-        sight.has_class = place.layout.prefix > 0 and place.layout.windows == 1
+        sight.prefix = place.layout.prefix
+        sight.has_class = self.class_token and sight.prefix > 0 and place.layout.windows == 1
         sight.grid = place.layout.key_grid
         if sight.grid is not None:
             sight.attention = place.keys(self.attention(call, sight.has_class)).flatten(-2).nan_to_num()  # (B, H, P)
@@ -207,6 +213,12 @@ class Place:
             flat = values.flatten(1, -2).mT  # (B, M, ...)
             values = take(flat, source, absent=0).mT.unflatten(1, values.shape[1:-1])
         return self.layout.key_picture(values)
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the first of tokens without a place is a class token: not where parameters speak of registers alone."""
+    names = [name.rpartition(".")[2].lower() for name, _ in model.named_parameters()]
+    return any("cls" in name or "class" in name for name in names) or not any("reg" in name for name in names)
 
 
 def modules_around(calls: Sequence[Key], placed: Collection[Key]) -> dict[str, tuple[str, Key]]:
