@@ -256,11 +256,11 @@ class Scan:
         count = 0
         for sight in sights:
             for kind, grid, z in rows_of(sight):
-                product = (centre_bump(grid).to(z) @ z).double().cpu()  # (B, D)
+                product = (centre_bump(grid).to(z) @ z).cpu().double()  # (B, D)
                 empty = Sums(grid, torch.zeros(2, z.shape[-1], dtype=torch.float64))
                 sums = self.features.setdefault((sight.layer, kind), empty)
                 sums.product.index_add_(0, halves(self.photographs, len(z)), product)
-                sums.energy += z.double().square().sum().item()
+                sums.energy += z.square().sum((1, 2)).cpu().double().sum().item()
                 count = len(z)
         self.photographs += count
 
@@ -272,10 +272,10 @@ class Scan:
                 count = len(z)
                 sums, other = self.features[sight.layer, kind], 1 - halves(self.judged, count)
                 along = torch.einsum("bpd,bd->bp", z, sums.product[other].to(z))
-                sums.matched += correlation(along, self.targets(grid, count).to(z)).double().sum().item()
+                sums.matched += correlation(along, self.targets(grid, count).to(z)).cpu().double().sum().item()
             if sight.has_class and sight.attention is not None and sight.grid is not None:
                 a = log_attention(sight.attention)
-                match = correlation(a, self.targets(sight.grid, len(a)).to(a)).double().sum().item()
+                match = correlation(a, self.targets(sight.grid, len(a)).to(a)).cpu().double().sum().item()
                 self.attention[sight.layer] = self.attention.get(sight.layer, 0.0) + match
         self.judged += count
 
