@@ -24,10 +24,15 @@ CHAINS = {
 }
 
 
+def viewed(axes, func, x, *args):
+    """Axes after func(x, ...); None: they were lost."""
+    return axes and axes.viewed(on_meta(func, (x, *args), {}, x, torch.empty(x.shape, device="meta")), x.shape)
+
+
 def applied(x, chain):
     axes = Axes.of(x.shape)
     for func, args in chain:
-        axes = axes.viewed(on_meta(func, (x, *args), {}), x.shape)
+        axes = viewed(axes, func, x, *args)
         x = func(x, *args)
     return x, axes
 
@@ -40,9 +45,9 @@ def test_axes_say_where_each_entry_came_from(chain):
 
 def test_a_range_that_begins_and_ends_within_other_axes_is_not_said():
     flat = torch.arange(2 * 6 * 5 * 7).view(12, 5, 7)
-    start = Axes.of(SHAPE).viewed(on_meta(torch.reshape, (torch.empty(SHAPE), (12, 5, 7)), {}), SHAPE)
-    assert start.viewed(on_meta(torch.narrow, (flat, 0, 5, 2), {}), flat.shape) is None
-    assert start.viewed(on_meta(torch.narrow, (flat, 0, 6, 2), {}), flat.shape) is not None
+    start = viewed(Axes.of(SHAPE), torch.reshape, torch.empty(SHAPE), (12, 5, 7))
+    assert viewed(start, torch.narrow, flat, 0, 5, 2) is None
+    assert viewed(start, torch.narrow, flat, 0, 6, 2) is not None
 
 
 def test_random_chains_of_reshapes_and_permutations():
@@ -51,7 +56,7 @@ def test_random_chains_of_reshapes_and_permutations():
         x, axes = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5), Axes.of((2, 3, 4, 5))
         for _ in range(4):
             order = torch.randperm(x.ndim, generator=generator).tolist()
-            axes = axes and axes.viewed(on_meta(torch.permute, (x, order), {}), x.shape)
+            axes = viewed(axes, torch.permute, x, order)
             x = x.permute(order)
             at = int(torch.randint(x.ndim - 1, (), generator=generator)) if x.ndim > 1 else 0
             merge = x.ndim > 1 and bool(torch.randint(2, (), generator=generator))
@@ -60,7 +65,7 @@ def test_random_chains_of_reshapes_and_permutations():
             else:
                 divisor = next((d for d in (2, 3, 5) if x.shape[at] % d == 0), 1)
                 shape = (*x.shape[:at], x.shape[at] // divisor, divisor, *x.shape[at + 1 :])
-            axes = axes and axes.viewed(on_meta(torch.reshape, (x, shape), {}), x.shape)
+            axes = viewed(axes, torch.reshape, x, shape)
             x = x.reshape(shape)
             assert axes is None or torch.equal(axes.index(range(x.ndim)), x)
         said += axes is not None

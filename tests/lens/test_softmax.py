@@ -91,7 +91,7 @@ def letters(net, q, k, v):
 
 def unfolded(net, q, k, v):
     """Heads into the batch and apart again between product and V, as windows are when a mask is added."""
-    scores = (q.flatten(0, 1) @ k.flatten(0, 1).mT * SCALE).view(-1, HEADS, TOKENS, TOKENS)
+    scores = (q.flatten(0, 1) @ k.flatten(0, 1).mT * SCALE).view_as(q.new_empty(len(q), HEADS, TOKENS, TOKENS))
     scores = (scores.view(1, -1, HEADS, TOKENS, TOKENS) + q.new_zeros(1, 1, TOKENS, TOKENS)).view(-1, HEADS, TOKENS, TOKENS)
     return join((scores.softmax(-1).reshape(-1, TOKENS, TOKENS) @ v.reshape(-1, TOKENS, WIDTH)).view_as(v))
 
@@ -264,13 +264,16 @@ def test_one_kv_head_in_an_einsum():
     torch.testing.assert_close(call["v"][:, 0], v[:, :1].expand_as(v))
 
 
-@pytest.mark.parametrize("second", ["a product", "moved"])
+@pytest.mark.parametrize("second", ["a product", "rolled", "taken by a list"])
 def test_queries_and_keys_are_not_guessed(second):
     """Scores that are a sum of two products, or whose entries were moved, have a map but no q and k."""
 
     def attend(net, q, k, v):
         scores = q @ k.mT * SCALE
-        scores = scores + v @ v.mT * SCALE if second == "a product" else scores.roll(1, dims=-1)
+        if second == "a product":
+            scores = scores + v @ v.mT * SCALE
+        else:
+            scores = scores.roll(1, dims=-1) if second == "rolled" else scores[:, [1, 0]]
         net.weights = scores.softmax(-1)
         return join(net.weights @ v)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 import vitreous
-from vitreous import SPC, SVDA, EViT, ExtraTokens, TokenMerging
+from vitreous import SPC, SVDA, EViT, ExtraTokens, GaussianMask, TokenMerging
 from vitreous.errors import DataError, HostError, NotReached
 from vitreous.lens import tap
 from vitreous.lens.call import Arrangement
@@ -379,7 +379,7 @@ def test_half_precision_and_autocast_give_float32_rows():
 
 @pytest.mark.parametrize(
     "mechanism",
-    [EViT(layers="0+1"), TokenMerging(), SPC(), ExtraTokens(), SVDA()],
+    [EViT(layers="0+1"), TokenMerging(), SPC(), ExtraTokens(), SVDA(), GaussianMask()],
     ids=lambda mechanism: mechanism.name,
 )
 def test_grafted_models_say_which_token_speaks_for_which_place(mechanism):

@@ -183,12 +183,12 @@ def unravel(flat: Tensor, shape: Sequence[int]) -> list[Tensor]:
     return coordinates[::-1]
 
 
-def on_meta(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The call on contiguous tensors without data: strides of what it gives show what a view did."""
+def on_meta(func: Callable, args: Sequence[Any], kwargs: dict[str, Any], source: Tensor, stand_in: Tensor) -> Any:
+    """The call on tensors without data, with `stand_in` for `source`: strides of what it gives show what a view did."""
 
-    def stand_in(x: Any) -> Any:
+    def without_data(x: Any) -> Any:
         if isinstance(x, Tensor):
-            return torch.empty(x.shape, device="meta")
-        return type(x)(map(stand_in, x)) if type(x) in (list, tuple) else x
+            return stand_in if x is source else torch.empty(x.shape, device="meta")
+        return type(x)(map(without_data, x)) if type(x) in (list, tuple) else x
 
-    return func(*map(stand_in, args), **{key: stand_in(value) for key, value in kwargs.items()})
+    return func(*map(without_data, args), **{key: without_data(value) for key, value in kwargs.items()})

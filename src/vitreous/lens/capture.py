@@ -30,7 +30,7 @@ class Capture(Receiver):
         arrangement = arranged_batch(raw, traced, self.batch)
         if arrangement is None:
             shape, batch = tuple(raw.output.shape), self.batch
-            self.refuse(name, f"no axis of its output {shape} is the batch of {batch}; look at one image at a time")
+            self.refuse(name, f"no axis of its output {shape} is the batch of {batch}: it is one for all images, or mixes them")
             return
         call = self.call(name, number, running, raw, traced, arrangement)
         tolerance = max(TOLERANCE, 4 * precision(raw))

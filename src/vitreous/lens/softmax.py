@@ -8,10 +8,12 @@ with V and the output in hand. Shapes decide nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
@@ -84,11 +86,10 @@ class Flow:
         return None
 
     def softmax(self, name: str, path: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        x = args[0] if args else kwargs["input"]
         if not isinstance(out, Tensor):
             return
-        places = {"gumbel_softmax": 4}
-        dim = kwargs.get("dim", args[places.get(name, 1)] if len(args) > places.get(name, 1) else None)
+        x, place = tensors((*args, *kwargs.values()))[0], 4 if name == "gumbel_softmax" else 1
+        dim = kwargs.get("dim", args[place] if len(args) > place else None)
         if dim is None:
             dim = -1 if name == "gumbel_softmax" else F._get_softmax_dim(name, x.ndim, 5)
         fact = self.facts.get(x)
@@ -143,6 +144,7 @@ class Flow:
         sizes = {"row": 1, "column": 1} | sizes
         wanted = [*lead, row, label]
         axes = rearranged(weights.axes, own, wanted, sizes)
+
         def form(labels: Sequence[Label], last: Sequence[Label]) -> Callable[[Tensor], Tensor]:
             return lambda x: arranged(x, labels, [*lead, *last], sizes)
 
@@ -175,11 +177,9 @@ class Flow:
             for _, other in sources:
                 if isinstance(other, Weights):
                     other.softmax.record.used |= other.softmax is not fact.softmax and outs[0].shape == x.shape
-        integer = all(not isinstance(y, Tensor) or y is x for y in tensors((*args, *kwargs.values())))
-        if name in VIEWS and integer:
-            metas = tensors(on_meta(func, args, kwargs))
-            for y, meta in zip(outs, metas, strict=True):
-                axes = None if fact.axes is None else fact.axes.viewed(meta, x.shape)
+        indexed = name == "__getitem__" and len(tensors((*args, *kwargs.values()))) > 1
+        if name in VIEWS and not indexed:
+            for y, axes in zip(outs, views(fact.axes, x, func, args, kwargs), strict=False):
                 self.facts[y] = moved(fact, x, axes, y)
         elif name in COPIES or (name in DROPOUTS and not drops(args, kwargs)):
             for y in outs:
@@ -246,6 +246,19 @@ def repeats(x: Tensor, fact: Scores, shape: Sequence[int]) -> bool:
     if fact.axes is None or len(shape) < x.ndim:
         return True
     return any(size > 1 and not stride for digits in fact.axes.broadcast(shape).digits for size, stride in digits)
+
+
+def views(axes: Axes | None, x: Tensor, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Axes | None]:
+    """Axes of what a view gives of x, one per output; None where that is no view after all (x[:, [0, 2]])."""
+    stand_in = torch.empty(x.shape, device="meta")
+    try:
+        given = on_meta(func, args, kwargs, x, stand_in)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        given = ()
+    for view in tensors(given):
+        same = view.untyped_storage()._cdata == stand_in.untyped_storage()._cdata
+        yield axes.viewed(view, x.shape) if same and axes is not None else None
+    yield from repeat(None)
 
 
 def moved(fact: Scores | Weights, x: Tensor, axes: Axes | None, y: Tensor) -> Scores | Weights:
