@@ -7,12 +7,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
+from vitreous import looking
 from vitreous.train.settings import from_words
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+LOOKING = [line for line in COMMANDS if line.startswith(("vitreous look", "vitreous compare", "vitreous calibrate"))]
 TRAINING = [line for line in COMMANDS if line.startswith("vitreous train")]
 
 
@@ -26,6 +29,13 @@ def test_python_runs(capsys):
 def test_training_commands_parse(line):
     settings = from_words(shlex.split(line)[2:])
     assert settings.data
+
+
+@pytest.mark.parametrize("line", LOOKING)
+def test_looking_commands_parse(line):
+    command, *words = shlex.split(line)[1:]
+    parser = {"look": looking.look_words, "compare": looking.compare_words, "calibrate": looking.calibrate_words}[command]
+    assert tyro.cli(parser, args=words, config=looking.CONFIG)
 
 
 def test_both_make_targets_are_there():

@@ -21,7 +21,7 @@ from vitreous.errors import DataError, SettingError
 from vitreous.grafting import grafts
 from vitreous.lens.direction import Direction, find_direction
 from vitreous.lens.look import look
-from vitreous.lens.reading import Reading
+from vitreous.lens.reading import Reading, writable
 from vitreous.report.page import write as write_report
 from vitreous.train import checkpoint, network
 from vitreous.train.settings import key_values, torch_device
@@ -95,7 +95,7 @@ class Looking:
 
 def look_command(words: Sequence[str]) -> None:
     """`vitreous look MODEL IMAGES...`"""
-    arguments = tyro.cli(_look_words, prog="vitreous look", description=LOOK_HELP, args=words, config=CONFIG)
+    arguments = tyro.cli(look_words, prog="vitreous look", description=LOOK_HELP, args=words, config=CONFIG)
     run_look(*arguments)
 
 
@@ -103,7 +103,7 @@ def run_look(name: str, images: Sequence[str], source: Model, how: Looking, cons
     """Look, save, report; returns the folder of the reading."""
     console = console or Console()
     model, facts = open_model(name, source, console)
-    folder = Path(how.out) if how.out else free_folder(Path("readings"), Path(name).name)
+    folder = Path(how.out) if how.out else free_folder(Path("readings"), Path(name).resolve().name)
     reading = look(
         model,
         list(images),
@@ -119,7 +119,8 @@ def run_look(name: str, images: Sequence[str], source: Model, how: Looking, cons
         console=console,
         about=facts,
     )
-    write_report([folder], folder / "report.html")
+    with writable(folder):
+        write_report([folder], folder / "report.html")
     for line in said(reading):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(overview(reading))
@@ -129,32 +130,33 @@ def run_look(name: str, images: Sequence[str], source: Model, how: Looking, cons
 
 def compare_command(words: Sequence[str]) -> None:
     """`vitreous compare A B`"""
-    a, b, out = tyro.cli(_compare_words, prog="vitreous compare", description=COMPARE_HELP, args=words, config=CONFIG)
+    a, b, out = tyro.cli(compare_words, prog="vitreous compare", description=COMPARE_HELP, args=words, config=CONFIG)
     console = Console()
     folder = Path(out) if out else free_folder(Path("readings"), "comparison")
     if (folder / "report.html").exists():
         raise SettingError(f"Found {folder / 'report.html'} already. Expected a new folder. Choose another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report([Path(a), Path(b)], folder / "report.html")
+    with writable(folder):
+        write_report([Path(a), Path(b)], folder / "report.html")
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
 def calibrate_command(words: Sequence[str]) -> None:
     """`vitreous calibrate MODEL PHOTOS...`"""
     name, photos, out, source = tyro.cli(
-        _calibrate_words, prog="vitreous calibrate", description=CALIBRATE_HELP, args=words, config=CONFIG
+        calibrate_words, prog="vitreous calibrate", description=CALIBRATE_HELP, args=words, config=CONFIG
     )
     console = Console()
     path = Path(out) if out else Path(name) / DIRECTION
-    if not path.parent.is_dir():
-        raise SettingError(f"Found no folder {path.parent}. Expected one for the direction. Give --out FILE.safetensors.")
+    if not path.parent.is_dir() or path.is_dir():
+        raise SettingError(f"Found no folder for a file {path}. Expected a place for it. Give --out FILE.safetensors.")
     model, _ = open_model(name, source, console)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("photographs, twice")
         direction = find_direction(
             model, list(photos), progress=lambda done, of: progress.update(task, completed=done, total=of)
         )
-    direction.save(path)
+    with writable(path):
+        direction.save(path)
     console.print(f"Done: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -247,7 +249,7 @@ Images = Annotated[
 ]
 
 
-def _look_words(
+def look_words(
     model: Name,
     images: Images,
     source: conf.OmitArgPrefixes[Model] = Model(),
@@ -256,7 +258,7 @@ def _look_words(
     return model, images, source, looking
 
 
-def _compare_words(
+def compare_words(
     a: Annotated[conf.Positional[str], conf.arg(metavar="A", help="A reading or run folder")],
     b: Annotated[conf.Positional[str], conf.arg(metavar="B", help="Another")],
     out: Annotated[str | None, conf.arg(help="Folder of the report (default: the next free readings/comparison)")] = None,
@@ -264,7 +266,7 @@ def _compare_words(
     return a, b, out
 
 
-def _calibrate_words(
+def calibrate_words(
     model: Name,
     photos: Images,
     out: Annotated[str | None, conf.arg(help=f"File to write (default: {DIRECTION} in the model's folder)")] = None,
