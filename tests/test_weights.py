@@ -12,8 +12,8 @@ import torch
 
 import vitreous
 from vitreous.data import open_data
-from vitreous.train import checkpoint
 from vitreous.demo import NETWORK
+from vitreous.train import checkpoint
 from vitreous.train.inputs import Inputs, loader
 
 FOLDER = Path(vitreous.__file__).parent / "weights" / "cutouts"
