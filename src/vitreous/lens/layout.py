@@ -191,8 +191,8 @@ def _chosen(places: Tensor, chosen: Sequence[Tensor]) -> Tensor:
 def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens that stand for much of the image lose their place: a pooled mean is not the patch in the middle.
 
-    Compared is the variance of the pixels that a token stands for with that of the median token beside it, relative to the
-    variance of their places. Tokens that are all at one place are compared with those of the other side.
+    Compared is the variance of the pixels that a token stands for with that of the median token beside it: the mean of
+    all tokens exceeds it by the variance of their places. Tokens that are all at one place are compared with those of the other side.
     """
     points = [places.flatten(0, -2)[places[..., 0].flatten().isfinite()] for places in (query, key)]
     known = [(float(p[:, 2].median()), float(p[:, :2].var(0, correction=0).sum())) for p in points if len(p)]
@@ -202,7 +202,7 @@ def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
             middle, width = float(own[:, 2].median()), float(own[:, :2].var(0, correction=0).sum())
             if width <= CLOSE:
                 middle, width = max(known, key=lambda pair: pair[1])
-            places = torch.where(places[..., 2:3] > middle + max(width / 2, CLOSE), torch.nan, places)
+            places = torch.where(places[..., 2:3] > middle + max(0.75 * width, CLOSE), torch.nan, places)
         found.append(places)
     return found[0], found[1]
 
@@ -251,12 +251,15 @@ def _ranks(values: Tensor, close: float) -> tuple[Tensor, Tensor]:
 
 
 def _covers(levels: Tensor, length: int) -> bool:
-    """Whether levels go from border to border without a gap."""
+    """Whether levels go from border to border without a gap.
+
+    The margins of both sides together are one step, or nearly two where a filter laid its outputs twice as dense.
+    """
     if len(levels) < 2:
         return True
     gaps = levels.diff()
-    pitch = float(gaps.median())
-    return bool(gaps.max() < 1.75 * pitch) and float(levels[0]) < 1.75 * pitch and length - float(levels[-1]) < 1.75 * pitch
+    margins = length - float(levels[-1] - levels[0])
+    return bool(gaps.max() < 1.75 * gaps.median()) and margins < 2.25 * float(gaps.max())
 
 
 def _lattice(points: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], Tensor] | None:
