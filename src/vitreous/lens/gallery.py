@@ -20,7 +20,7 @@ ABOUT = {
     "rollout": "attention followed through all layers up to this one (Abnar and Zuidema 2020)",
     "u": "left singular vector of the residual stream after the block, bright where the object is",
     "k": "left singular vector of the keys, brought to unit length and centred, bright where the object is",
-    "artifacts": "tokens of more than twice the median norm, which hold no picture of their place",
+    "artifacts": "tokens of more than four times the median norm, which hold no picture of their place",
     "foreground": "where the subject is, found without masks",
 }
 

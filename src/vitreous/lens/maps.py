@@ -24,7 +24,7 @@ ROWS = ("auto", "raw", "unit")
 POWER = 6  # power steps of the singular vectors: on real features the sketch then no longer shows (benchmarks/signs)
 FEW = 0.04  # share of the patches that may be artifacts: 2 % are, in each late block of an ImageNet ViT-Tiny/16
 SPIKE = 0.5  # a vector with more of its energy on these few patches is a spike: measured 0.04 to 0.09, or 0.98 to 1.00
-HIGH = 2.0  # a patch with more than so many times the median norm is an artifact: measured below 1.5, or 20 to 45
+HIGH = 4.0  # times the median norm: artifacts of ViT-Tiny/16 have 20 to 45, its other patches 1.5, objects in small models 3.5
 CONFIDENT = 0.95  # a sign with less confidence is not shown as one
 BLUR = 0.5  # standard deviation, in patches
 
