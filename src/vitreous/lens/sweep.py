@@ -15,22 +15,26 @@ class Distances:
     def __init__(self):
         self._buffers = Buffers()
         self._places: tuple[Tensor, Tensor] | None = None
-        self._found: tuple[Tensor, Tensor, Tensor] | None = None
+        self._found: tuple[Tensor, Tensor] | None = None
 
-    def between(self, queries: Tensor, keys: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Which queries have a place (..., n) bool, which keys (..., M) float32, and distances (..., n, M), any without.
+    def between(self, queries: Tensor, keys: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which queries have a place, (..., n) bool, and what to sum keys with, (..., n, 3, M): 1, distance, its square.
 
-        queries (..., n, 2), keys (..., M, 2): (y, x), NaN for none.
+        queries (..., n, 2), keys (..., M, 2): (y, x), NaN for none; keys without a place are summed with 0.
         """
         same = self._places is not None and all(map(same_places, self._places, (queries, keys)))
         if not same or self._found[0].device != device:
             self._places = queries, keys
             seen, there = (places.isfinite().all(dim=-1).to(device) for places in (queries, keys))
             queries, keys = (places.nan_to_num().to(device, torch.float32) for places in (queries, keys))
-            y, x = (self._buffers.take(i, (*queries.shape[:-1], keys.shape[-2]), device) for i in (0, 1))
-            torch.sub(queries[..., 0, None], keys[..., None, :, 0], out=y).square_()
+            shape = (*queries.shape[:-1], 3, keys.shape[-2])
+            factors, x = self._buffers.take(0, shape, device), self._buffers.take(1, (*shape[:-2], shape[-1]), device)
+            one, distance, square = factors.unbind(-2)
+            torch.sub(queries[..., 0, None], keys[..., None, :, 0], out=square).square_()
             torch.sub(queries[..., 1, None], keys[..., None, :, 1], out=x).square_()
-            self._found = seen, there.float(), y.add_(x).sqrt_()
+            one.copy_(there[..., None, :])
+            torch.sqrt(square.add_(x).mul_(one), out=distance)
+            self._found = seen, factors
         return self._found
 
 
@@ -96,14 +100,18 @@ class Sweep:
 
     def _add_distances(self, rows: slice, clean: Tensor, scratch: Tensor) -> None:
         """Mean distance and square distance under each row's weights on keys with a place."""
-        seen, there, distance = self.distances.between(self.places[0][..., rows, :], self.places[1], clean.device)
-        mass = torch.mul(clean, there[..., None, None, :], out=scratch).sum(dim=-1)  # (B, W, H, n)
-        far = scratch.mul_(distance[..., None, :, :]).sum(dim=-1)
-        farther = scratch.mul_(distance[..., None, :, :]).sum(dim=-1)
-        valid = (mass > 0) & seen[..., None, :]
-        self._sum("placed", valid)
-        self._sum("distance", torch.where(valid, far / mass, 0.0))
-        self._sum("square_distance", torch.where(valid, farther / mass, 0.0))
+        seen, factors = self.distances.between(self.places[0][..., rows, :], self.places[1], clean.device)
+        shared = len(factors) == 1  # images share the places
+        maps = clean.permute(1, 3, 0, 2, 4) if shared else clean.permute(0, 1, 3, 2, 4)  # (W, n, B, H, M), (B, W, n, H, M)
+        lead = factors.shape[:-2].numel()  # rows that differ in places
+        if clean.shape[1] > 1 or not shared:  # else a view will do
+            maps = scratch.view(maps.shape).copy_(maps)
+        sums = torch.bmm(factors.flatten(0, -3), maps.reshape(lead, -1, clean.shape[-1]).mT)  # (rows, 3, images and heads)
+        mass, far, farther = sums.unbind(1)
+        valid = (mass > 0) & seen.reshape(lead, 1)
+        for name, value in (("placed", valid), ("distance", far / mass), ("square_distance", farther / mass)):
+            each = torch.where(valid, value, 0).view(len(factors), -1, sums.shape[-1])
+            self._put(name, each.sum(dim=1, dtype=torch.float64).view(clean.shape[0], clean.shape[2]))
 
     def _sum(self, name: str, rows: Tensor) -> None:
         """Add values per row, (B, W, H, n), over windows and rows."""
