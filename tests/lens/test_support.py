@@ -135,7 +135,8 @@ class Tokens(nn.Sequential):
 
     def __init__(self):
         layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=True)
-        super().__init__(nn.Conv2d(3, 32, 16, 16), nn.Flatten(2), Transposed(), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        super().__init__(nn.Conv2d(3, 32, 16, 16), nn.Flatten(2), Transposed(), encoder)
 
 
 class Transposed(nn.Module):
@@ -168,7 +169,7 @@ CASES = [
     timm_case("swinv2_tiny_window8_256", **SWIN),
     timm_case("swinv2_cr_tiny_ns_224", **SWIN),
     timm_case("maxvit_nano_rw_256", img_size=(64, 96), embed_dim=(32, 32), depths=(1, 1), stem_width=16),
-    timm_case("coatnet_nano_rw_224", img_size=(64, 96), embed_dim=(32, 32, 32, 32), stem_width=(16, 16), gain=4.0, **FOUR),
+    timm_case("coatnet_nano_rw_224", img_size=(64, 96), embed_dim=(32, 32, 32, 32), stem_width=16, gain=4.0, **FOUR),
     timm_case("hiera_tiny_224", img_size=(64, 96), embed_dim=16, num_heads=1, stages=(1, 1, 1, 1)),
     timm_case("hieradet_small", size=(64, 64), gain=3.0, embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), global_att_blocks=(3,)),
     Case("mvitv2", (64, 64), lambda: T.mvitv2.MultiScaleVit(T.mvitv2.MultiScaleVitCfg(**MVIT), 64)),

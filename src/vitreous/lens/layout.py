@@ -192,7 +192,8 @@ def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens that stand for much of the image lose their place: a pooled mean is not the patch in the middle.
 
     Compared is the variance of the pixels that a token stands for with that of the median token beside it: the mean of
-    all tokens exceeds it by the variance of their places. Tokens that are all at one place are compared with those of the other side.
+    all tokens exceeds it by the variance of their places. Tokens that are all at one place are compared with those of the
+    other side.
     """
     points = [places.flatten(0, -2)[places[..., 0].flatten().isfinite()] for places in (query, key)]
     known = [(float(p[:, 2].median()), float(p[:, :2].var(0, correction=0).sum())) for p in points if len(p)]
