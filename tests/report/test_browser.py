@@ -155,7 +155,11 @@ def test_what_differs_between_two_models(browser, pages):
         assert rows[0][5] == "+3"
         assert rows[1][:2] == ["Layer 2, head 0", "Attention distance"]
         assert rows[1][5] == "−0.4"
+        assert [row[-1] for row in rows] == ["4 of 4", "0 of 4"]
         assert len(rows) == 2
+        alike = page.locator("#alike .heat").evaluate_all("all => all.map(one => [Number(one.textContent), one.dataset])")
+        unlike = {(place["layer"], place["head"]) for share, place in alike if share < 0.9}
+        assert unlike == {("2", "1"), ("0", "2")}  # the heads that look at the object in one of the two
         assert page.locator("[data-finding=object] button").all_text_contents() == ["Layer 2, head 1", "Layer 0, head 2"]
         page.locator("#changes-table").get_by_role("button", name="Layer 1, head 1").click()
         assert "layer 1, head 1" in page.locator(".pane figcaption").first.text_content()
@@ -245,6 +249,29 @@ def test_random_weights_are_stamped_on_every_view(browser, pages):
         assert not stamp.is_visible()
     with visit(browser, pages / "one.html") as page:
         assert page.locator("body > .stamp").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("made", "components"),
+    [
+        (Made(images=0, masks=False, curves=False), None),
+        (Made(images=2, masks=False, curves=False), []),
+        (Made(images=2, grid=(7, 20), heads=16, layers=24, looker=(20, 13)), None),
+        (Made(images=1, heads=1, layers=1, looker=(0, 0), artifacts=0), None),
+    ],
+    ids=["no images", "no maps", "wide and deep", "one of each"],
+)
+def test_unusual_readings_are_shown_without_a_word_on_the_console(browser, tmp_path, made, components):
+    folder = write_reading(tmp_path / "reading", made)
+    if components is not None:
+        facts = json.loads((folder / "reading.json").read_text())
+        (folder / "reading.json").write_text(json.dumps(facts | {"components": components}))
+    with visit(browser, write([folder], tmp_path / "r.html")) as page:
+        page.evaluate("for (const box of document.querySelectorAll('input:enabled, summary, .tile, th button')) box.click()")
+        page.wait_for_timeout(100)
+        assert len(cells(page, "#layer-table-a")) == made.layers
+        if components is None and made.images:
+            assert "layer 20, head 13" in page.content() or made.layers == 1
 
 
 # --- keyboard, phone, colours, print ----------------------------------------------------------------------------------
@@ -410,7 +437,9 @@ def test_no_name_can_do_anything(browser, tmp_path):
     out = write([folder, folder], tmp_path / "hostile.html")
     with visit(browser, out, fragment="#<img src=x onerror=window.hit=10>") as page:
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
-        page.evaluate("for (const box of document.querySelectorAll('input:enabled, #changes button, th button')) box.click()")
+        page.evaluate("""for (const field of document.querySelectorAll('fieldset:enabled'))
+            [...field.querySelectorAll('input')].slice(-2).forEach(box => box.click())""")
+        page.evaluate("for (const box of document.querySelectorAll('.thumbs input, #changes-table button')) box.click()")
         page.wait_for_timeout(100)
         assert page.evaluate("window.hit") is None
         assert page.locator("img").count() == len(HOSTILE)  # the thumbnails and nothing else

@@ -104,12 +104,12 @@ function scored(reading, index, measure) {
 }
 
 /** A table of layers and heads with coloured cells. rows: {layer, head, value}. */
-function matrix(caption, rows, best, signed = false) {
+function matrix(caption, rows, best, zero = false, called = "the highest") {
   if (!rows.length) return null;
   const layers = [...new Set(rows.map((row) => row.layer))].sort((a, b) => a - b);
   const heads = [...new Set(rows.map((row) => row.head))].sort((a, b) => a - b);
   const values = rows.map((row) => row.value);
-  const [low, high] = signed ? [0, Math.max(...values)] : [Math.min(...values), Math.max(...values)];
+  const [low, high] = zero ? [0, Math.max(...values)] : [Math.min(...values), Math.max(...values)];
   const short = (value) => (high < 10 ? value.toFixed(2) : fmt(value, 3)).replace("-", "−");
   const cell = (layer, head) => {
     const row = rows.find((one) => one.layer === layer && one.head === head);
@@ -123,7 +123,7 @@ function matrix(caption, rows, best, signed = false) {
         class: `heat ${top ? "peak" : ""}`,
         "data-layer": layer,
         "data-head": head,
-        "aria-label": `${where(layer, head)}: ${fmt(row.value)}${top ? ", the highest" : ""}`,
+        "aria-label": `${where(layer, head)}: ${fmt(row.value)}${top ? `, ${called}` : ""}`,
         on: { click: () => show({ component: ATTENTION, layer, head }) },
       },
       short(row.value),

@@ -104,7 +104,17 @@ function viewer() {
     drawPanes(panes);
   });
   section(["panes", "image", "component", "layer", "head"], () => neighbours(small));
-  for (const image of images) image.addEventListener("load", () => drawPanes(panes), { once: true });
+  images.forEach((image, number) => {
+    image.addEventListener("load", () => [...panes.children].filter((one) => usesPicture(one, number)).forEach(paint), {
+      once: true,
+    });
+  });
+}
+
+/** Whether a pane shows the picture or the mask of this number. */
+function usesPicture(pane, number) {
+  const image = pane.shown?.reading.images[pane.shown.image];
+  return Boolean(image) && (image.picture === number || image.mask === number);
 }
 
 function limitText() {
