@@ -184,7 +184,7 @@ def open_model(name: str, source: Model, console: Console) -> tuple[nn.Module, d
         try:
             model, weights = network.create(name, pretrained=True, **arguments), "pretrained"
         except DataError as error:
-            raise no_weights(name, str(error).partition(" Expected")[0]) from error
+            raise no_weights(name, str(error).partition(" Expected")[0].rstrip(".")) from error
     facts = {"name": name, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
     return model.to(torch_device(source.device)), facts
 

@@ -243,12 +243,12 @@ class Writer:
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """What goes wrong in writing to a folder, as a SettingError."""
+    """What goes wrong in writing to a folder or file, as a SettingError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SettingError(f"Cannot write {folder} ({reason}). Expected a writable folder, with space. Mend --out.") from error
+        why = getattr(error, "strerror", None) or error
+        raise SettingError(f"Cannot write {folder} ({why}). Expected a place to write to, with space. Mend --out.") from error
 
 
 class StoredParts(Sequence):
