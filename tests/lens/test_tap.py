@@ -88,12 +88,18 @@ def seen(model, x=None, **given):
     return watch(model, images() if x is None else x, see, **given), calls
 
 
+def stance():
+    """What the compiler was told to do, as it says itself."""
+    return str(torch._dynamo.eval_frame._stance)
+
+
 def residue(model):
-    """Hooks of all modules, modes on the stack, training flags, random state: what a tap has to leave as it was."""
+    """What a tap has to leave as it was: hooks of all modules, the compiler's stance, modes, training flags, random state."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
     kinds += ("_forward_hooks_always_called",)
     hooks = [[list(getattr(module, kind)) for kind in kinds] for module in model.modules()]
-    return hooks, _get_current_function_mode_stack(), [m.training for m in model.modules()], torch.get_rng_state().tolist()
+    training = [module.training for module in model.modules()]
+    return hooks, stance(), _get_current_function_mode_stack(), training, torch.get_rng_state().tolist()
 
 
 # --- fused route ------------------------------------------------------------------------------------------------------
@@ -192,6 +198,17 @@ def test_windows_are_told_from_heads(inside, written):
     assert torch.equal(call["v"], v)
     torch.testing.assert_close(call["map"].double(), plain(q, k), atol=1e-6, rtol=1e-5)
     assert (call["layout"].windows, call["layout"].heads, call["layout"].grid) == (2, HEADS, (4, 4))
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_queries_may_share_a_place(written):
+    def first(net, q, k, v):
+        q = q[:, :, :1].expand(-1, -1, 3, -1)
+        return (q @ k.mT).softmax(-1) @ v if written else F.scaled_dot_product_attention(q, k, v)
+
+    _, (call,) = seen(Net(first))
+    assert torch.allclose(call["layout"].queries, torch.tensor([2.0, 2.0], dtype=torch.float64).expand(1, 3, 2), atol=1e-3)
+    assert call["layout"].key_grid == (4, 4)
 
 
 def test_a_planted_map_is_found_at_its_places():

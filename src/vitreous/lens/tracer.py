@@ -75,7 +75,10 @@ class Tracer(Receiver):
     def places(self, side: Placed, count: int) -> Tensor:
         """Places (..., count, K, 4) of a side, NaN if it has none; axes on which they do not differ have size 1 or stride 0."""
         places = self.shadows.of(side[0])
-        return torch.full((count, 1, 4), math.nan) if places is None else side[1](narrowed(places))
+        if places is None:
+            return torch.full((count, 1, 4), math.nan)
+        places = side[1](narrowed(places))
+        return places.expand(*places.shape[:-3], count, *places.shape[-2:])
 
     def leave(self, name: str, number: int, output: Any) -> None:
         """The layout of a module's output (1, N, D), (1, D, N), (1, h, w, D) or (1, D, h, w)."""
