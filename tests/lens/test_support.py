@@ -169,9 +169,10 @@ CASES = [
     timm_case("swinv2_tiny_window8_256", **SWIN),
     timm_case("swinv2_cr_tiny_ns_224", **SWIN),
     timm_case("maxvit_nano_rw_256", img_size=(64, 96), embed_dim=(32, 32), depths=(1, 1), stem_width=16),
-    timm_case("coatnet_nano_rw_224", img_size=(64, 96), embed_dim=(32, 32, 32, 32), stem_width=16, gain=4.0, **FOUR),
+    timm_case("coatnet_nano_rw_224", gain=4.0, img_size=(64, 96), embed_dim=(32, 32, 32, 32), stem_width=16, **FOUR),
     timm_case("hiera_tiny_224", img_size=(64, 96), embed_dim=16, num_heads=1, stages=(1, 1, 1, 1)),
-    timm_case("hieradet_small", size=(64, 64), gain=3.0, embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), global_att_blocks=(3,)),
+    timm_case("hieradet_small", size=(64, 64), gain=3.0, embed_dim=16, num_heads=1, stages=(1, 1, 2, 1),
+              global_att_blocks=(3,)),
     Case("mvitv2", (64, 64), lambda: T.mvitv2.MultiScaleVit(T.mvitv2.MultiScaleVitCfg(**MVIT), 64)),
     Case("mvitv2, class token", (64, 64), lambda: T.mvitv2.MultiScaleVit(
         T.mvitv2.MultiScaleVitCfg(**MVIT, use_cls_token=True), 64)),
