@@ -152,7 +152,6 @@ function differences() {
                 "Differences by layer and head",
                 cells,
                 highest(cells, (cell) => cell.value),
-                true,
               ),
             )
           : null,
@@ -165,7 +164,7 @@ function differences() {
                 "Correlation of attention maps by layer and head",
                 alike,
                 highest(alike, (cell) => -cell.value),
-                false,
+                1,
                 "the least alike",
               ),
             )

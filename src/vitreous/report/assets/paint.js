@@ -18,7 +18,7 @@ function paint(node) {
   if (map) {
     eachCell(map, canvas, (value, x, y, width, tall) => {
       if (Number.isNaN(value)) return;
-      context.globalAlpha = photo?.naturalWidth ? cover(strength(value, range)) : 1;
+      context.globalAlpha = photo?.naturalWidth ? cover(strength(value, range), range.signed) : 1;
       context.fillStyle = `rgb(${colorOf(map, value, range).join(" ")})`;
       context.fillRect(x, y, width, tall);
     });
@@ -50,7 +50,7 @@ function strength(value, range) {
 }
 
 /** Opacity of a cell: what says little lets more of the image through. 0 and 1 are none and all. */
-const cover = (much) => (state.opacity / 100) ** (1 + 1.6 * (1 - much));
+const cover = (much, signed) => (state.opacity / 100) ** (1 + (signed ? 0.8 : 1.6) * (1 - much));
 
 /** Calls with value and whole-pixel box of every cell, so that cells meet without seams. */
 function eachCell(map, canvas, call) {

@@ -56,7 +56,7 @@ function scored(reading, index, measure) {
   const bars = names.length
     ? chart({
         id: `maps-${"ab"[index]}`,
-        title: "Other maps",
+        title: "Maps by layer",
         unit: scoreWords(measure)[1],
         xLabel: "layer",
         xName: (x) => (x < 0 ? "whole" : String(x)),
@@ -91,6 +91,7 @@ function scored(reading, index, measure) {
         `Attention: ${scoreWords(measure)[0]} by layer and head, ${tagged(index)}`,
         rows.filter((row) => row.component === ATTENTION && row.head >= 0).map((row) => ({ ...row, value: row.mean })),
         best,
+        1,
       ),
       bars &&
         el(
@@ -104,12 +105,12 @@ function scored(reading, index, measure) {
 }
 
 /** A table of layers and heads with coloured cells. rows: {layer, head, value}. */
-function matrix(caption, rows, best, zero = false, called = "the highest") {
+function matrix(caption, rows, best, full = null, called = "the highest") {
   if (!rows.length) return null;
   const layers = [...new Set(rows.map((row) => row.layer))].sort((a, b) => a - b);
   const heads = [...new Set(rows.map((row) => row.head))].sort((a, b) => a - b);
   const values = rows.map((row) => row.value);
-  const [low, high] = zero ? [0, Math.max(...values)] : [Math.min(...values), Math.max(...values)];
+  const [low, high] = [Math.min(0, ...values), full ?? Math.max(...values)]; // from zero, so that alike looks alike
   const short = (value) => (high < 10 ? value.toFixed(2) : fmt(value, 3)).replace("-", "−");
   const cell = (layer, head) => {
     const row = rows.find((one) => one.layer === layer && one.head === head);
