@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vitreous.lens.axes import Axes, Contraction, Label, along, unravel
 
+POWERS = {"exp", "exp2", "special_exp2"}
+DIVISIONS = {"div", "true_divide", "truediv", "rtruediv", "rdiv", "itruediv", "mul", "rmul", "imul"}
 SAMPLES = 256  # entries of a product that are kept, to be computed again from the operands
 
 
@@ -39,11 +41,20 @@ class Product:
 
 @dataclass(frozen=True)
 class Scores:
-    """A product, or what followed from it. axes: this tensor's axes in the product; None: lost on the way."""
+    """A product, or what followed from it. axes: this tensor's axes in the product; None: lost on the way.
+
+    power, divided: exp was taken of it; and then it was divided or multiplied: a softmax written by hand.
+    """
 
     product: Product
     axes: Axes | None
-    ops: tuple[str, ...] = ()
+    power: bool = False
+    divided: bool = False
+
+    def after(self, name: str, axes: Axes | None) -> Scores:
+        """The fact after a call that changed values."""
+        name = name.strip("_")
+        return Scores(self.product, axes, self.power or name in POWERS, self.divided or (self.power and name in DIVISIONS))
 
 
 @dataclass

@@ -42,7 +42,6 @@ MOVES = {
     "scatter_", "topk", "sort", "roll", "flip", "repeat", "repeat_interleave", "tile", "as_strided", "unfold", "index_put",
     "index_put_", "masked_select", "constant_pad_nd", "__getitem__",
 }  # fmt: skip
-DIVISIONS = {"div", "div_", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__", "__itruediv__", "mul", "mul_", "__mul__"}
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -115,12 +114,12 @@ class Flow:
             fact = self.facts.get(x)
             if not isinstance(fact, Scores):
                 continue
-            if handwritten(fact.ops):
+            if fact.divided:
                 return "weights are made of exp and a division, not of a softmax; use torch.softmax, or a fused attention"
             other = c.b if x is c.a else c.a
             if isinstance(other, nn.Parameter):
                 axes = None if fact.axes is None else carried(fact.axes, own, c.labels_out, out.shape)
-                self.facts[out] = replace(fact, axes=axes, ops=(*fact.ops, name))
+                self.facts[out] = fact.after(name, axes)
                 return None
         if not any(isinstance(x, nn.Parameter) for x in (c.a, c.b)) and out.is_floating_point():
             self.facts[out] = Scores(product(c, name, args, kwargs, out), Axes.of(out.shape))
@@ -200,7 +199,7 @@ class Flow:
             else:
                 self.facts.pop(y, None)
                 continue
-            self.facts[y] = replace(fact, axes=axes, ops=(*fact.ops, name))
+            self.facts[y] = fact.after(name, axes)
 
     def facts_of_weights(self, fact: Weights, x: Tensor, name: str, y: Tensor) -> None:
         key = fact.key_axis()
@@ -272,12 +271,6 @@ def drops(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a dropout is switched on: F.dropout(input, p, training), torch.dropout(input, p, train)."""
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     return bool(p) and kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-
-
-def handwritten(ops: Sequence[str]) -> bool:
-    """Whether an exponential and then a division, or a factor, stand in the way from a product to here."""
-    powers = [i for i, op in enumerate(ops) if op.rstrip("_") in ("exp", "exp2", "special_exp2")]
-    return bool(powers) and any(op in DIVISIONS for op in ops[powers[0] :])
 
 
 def carried(axes: Axes, own: Sequence[Label], out: Sequence[Label], shape: Sequence[int]) -> Axes:
