@@ -306,6 +306,27 @@ def test_a_run_without_readings_half_metrics_and_mixed_folders_are_refused(folde
         write([], tmp_path / "r.html")
 
 
+def test_a_run_that_diverged_has_a_page(tmp_path):
+    run = write_run(tmp_path / "run", epochs=1)
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "losses": {"total": NaN}, "tests": {"test": {"accuracy": Infinity}}}\n')
+    (metrics,) = read(write([run], tmp_path / "r.html")).data()["sources"][0]["metrics"]
+    assert metrics == {"epoch": 1, "losses": {"total": None}, "tests": {"test": {"accuracy": None}}}
+    (run / "metrics.jsonl").write_text("")
+    assert read(write([run], tmp_path / "r.html")).data()["sources"][0]["metrics"] == []
+
+
+def test_equal_names_are_told_apart_by_their_folders(tmp_path):
+    runs = [write_run(tmp_path / at / "plain", epochs=1, images=1) for at in ("one", "two")]
+    readings = [write_reading(tmp_path / name, Made(images=1)) for name in ("a", "b")]
+    for folders, names in (
+        (runs, ["plain (one/plain)", "plain (two/plain)"]),
+        (readings, ["vit_made (a)", "vit_made (b)"]),
+        ([runs[0], runs[0]], ["plain (plain)"] * 2),
+    ):
+        data = read(write(folders, tmp_path / "r.html")).data()
+        assert [source["name"] for source in data["sources"]] == names
+
+
 def test_an_epoch_that_is_being_written_is_left_out(tmp_path):
     run = write_run(tmp_path / "run", epochs=2)
     (run / "readings" / "epoch-002" / "reading.json").unlink()

@@ -1,23 +1,17 @@
-"""Reading folders and run folders, read from their files alone and boiled down to what a page shows."""
+"""Which folders a page is made of: readings, or runs with a reading per epoch; and their text files."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import safe_open
-
 from vitreous.errors import DataError
-from vitreous.report import packing
 
-FORMAT = 1
-KEYS = ("layer", "head", "image", "source", "kind")
-FACTS = ("title", "model", "settings", "versions", "seed", "layers", "components", "refused", "skipped", "notes")
 RUN_FACTS = ("command", "seed", "device", "model", "data", "settings", "versions", "machine", "remarks")
 EPOCHS = 60  # of one run on a page
 
@@ -44,11 +38,19 @@ def open_folders(folders: Sequence[Path]) -> list[Source]:
             f"Found readings and runs together ({', '.join(source.name for source in sources)}). Expected folders of one kind. "
             "Name a reading inside the run, such as RUN/readings/epoch-005."
         )
+    return [replace(source, name=name) for source, name in zip(sources, told_apart(sources, folders), strict=True)]
+
+
+def told_apart(sources: Sequence[Source], folders: Sequence[Path]) -> list[str]:
+    """Names; to equal ones as much of the end of their folder's path is added as tells them apart."""
     names = [source.name for source in sources]
-    return [
-        replace(source, name=f"{source.name} ({folder.resolve().name})") if names.count(source.name) > 1 else source
-        for source, folder in zip(sources, map(Path, folders), strict=True)
-    ]
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts))):
+        longer = [f"{source.name} ({'/'.join(path[-count:])})" for source, path in zip(sources, parts, strict=True)]
+        names = [long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)]
+        if len(set(names)) == len(names) or len(set(parts)) < len(parts):
+            break
+    return names
 
 
 def _open(folder: Path) -> Source:
@@ -81,8 +83,9 @@ def _open_run(folder: Path) -> Source:
         )
     metrics = []
     if (folder / "metrics.jsonl").is_file():
-        for number, line in enumerate(_text(folder / "metrics.jsonl").splitlines(), 1):
-            metrics.append(parsed(line, folder / "metrics.jsonl", f"line {number}"))
+        for number, line in enumerate(_text(folder / "metrics.jsonl").rstrip("\n").split("\n"), 1):
+            if line:
+                metrics.append(parsed(line, folder / "metrics.jsonl", f"line {number}"))
     epochs = sorted(found)
     shown = epochs
     if len(epochs) > EPOCHS:
@@ -91,229 +94,6 @@ def _open_run(folder: Path) -> Source:
         folder.resolve().name, shown, [found[n] for n in shown], {key: run.get(key) for key in RUN_FACTS}, metrics,
         len(epochs) - len(shown),
     )  # fmt: skip
-
-
-class ReadingFolder:
-    """One reading on disk."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.facts = read_json(folder / "reading.json")
-        found = self.facts.get("format") if isinstance(self.facts, dict) else None
-        if found != FORMAT:
-            raise DataError(
-                f"Found format {found!r} in {folder / 'reading.json'}. Expected {FORMAT}. "
-                "Use the version of Vitreous that wrote it, or look again."
-            )
-        if not isinstance(self.facts.get("layers"), list) or not isinstance(self.facts.get("components"), list):
-            raise self.incomplete("reading.json without its layers or components")
-        self.count = int(self.facts.get("images", 0))
-        self.parts: list[Path] = []  # that hold images; those of which none could be read have none
-        self.images: list[dict[str, Any]] = []  # of all parts, each with the part it lies in
-        for part in sorted((folder / "parts").glob("*.safetensors")):
-            with self.opened(part) as file:
-                said = parsed((file.metadata() or {}).get("images", ""), part, "its list of images")
-            self.images += [image | {"part": part} for image in said]
-            self.parts += [part] if said else []
-        if len(self.images) != self.count:
-            raise self.incomplete(f"{len(self.images)} of {self.count} images")
-
-    def incomplete(self, found: str) -> DataError:
-        return DataError(
-            f"Found {found} in {self.folder}. Expected a finished reading. Give the same `vitreous look` command again: it "
-            "goes on where it stopped."
-        )
-
-    def opened(self, part: Path) -> Any:
-        """The part, to read from. Raises DataError if it is damaged or half-written."""
-        try:
-            return safe_open(part, framework="numpy")
-        except Exception as error:  # safetensors has an exception class of its own per version
-            raise DataError(
-                f"Cannot read {part} ({error}). Expected a whole safetensors file. Delete it and give the same `vitreous look` "
-                "command again."
-            ) from error
-
-    def tensors(self, name: str, limit: int | None = None) -> np.ndarray | None:
-        """One tensor over the first `limit` images, (n, ...); None where the reading has none."""
-        found, left = [], self.count if limit is None else limit
-        for part in self.parts:
-            if left <= 0:
-                break
-            with self.opened(part) as file:
-                if name not in file.keys():  # noqa: SIM118 (not a dict)
-                    return None
-                found.append(file.get_tensor(name)[:left])
-            left -= len(found[-1])
-        return np.concatenate(found) if found else None
-
-    def map_names(self) -> list[tuple[str, int]]:
-        """(component, layer) of every map."""
-        if not self.parts:
-            return []
-        known = {component["name"] for component in self.facts["components"]}
-        with self.opened(self.parts[0]) as file:
-            names = [name.rpartition("/") for name in file.keys()]  # noqa: SIM118 (not a dict)
-        found = [(name, int(layer)) for name, _, layer in names if name in known and layer.lstrip("-").isdecimal()]
-        return sorted(found, key=lambda item: (item[1], item[0]))
-
-    def bytes_per_image(self) -> int:
-        """Roughly what one image adds to a page."""
-        total = 60_000  # picture, mask, numbers
-        for component, layer in self.map_names():
-            with self.opened(self.parts[0]) as file:
-                shape = file.get_slice(f"{component}/{layer}").get_shape()
-            total += int(np.prod(shape[1:])) + 8
-        return total * 4 // 3
-
-
-def boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -> dict[str, Any]:
-    """A reading as the page takes it: facts, mean measures, scores, curves, and the maps of the first `shown` images.
-
-    pictures: {data address: number}, filled here; the same picture goes into a page once.
-    """
-    try:
-        return _boiled_down(reading, min(shown, reading.count), pictures)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise reading.incomplete(f"something that does not fit format {FORMAT} ({type(error).__name__}: {error})") from error
-
-
-def _boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -> dict[str, Any]:
-    facts = {key: reading.facts.get(key) for key in FACTS}
-    table, each = measures(reading, shown)
-    return facts | {
-        "random": bool(reading.facts.get("random_weights")),
-        "count": reading.count,
-        "shown": shown,
-        "images": [_image(reading, image, pictures) for image in reading.images[:shown]],
-        "maps": _maps(reading, shown),
-        "artifacts": artifact_shares(reading),
-        "table": table,
-        "each": each,
-        "scores": image_scores(reading, shown),
-        "summary": summary(reading),
-        "curves": curves(reading),
-    }
-
-
-def _image(reading: ReadingFolder, image: dict[str, Any], pictures: dict[str, int]) -> dict[str, Any]:
-    found = {key: image.get(key) for key in ("name", "width", "height", "predicted", "label")}
-    found["probability"] = packing.number(image.get("probability"), 3)
-    with reading.opened(image["part"]) as file:
-        names = set(file.keys())
-        for kind in ("picture", "mask"):
-            address = ""
-            name = f"{kind}/{image['image']}"
-            if name in names:
-                address = packing.picture(file.get_tensor(name).astype(np.uint8).tobytes())
-            found[kind] = pictures.setdefault(address, len(pictures)) if address else None
-    return found
-
-
-def _maps(reading: ReadingFolder, shown: int) -> dict[str, Any]:
-    signed = {component["name"]: bool(component.get("signed")) for component in reading.facts["components"]}
-    found = {}
-    for component, layer in reading.map_names():
-        maps = reading.tensors(f"{component}/{layer}", shown)
-        if maps is None or not len(maps):
-            continue
-        heads = maps.shape[1] if maps.ndim == 4 else 0
-        confidence = reading.tensors(f"{component}/{layer}/confidence", shown)
-        found[f"{component}/{layer}"] = {
-            "heads": heads,
-            "height": maps.shape[-2],
-            "width": maps.shape[-1],
-            "signed": signed[component],
-            "confidence": None if confidence is None else [packing.number(value, 3) for value in confidence.ravel()],
-            "cells": packing.quantised(maps, signed[component]),
-        }
-    return found
-
-
-def artifact_shares(reading: ReadingFolder) -> list[list[float]]:
-    """[layer, share of patches in percent, over all images] for every layer with an artifact map."""
-    found = []
-    for component, layer in reading.map_names():
-        if component == "artifacts":
-            marks = reading.tensors(f"{component}/{layer}")
-            found.append([layer, packing.number(100 * float(np.mean(marks > 0)))])
-    return found
-
-
-def measures(reading: ReadingFolder, shown: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The table as means over images, and the values of the shown images.
-
-    Both have "columns", the names of the measures. The first has "rows": source, kind, layer, head, then [mean, standard
-    deviation over images, images] or None per measure. The second has "values" under "source/kind/layer/head/image".
-    """
-    path = reading.folder / "table.json"
-    columns = read_json(path).get("columns", {})
-    if not set(KEYS) <= set(columns) or len({len(column) for column in columns.values()}) > 1:
-        raise reading.incomplete(f"a table.json without {', '.join(KEYS)}, or with columns of unlike length,")
-    names = [name for name in columns if name not in KEYS]
-    values = np.array([[np.nan if v is None else v for v in columns[name]] for name in names], float).reshape(len(names), -1)
-    groups: dict[tuple, list[int]] = {}
-    for row, key in enumerate(zip(*(columns[key] for key in ("source", "kind", "layer", "head")), strict=True)):
-        groups.setdefault(key, []).append(row)
-    image = np.array(columns["image"], int)
-    rows, each = [], {}
-    for key in sorted(groups):
-        places = np.array(groups[key])
-        rows.append([*key, *(_mean(values[i, places], image[places]) for i in range(len(names)))])
-        for row in places[(image[places] >= 0) & (image[places] < shown)]:
-            found = [packing.number(value, 4) for value in values[:, row]]
-            if any(value is not None for value in found):
-                each["/".join(str(k) for k in (*key, image[row]))] = found
-    return {"columns": names, "rows": rows}, {"columns": names, "values": each}
-
-
-def _mean(values: np.ndarray, image: np.ndarray) -> list[float | None] | None:
-    """[mean, standard deviation, count] over images; of what is not of one image (-1), the value alone."""
-    single = np.isfinite(values) & (image >= 0)
-    if single.any():
-        found = values[single]
-        spread = float(found.std(ddof=1)) if len(found) > 1 else None
-        return [packing.number(found.mean(), 7), packing.number(spread, 3), len(found)]
-    whole = values[np.isfinite(values)]
-    return [packing.number(whole[0], 7), None, 0] if len(whole) else None
-
-
-def image_scores(reading: ReadingFolder, shown: int) -> dict[str, Any] | None:
-    """Scores against masks of the shown images: {"columns", "values": {"component/layer/head/image": [...]}}."""
-    lines = read_csv(reading.folder / "scores.csv")
-    if not lines:
-        return None
-    columns = [name for name in lines[0] if name not in ("image", "component", "layer", "head")]
-    values = {}
-    for line in lines:
-        image = whole(line["image"])
-        if 0 <= image < shown:
-            key = f"{line['component']}/{whole(line['layer'])}/{whole(line['head'])}/{image}"
-            values[key] = [packing.number(real(line[name]), 3) for name in columns]
-    return {"columns": columns, "values": values}
-
-
-def summary(reading: ReadingFolder) -> list[list[Any]]:
-    """[component, layer, head, measure, mean, low, high, images] of summary.csv."""
-    rows = []
-    for line in read_csv(reading.folder / "summary.csv"):
-        place = [line["component"], whole(line["layer"]), whole(line["head"]), line["measure"]]
-        numbers = [packing.number(real(line[name]), 4) for name in ("mean", "low", "high")]
-        rows.append([*place, *numbers, whole(line["images"])])
-    return rows
-
-
-def curves(reading: ReadingFolder) -> list[dict[str, Any]]:
-    """curves.json with few digits."""
-    path = reading.folder / "curves.json"
-    found = read_json(path) if path.is_file() else []
-
-    def short(value: Any) -> Any:
-        if isinstance(value, list):
-            return [short(item) for item in value]
-        return packing.number(value, 4) if isinstance(value, float) else value
-
-    return [{key: short(value) for key, value in curve.items()} for curve in found]
 
 
 def read_json(path: Path) -> Any:
@@ -325,7 +105,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The lines of a CSV file by column; none if there is no such file."""
     if not path.is_file():
         return []
-    lines = list(csv.DictReader(_text(path).splitlines()))
+    lines = list(csv.DictReader(io.StringIO(_text(path), newline="")))
     if any(value is None or key is None for line in lines for key, value in line.items()):
         raise DataError(f"Found lines of unlike length in {path}. Expected a whole table. Look again with the same command.")
     return lines
@@ -346,12 +126,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read {path} ({error}). Expected a text file in UTF-8. Look again with a new --out.") from error
-
-
-def whole(text: str) -> int:
-    """A number of a layer, head or image; empty means -1, all of them."""
-    return int(float(text)) if text else -1
-
-
-def real(text: str) -> float | None:
-    return float(text) if text else None

@@ -50,13 +50,16 @@ def number(value: Any, digits: int = 5) -> float | int | None:
 def legible(value: Any) -> Any:
     """The same text, or tree of texts, with what cannot be seen written out: control, direction and broken characters.
 
-    They become \\x1b or \\u202e; a space at either end becomes ␠. Two different names stay different.
+    They become \\x1b or \\u202e; a space at either end becomes ␠. Two different names stay different. Numbers that JSON
+    does not know become None.
     """
     if isinstance(value, str):
         text = INVISIBLE.sub(_written_out, value)
         kept = text.strip(" ")
         lead = len(text) - len(text.lstrip(" ")) if kept else len(text)
         return "␠" * lead + kept + "␠" * (len(text) - lead - len(kept))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
         return {legible(str(key)): legible(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

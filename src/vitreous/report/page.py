@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from vitreous.files import write_text
 from vitreous.report import packing
-from vitreous.report.folders import ReadingFolder, Source, boiled_down, open_folders
+from vitreous.report.folders import Source, open_folders
+from vitreous.report.reading import ReadingFolder, boiled_down
 from vitreous.report.words import words
 
 IMAGES = 64  # on a page, at most

@@ -99,6 +99,12 @@ function epochSeries(lines, run, pair, name) {
 const colored = (series) =>
   series.map((s, i) => ({ ...s, look: "line", knots: s.points.length < 16, color: lineColor(i, series.length) }));
 
+/** Accuracy on a test set after an epoch, in percent, or null. */
+function percent(metrics, test) {
+  const accuracy = own(metrics?.tests, test)?.accuracy ?? null;
+  return accuracy === null ? null : 100 * accuracy;
+}
+
 /** Loss and accuracies by epoch, one line per run, or per test set where there is one run. */
 function trainingCharts() {
   const runs = DATA.sources.filter((source) => source.metrics.length);
@@ -119,9 +125,7 @@ function trainingCharts() {
         title: `Accuracy, ${test}`,
         unit: "%",
         xLabel: "epoch",
-        series: colored(
-          runs.map((run) => line(run.name, run, (m) => (m.tests?.[test] ? 100 * m.tests[test].accuracy : null))),
-        ),
+        series: colored(runs.map((run) => line(run.name, run, (m) => percent(m, test)))),
       }),
     ),
   ];
@@ -195,8 +199,8 @@ function runsTable() {
       ...tests.map((test) => ({
         label: `Accuracy, ${test}`,
         numeric: true,
-        value: ({ metrics }) => metrics?.tests?.[test]?.accuracy ?? null,
-        text: ({ metrics }) => (metrics?.tests?.[test] ? `${(100 * metrics.tests[test].accuracy).toFixed(1)} %` : "–"),
+        value: ({ metrics }) => percent(metrics, test),
+        text: ({ metrics }) => (percent(metrics, test) === null ? "–" : `${percent(metrics, test).toFixed(1)} %`),
       })),
       ...(scored
         ? [
