@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 
 from vitreous.errors import DataError, SettingError, UnknownName
 from vitreous.files import write, write_text
+from vitreous.lens import measures, scores
 
 FORMAT = 1
 CHUNK = 16  # images in a part
@@ -40,6 +42,7 @@ SAID = ("skipped", "learned")  # in a part as JSON, in a tensor of bytes: of met
 OTHERS = ("rows", "scores", "picture", "mask")  # what a part holds beside maps
 COMPONENTS = ("attention", "rollout", "u1", "u2", "u3", "k1", "foreground", "centre", "random", "area")  # that have scores
 NAMED = {"source": SOURCES, "kind": KINDS, "component": COMPONENTS}  # columns of words, kept as numbers in a part
+ORDER = {"rows": (*KEYS, *measures.COLUMNS), "scores": ("image", "component", "layer", "head", *scores.MEASURES)}  # of columns
 Columns = dict[str, np.ndarray]
 
 
@@ -58,7 +61,8 @@ class Part:
     def columns(self, group: str) -> Columns:
         """The columns of a table that the part holds: "rows" (measures) or "scores"."""
         found = {key.partition("/")[2]: value for key, value in self.tensors.items() if key.startswith(f"{group}/")}
-        return {key: np.array(NAMED[key])[value] if key in NAMED else value for key, value in found.items()}
+        ordered = sorted(found, key=lambda name: (ORDER[group].index(name) if name in ORDER[group] else len(found), name))
+        return {name: np.array(NAMED[name])[found[name]] if name in NAMED else found[name] for name in ordered}
 
     def maps(self) -> list[str]:
         """Names of the maps, "u1/6", by component and layer."""
@@ -156,11 +160,11 @@ class Reading:
 
     def table(self) -> Columns:
         """{column: (rows,)}: layer, head, image (-1: all), source, kind, then one column per measure (NaN: not applicable)."""
-        return joined([part.columns("rows") for part in self.parts])
+        return in_order(joined([part.columns("rows") for part in self.parts]), ("layer", "source", "kind", "image", "head"))
 
     def scores(self) -> Columns:
         """{column: (rows,)}: maps against masks: image, component, layer, head, measures; empty without masks."""
-        return joined([part.columns("scores") for part in self.parts])
+        return in_order(joined([part.columns("scores") for part in self.parts]), ("image",))
 
     def to_pandas(self) -> Any:
         """The table as a pandas DataFrame. Raises SettingError without pandas."""
@@ -223,15 +227,14 @@ class Writer:
         """Write what follows from the parts; reading.json comes last, so that a folder with it is complete."""
         table, scores = reading.table(), reading.scores()
         self.table("table", table)
-        rows = {name: [None if value != value else value for value in column.tolist()] for name, column in table.items()}
-        self.text("table.json", json.dumps({"columns": rows}))
+        self.text("table.json", json.dumps({"columns": without_nan({name: column.tolist() for name, column in table.items()})}))
         if scores:
             self.table("scores", scores)
             self.table("summary", reading.facts["summary"])
         if reading.curves:
-            self.text("curves.json", json.dumps(reading.curves, indent=1))
+            self.text("curves.json", json.dumps(without_nan(reading.curves), indent=1))
         facts = {key: value for key, value in reading.facts.items() if key != "summary"}
-        self.text("reading.json", json.dumps(facts, indent=2) + "\n")
+        self.text("reading.json", json.dumps(without_nan(facts), indent=2) + "\n")
 
     def table(self, name: str, columns: Mapping[str, Any]) -> None:
         self.text(f"{name}.csv", as_csv(columns))
@@ -313,6 +316,24 @@ def joined(tables: Sequence[Columns]) -> Columns:
     return {
         name: np.concatenate([table.get(name, empty) for table, empty in zip(tables, blank, strict=True)]) for name in names
     }
+
+
+def in_order(table: Columns, names: Sequence[str]) -> Columns:
+    """The rows of a table sorted by these columns, the first one first, whatever batches they came from."""
+    if not table:
+        return table
+    values = [[NAMED[name].index(word) for word in table[name]] if name in NAMED else table[name] for name in names]
+    order = np.lexsort(values[::-1])
+    return {name: column[order] for name, column in table.items()}
+
+
+def without_nan(value: Any) -> Any:
+    """A tree of lists and dicts with None, which JSON knows, in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_csv(columns: Mapping[str, Any]) -> str:
