@@ -185,6 +185,9 @@ KEEP = {
     "padded filters": lambda x: F.conv2d(F.avg_pool2d(x, 3, 1, 1), torch.ones(2, 2, 5, 5), padding="same"),
     "rotation of channels": lambda x: torch.cat([-x[:, 1:], x[:, :1]], 1) * 0.3 + x,
     "fine and coarse": lambda x: x + F.interpolate(F.avg_pool2d(x, 2), scale_factor=2),
+    "coarse, brought back by a filter": lambda x: x + F.conv_transpose2d(
+        F.avg_pool2d(x, 2), torch.ones(2, 1, 4, 4), stride=2, padding=1, groups=2
+    ),
     "sum over padding": lambda x: F.pad(x, (2, 0, 0, 1))[:, :, :-1, 2:] + x,
 }
 

@@ -156,16 +156,18 @@ def over(parts: Parts, axes: int | Sequence[int]) -> Parts:
 def both(a: Parts, b: Parts) -> Parts:
     """Where the sum of two tensors is, from sets of the same shape: the mean of what has a place.
 
-    Where one stands for a much smaller part of the image than the other (a token that attended with the query of a whole
-    region, a coarse map added to a fine one), its place alone.
+    Where one of them stands for smaller parts of the image (a stream beside its filtered copy, a fine map to which a coarse
+    one is added, tokens that attended with the queries of whole regions), it alone.
     """
     if a is b or all(same(thin(p), thin(q)) for p, q in zip(a, b, strict=True)):
         return a
-    a, b = (torch.broadcast_tensors(*map(thin, parts)) for parts in (a, b))
-    first, second = spread(a), spread(b)
-    only_a = b[0].isnan() | (2 * first + CLOSE < second)
-    only_b = a[0].isnan() | (2 * second + CLOSE < first)
-    return tuple(torch.where(only_a, p, torch.where(only_b, q, (p + q) / 2)) for p, q in zip(a, b, strict=True))
+    a, b = (tuple(torch.broadcast_tensors(*map(thin, parts))) for parts in (a, b))
+    first, second = (float(spread(parts).nanmedian()) for parts in (a, b))
+    if first > 1.05 * second + CLOSE:
+        a, b, first, second = b, a, second, first
+    alone = second > 1.05 * first + CLOSE
+    only_a, only_b = b[0].isnan() | alone, a[0].isnan()
+    return tuple(torch.where(only_b, q, torch.where(only_a, p, (p + q) / 2)) for p, q in zip(a, b, strict=True))
 
 
 def spread(parts: Parts) -> Tensor:
