@@ -1,19 +1,24 @@
 // Charts as plain SVG, each with a readout that follows pointer and arrow keys, and a table of the same values.
 
-/** About `count` round values that span low to high. */
+/** About `count` round values that span low to high, each with its text: [[value, text]]. */
 function ticks(low, high, count = 5) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
+  const decimals = String(Number(step.toPrecision(2))).match(/e-(\d+)$|\.(\d+)$/);
+  const places = Math.min(decimals ? Number(decimals[1] ?? decimals[2].length) : 0, 8);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++)
-    found.push(Number((i * step).toPrecision(12)));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
+    const value = Number((i * step).toPrecision(12));
+    found.push([value, Math.abs(value) < 1000 ? value.toFixed(places).replace("-", "−") : fmt(value)]);
+  }
   return found;
 }
 
 function bounds(values) {
   const [low, high] = [Math.min(...values), Math.max(...values)];
-  const room = (high - low || Math.abs(high) || 1) * 0.08;
+  if (low === 0 && high === 0) return [0, 1];
+  const room = Math.max((high - low) * 0.08, Math.max(Math.abs(low), Math.abs(high)) * (high > low ? 0.001 : 0.08));
   return [low >= 0 && low < 0.25 * high ? 0 : low - room, high + room];
 }
 
@@ -53,15 +58,15 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
     "aria-roledescription": "chart",
     "aria-label": `${label} by ${xLabel}. Arrow keys read the values.`,
   });
-  for (const y of ticks(low, high, 4)) {
+  for (const [y, text] of ticks(low, high, 4)) {
     svg.append(draw("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: py(y), y2: py(y) }));
     svg.append(
-      draw("text", { class: "tick", x: LEFT - 6, y: py(y) + 3.5, "text-anchor": "end", "aria-hidden": "true" }, fmt(y)),
+      draw("text", { class: "tick", x: LEFT - 6, y: py(y) + 3.5, "text-anchor": "end", "aria-hidden": "true" }, text),
     );
   }
   const each = Math.ceil(xs.length / 12);
   const whole = xs.every(Number.isInteger);
-  for (const x of whole ? xs.filter((_, i) => i % each === 0) : ticks(first, final, 5)) {
+  for (const x of whole ? xs.filter((_, i) => i % each === 0) : ticks(first, final, 5).map(([value]) => value)) {
     svg.append(
       draw(
         "text",

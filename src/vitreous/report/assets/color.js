@@ -43,9 +43,14 @@ function contrasting(color) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 }
 
-/** A line colour for the i-th of n, told apart by hue and lightness; readable on light and dark ground. */
-const lineColor = (i, n) =>
-  `rgb(${oklch(0.54 + 0.12 * (n > 1 ? i / (n - 1) : 0), 0.13, 262 - 225 * (n > 1 ? i / (n - 1) : 0)).join(" ")})`;
+const HUES = [255, 40, 150, 310, 90, 205, 355]; // far apart, the first ones farthest
+
+/** A line colour for the i-th of n, readable on light and dark ground. What has an order (layers, many) goes round the hues. */
+function lineColor(i, n, ordered = n > HUES.length) {
+  const t = n > 1 ? i / (n - 1) : 0;
+  const color = ordered ? oklch(0.54 + 0.12 * t, 0.13, 262 - 225 * t) : oklch(0.6, 0.14, HUES[i]);
+  return `rgb(${color.join(" ")})`;
+}
 
 const decoded = new Map();
 

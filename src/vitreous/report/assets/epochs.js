@@ -93,11 +93,17 @@ function epochSeries(lines, run, pair, name) {
     }
   });
   const called = (item) => (lines === "layers" ? `layer ${item}` : item < 0 ? "all heads" : `head ${item}`);
-  return colored([...found].sort((a, b) => a[0] - b[0]).map(([item, points]) => ({ name: called(item), points })));
+  const series = [...found].sort((a, b) => a[0] - b[0]).map(([item, points]) => ({ name: called(item), points }));
+  return colored(series, lines === "layers");
 }
 
-const colored = (series) =>
-  series.map((s, i) => ({ ...s, look: "line", knots: s.points.length < 16, color: lineColor(i, series.length) }));
+const colored = (series, ordered) =>
+  series.map((s, i) => ({
+    ...s,
+    look: "line",
+    knots: s.points.length < 16,
+    color: lineColor(i, series.length, ordered),
+  }));
 
 /** Accuracy on a test set after an epoch, in percent, or null. */
 function percent(metrics, test) {
@@ -223,7 +229,6 @@ function runsTable() {
           ]
         : []),
       { label: "Effective tokens", numeric: true, value: average("effective_tokens") },
-      { label: "Attention entropy", title: "nats", numeric: true, value: average("attention_entropy") },
     ],
   });
 }

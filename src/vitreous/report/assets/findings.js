@@ -74,7 +74,7 @@ function glance() {
           const centre = baseline(reading, "centre", "energy_inside");
           return {
             big: where(found.layer, found.head),
-            text: `energy inside ${fmt(found.mean, 3)}${interval(found)}${centre ? `; centre prior ${fmt(centre.mean, 3)}` : ""}`,
+            text: `energy inside ${fmt(found.mean, 3)}${interval(found)}${centre ? `; ${against(found, centre)}` : ""}`,
             go: { component: ATTENTION, layer: found.layer, head: found.head, outline: true },
           };
         },
@@ -146,6 +146,10 @@ function glance() {
     cards.replaceChildren(...made);
   });
 }
+
+/** What a score is worth beside a spot in the middle of every image. */
+const against = (found, centre) =>
+  `${found.low > centre.mean ? "" : "not above the "}centre prior ${fmt(centre.mean, 3)}`;
 
 function card(id, title, lines) {
   return el(
