@@ -115,7 +115,15 @@ def test_blocks_give_what_the_whole_map_gives(block):
     close(column(table, "selectivity_paper", together=True)[:, 0], indicators.selectivity(clean).mean(dim=1))
     paper = indicators.perturbation_robustness(clean, noisy)
     close(column(table, "perturbation_robustness_paper", together=True)[:, 0], paper)
-    assert max(call.sizes) == min(26, max(1, block // (4 * 3 * 26)))
+
+
+def test_no_more_rows_are_asked_for_than_the_buffers_hold():
+    maps = random(2, 1, 3, 300, 40).softmax(dim=-1)
+    call = of_maps(maps)
+    table = measured(call, block=5000)
+    assert set(call.sizes) == {5000 // (2 * 3 * 40)}
+    close(column(table, "attention_entropy"), indicators.attention_entropy(maps[:, 0]))
+    close(column(table, "head_redundancy"), indicators.head_redundancy(indicators.head_gram(maps[:, 0])))
 
 
 # -- closed forms: every measure of planted attention ------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitreous.errors import DataError, NotReached
 from vitreous.lens import indicators, spectra
-from vitreous.lens.call import Buffers, Call
+from vitreous.lens.call import WHOLE, Buffers, Call
 from vitreous.lens.sweep import Distances, Sweep, same_places
 
 SOURCES = ("attention", *spectra.SOURCES)
@@ -72,8 +72,8 @@ class Measures:
     model: to find the weights and learned spectra of the modules that made the calls.
     sources: which of SOURCES to measure. first: the number of the first image. Learned and weight rows, and notes on
         them, come with image 0 alone.
-    block: numbers per buffer, or one row of all heads and images if that is more; there are two such buffers (the map's and
-        ours), and two of the size of one head's block for distances.
+    block: numbers per buffer, or one row of all heads and images if that is more: the map's (which holds a small map whole),
+        ours of the same size, and two for distances, of the size of one head and image.
     `leave` is needed for `notes` to tell what lies between weights and scores, and for fused weights of unknown classes.
     """
 
@@ -198,11 +198,14 @@ class Measures:
 
     def _swept(self, call: Call, count: int, effective: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """What one sweep over the rows gives: values per head (images, H), and of all heads together (images, 1)."""
-        size = max(1, self.block // (call.output[..., 0, 0].numel() * call.v.shape[3]))
-        places = self._places(call, count)
+        places, queries = self._places(call, count), call.output.shape[3]
         sweep = Sweep(count, self.noisy, not effective or call.stochastic, places, self._buffers, self._distances)
-        for rows, block in call.rows(min(size, call.output.shape[3]), effective):
-            sweep.add(rows, block)
+        size = max(1, self.block // (call.output[..., 0, 0].numel() * call.v.shape[3]))
+        step = queries if queries <= WHOLE else size  # all rows of a small map are there already, from its check
+        for rows, block in call.rows(step, effective):
+            for start in range(0, block.shape[3], size):
+                part = block[..., start : start + size, :]
+                sweep.add(slice(rows.start + start, rows.start + start + part.shape[3]), part)
         heads, together = sweep.values()
         return {k: _numpy(v) for k, v in heads.items()}, {k: _numpy(v)[:, None] for k, v in together.items()}
 
