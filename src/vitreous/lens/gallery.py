@@ -18,8 +18,8 @@ TOKENS, KEYS = 3, 1  # singular vectors shown of the residual stream (u1, u2, u3
 ABOUT = {
     "attention": "attention of the class token to the patches, head by head; without a class token, the attention received",
     "rollout": "attention followed through all layers up to this one (Abnar and Zuidema 2020)",
-    "u": "left singular vector of the residual stream after the block, bright where the object is",
-    "k": "left singular vector of the keys, brought to unit length and centred, bright where the object is",
+    "u": "left singular vector of the residual stream after the block, positive where the object is",
+    "k": "left singular vector of the keys, brought to unit length and centred, positive where the object is",
     "artifacts": "tokens of more than four times the median norm, which hold no picture of their place",
     "foreground": "where the subject is, found without masks",
 }
