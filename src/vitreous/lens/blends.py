@@ -54,6 +54,12 @@ def combine(move: Move) -> Field | None:
     return Field(tuple(filled(parts, shape) for parts in sets), any(field.contracted for field in fields))
 
 
+def extreme(move: Move) -> Field | None:
+    """max, min: elementwise of two tensors, or over an axis."""
+    two = isinstance(move.bound("input", "other").get("other"), Tensor)
+    return combine(move) if two else reduce(move)
+
+
 # --- means over axes and footprints -----------------------------------------------------------------------------------
 
 
@@ -242,14 +248,16 @@ def unpatch(move: Move) -> Field | None:
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
-def contract(operands: Sequence[tuple[Field | None, str]], out: str, shape: tuple[int, ...]) -> Field | None:
+def contract(move: Move, operands: Sequence[tuple[Tensor, str]], out: str) -> Field | None:
     """Places of a product of one or two tensors whose axes have letters, as in einsum; letters not in `out` are summed.
 
     Sets that do not vary along a summed axis give the place: one, or two (rows and columns of scores). A single place
-    beside many says nothing and is left out, unless it is no place at all (a class token's query). If all vary: the mean.
+    beside many says nothing and is left out, unless it is no place at all (a class token's query). If all vary: the mean,
+    of what a factor without places does not multiply by 0 (a matrix that selects or merges tokens).
     """
-    fixed, loose, own = [], [], []
-    for i, (field, letters) in enumerate(operands):
+    fixed, loose, own, shape = [], [], [], shape_of(move.out)
+    for i, (tensor, letters) in enumerate(operands):
+        field = move.field(tensor)
         others = "".join(text for j, (_, text) in enumerate(operands) if j != i)
         own += [out.index(letter) for letter in letters if letter in out and letter not in others]
         for parts in field.sets if field else ():
@@ -260,8 +268,25 @@ def contract(operands: Sequence[tuple[Field | None, str]], out: str, shape: tupl
         return Field(tuple((telling or fixed[:1])[:2]))
     if not loose:
         return None
-    count = sum(field is not None for field, _ in operands)
-    return Field((loose[0],), count > 1 and all(still(parts, axis) for parts in loose for axis in own))
+    placed = sorted(operands, key=lambda operand: move.field(operand[0]) is None)
+    if len(operands) > 1 and move.field(placed[1][0]) is None and bool((placed[1][0] == 0).any()):
+        return Field((_selected(move.field(placed[0][0]).sets[0], placed[0][1], here(placed[1][0]) != 0, placed[1][1], out),))
+    both_placed = all(move.field(tensor) is not None for tensor, _ in operands)
+    return Field((loose[0],), both_placed and all(still(parts, axis) for parts in loose for axis in own))
+
+
+def _selected(parts: Parts, letters: str, mask: Tensor, its_letters: str, out: str) -> Parts:
+    """Means over summed letters of what a mask, an operand of its own, lets through."""
+    shape = parts[0].shape
+    gone = [letter not in out for letter in letters]
+    slim = tuple(thin(part) for part in parts)
+    kept = [max(part.shape[axis] for part in slim) if not gone[axis] else shape[axis] for axis in range(len(shape))]
+    sizes = dict(zip(its_letters, mask.shape, strict=True)) | dict(zip(letters, shape, strict=True))
+    found = average(
+        tuple(part.expand(kept) for part in slim),
+        lambda part: torch.einsum(f"{letters},{its_letters}->{out}", part, mask.to(part.dtype)),
+    )
+    return filled(found, [sizes[letter] for letter in out])
 
 
 def _aligned(parts: Parts, letters: str, out: str) -> Parts:
@@ -288,7 +313,7 @@ def matmul(move: Move) -> Field | None:
     left = batch[len(batch) - max(a.ndim - 2, 0) :] + ("mk" if a.ndim > 1 else "k")
     right = batch[len(batch) - max(b.ndim - 2, 0) :] + ("kn" if b.ndim > 1 else "k")
     out = batch + "m" * (a.ndim > 1) + "n" * (b.ndim > 1)
-    return contract([(move.field(a), left), (move.field(b), right)], out, shape_of(move.out))
+    return contract(move, [(a, left), (b, right)], out)
 
 
 def einsum(move: Move) -> Field | None:
@@ -310,8 +335,7 @@ def einsum(move: Move) -> Field | None:
         filled_in.append(side.replace("...", "".join(free[lead - extra :])))
     if any(len(set(side)) < len(side) for side in filled_in):
         return None
-    operands = [(move.field(tensor), side) for tensor, side in zip(tensors, filled_in, strict=True)]
-    return contract(operands, out.replace("...", "".join(free)), shape_of(move.out))
+    return contract(move, list(zip(tensors, filled_in, strict=True)), out.replace("...", "".join(free)))
 
 
 def attend(move: Move) -> Field | None:

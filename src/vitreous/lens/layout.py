@@ -265,11 +265,11 @@ def _covers(levels: Tensor, length: int) -> bool:
 
 def _lattice(points: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], Tensor] | None:
     """Grid and cells of places some of which are missing: all lie on multiples of one pitch, the same for both axes."""
-    if bool((points[:, 3] - points[0, 3]).abs().max() > CLOSE):
-        return None
     ranks = [_ranks(points[:, i], CLOSE) for i in range(2)]
     pitches = [float(levels.diff().min()) if len(levels) > 1 else None for _, levels in ranks]
-    if pitches == [None, None] or (None not in pitches and abs(pitches[0] - pitches[1]) > 0.05 * pitches[0]):
+    pitch = min((pitch for pitch in pitches if pitch), default=0.0)
+    merged = (points[:, 2].max() - points[:, 2].min() > pitch**2 / 2) | (points[:, 3].max() - points[:, 3].min() > CLOSE)
+    if merged or pitches == [None, None] or (None not in pitches and abs(pitches[0] - pitches[1]) > 0.05 * pitches[0]):
         return None
     grid, index = [], torch.zeros(len(points), dtype=torch.long)
     for (rank, levels), pitch, other, length in zip(ranks, pitches, pitches[::-1], size, strict=True):

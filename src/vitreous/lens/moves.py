@@ -160,20 +160,13 @@ def select(move: Move) -> Field | None:
     return move.source and move.source.each(again)
 
 
-def ranked(move: Move) -> list[Field | None] | Field | None:
-    """topk, sort, max(dim), min(dim): the values come from where their indices say."""
-    field = move.source
-    if field is None or isinstance(move.out, Tensor):
+def ranked(move: Move) -> list[Field | None] | None:
+    """topk, sort: the values come from where their indices say."""
+    if move.source is None:
         return None
     index = here(move.out[1])
-    given = move.bound("input", *(("k", "dim") if move.name == "topk" else ("dim", "keepdim")))
-    dim = given.get("dim", -1)
-
-    def again(part: Tensor) -> Tensor:
-        flat = index if index.ndim == part.ndim else index.unsqueeze(dim)
-        return part.gather(dim, flat).reshape(index.shape)
-
-    return [field.each(again), None]
+    dim = move.bound("input", *(("k", "dim") if move.name == "topk" else ("dim",))).get("dim", -1)
+    return [move.source.each(lambda part: part.gather(dim, index)), None]
 
 
 # --- several tensors into one -----------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ _NAMES = {
     moves.pick: "getitem",
     moves.gather: "gather take_along_dim",
     moves.select: "index_select",
-    moves.ranked: "topk sort max min",
+    moves.ranked: "topk sort",
     moves.join: "cat concat concatenate stack hstack vstack",
     moves.halve: "glu",
     moves.complex_view: "view_as_complex view_as_real",
@@ -56,6 +56,7 @@ _NAMES = {
         add sub subtract mul multiply div divide true_divide truediv rsub radd rmul rdiv rtruediv iadd isub imul itruediv
         addcmul addcdiv lerp where maximum minimum fmax fmin pow rpow float_power atan2 fmod remainder rmod xlogy hypot
         logaddexp""",
+    blends.extreme: "max min",
     blends.reduce: "mean nanmean sum nansum amax amin prod logsumexp norm vector_norm std var median mode",
     blends.convolve: "conv1d conv2d conv3d",
     blends.widen: "conv_transpose1d conv_transpose2d conv_transpose3d",
