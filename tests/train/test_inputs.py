@@ -1,5 +1,7 @@
 """Batches: the fast way gives what the transform gives, order follows the seed, and timm reads the recipe."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,11 @@ def test_augmented_images_have_the_right_shape(images, aug):
 def test_order_follows_the_seed(images):
     def order(seed):
         batches = loader(images, OWN, 4, shuffle=True, seed=seed)
-        return [torch.cat([labels for _, labels in batches]).tolist() for _ in range(2)]
+        found = []
+        for epoch in (1, 2):
+            batches.set_epoch(epoch)
+            found.append(torch.cat([labels for _, labels in batches]).tolist())
+        return found
 
     assert order(1) == order(1)
     assert order(1) != order(2)
@@ -81,8 +87,75 @@ def test_workers_give_what_one_process_gives(images):
     assert torch.equal(alone, parallel)
 
 
+AUGMENTATIONS = ["none", "flip", "pad", "crop", "rand-m9-mstd0.5-inc1", "augmix-m5-w2", "original-mstd0.5"]
+
+
+@pytest.mark.parametrize("aug", AUGMENTATIONS)
+def test_number_of_workers_changes_no_batch(images, aug):
+    """Nor do the global states, which stay as they were."""
+    inputs, made = Inputs((3, 24, 24), MEAN, STD), {}
+    for workers in (0, 1, 2):
+        torch.manual_seed(workers)
+        random.seed(workers)
+        np.random.seed(workers)
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        batches = loader(images, inputs, 4, aug=aug, shuffle=True, seed=5, workers=workers)
+        for epoch in (1, 2):
+            batches.set_epoch(epoch)
+            made.setdefault(epoch, []).append(list(batches))
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    for first, *others in made.values():
+        for other in others:
+            assert all(torch.equal(a, b) for x, y in zip(first, other, strict=True) for a, b in zip(x, y, strict=True))
+    assert not torch.equal(made[1][0][0][0], made[2][0][0][0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("aug", ["flip", "rand-m9-mstd0.5-inc1"])
+def test_an_epoch_goes_on_from_any_batch_without_what_came_before(images, aug, workers):
+    for size in (16, 24):  # in memory as they are, and transformed one by one
+        inputs = Inputs((3, size, size), MEAN, STD)
+        whole = loader(images, inputs, 3, aug=aug, shuffle=True, seed=1)
+        whole.set_epoch(7)
+        expected = list(whole)
+        part = loader(images, inputs, 3, aug=aug, shuffle=True, seed=1, workers=workers)
+        for start in (2, 1):
+            part.set_epoch(7, start)
+            assert len(part) == 4
+            for (x, y), (u, v) in zip(part, expected[start:], strict=True):
+                assert torch.equal(x, u)
+                assert torch.equal(y, v)
+        assert len(list(part)) == 4  # from the beginning again
+
+
+def test_what_is_left_out_is_not_decoded(images):
+    seen = []
+
+    class Watched(Cutouts):
+        def image(self, i):
+            seen.append(i)
+            return super().image(i)
+
+    batches = loader(Watched(10, size=16), Inputs((3, 24, 24), MEAN, STD), 4)
+    batches.set_epoch(1, start=2)
+    assert len(next(iter(batches))[0]) == 2
+    assert seen == [8, 9]
+
+
+def test_augmentation_of_an_image_depends_on_seed_and_epoch_and_index(images):
+    same = ArraySet(np.repeat(images.images[:1], 4, 0), [0] * 4)
+
+    def made(seed, epoch):
+        batches = loader(same, Inputs((3, 24, 24), MEAN, STD), 4, aug="crop", seed=seed)
+        batches.set_epoch(epoch)
+        return [x.numpy().tobytes() for x in next(iter(batches))[0]]
+
+    assert len(set(made(0, 1) + made(0, 2) + made(1, 1))) == 12
+
+
 def test_batches_do_not_write_to_the_images(images):
     before = images.images.copy()
-    Batches(images, OWN, True, torch.Generator().manual_seed(0)).__getitems__([0, 1, 2])
+    Batches(images, OWN, True, 0).__getitems__((0, np.arange(3)))
     assert np.array_equal(images.images, before)
     assert isinstance(images.image(0), Image.Image)

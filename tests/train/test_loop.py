@@ -101,8 +101,9 @@ def test_the_loop_does_what_a_loop_by_hand_does(settings, quiet):
     job = prepare(chosen)
     model, parameters = job.model, list(job.model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
-    for _ in range(2):
+    for epoch in (1, 2):
         model.train()
+        job.train.set_epoch(epoch)
         for images, labels in job.train:
             loss = torch.nn.functional.cross_entropy(model(images), labels)
             for block in model.blocks:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from timm.data import create_transform
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 from vitreous.data import ArraySet, ImageSet
 from vitreous.errors import SettingError
 
 AUGMENTATIONS = ("none", "flip", "pad", "crop")
+ORDER, FLIP, AUGMENT = range(3)  # what a draw is for: first part of its key
 AUTO_AUGMENT = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
 
 
@@ -80,27 +82,119 @@ def check_augmentation(aug: str) -> None:
         )
 
 
+class Order(Sampler[tuple[int, np.ndarray]]):
+    """Batches of one epoch as (epoch, indices), in an order that follows from (seed, epoch) alone.
+
+    even: leave out a last batch that is not full, and the odd image of a set smaller than a batch. epoch, start: what the
+    next iteration yields, and from which batch on; the batches before it are left out, the others stay what they are.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, shuffle: bool = False, even: bool = False, seed: int = 0):
+        self.batch_size = min(batch_size, count - count % 2) if even else batch_size
+        self.count, self.shuffle, self.even, self.seed = count, shuffle, even, seed
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.count // self.batch_size if self.even else -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        drawn = np.random.default_rng((ORDER, self.seed, self.epoch))
+        order = drawn.permutation(self.count) if self.shuffle else np.arange(self.count)
+        firsts = range(self.start * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        return iter([(self.epoch, order[first : first + self.batch_size]) for first in firsts])
+
+
+@contextmanager
+def drawn_from(*key: int) -> Iterator[None]:
+    """Seed the global states that torchvision and timm draw from (torch's on the CPU, Python's, NumPy's) by the key alone.
+
+    They are put back afterwards, so that nothing else depends on which process augments an image, or when.
+    """
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    seeds = np.random.SeedSequence(key).generate_state(3).tolist()
+    try:
+        torch.default_generator.manual_seed(seeds[0])
+        random.seed(seeds[1])
+        np.random.seed(seeds[2])
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
 class Batches(Dataset):
     """Images in memory that need no resizing, a whole batch normalised at once: indices to (B, C, H, W), labels (B).
 
-    Pixel for pixel what `transform` gives one by one. flip: mirror half of them, drawn from `generator`.
+    Pixel for pixel what `transform` gives one by one. flip: mirror half of them, drawn by (seed, epoch, index).
     """
 
-    def __init__(self, images: ArraySet, inputs: Inputs, flip: bool, generator: torch.Generator):
+    def __init__(self, images: ArraySet, inputs: Inputs, flip: bool, seed: int):
         self.pixels, self.labels = images.images, images.labels  # (n, H, W, C) uint8, (n,)
         self.mean, self.std = (torch.tensor(value).view(-1, 1, 1) for value in (inputs.mean, inputs.std))
-        self.flip, self.generator = flip, generator
+        self.flip, self.seed = flip, seed
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rows = np.asarray(indices)
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor]:
+        epoch, rows = batch
         x = torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2).contiguous().float().div_(255)
         if self.flip:
-            chosen = torch.rand(len(rows), generator=self.generator) < 0.5
+            chosen = torch.from_numpy(np.random.default_rng((FLIP, self.seed, epoch)).random(len(self))[rows] < 0.5)
             x[chosen] = x[chosen].flip(-1)
         return x.sub_(self.mean).div_(self.std), torch.from_numpy(self.labels[rows])
+
+
+class Prepared(Dataset):
+    """Images sent through a transform one by one, its randomness drawn by (seed, epoch, index)."""
+
+    def __init__(self, images: ImageSet, change: Callable, seed: int):
+        self.images, self.change, self.seed = images, change, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor]:
+        epoch, rows = batch
+        return torch.stack([self.item(epoch, int(i)) for i in rows]), torch.from_numpy(self.images.labels[rows])
+
+    def item(self, epoch: int, i: int) -> Tensor:
+        image = self.images.image(i)
+        with drawn_from(AUGMENT, self.seed, epoch, i):
+            return self.change(image)
+
+
+class Loader:
+    """Batches of (B, C, H, W) float32 and labels (B) int64. Its length is that of a whole epoch.
+
+    Each iteration is one of epoch 0, unless `set_epoch` said otherwise; what it yields follows from (seed, epoch), whatever
+    the number of workers.
+    """
+
+    def __init__(self, images: Dataset, order: Order, workers: int):
+        self.order = order
+        self.batches = DataLoader(
+            images,
+            batch_sampler=order,
+            collate_fn=as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0 and order.shuffle,
+            generator=torch.Generator().manual_seed(order.seed),  # else each iteration would draw from the global one
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Let iterations be of this epoch, and the next one begin at batch `start`; those before it are not decoded."""
+        self.order.epoch, self.order.start = epoch, start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = iter(self.batches)
+        self.order.start = 0
+        return batches
 
 
 def loader(
@@ -113,24 +207,15 @@ def loader(
     even: bool = False,
     seed: int = 0,
     workers: int = 0,
-) -> DataLoader:
-    """Batches of (B, C, H, W) float32 and labels (B) int64, in an order that `seed` draws if shuffled.
+) -> Loader:
+    """Batches of the images, in an order that (seed, epoch) draws if shuffled; see `Order` for even, `Loader` for epochs.
 
-    even: leave out a last batch that is not full, and the odd image of a set smaller than a batch. Images in memory of
-    the right size are not sent through workers.
+    Images in memory of the right size are not sent through workers.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if even:
-        batch_size = min(batch_size, len(images) - len(images) % 2)
-    options: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle, "generator": generator, "drop_last": even}
+    order = Order(len(images), batch_size, shuffle=shuffle, even=even, seed=seed)
     if in_memory(images, inputs) and aug in (None, "none", "flip"):
-        flips = torch.Generator().manual_seed(seed + 1)
-        return DataLoader(Batches(images, inputs, aug == "flip", flips), collate_fn=as_it_is, **options)
-    prepared = images.subset(np.arange(len(images)))
-    prepared.transform = transform(inputs, aug)
-    return DataLoader(
-        prepared, num_workers=workers, worker_init_fn=seed_worker, persistent_workers=workers > 0 and shuffle, **options
-    )
+        return Loader(Batches(images, inputs, aug == "flip", seed), order, 0)
+    return Loader(Prepared(images, transform(inputs, aug), seed), order, workers)
 
 
 def in_memory(images: ImageSet, inputs: Inputs) -> bool:
@@ -140,10 +225,3 @@ def in_memory(images: ImageSet, inputs: Inputs) -> bool:
 
 def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return batch
-
-
-def seed_worker(_: int) -> None:
-    """Seed what timm's augmentations draw from, which torch leaves alone, by the worker's own torch seed."""
-    seed = torch.initial_seed() % 2**32
-    random.seed(seed)
-    np.random.seed(seed)

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from vitreous.errors import VitreousError
 from vitreous.grafting import new_parameters
 from vitreous.lens.look import look
 from vitreous.mechanism import parse
 from vitreous.train import checkpoint, summary
+from vitreous.train.inputs import Loader
 from vitreous.train.objectives import penalties, set_progress
 from vitreous.train.prepare import Job, facts, prepare
 from vitreous.train.run import Run, choose_folder
@@ -76,6 +76,7 @@ def train_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
     learning = [p for p in job.model.parameters() if p.requires_grad]
     watched = {name: p for name, p in new_parameters(job.model).items() if p.requires_grad}
     losses, norms, seen, started = Means(), Means(), 0, time.perf_counter()
+    job.train.set_epoch(epoch)
     description, quiet = f"epoch {epoch}/{job.settings.epochs}", not console.is_terminal
     for images, labels in track(job.train, description, console=console, transient=True, disable=quiet):
         images, labels = images.to(job.device), labels.to(job.device)
@@ -107,7 +108,7 @@ def train_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test(job: Job, batches: DataLoader) -> tuple[Tensor, Tensor]:
+def test(job: Job, batches: Loader) -> tuple[Tensor, Tensor]:
     """Logits (n, classes) and labels (n) of a test set, on the CPU."""
     model = job.tested.eval()
     found = []

@@ -14,7 +14,6 @@ from timm.models import get_model_input_config
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from vitreous.data import ArraySet, Data, ImageSet, open_data
 from vitreous.errors import HostError, NotReached, SettingError
@@ -22,7 +21,7 @@ from vitreous.grafting import check, graft, grafts
 from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
 from vitreous.train import checkpoint, network, optim
-from vitreous.train.inputs import Inputs, loader
+from vitreous.train.inputs import Inputs, Loader, loader
 from vitreous.train.objectives import classification_loss, mixing
 from vitreous.train.settings import TrainSettings
 
@@ -44,8 +43,8 @@ class Job:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     ema: ModelEmaV3 | None
-    train: DataLoader
-    tests: dict[str, DataLoader]
+    train: Loader
+    tests: dict[str, Loader]
     sample: ImageSet | None  # what is looked at; None where attention cannot be read
     remarks: list[str]
     updates: int = 0
