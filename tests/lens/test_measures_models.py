@@ -179,6 +179,33 @@ def test_alignment_before_a_spectrum_that_was_turned_is_not_made_up():
     assert any(note.startswith("blocks.0.attn to blocks.1.attn (2): alignment") for note in measures.notes)
 
 
+class Blurring(torch.nn.Module):
+    """One attention over 24 x 40 patches of 4 pixels whose heads fall off as Gaussians, by an additive mask."""
+
+    def __init__(self, widths):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 2 * len(widths), 4, 4)
+        axes = torch.arange(24.0), torch.arange(40.0)
+        places = 4 * torch.cartesian_prod(*axes)
+        fall = -torch.cdist(places, places).square() / 2
+        self.register_buffer("mask", fall / torch.tensor(widths)[:, None, None] ** 2)
+
+    def forward(self, x):
+        v = self.embed(x).flatten(2).mT.unflatten(-1, (len(self.mask), 2)).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(0 * v, v, v, attn_mask=self.mask)
+
+
+def test_planted_gaussian_heads_return_their_widths():
+    """Places come from the tracing of the convolution; near the border a Gaussian is cut off, hence a few per cent less."""
+    widths = [4.0, 6.0, 8.0]
+    images = torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(0))
+    table, _ = measured(Blurring(widths), images, noisy=False)
+    share = column(table, "attention_width", 0) / torch.tensor(widths)
+    assert 0.93 < share.min() < share.max() < 1.0
+    share = column(table, "mean_distance", 0) / torch.tensor(widths) / math.sqrt(math.pi / 2)
+    assert 0.92 < share.min() < share.max() < 1.0
+
+
 def test_batches_make_no_difference():
     model, images = build(), pictures(5)
     whole, _ = measured(model, images, noisy=False)
