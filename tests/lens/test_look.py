@@ -416,6 +416,7 @@ def test_images_that_cannot_be_read_are_named_and_the_others_are_read(tmp_path):
     same(reading, expected)
     with pytest.raises(DataError, match=r"no readable image among 2.*'0\.png'.*Expected.*Replace"):
         look(vit(), [tmp_path / "0.png", tmp_path / "2.png"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mask_of_another_size_costs_that_image_alone(tmp_path):
@@ -503,8 +504,13 @@ def test_a_part_without_a_readable_image_is_no_obstacle(tmp_path, monkeypatch):
         Image.new("RGB", (30, 20), (40 * i, 255 - 40 * i, 90)).save(tmp_path / f"{i}.png")
     for i in (0, 1, 4, 5):
         (tmp_path / f"{i}.png").write_bytes(b"no")
-    reading = look(vit(), tmp_path, out=tmp_path / "out")
-    for found in (reading, look(vit(), tmp_path)):
+    reading = look(vit(), [tmp_path / f"{i}.png" for i in range(6)], out=tmp_path / "out")
+    first = bytes_of(tmp_path / "out")
+    for number in (0, 2):
+        (tmp_path / f"out/parts/0000{number}.safetensors").unlink()
+        look(vit(), [tmp_path / f"{i}.png" for i in range(6)], out=tmp_path / "out")
+        assert bytes_of(tmp_path / "out") == first
+    for found in (reading, look(vit(), [tmp_path / f"{i}.png" for i in range(6)])):
         assert [image["name"] for image in found.images] == ["2.png", "3.png"]
         assert found.maps["u1", 2].shape == (2, 4, 6)
         assert set(found.table()["image"]) == {-1, 0, 1}

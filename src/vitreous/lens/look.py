@@ -177,24 +177,21 @@ def look(
 def all_parts(plan: Plan, count: int, writer: Writer | None, console: Console | None) -> Sequence[Part]:
     """Look at images 0 to count - 1, CHUNK by CHUNK; parts that the writer has are not made again."""
     starts = list(range(0, count, CHUNK))
-    parts: list[Part] = []
+    parts: dict[int, Part] = {}  # those in memory; with a writer, those that wait for an image that can be read
     for number in shown(range(len(starts)), "images", console):
         if writer is not None and number in writer.done:
             part = read_part(writer.path(number))
             plan.learn(part.learned)
-            plan.seen += len(part.images)
-            continue
-        part = look_at(plan, range(starts[number], min(starts[number] + CHUNK, count)))
-        plan.seen += len(part.images)
-        if writer is None:
-            parts.append(part)
         else:
-            writer.add(number, part)
-    found = parts if writer is None else StoredParts([writer.path(number) for number in range(len(starts))])
+            part = parts[number] = look_at(plan, range(starts[number], min(starts[number] + CHUNK, count)))
+        plan.seen += len(part.images)
+        while writer is not None and plan.seen and parts:
+            waiting = min(parts)
+            writer.add(waiting, parts[waiting])
+            del parts[waiting]
     if not plan.seen:
-        skipped = [record for part in found for record in part.skipped]
-        raise DataError(f"Found no readable image among {count}. {skipped[0]['reason']}")
-    return found
+        raise DataError(f"Found no readable image among {count}. {parts[0].skipped[0]['reason']}")
+    return list(parts.values()) if writer is None else StoredParts([writer.path(number) for number in range(len(starts))])
 
 
 def look_at(plan: Plan, numbers: range) -> Part:
