@@ -60,6 +60,8 @@ CHANNELS = 2
 ONES = torch.ones(3, CHANNELS, 2, 2, dtype=torch.float64)
 INDEX = torch.tensor([3, 0, 2])
 TOKENS = torch.tensor([[5, 1, 7]])
+SELECT = torch.zeros(1, 4, HEIGHT * WIDTH, dtype=torch.float64)  # rows take 1, 3, 2 tokens and none
+SELECT[0, [0, 1, 1, 1, 2, 2], [5, 0, 1, 7, 2, 6]] = 1.0
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -131,6 +133,8 @@ LINEAR = {
     "pixel_shuffle": lambda x: F.pixel_shuffle(x.repeat(1, 2, 1, 1), 2),
     "complex": lambda x: torch.view_as_real(torch.view_as_complex(tokens(x).contiguous()) * 1.0),
     "slices": lambda x: x[..., 1::2, :-1][0].movedim(0, -1),
+    "selected by a matrix": lambda x: SELECT @ tokens(x),
+    "selected by a matrix, einsum": lambda x: torch.einsum("bchw,vwb->bchv", x, SELECT[0, :3, :8, None].to(x.dtype)),
     "written": written,
     "scatter": lambda x: torch.zeros(1, 48, 2, dtype=x.dtype).scatter(1, TOKENS[..., None].expand(-1, -1, 2), tokens(x)[:, :3]),
     "merged": merged,
@@ -168,6 +172,22 @@ def test_merging_weighs_by_what_was_merged_before():
     out, shadows = followed(merge, torch.ones(1, CHANNELS, HEIGHT, WIDTH))
     place = shadows.of(out)[0, 0, 0]
     assert place.tolist() == [0.5, 2.0, pytest.approx(1.25), 4.0]
+
+
+def test_an_extreme_over_an_axis_is_as_the_mean():
+    """The winner differs from channel to channel; where a token is does not."""
+    image = torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    mean, shadows = followed(lambda x: x.unflatten(2, (3, 2)).mean(3), image)
+    want = shadows.of(mean)
+    for extreme in (
+        lambda x: x.unflatten(2, (3, 2)).max(dim=3).values,
+        lambda x: torch.min(x.unflatten(2, (3, 2)), 3)[0],
+        lambda x: x.unflatten(2, (3, 2)).amax(3),
+        lambda x: F.max_pool2d(x, (2, 1)),
+        lambda x: F.adaptive_max_pool2d(x, (3, WIDTH)),
+    ):
+        out, shadows = followed(extreme, image)
+        torch.testing.assert_close(shadows.of(out), want)
 
 
 KEEP = {
@@ -224,6 +244,27 @@ def test_parameters_padding_and_unknown_calls_have_no_place():
         out, shadows = followed(fresh, image)
         assert shadows.of(out) is None
         assert shadows.reason(out) == ""
+
+
+def test_tokens_chosen_by_values_or_by_chance_are_said_to_be():
+    def best(x: Tensor) -> Tensor:
+        x = tokens(x)
+        order = x.sum(-1).argsort(dim=1)[:, :5]
+        return x.gather(1, order[..., None].expand(-1, -1, CHANNELS)) * 2
+
+    def drawn(x: Tensor) -> Tensor:
+        return tokens(x)[:, torch.rand(48).argsort()[:5]]
+
+    image = torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    for function, name in ((best, "gather"), (drawn, "getitem")):
+        out, shadows = followed(function, image)
+        assert shadows.of(out).shape == (1, 5, CHANNELS, 4)
+        assert shadows.reason(out).startswith(f"{name} chose tokens")
+    want = centres((HEIGHT, WIDTH), 1)[image.flatten(2).sum(1).argsort()[0, :5]]
+    out, shadows = followed(best, image)
+    torch.testing.assert_close(shadows.of(out)[0, :, 0, :2], want)
+    out, shadows = followed(lambda x: tokens(x)[:, torch.arange(3)] + 1, image)
+    assert shadows.reason(out) == ""
 
 
 def test_tables_are_weak_and_thin():

@@ -78,6 +78,11 @@ _FRESH = {  # values that have nothing to do with those of the argument
     "new_empty", "new_full", "new_tensor", "bernoulli", "zero", "fill", "normal", "uniform", "random", "sign", "heaviside",
     "grad", "base",
 }  # fmt: skip
+_RANDOM = {
+    "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like", "randint_like",
+    "uniform", "random", "exponential", "log_normal", "cauchy", "geometric",
+}  # fmt: skip
+_PICKING = {moves.pick, moves.gather, moves.select, moves.ranked, moves.write, blends.merge}
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
@@ -97,6 +102,8 @@ class Shadows:
         self.size = (image.shape[-2], image.shape[-1])
         self.fields: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.lost: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that lost its places
+        self.varying: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that another image, or chance, would change
+        self.picked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that took tokens by such an index
         y = (torch.arange(self.size[0], dtype=torch.float64, device="cpu") + 0.5)[:, None]
         x = (torch.arange(self.size[1], dtype=torch.float64, device="cpu") + 0.5)[None]
         parts = (y, x, y.square() + x.square(), torch.ones((), dtype=torch.float64, device="cpu"))
@@ -106,26 +113,30 @@ class Shadows:
         """Give the output of a call its places. To be called with torch functions switched off."""
         name, kwargs = plain_name(func), kwargs or {}
         given = list(_tensors((*args, *kwargs.values())))
-        placed = [tensor for tensor in given if tensor in self.fields]
-        wrote = name == "setitem"
-        outputs = [args[0]] if wrote else list(_tensors((out,)))
-        outputs = [tensor for tensor in outputs if tensor.is_floating_point() or tensor.is_complex()]
+        made = [args[0]] if name == "setitem" else list(_tensors((out,)))
+        outputs = [tensor for tensor in made if tensor.is_floating_point() or tensor.is_complex()]
+        placed = any(tensor in self.fields for tensor in given)
+        varying = placed or name in _RANDOM or any(tensor in self.varying or tensor in self.lost for tensor in given)
+        if varying and name not in _FRESH:
+            for tensor in made:
+                self.varying[tensor] = None
         if not outputs:
             return
-        if not placed:
-            reason = next((self.lost[tensor] for tensor in given if tensor in self.lost), None)
-        else:
-            reason, rule = None, RULES.get(name)
-            found = self._moved(rule, Move(name, func, args, kwargs, args[0] if wrote else out, self.field)) if rule else None
-            if found is not None:
-                for tensor, field in zip(outputs, found, strict=False):
-                    self._set(tensor, field)
-                return
+        picked = next((self.picked[tensor] for tensor in given if tensor in self.picked), None)
+        rule = RULES.get(name)
+        if rule in _PICKING and any(tensor in self.varying for tensor in given if not tensor.is_floating_point()):
+            picked = name
+        move = Move(name, func, args, kwargs, args[0] if name == "setitem" else out, self.field)
+        found = self._moved(rule, move) if placed and rule else None
+        reason = next((self.lost[tensor] for tensor in given if tensor in self.lost), None)
+        if placed:
             reason = None if name in _FRESH else name
-        for tensor in outputs:
-            self._set(tensor, None)
-            if reason is not None:
+        for tensor, field in zip(outputs, found or [None] * len(outputs), strict=False):
+            self._set(tensor, field)
+            if field is None and found is None and reason is not None:
                 self.lost[tensor] = reason
+            if field is not None and picked is not None:
+                self.picked[tensor] = picked
 
     def _set(self, tensor: Tensor, field: Field | None) -> None:
         self.lost.pop(tensor, None)
@@ -156,9 +167,12 @@ class Shadows:
         return None if field is None else _stacked(field.sets[0], tuple(tensor.shape))
 
     def reason(self, *tensors: Tensor) -> str:
-        """Which call lost the places of one of these tensors, in words; "" if none did."""
-        found = next((self.lost[tensor] for tensor in tensors if tensor in self.lost), None)
-        return "" if found is None else f"{found} lost the places"
+        """What is to be known of the places of these tensors, in words; "" if nothing: who lost them, or who chose them."""
+        lost = next((self.lost[tensor] for tensor in tensors if tensor in self.lost), None)
+        if lost is not None:
+            return f"{lost} lost the places"
+        picked = next((self.picked[tensor] for tensor in tensors if tensor in self.picked), None)
+        return "" if picked is None else f"{picked} chose tokens by their values or by chance: other images have other places"
 
 
 def _stacked(parts: Parts, shape: tuple[int, ...]) -> Tensor:
