@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from common import photographs, vit_tiny, write  # noqa: E402
 
-BATCHES, ROUNDS, REPEATS = (1, 4), 41, 5
+BATCHES, ROUNDS, REPEATS = (1, 4), 82, 5
 ARMS = ("plain", "pass", "five", "scores", "robustness")
 MEMORY = ("plain", "pass", "scores")
 MODEL = ("attention", "learned", "weight")
