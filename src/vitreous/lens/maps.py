@@ -44,6 +44,8 @@ class Signed:
 
     rule: the names of the references used, joined by "+"; "none" where there was none. Where `confidence` is below
     CONFIDENT the sign is a guess, and the map is to be shown without one: as its absolute value, or grey around zero.
+    Of sure signs of the first vector under 1 % are wrong; of the second, 1 % on whole photographs and 4 % where the object is
+    off the centre (benchmarks/signs).
     """
 
     maps: Tensor
