@@ -131,6 +131,8 @@ def convolve(move: Move) -> Field | None:
         left = [n // 2 for n in reach] if padding == "same" else [0] * axes
     else:
         left = _each(padding, axes)
+    if {*kernel, *stride, groups} == {1} and not any(left):
+        return linear(move, -1 - axes)
     return _windowed(move, kernel, stride, left, dilation, groups)
 
 
@@ -297,10 +299,10 @@ def _aligned(parts: Parts, letters: str, out: str) -> Parts:
     return tuple(part.permute(order)[index] for part in over(parts, gone))
 
 
-def linear(move: Move) -> Field | None:
-    """A linear layer: the mean over the channels."""
+def linear(move: Move, axis: int = -1) -> Field | None:
+    """A linear layer, or a filter of one pixel: the mean over the channels."""
     shape = shape_of(move.out)
-    return move.source and Field(tuple(filled(over(parts, -1), shape) for parts in move.source.sets))
+    return move.source and Field(tuple(filled(over(parts, axis), shape) for parts in move.source.sets))
 
 
 def matmul(move: Move) -> Field | None:
