@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vitreous.data.archives import list_files
-from vitreous.data.decoding import check_header, decode, decode_mask
+from vitreous.data.decoding import decode, decode_mask
 from vitreous.data.folders import image_folder
 from vitreous.errors import DataError
 
@@ -174,8 +174,6 @@ def test_box_outside_the_image(tmp_path):
         (tree(["a", "b"]) | {"loose.png": picture(0)}, "'loose.png' outside any class"),
         (tree(["train/a", "train/b", "test"]), "'test/0.png' outside any class"),
         (tree(["a", "b"], images=1), "one image in each class"),
-        (tree(["a", "b"]) | {"a/fake.jpg": b"<html>not found</html>"}, "'a/fake.jpg', which cannot be read: not an image"),
-        (tree(["a", "b"]) | {"a/empty.jpg": b""}, "'a/empty.jpg', which cannot be read: not an image"),
         (tree(["no_masks", "masks"]), "`masks` that no image goes with, such as 'masks/0.png'"),
     ],
 )
@@ -205,7 +203,7 @@ def test_names_that_are_not_text(tmp_path):
     assert data.classes == ("a", strange)
     (tmp_path / "train" / strange / "bad.png").write_bytes(b"")
     with pytest.raises(DataError) as error:
-        image_folder(tmp_path)
+        image_folder(tmp_path, strict=True)
     assert "caf\\udce9 <script>" in str(error.value)
     str(error.value).encode()  # can be printed
 
@@ -276,7 +274,7 @@ def test_decompression_bombs_are_stopped_before_decoding():
         file = io.BytesIO()
         Image.new("1", (side, side)).save(file, "PNG")
         with pytest.raises(DataError, match=r"cannot be read: .*pixels"):
-            check_header(file.getvalue(), "bomb.png")
+            decode(file.getvalue(), "bomb.png", 3)
 
 
 def test_mask_of_zeros_and_ones():

@@ -1,7 +1,7 @@
 """Images to train and test on: named sets, folders and archives, and made scenes with known masks."""
 
 from vitreous.data.cutouts import Cutouts
-from vitreous.data.folders import FileSet
+from vitreous.data.listing import FileSet
 from vitreous.data.opening import open_data
 from vitreous.data.photographs import Pictures, photographs
 from vitreous.data.sets import ArraySet, Data, ImageSet

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from vitreous.data.decoding import Source, is_image
+from vitreous.data.problems import Report, raised
 from vitreous.errors import DataError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".txz")
@@ -19,12 +20,13 @@ def is_archive(path: Path) -> bool:
     return path.is_file() and path.name.lower().endswith(TAR_SUFFIXES)
 
 
-def list_files(path: Path, *, empty: bool = False) -> dict[str, Source]:
+def list_files(path: Path, *, empty: bool = False, report: Report = raised) -> dict[str, Source]:
     """Images and tables (.csv) below a folder or in a tar archive, {relative name: source}, sorted by name.
 
-    Hidden files and all other kinds of file are left out. empty: folders without an image are no mistake.
+    Hidden files and all other kinds of file are left out. empty: folders without an image are no mistake; else, and of
+    folders that cannot be read, `report` is told.
     """
-    files = _archived(path) if path.is_file() else _walked(path, empty)
+    files = _archived(path) if path.is_file() else _walked(path, empty, report)
     files = {name: files[name] for name in sorted(files)}
     if not any(is_image(name) for name in files):
         raise DataError(
@@ -38,16 +40,18 @@ def _wanted(name: str) -> bool:
     return is_image(name) or name.lower().endswith(".csv")
 
 
-def _walked(root: Path, empty_too: bool) -> dict[str, Path]:
+def _walked(root: Path, empty_too: bool, report: Report) -> dict[str, Path]:
     """Files below a folder, links followed; a folder met again on its own path (a loop of links) is not entered."""
     found, empty = {}, []
     above: dict[str, frozenset[str]] = {}  # the true places of a folder and of those that it was reached through
 
     def stop(error: OSError):
-        raise DataError(
+        problem = DataError(
             f"Found the folder {error.filename!r}, which cannot be read ({error.strerror}); expected a "
             "readable one. Change its permissions or take it out."
-        ) from error
+        )
+        problem.__cause__ = error
+        report("folder", str(Path(error.filename).relative_to(root)), problem)
 
     for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
         place, way = os.path.realpath(folder), above.get(os.path.dirname(folder), frozenset())
@@ -60,10 +64,11 @@ def _walked(root: Path, empty_too: bool) -> dict[str, Path]:
         if not below and not any(is_image(name) for name in wanted):
             empty.append(folder)
         found.update({Path(folder, name).relative_to(root).as_posix(): Path(folder, name) for name in wanted})
-    if found and empty and not empty_too:
-        raise DataError(
-            f"Found the folder {empty[0]!r} without an image; expected images in every folder. Fill it or take it out."
+    for folder in empty if found and not empty_too else ():
+        problem = DataError(
+            f"Found the folder {folder!r} without an image; expected images in every folder. Fill it or take it out."
         )
+        report("empty", Path(folder).relative_to(root).as_posix(), problem)
     return found
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import stat
 import struct
+import threading
 import warnings
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,11 +18,33 @@ from vitreous.errors import DataError
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PIXELS = 64_000_000  # 64 megapixels, 192 MB as RGB: more than any camera photo, less than a decompression bomb
+ASPECT = 200  # longest side over shortest: brought to 518 pixels, such an image has 54 megapixels
+BYTES = 1 << 30  # of one file: more than 64 megapixels of any format read here
+OPENING = threading.Lock()  # warnings are caught for the whole process, so that only one thread at a time may do it
 
 # What Pillow raises on damaged files; DecompressionBombError is not an OSError.
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError)
 
-Source = Path | bytes  # a file, or its contents where it was read out of an archive
+
+
+class Row(Protocol):
+    """What hands out the bytes of an image kept in a table."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+Source = Path | bytes | Row  # a file, its contents where it was read out of an archive, or a row of a table
+
+
+class Unreadable(DataError):
+    """An image, or its mask, that cannot be read; `reason` says why in a few words."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:  # it may come from a worker process
+        return Unreadable, (self.reason, str(self))
 
 
 def is_image(name: str) -> bool:
@@ -33,32 +58,37 @@ def contents(source: Source, name: str) -> bytes:
     if isinstance(source, bytes):
         return source
     try:
+        if isinstance(source, Path):
+            check_file(source)
         return source.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"Found {name!r}, which cannot be read ({error.strerror}); expected a readable file. "
-            "Check that it is still there, and its permissions."
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise Unreadable(
+            reason,
+            f"Found {name!r}, which cannot be read ({reason}); expected a readable file. "
+            "Check that it is still there, and its permissions.",
         ) from error
 
 
-def check_header(source: Source, name: str) -> None:
-    """Raise DataError unless a file begins like an image of at most 64 megapixels; decodes nothing."""
-    try:
-        with _opened(source if isinstance(source, Path) else io.BytesIO(source)):
-            pass
-    except BROKEN as error:
-        raise _unreadable(name, error) from error
+def check_file(path: Path) -> None:
+    """Raise OSError for what is no plain file, which could keep a reader waiting for ever, and for one beyond all bounds."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("not a plain file")
+    if found.st_size > BYTES:
+        raise OSError(f"it has {found.st_size:,} bytes, the limit is {BYTES:,}")
 
 
 def decode(source: Source, name: str, channels: int) -> Image.Image:
     """The image as greyscale (channels 1, mode L) or RGB (channels 3), turned as its EXIF orientation says.
 
-    First frame of an animation; alpha is dropped, as timm and torchvision do; 16-bit grey keeps its upper 8 bits.
-    Raises DataError naming the file.
+    First frame of an animation; alpha is dropped, as timm and torchvision do; 16-bit grey keeps its upper 8 bits; CMYK and
+    palettes by Pillow's conversion. The contents decide what a file is, not its suffix. Raises Unreadable for one that is
+    empty, cut short, no image, of more than 64 megapixels, or more than 200 times as long as wide.
     """
     raw = contents(source, name)
     try:
-        with _opened(io.BytesIO(raw)) as image:
+        with opened(raw) as image:
             return converted(image, name, channels)
     except BROKEN as error:
         raise _unreadable(name, error) from error
@@ -85,21 +115,27 @@ def decode_mask(source: Source, name: str) -> np.ndarray:
     return values > (127 if values.max() > 1 else 0)
 
 
-def _opened(file: Path | io.BytesIO) -> Image.Image:
-    with warnings.catch_warnings():
+def opened(raw: bytes) -> Image.Image:
+    """The image in these bytes, its header read and nothing decoded. Raises one of BROKEN."""
+    if not raw:
+        raise ValueError("the file is empty")
+    with OPENING, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow only warns below twice its own limit
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(io.BytesIO(raw), formats=FORMATS)
         except Image.DecompressionBombWarning as warning:
             raise ValueError(str(warning)) from warning
     if image.width * image.height > PIXELS:
         raise ValueError(f"it has {image.width} x {image.height} pixels, the limit is {PIXELS:,} in all")
+    if max(image.size) > ASPECT * min(image.size):
+        raise ValueError(f"it has {image.width} x {image.height} pixels, the limit is {ASPECT} times as long as wide")
     return image
 
 
-def _unreadable(name: str, error: Exception) -> DataError:
-    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    return DataError(
+def _unreadable(name: str, error: Exception) -> Unreadable:
+    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
+    return Unreadable(
+        reason,
         f"Found {name!r}, which cannot be read: {reason}. Expected a whole image file in one of the formats "
-        f"{', '.join(FORMATS)}. Replace the file or take it out."
+        f"{', '.join(FORMATS)}. Replace the file or take it out.",
     )

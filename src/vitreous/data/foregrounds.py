@@ -8,6 +8,7 @@ import io
 import numpy as np
 
 from vitreous.data.decoding import Source, decode_mask
+from vitreous.data.problems import Report, raised
 from vitreous.errors import DataError
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, both ends included
@@ -33,19 +34,20 @@ def part_masks(files: dict[str, Source]) -> tuple[dict[str, Source], dict[str, M
     return images, masks
 
 
-def match_masks(masks: dict[str, Mask], files: dict[str, Source]) -> dict[str, Mask]:
-    """Masks by the name of their image; raises DataError for a mask without one."""
+def match_masks(masks: dict[str, Mask], files: dict[str, Source], report: Report = raised) -> dict[str, Mask]:
+    """Masks by the name of their image; `report` is told of a mask without one."""
     stems = {name.rpartition(".")[0]: name for name in files}
     strangers = [name for stem, (name, _) in masks.items() if stem not in stems or not name.lower().endswith(".png")]
-    if strangers:
-        raise DataError(
-            f"Found {len(strangers)} files in `masks` that no image goes with, such as {strangers[0]!r}; expected .png "
+    for name in strangers:
+        problem = DataError(
+            f"Found {len(strangers)} files in `masks` that no image goes with, such as {name!r}; expected .png "
             "files of the images' relative names. Rename them or, if `masks` is a class, rename that folder."
         )
-    return {stems[stem]: mask for stem, mask in masks.items()}
+        report("mask", name, problem)
+    return {stems[stem]: mask for stem, mask in masks.items() if stem in stems and mask[0].lower().endswith(".png")}
 
 
-def read_boxes(raw: bytes, files: dict[str, Source]) -> dict[str, list[Box]]:
+def read_boxes(raw: bytes, files: dict[str, Source], report: Report = raised) -> dict[str, list[Box]]:
     """Boxes from a table with the columns file, x0, y0, x1, y1 and, before the file's own name, split and class (or wnid)."""
     boxes: dict[str, list[Box]] = {}
     rows = csv.DictReader(io.StringIO(raw.decode("utf-8-sig", "replace")))
@@ -57,10 +59,13 @@ def read_boxes(raw: bytes, files: dict[str, Source]) -> dict[str, list[Box]]:
             if name not in files or not (0 <= box[0] <= box[2] and 0 <= box[1] <= box[3]):
                 raise ValueError(name)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
+            problem = DataError(
                 f"Found {row!r} in line {line} of boxes.csv; expected the file (a path, or beside split and class "
                 "columns) of an image there is, and whole numbers x0 <= x1, y0 <= y1. Mend the line."
-            ) from error
+            )
+            problem.__cause__ = error
+            report("box", f"boxes.csv, line {line}", problem)
+            continue
         boxes.setdefault(name, []).append(box)
     return boxes
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from vitreous.data.archives import is_archive, list_files
 from vitreous.data.decoding import Source, contents, converted, is_image
-from vitreous.data.folders import FileSet
 from vitreous.data.foregrounds import Foreground, match_masks, part_masks, read_boxes
+from vitreous.data.listing import FileSet
 from vitreous.data.sets import ImageSet
 from vitreous.errors import DataError
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vitreous.data.quarantine import Quarantined
 from vitreous.errors import DataError
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -89,7 +90,7 @@ class Data:
 
     tests: always has "test". classes: name of each label. image_size: (height, width) that a transform should bring
     the images to: the size asked for, else their own. mean, std: suggested normalisation of pixels in [0, 1], per
-    channel.
+    channel. quarantined: images that cannot be read and are in none of the sets. remarks: what to say of the files.
     """
 
     name: str
@@ -100,6 +101,8 @@ class Data:
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    quarantined: tuple[Quarantined, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def limited(self, limit: int, seed: int = 0) -> Data:
         """The same data with at most `limit` training images, balanced over the classes; the tests stay whole."""
