@@ -14,7 +14,8 @@ from vitreous.lens.reading import Columns, joined
 from vitreous.lens.views import View
 
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the patches, in insertion and deletion
-UNJUDGED = ("artifacts",)  # marks, not maps
+MARKS = ("artifacts",)  # no maps
+LATER = ("u2", "u3")  # vectors whose sign is seldom known: which patches come first would be chance
 
 
 def against_masks(maps: Mapping[str, Tensor], views: Sequence[View], first: int, seed: int) -> Columns:
@@ -61,11 +62,11 @@ def against_model(
     seed: int,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """Insertion and deletion curves of every map, heads averaged, and how like it is to the map under shuffled weights."""
+    """Insertion and deletion curves of every map but LATER, heads averaged, and how like it is to that of shuffled weights."""
     images = torch.stack([view.pixels for view in views])
     options = {"fractions": FRACTIONS, "seed": seed, "batch_size": batch_size}
     by_grid: dict[tuple[int, int], list[str]] = {}
-    for name, values in judged(maps).items():
+    for name, values in judged(maps, but=(*MARKS, *LATER)).items():
         by_grid.setdefault(tuple(values.shape[-2:]), []).append(name)
     found = []
     for grid, names in by_grid.items():
@@ -90,8 +91,8 @@ def likeness(component: str, ours: Tensor, theirs: Tensor | None) -> float | Non
     return (found.abs() if component[0] in "uk" else found).nanmean().item()
 
 
-def judged(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: values for name, values in maps.items() if split(name)[0] not in UNJUDGED}
+def judged(maps: Mapping[str, Tensor], but: Sequence[str] = MARKS) -> dict[str, Tensor]:
+    return {name: values for name, values in maps.items() if split(name)[0] not in but}
 
 
 def split(name: str) -> tuple[str, int]:
