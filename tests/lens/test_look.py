@@ -356,6 +356,13 @@ def test_curves_take_many_images_in_batches_and_survive_shuffled_weights_that_sh
     assert any("shuffled" in note for note in reading.facts["notes"])
 
 
+def test_a_compiled_model_reads_as_the_one_inside_and_is_never_compiled_for_it(plain):
+    model, images, reading, _ = plain
+    found = look(torch.compile(model, backend=lambda *_: pytest.fail("compiled")), images, curves=1)
+    same(found, reading)
+    assert found.curves
+
+
 class Tabled(nn.Module):
     """A model that keeps a constant in a plain attribute, as position tables are kept."""
 

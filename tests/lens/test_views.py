@@ -39,6 +39,10 @@ def test_pixels_are_those_of_timms_evaluation_transform_at_the_size_the_model_wa
     assert np.abs(shown.astype(int) - view.picture).mean() < 20  # random colours are the worst case of a JPEG
 
 
+def test_a_compiled_model_is_prepared_for_as_the_one_inside():
+    assert torch.equal(Views(torch.compile(vit()), [picture(0)])[0].pixels, Views(vit(), [picture(0)])[0].pixels)
+
+
 def test_the_mask_follows_resizing_and_cropping():
     white = Image.fromarray(np.where(mask_of()[..., None], 255, 0).repeat(3, -1).astype(np.uint8))
     view = Views(vit(), Pictures([white], masks=[mask_of()]))[0]

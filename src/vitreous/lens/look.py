@@ -145,6 +145,7 @@ def look(
     ):
         if not low <= value <= high:
             raise SettingError(f"Found {name}={value}. Expected {low} to {high:g}. Choose a value in between.")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, for which every batch size would be a new program
     views = Views(model, images, masks, inputs)
     count = len(views) if limit is None else min(limit, len(views))
     if count < 1:

@@ -125,6 +125,7 @@ class Views(Sequence[View]):
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
     """input_size (as the model was built), mean, std, interpolation and crop of a timm model; None for one without."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if not getattr(model, "pretrained_cfg", None):
         return None
     config = resolve_model_data_config(model) | {"input_size": get_model_input_config(model)["input_size"]}
