@@ -86,6 +86,7 @@ class Tracer(Receiver):
             count = output.x.shape[1] - output.state.inserted if output.state.source is None else output.state.source.shape[1]
             found = self.tokens.get(count)
         else:
+            output = output[0] if isinstance(output, tuple) and output else output  # tokens, and what else a block hands on
             found = self.of_output(output) if isinstance(output, Tensor) and output.ndim in (3, 4) else None
             if found is not None:
                 self.tokens[found.queries.shape[1]] = found
