@@ -133,6 +133,7 @@ LINEAR = {
     "pixel_shuffle": lambda x: F.pixel_shuffle(x.repeat(1, 2, 1, 1), 2),
     "complex": lambda x: torch.view_as_real(torch.view_as_complex(tokens(x).contiguous()) * 1.0),
     "slices": lambda x: x[..., 1::2, :-1][0].movedim(0, -1),
+    "a sum of two places": lambda x: x + x.flip(-1),
     "selected by a matrix": lambda x: SELECT @ tokens(x),
     "selected by a matrix, einsum": lambda x: torch.einsum("bchw,vwb->bchv", x, SELECT[0, :3, :8, None].to(x.dtype)),
     "written": written,
@@ -472,6 +473,10 @@ def test_dropped_tokens_leave_holes():
     assert torch.equal(picture.flatten()[kept], kept.double())
     assert picture.isnan().sum() == 30
     assert found.key_grid is None
+    block = torch.cartesian_prod(torch.arange(3), torch.arange(4)) @ torch.tensor([6, 1])  # 3 x 4 patches of a corner
+    found = layout(raw(centres((96, 96), 16)[block]), None, (96, 96))
+    assert found.grid == (6, 6)
+    assert torch.equal(found.picture(block.double()[None])[:3, :4], block.view(3, 4).double())
 
 
 def test_merged_and_scattered_tokens_are_on_no_grid():
