@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import timm
 from rich.console import Console
@@ -23,6 +24,8 @@ usage: vitreous COMMAND [options]     (vitreous COMMAND --help says more)
   compare A B                two readings or runs side by side, in one report.html
   calibrate MODEL PHOTOS...  find a model's foreground direction from photographs, without labels or masks
   train DATA                 train or fine-tune a vision transformer, with mechanisms grafted into it
+  resume RUN                 go on with an interrupted run, so that it ends as if it had not been
+  replay RUN                 run the step again at which a run stopped since a number was not finite, and say where it begins
   list [NAME]                show the mechanisms and networks there are, or one of them with its settings
   demo                       look at a small trained model, train three more on made images and compare them
 
@@ -36,7 +39,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 a mistake in what was asked, 130 interrupted."""
+    """Run a command; returns the exit code: 0 done, 2 a mistake in what was asked, 130 or 143 stopped by Ctrl-C or SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted. What was finished is in the folder; look goes on with the same --out.", file=sys.stderr)
+        print("Interrupted. What was finished is in the folder.", file=sys.stderr)
+        print("To go on: `vitreous resume RUN` after train, the same --out for look.", file=sys.stderr)
         return 130
     except SystemExit as done:  # tyro's help (0) and its complaints (2)
         return int(done.code or 0)
@@ -78,11 +82,29 @@ def calibrate(words: list[str]) -> None:
 
 
 def train(words: list[str]) -> None:
-    from vitreous.report.page import write
     from vitreous.train.loop import train
     from vitreous.train.settings import from_words
 
-    folder = train(from_words(words))
+    report(train(from_words(words)))
+
+
+def resume(words: list[str]) -> None:
+    from vitreous.train.resuming import resume, resume_words
+
+    folder, allow_changes, changed = resume_words(words)
+    report(resume(folder, allow_changes, **changed))
+
+
+def replay(words: list[str]) -> None:
+    from vitreous.train.resuming import replay, replay_words
+
+    replay(replay_words(words))
+
+
+def report(folder: Path) -> None:
+    """Say where the summary of a run is, and write its report."""
+    from vitreous.report.page import write
+
     print(f"Done: {folder}/summary.md")
     runs = sorted(folder.glob("seed-*")) or [folder]
     if all((run / "readings").is_dir() for run in runs):  # none where the model shows no attention; the summary says why
@@ -156,7 +178,16 @@ def network_names() -> list[str]:
     return [name for file in files for name in timm.list_models(module=file)]
 
 
-COMMANDS = {"look": look, "compare": compare, "calibrate": calibrate, "train": train, "list": show, "demo": demo}
+COMMANDS = {
+    "look": look,
+    "compare": compare,
+    "calibrate": calibrate,
+    "train": train,
+    "resume": resume,
+    "replay": replay,
+    "list": show,
+    "demo": demo,
+}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,17 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 from vitreous.data import ArraySet, ImageSet
-from vitreous.errors import SettingError
+from vitreous.data.decoding import Unreadable
+from vitreous.errors import DataError, SettingError
+from vitreous.train.signals import leave_to_parent
 
 AUGMENTATIONS = ("none", "flip", "pad", "crop")
 ORDER, FLIP, AUGMENT = range(3)  # what a draw is for: first part of its key
+PAUSE = 0.5  # seconds before a file that cannot be read is tried again
 AUTO_AUGMENT = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
 
 
@@ -56,7 +61,7 @@ def transform(inputs: Inputs, aug: str | None = None) -> Callable:
             steps += [transforms.RandomRotation(15, transforms.InterpolationMode.BILINEAR)]
         *resize, to_tensor, normalize = to_test.transforms
         return transforms.Compose([*resize, *steps, to_tensor, normalize])
-    return create_transform(
+    training = create_transform(
         inputs.input_size,
         is_training=True,
         auto_augment=None if aug == "crop" else aug,
@@ -65,6 +70,22 @@ def transform(inputs: Inputs, aug: str | None = None) -> Callable:
         mean=inputs.mean,
         std=inputs.std,
     )
+    mend_posterize(training)
+    return training
+
+
+def mend_posterize(training: transforms.Compose) -> None:
+    """Let timm's posterize keep at least one bit: it may ask for none, which Pillow 13 refuses (and older ones made black)."""
+    for step in training.transforms:
+        for chain in getattr(step, "policy", [getattr(step, "ops", [])]):
+            for op in chain:
+                if op.aug_fn is auto_augment.posterize:
+                    op.aug_fn = posterized
+
+
+def posterized(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize, of at least one bit."""
+    return auto_augment.posterize(image, max(bits, 1))
 
 
 def check_augmentation(aug: str) -> None:
@@ -138,50 +159,79 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict[int, str]]:
         epoch, rows = batch
         x = torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2).contiguous().float().div_(255)
         if self.flip:
             chosen = torch.from_numpy(np.random.default_rng((FLIP, self.seed, epoch)).random(len(self))[rows] < 0.5)
             x[chosen] = x[chosen].flip(-1)
-        return x.sub_(self.mean).div_(self.std), torch.from_numpy(self.labels[rows])
+        return x.sub_(self.mean).div_(self.std), torch.from_numpy(self.labels[rows]), {}
 
 
 class Prepared(Dataset):
-    """Images sent through a transform one by one, its randomness drawn by (seed, epoch, index)."""
+    """Images sent through a transform one by one, its randomness drawn by (seed, epoch, index).
 
-    def __init__(self, images: ImageSet, change: Callable, seed: int):
-        self.images, self.change, self.seed = images, change, seed
+    A batch is (B, C, H, W), labels (B), and {index: reason} of images that could not be read, not even after a pause; they
+    are left out of it. even: then one more image is left out where the others would be odd in number.
+    """
+
+    def __init__(self, images: ImageSet, change: Callable, seed: int, even: bool = False):
+        self.images, self.change, self.seed, self.even = images, change, seed, even
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict[int, str]]:
         epoch, rows = batch
-        return torch.stack([self.item(epoch, int(i)) for i in rows]), torch.from_numpy(self.images.labels[rows])
+        made, lost = self.attempt(epoch, rows.tolist())
+        if lost:
+            time.sleep(PAUSE)
+            again, lost = self.attempt(epoch, list(lost))
+            made |= again
+        kept = [i for i in rows.tolist() if i in made]
+        kept = kept[: len(kept) // 2 * 2] if self.even else kept
+        x = torch.stack([made[i] for i in kept]) if kept else torch.empty(0)
+        return x, torch.from_numpy(self.images.labels[kept]), lost
 
-    def item(self, epoch: int, i: int) -> Tensor:
-        image = self.images.image(i)
-        with drawn_from(AUGMENT, self.seed, epoch, i):
-            return self.change(image)
+    def attempt(self, epoch: int, indices: list[int]) -> tuple[dict[int, Tensor], dict[int, str]]:
+        """Tensors by index of the images that can be read, and the reasons why others cannot."""
+        made, lost = {}, {}
+        for i in indices:
+            try:
+                image = self.images.image(i)
+            except Unreadable as error:
+                lost[i] = error.reason
+                continue
+            with drawn_from(AUGMENT, self.seed, epoch, i):
+                made[i] = self.change(image)
+        return made, lost
 
 
 class Loader:
     """Batches of (B, C, H, W) float32 and labels (B) int64. Its length is that of a whole epoch.
 
     Each iteration is one of epoch 0, unless `set_epoch` said otherwise; what it yields follows from (seed, epoch), whatever
-    the number of workers.
+    the number of workers. Images that can no longer be read are left out of their batches: lost {index: reason} knows those
+    of all iterations, missing (a set of indices) those of the last one. strict: the first of them raises DataError. A
+    worker process that is killed is replaced once in an iteration, then DataError is raised.
     """
 
-    def __init__(self, images: Dataset, order: Order, workers: int):
-        self.order = order
-        self.batches = DataLoader(
-            images,
-            batch_sampler=order,
+    def __init__(self, images: ImageSet, batches: Dataset, order: Order, workers: int = 0, strict: bool = False):
+        self.images, self.batches, self.order, self.workers, self.strict = images, batches, order, workers, strict
+        self.lost: dict[int, str] = {}
+        self.missing: set[int] = set()
+        self.open()
+
+    def open(self) -> None:
+        """(Re)start the worker processes, if any, when next iterated."""
+        self.source = DataLoader(
+            self.batches,
+            batch_sampler=self.order,
             collate_fn=as_it_is,
-            num_workers=workers,
-            persistent_workers=workers > 0 and order.shuffle,
-            generator=torch.Generator().manual_seed(order.seed),  # else each iteration would draw from the global one
+            num_workers=self.workers,
+            worker_init_fn=leave_to_parent,
+            persistent_workers=self.workers > 0 and self.order.shuffle,
+            generator=torch.Generator().manual_seed(self.order.seed),  # else each iteration would draw from the global one
         )
 
     def __len__(self) -> int:
@@ -192,9 +242,57 @@ class Loader:
         self.order.epoch, self.order.start = epoch, start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(self.batches)
+        epoch, start = self.order.epoch, self.order.start
+        self.missing = set()
+        return self.delivered(self.begin(epoch, start), epoch, start)
+
+    def begin(self, epoch: int, start: int) -> Iterator:
+        self.order.epoch, self.order.start = epoch, start
+        batches = iter(self.source)
         self.order.start = 0
         return batches
+
+    def delivered(self, batches: Iterator, epoch: int, at: int) -> Iterator[tuple[Tensor, Tensor]]:
+        killed = False
+        while at < len(self):
+            try:
+                images, labels, lost = next(batches)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                if killed:
+                    raise worker_killed(self.workers) from error
+                killed = True
+                self.open()
+                batches = self.begin(epoch, at)
+                continue
+            at += 1
+            self.note(lost, len(images))
+            yield images, labels
+
+    def note(self, lost: dict[int, str], left: int) -> None:
+        """Remember what was lost; raise DataError if that is no longer to be borne."""
+        self.lost |= lost
+        self.missing |= set(lost)
+        if lost and (self.strict or not left):
+            i, reason = next(iter(lost.items()))
+            many = f"{len(lost)} images that can no longer be read" + ("" if left else ", all of a batch")
+            raise DataError(
+                f"Found {many}, the first {self.name(i)!r} ({reason}). Expected them where they were at the start. See that "
+                "the files are back, then resume the run."
+            )
+
+    def name(self, i: int) -> str:
+        """The name of an image, or its number where it has none."""
+        names = getattr(self.images, "names", None)
+        return names[i] if names else f"image {i}"
+
+
+def worker_killed(workers: int) -> DataError:
+    return DataError(
+        f"Found a worker process killed, twice in one pass, of --workers {workers}. Expected them to live: the usual cause is "
+        "too little memory, or too little in /dev/shm. Lower --workers or --batch-size, then resume the run."
+    )
 
 
 def loader(
@@ -207,15 +305,16 @@ def loader(
     even: bool = False,
     seed: int = 0,
     workers: int = 0,
+    strict: bool = False,
 ) -> Loader:
-    """Batches of the images, in an order that (seed, epoch) draws if shuffled; see `Order` for even, `Loader` for epochs.
+    """Batches of the images, in an order that (seed, epoch) draws if shuffled; see `Order` for even, `Loader` for the rest.
 
     Images in memory of the right size are not sent through workers.
     """
     order = Order(len(images), batch_size, shuffle=shuffle, even=even, seed=seed)
     if in_memory(images, inputs) and aug in (None, "none", "flip"):
-        return Loader(Batches(images, inputs, aug == "flip", seed), order, 0)
-    return Loader(Prepared(images, transform(inputs, aug), seed), order, workers)
+        return Loader(images, Batches(images, inputs, aug == "flip", seed), order)
+    return Loader(images, Prepared(images, transform(inputs, aug), seed, even), order, workers, strict)
 
 
 def in_memory(images: ImageSet, inputs: Inputs) -> bool:
@@ -223,5 +322,5 @@ def in_memory(images: ImageSet, inputs: Inputs) -> bool:
     return isinstance(images, ArraySet) and images.images.shape[1:3] == inputs.input_size[1:] and inputs.crop_pct == 1.0
 
 
-def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def as_it_is(batch: tuple) -> tuple:
     return batch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,25 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitreous.errors import VitreousError
 from vitreous.grafting import new_parameters
 from vitreous.lens.look import look
 from vitreous.mechanism import parse
-from vitreous.train import checkpoint, summary
+from vitreous.train import changes, checkpoint, faults, summary
 from vitreous.train.inputs import Loader
-from vitreous.train.objectives import penalties, set_progress
+from vitreous.train.lock import locked
+from vitreous.train.objectives import set_progress, step_losses
 from vitreous.train.prepare import Job, facts, prepare
-from vitreous.train.run import Run, choose_folder
+from vitreous.train.run import Run, choose_folder, taken
 from vitreous.train.settings import TrainSettings
-
-
-class NotFinite(VitreousError):
-    """A loss or gradient is not a finite number."""
+from vitreous.train.signals import Stopping
+from vitreous.train.state import NotFinite, random_states, restore, writing
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
     """Run as told, for each seed; returns the run folder (with several seeds: the one around their folders).
 
-    Raises VitreousError before anything is written if data, model or settings do not fit.
+    Raises VitreousError before anything is written if data, model or settings do not fit. Ctrl-C and SIGTERM end it after
+    the step, with the state saved: as KeyboardInterrupt, and SystemExit(143).
     """
     console = console or Console()
     arm = "+".join(parse(text, foreign=True).name for text in settings.graft) or "plain"
@@ -42,79 +43,136 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
         return folder
     seeds = range(settings.seed, settings.seed + settings.seeds)
     for seed in seeds:
-        train_once(replace(settings, seed=seed, seeds=1), folder / f"seed-{seed}", console)
+        train_once(replace(settings, seed=seed, seeds=1), folder / f"seed-{seed}", console, seeds)
     summary.write_seeds(folder, [folder / f"seed-{seed}" for seed in seeds])
     return folder
 
 
-def train_once(settings: TrainSettings, folder: Path, console: Console) -> None:
-    """One run with one seed, into a folder."""
+def train_once(settings: TrainSettings, folder: Path, console: Console, seeds: range = range(0)) -> None:
+    """One run with one seed, into a folder; seeds: of all runs that it is one of."""
+    say = speaker(console)
     job = prepare(settings)
     run = Run(folder)
-    run.start(settings={"data": settings.data} | asdict(settings), **facts(job))
-    for remark in [f"Run folder: {folder}", *job.remarks]:
-        console.print(remark, soft_wrap=True, highlight=False, markup=False)
-    read(job, run, 0)
-    for epoch in range(1, settings.epochs + 1):
-        started = time.perf_counter()
-        metrics = train_epoch(job, epoch, console)
-        set_progress(job.tested, job.progress)
-        outcomes = {name: test(job, batches) for name, batches in job.tests.items()}
-        metrics["tests"] = {name: score(*outcome) for name, outcome in outcomes.items()}
-        metrics["seconds"] = time.perf_counter() - started
-        read(job, run, epoch)
-        checkpoint.save(job.tested, folder, classes=job.data.classes, inputs=job.inputs.config())
+    with locked(folder, say):
+        if (folder / "run.json").exists():  # begun by another process, since the folder was chosen
+            raise taken(folder)
+        with writing(folder):
+            run.table("manifest.csv", changes.COLUMNS, changes.manifest(job.data))
+            asked = {"data": settings.data} | asdict(settings)
+            run.start(settings=asked, seeds=[seeds.start, seeds.stop] if seeds else None, **facts(job))
+        for remark in [f"Run folder: {folder}", *job.remarks]:
+            say(remark)
+        run.states.save(job)
+        go_on(job, run, console)
+
+
+def go_on(job: Job, run: Run, console: Console) -> None:
+    """Train from where the job is, to the end."""
+    with Stopping(speaker(console)) as stopping:
+        if not job.updates:
+            read(job, run, 0)
+        while job.place.epoch <= job.settings.epochs:
+            try:
+                train_epoch(job, run, stopping, console)
+            except NotFinite as error:
+                roll_back(job, run, error, speaker(console))
+                continue
+            finish_epoch(job, run, stopping, console)
+            job.place = job.place.next_epoch()
+    run.states.clear()
+
+
+def train_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> None:
+    """What is left of a pass over the training images; the state is saved at its end, when told to stop, and when due."""
+    job.model.train()
+    place, due = job.place, job.settings.save_every
+    job.train.set_epoch(place.epoch, place.step)
+    learning = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
+    watched = [name for name in new_parameters(job.model) if name in learning]
+    description, quiet = f"epoch {place.epoch}/{job.settings.epochs}", not console.is_terminal
+    left, started = len(job.train) - place.step, time.perf_counter()
+    for batch in track(job.train, description, total=left, console=console, transient=True, disable=quiet):
+        if job.updates + 1 not in place.left_out:
+            take_step(job, run, batch, learning, watched)
+        job.updates += 1
+        set_rate(job)
+        place.step, place.seen = place.step + 1, place.seen + len(batch[0])
+        now = time.perf_counter()
+        place.seconds, started = place.seconds + now - started, now
+        if stopping.heard or (due and job.updates % due == 0):
+            run.states.save(job)
+            stopping.end()
+    run.states.save(job)
+    stopping.end()
+
+
+def take_step(
+    job: Job, run: Run, batch: tuple[Tensor, Tensor], learning: dict[str, nn.Parameter], watched: list[str]
+) -> None:
+    """One update, unless a loss or gradient is not finite: then NotFinite, and batch and state are in the run folder.
+
+    learning: the parameters that learn. watched: those whose gradient norms are logged.
+    """
+    before = random_states(job.device)
+    images, labels = (tensor.to(job.device) for tensor in batch)
+    parts = step_losses(job, images, labels)
+    loss = sum(parts.values())
+    job.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    total = nn.utils.get_total_norm([p.grad for p in learning.values() if p.grad is not None])
+    if not torch.isfinite(loss + total):
+        raise not_finite(job, run, (images, labels), before, parts | {"gradient norm": total})
+    norms = {name: learning[name].grad.norm() for name in watched if learning[name].grad is not None}
+    if job.settings.clip_grad is not None:
+        nn.utils.clip_grads_with_norm_(learning.values(), job.settings.clip_grad, total)
+    job.optimizer.step()
+    if job.ema is not None:
+        job.ema.update(job.model, step=job.updates + 1)
+    job.place.norms.add({"total": total} | norms)
+    job.place.losses.add({"total": loss, **parts}, len(images))
+
+
+def set_rate(job: Job) -> None:
+    """The learning rate that follows from the updates so far, lowered for each return to a good state if so told."""
+    job.scheduler.step_update(job.updates)
+    for group in job.optimizer.param_groups:
+        group["lr"] *= job.settings.rollback_lr ** len(job.place.left_out)
+
+
+def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> None:
+    """Test, look, and write what the epoch came to. All of it follows from the state that was saved before."""
+    started, place = time.perf_counter(), job.place
+    set_progress(job.tested, job.progress)
+    outcomes = {name: test(job, batches, stopping.end) for name, batches in job.tests.items()}
+    metrics = {
+        "epoch": place.epoch,
+        "lr": max(group["lr"] for group in job.optimizer.param_groups),
+        "losses": place.losses.values(),
+        "gradients": place.norms.values(),
+        "images_per_second": place.seen / place.seconds,
+        "tests": {name: score(*outcome) for name, outcome in outcomes.items()},
+        "seconds": place.seconds + time.perf_counter() - started,
+    }
+    with writing(run.folder):
+        read(job, run, place.epoch)
+        stopping.end()
+        checkpoint.save(job.tested, run.folder, classes=job.data.classes, inputs=job.inputs.config())
         write_predictions(run, outcomes)
         run.log(metrics)
         summary.write(run.folder)
-        console.print(summary.line(metrics, settings.epochs), soft_wrap=True, highlight=False, markup=False)
-
-
-def train_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
-    """One pass over the training images; returns mean losses and (unclipped) gradient norms by name, the last rate, speed."""
-    job.model.train()
-    learning = [p for p in job.model.parameters() if p.requires_grad]
-    watched = {name: p for name, p in new_parameters(job.model).items() if p.requires_grad}
-    losses, norms, seen, started = Means(), Means(), 0, time.perf_counter()
-    job.train.set_epoch(epoch)
-    description, quiet = f"epoch {epoch}/{job.settings.epochs}", not console.is_terminal
-    for images, labels in track(job.train, description, console=console, transient=True, disable=quiet):
-        images, labels = images.to(job.device), labels.to(job.device)
-        set_progress(job.model, job.progress)
-        if job.mixing is not None:
-            images, labels = job.mixing(images, labels)
-        with job.autocast():
-            logits = job.model(images)
-        parts = {"classification": job.loss(logits.float(), labels)} | penalties(job.model)
-        loss = sum(parts.values())
-        job.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        total = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
-        if not torch.isfinite(loss + total):
-            raise not_finite(job, epoch, parts, total)
-        norms.add({"total": total} | {name: p.grad.norm() for name, p in watched.items() if p.grad is not None})
-        if job.settings.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(learning, job.settings.clip_grad, total)
-        job.optimizer.step()
-        job.updates += 1
-        job.scheduler.step_update(job.updates)
-        if job.ema is not None:
-            job.ema.update(job.model, step=job.updates)
-        losses.add({"total": loss, **parts}, len(images))
-        seen += len(images)
-    lr = max(group["lr"] for group in job.optimizer.param_groups)
-    speed = seen / (time.perf_counter() - started)
-    return {"epoch": epoch, "lr": lr, "losses": losses.values(), "gradients": norms.values(), "images_per_second": speed}
+    speaker(console)(summary.line(metrics, job.settings.epochs))
+    stopping.end()
 
 
 @torch.no_grad()
-def test(job: Job, batches: Loader) -> tuple[Tensor, Tensor]:
-    """Logits (n, classes) and labels (n) of a test set, on the CPU."""
+def test(job: Job, batches: Loader, pause: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes) and labels (n) of a test set, on the CPU. pause: called after each batch."""
     model = job.tested.eval()
     found = []
     for images, labels in batches:
         with job.autocast():
             found.append((model(images.to(job.device)).float().cpu(), labels))
+        pause()
     logits, labels = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
@@ -132,22 +190,6 @@ def read(job: Job, run: Run, epoch: int) -> None:
         look(job.tested, job.sample, inputs=job.inputs.config(), out=run.reading(epoch), about=about)
 
 
-class Means:
-    """Weighted means of scalars by name, added up where they lie, without waiting for a device."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-        self.weight = 0
-
-    def add(self, values: dict[str, Tensor], weight: int = 1) -> None:
-        self.weight += weight
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + weight * value.detach().double()
-
-    def values(self) -> dict[str, float]:
-        return {name: (total / self.weight).item() for name, total in self.sums.items()}
-
-
 def write_predictions(run: Run, outcomes: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Write predictions.csv: what the model says of each test image, and how probable it holds that to be."""
     lines = []
@@ -158,13 +200,40 @@ def write_predictions(run: Run, outcomes: dict[str, tuple[Tensor, Tensor]]) -> N
     run.table("predictions.csv", ["set", "index", "label", "predicted", "probability"], lines)
 
 
-def not_finite(job: Job, epoch: int, parts: dict[str, Tensor], total: Tensor) -> NotFinite:
-    """The error for a step that was not taken."""
-    shown = ", ".join(f"{name} {value.item():.4g}" for name, value in (parts | {"gradient norm": total}).items())
+def not_finite(
+    job: Job, run: Run, batch: tuple[Tensor, Tensor], rng: dict[str, Any], shown: dict[str, Tensor]
+) -> NotFinite:
+    """The error for a step that was not taken, after its batch and the state before it were written for `replay`."""
+    values = ", ".join(f"{name} {value.item():.4g}" for name, value in shown.items())
     bad = [name for name, p in job.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return NotFinite(
-        f"Found {shown} at step {job.updates + 1}, in epoch {epoch}"
+    faults.dump(job, batch, rng, run.folder)
+    origin = faults.diagnose(job, batch, rng)
+    error = NotFinite(
+        f"Found {values} at step {job.updates + 1}, in epoch {job.place.epoch}"
         + (f"; {len(bad)} gradients are not finite, the first of {bad[0]}" if bad else "")
-        + f". Expected finite numbers. The step was not taken, and the folder holds the model after epoch {epoch - 1}. "
-        "Try a lower --lr, a longer --warmup-epochs or --clip-grad 1."
+        + (f"; it begins with {origin}" if origin else "; run again, the step was finite")
+        + f". Expected finite numbers. The step was not taken; `vitreous replay {run.folder}` runs it again. "
+        "Try a lower --lr, a longer --warmup-epochs or --clip-grad 1; or leave the step out: "
+        f"`vitreous resume {run.folder} --rollbacks 1`."
     )
+    error.update = job.updates + 1
+    return error
+
+
+def roll_back(job: Job, run: Run, error: NotFinite, say: Callable[[str], Any]) -> None:
+    """Put the job into the last good state, the update that failed to be left out; raise the error if no return is left."""
+    left_out = [*job.place.left_out, error.update]
+    if error.update is None or len(left_out) > job.settings.rollbacks or len(left_out) >= len(job.train):
+        raise error
+    restore(job, run.states.load(say))
+    job.place.left_out = left_out
+    set_rate(job)
+    run.rewind(job.place.epoch, begun=job.updates > 0)
+    if not job.updates:
+        read(job, run, 0)
+    say(f"{error} Went back to the state after {job.updates} updates; update {error.update} is left out.")
+
+
+def speaker(console: Console) -> Callable[[str], Any]:
+    """`console.print` for plain sentences."""
+    return partial(console.print, soft_wrap=True, highlight=False, markup=False)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from vitreous.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from vitreous.train.prepare import Job
 
 
 def classification_loss(settings: TrainSettings) -> nn.Module:
@@ -38,3 +43,13 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
             for name, value in module.penalties().items():
                 total[name] = total[name] + value if name in total else value
     return total
+
+
+def step_losses(job: Job, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What one step of training lowers, by name, for a batch as it is loaded: scalars, "classification" first."""
+    set_progress(job.model, job.progress)
+    if job.mixing is not None:
+        images, labels = job.mixing(images, labels)
+    with job.autocast():
+        logits = job.model(images)
+    return {"classification": job.loss(logits.float(), labels)} | penalties(job.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from vitreous.train import checkpoint, network, optim
 from vitreous.train.inputs import Inputs, Loader, loader
 from vitreous.train.objectives import classification_loss, mixing
 from vitreous.train.settings import TrainSettings
+from vitreous.train.state import Place
 
 SAMPLE = 64  # images on which grafts are checked and calibrated
 READ = 16  # test images that are looked at after every epoch
@@ -48,6 +49,7 @@ class Job:
     sample: ImageSet | None  # what is looked at; None where attention cannot be read
     remarks: list[str]
     updates: int = 0
+    place: Place = field(default_factory=Place)
 
     @property
     def tested(self) -> nn.Module:
@@ -214,6 +216,7 @@ def facts(job: Job) -> dict[str, Any]:
         "model": {
             "architecture": model.pretrained_cfg["architecture"],
             "mechanisms": [str(record.mechanism) for record in grafts(model)],
+            "grafts": [checkpoint.full_text(record.mechanism) for record in grafts(model)],
             "parameters": sum(p.numel() for p in parameters),
             "learning": sum(p.numel() for p in parameters if p.requires_grad),
         },

@@ -5,6 +5,8 @@
     readings/        epoch-000/ (before training), ...: what it looks at on fixed test images (`lens.reading`)
     predictions.csv  every test image: label, prediction, its probability
     summary.md       the same for people
+    manifest.csv     every image it was begun with, by which `vitreous resume` sees what has changed
+    state/, lock     while it is not finished: what it goes on from (`train.state`), and who is at it
     model.safetensors, config.json, mechanisms.json    the model after the last finished epoch
 
 Files appear whole or not at all; only metrics.jsonl grows.
@@ -19,6 +21,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -30,6 +33,7 @@ import torch
 
 from vitreous.errors import SettingError
 from vitreous.files import write_text
+from vitreous.train.state import States
 
 FORMAT = 1
 PACKAGES = ("vitreous", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
@@ -40,7 +44,7 @@ def choose_folder(out: str | None, name: str) -> Path:
     if out is not None:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise SettingError(f"Found something in {folder} already. Expected a new or empty folder. Choose another --out.")
+            raise taken(folder)
         return folder
     name = re.sub(r"[^\w.+-]+", "-", name)[:60].strip("-.")
     number = 1
@@ -49,11 +53,20 @@ def choose_folder(out: str | None, name: str) -> Path:
     return folder
 
 
+def taken(folder: Path) -> SettingError:
+    """The error for a folder that a new run cannot have."""
+    other = f", or go on with the run in it: vitreous resume {folder}" if (folder / "run.json").is_file() else ""
+    return SettingError(
+        f"Found something in {folder} already. Expected a new or empty folder. Choose another --out{other}."
+    )
+
+
 class Run:
     """The writer of one run folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.states = States(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,6 +78,22 @@ class Run:
         """Write run.json: what is known before training."""
         record = {"format": FORMAT, "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line()}
         self.text("run.json", json.dumps(record | facts | {"versions": versions(), "machine": machine()}, indent=2) + "\n")
+
+    def rewind(self, epoch: int, begun: bool) -> None:
+        """Remove what belongs to `epoch` and later ones, which will be made again; all of it if nothing was begun.
+
+        Files that an interrupted write left are removed as well.
+        """
+        lines = [json.dumps(line) for line in read_metrics(self.folder) if line["epoch"] < epoch]
+        if lines:
+            self.text("metrics.jsonl", "\n".join(lines) + "\n")
+        else:
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        for path in self.folder.glob("readings/epoch-*"):
+            if not begun or int(path.name.removeprefix("epoch-")) >= epoch:
+                shutil.rmtree(path)
+        for path in [*self.folder.glob("*.partial"), *self.states.folder.glob("*.partial")]:
+            path.unlink()
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one epoch to metrics.jsonl, synced, so that a crash loses none."""
@@ -91,15 +120,24 @@ class Run:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The epochs in a run folder's metrics.jsonl."""
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The epochs in a run folder's metrics.jsonl; a last line that was cut off is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The lines of a CSV file, by column."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read_rows(path: Path) -> list[tuple[str, ...]]:
+    """The lines of a CSV file below its head; none if it is not there."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [tuple(row) for row in csv.reader(file)][1:]
 
 
 def command_line() -> str:

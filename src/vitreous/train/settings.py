@@ -120,6 +120,12 @@ class Running:
     """Repeat with this many seeds, counted up from --seed, each in its own folder."""
     workers: int = 0
     """Processes that read and augment; images in memory need none."""
+    save_every: int | None = None
+    """Updates after which the state is saved for `vitreous resume` (default: at the end of every epoch alone)."""
+    rollbacks: int = 0
+    """How often it may go back to the last good state after a step that is not finite, and leave that step out."""
+    rollback_lr: float = 1.0
+    """Factor on the learning rate after each such return."""
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 | mps."""
 
@@ -224,6 +230,9 @@ RANGES = {
     "seed": (0, 2**31),
     "seeds": (1, 1000),
     "workers": (0, 1000),
+    "save_every": (1, 10**9),
+    "rollbacks": (0, 1000),
+    "rollback_lr": (1e-9, 1),
 }
 
 

@@ -1,0 +1,154 @@
+"""Going on with a run that was interrupted, and running a step again that was not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from tyro import conf
+
+from vitreous.errors import DataError
+from vitreous.train import changes, checkpoint, faults, summary
+from vitreous.train.lock import locked
+from vitreous.train.loop import go_on, speaker, train_once
+from vitreous.train.prepare import facts, prepare
+from vitreous.train.run import Run, read_metrics, read_rows
+from vitreous.train.settings import TrainSettings
+from vitreous.train.state import restore
+
+CONFIG = (conf.FlagCreatePairsOff,)
+RESUME_HELP = """\
+Go on with a run that was stopped, killed, or ran out of disk. It ends with the very weights and numbers that it would have
+ended with: on the same machine, on the CPU. What does not bear on that can be given anew.
+
+example:
+  vitreous resume runs/cutouts-plain
+"""
+REPLAY_HELP = """\
+Run the step again at which a run stopped because a loss or gradient was not finite, from the state and the batch that it
+kept, and name the first module whose output or gradient is not. Changes nothing.
+
+example:
+  vitreous replay runs/cutouts-plain
+"""
+Folder = Annotated[conf.Positional[str], conf.arg(metavar="RUN", help="The run folder.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """What may be other than the run was begun with."""
+
+    allow_changes: bool = False
+    """Go on though settings, data, grafts or versions have changed; the differences are shown."""
+    workers: int | None = None
+    """Processes that read and augment (default: as before; so for what follows)."""
+    save_every: int | None = None
+    """Updates after which the state is saved."""
+    rollbacks: int | None = None
+    """How often it may go back to the last good state after a step that is not finite, and leave that step out."""
+    rollback_lr: float | None = None
+    """Factor on the learning rate after each such return."""
+
+
+def resume_words(words: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
+    """The folder, whether changes are allowed, and the other settings that a command line asks for."""
+
+    def read(run: Folder, changed: conf.OmitArgPrefixes[Changed] = Changed()) -> tuple[str, Changed]:
+        return run, changed
+
+    folder, changed = tyro.cli(read, prog="vitreous resume", description=RESUME_HELP, args=words, config=CONFIG)
+    found = vars(changed).copy()
+    return folder, found.pop("allow_changes"), found
+
+
+def replay_words(words: Sequence[str]) -> str:
+    """The folder that a command line names."""
+
+    def read(run: Folder) -> str:
+        return run
+
+    return tyro.cli(read, prog="vitreous replay", description=REPLAY_HELP, args=words)
+
+
+def resume(folder: str | Path, allow_changes: bool = False, console: Console | None = None, **changed: Any) -> Path:
+    """Go on with an interrupted run (or several seeds of one) so that it ends as if it had not been; returns the folder.
+
+    allow_changes: go on though settings, data, grafts or versions have changed. changed: other values for settings that do
+    not bear on a step: workers, save_every, rollbacks, rollback_lr.
+
+    Raises DataError if there is no run, SettingError with the differences if something has changed.
+    """
+    folder, console = Path(folder), console or Console()
+    if (folder / "run.json").is_file():
+        resume_once(folder, allow_changes, console, changed)
+        return folder
+    begun = sorted(folder.glob("seed-*/run.json"))
+    if not begun:
+        raise no_run(folder)
+    record = checkpoint.read_json(begun[0])
+    seeds = range(*(record.get("seeds") or (0, 0)))
+    settings = recorded_settings(record, changed)
+    runs = [folder / f"seed-{seed}" for seed in seeds]
+    for seed, path in zip(seeds, runs, strict=True):
+        if (path / "run.json").is_file():
+            resume_once(path, allow_changes, console, changed)
+        else:
+            train_once(replace(settings, seed=seed), path, console, seeds)
+    summary.write_seeds(folder, runs)
+    return folder
+
+
+def resume_once(folder: Path, allow_changes: bool, console: Console, changed: dict[str, Any]) -> None:
+    """Go on with the run of one seed; does nothing if it is finished."""
+    run, say = Run(folder), speaker(console)
+    with locked(folder, say):
+        record = checkpoint.read_json(folder / "run.json")
+        settings = recorded_settings(record, changed)
+        if not run.states.paths() and [line["epoch"] for line in read_metrics(folder)][-1:] == [settings.epochs]:
+            say(f"The run in {folder} is finished.")
+            return
+        torch.set_num_threads(record["machine"]["threads"])  # sums in the same order
+        job, found = prepare(settings), run.states.load(say)
+        changes.refuse(changes.since(record, found, job, facts(job), read_rows(folder / "manifest.csv")), allow_changes, say)
+        if found is not None:
+            restore(job, found)
+            run.states.latest = job.updates
+        run.rewind(job.place.epoch, begun=job.updates > 0)
+        say(f"Goes on with {folder} after {job.updates} updates, in epoch {job.place.epoch} of {settings.epochs}.")
+        go_on(job, run, console)
+
+
+def replay(folder: str | Path, console: Console | None = None) -> str | None:
+    """Run the step again at which a run stopped because it was not finite; says, and returns, where it begins, or None."""
+    folder, say = Path(folder), speaker(console or Console())
+    if not (folder / "run.json").is_file():
+        raise no_run(folder)
+    record = checkpoint.read_json(folder / "run.json")
+    torch.set_num_threads(record["machine"]["threads"])
+    job = prepare(recorded_settings(record, {}))
+    batch = faults.load(job, folder)
+    origin = faults.diagnose(job, batch)
+    place = f"Update {job.updates + 1}, in epoch {job.place.epoch}"
+    say(f"{place}: what is not finite begins with {origin}." if origin else f"{place}: this time, everything is finite.")
+    return origin
+
+
+def recorded_settings(record: dict[str, Any], changed: dict[str, Any]) -> TrainSettings:
+    """The settings in a run.json, with others for those that do not bear on a step."""
+    try:
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in record["settings"].items()}
+        return TrainSettings(**found | {name: value for name, value in changed.items() if value is not None})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"Found a run.json whose settings cannot be read ({error}). Expected those that this version knows. Use the "
+            "version that began it."
+        ) from error
+
+
+def no_run(folder: Path) -> DataError:
+    return DataError(f"Found no run.json in {folder}. Expected the folder of a run. Check the path.")

@@ -1,0 +1,50 @@
+"""Being told to stop: SIGTERM and Ctrl-C wait for the end of a step, so that the state can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+TOLD = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopping:
+    """While it is entered, signals are noted, and `end` ends the run by them. A second Ctrl-C ends it at once.
+
+    Only the main thread of a program hears signals; in another one this does nothing.
+    """
+
+    def __init__(self, say: Callable[[str], Any]):
+        self.say, self.heard, self.before = say, None, {}
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.hear) for number in TOLD}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def hear(self, number: int, _: Any) -> None:
+        if self.heard is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.heard is None:
+            self.heard = number
+
+    def end(self) -> None:
+        """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing. The state is saved by now."""
+        if self.heard is None:
+            return
+        self.say("Stopped as told; the state is saved.")
+        if self.heard == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.heard)
+
+
+def leave_to_parent(_: int = 0) -> None:
+    """In a worker process: be stopped by the parent, not by signals that a terminal or a cluster sends to all."""
+    for number in TOLD:
+        signal.signal(number, signal.SIG_IGN)
