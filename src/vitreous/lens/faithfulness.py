@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous.errors import DataError, SettingError
-from vitreous.lens.undisturbed import undisturbed
 from vitreous.lens.scores import bootstrap, ranks
+from vitreous.lens.undisturbed import undisturbed
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 FILLS = ("mean", "blur")

@@ -33,10 +33,10 @@ from vitreous.lens.capture import Capture
 from vitreous.lens.facts import Use
 from vitreous.lens.found import Raw, Receiver, Refusal, fused
 from vitreous.lens.places import Layout
-from vitreous.lens.undisturbed import undisturbed
 from vitreous.lens.running import Leave, Running
 from vitreous.lens.softmax import Flow, tensors
 from vitreous.lens.tracer import Layouts, Traced, Tracer
+from vitreous.lens.undisturbed import undisturbed
 
 __all__ = ["Call", "Layout", "Layouts", "Refusal", "Seen", "Traced", "trace", "watch"]
 
