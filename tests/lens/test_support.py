@@ -68,7 +68,7 @@ class Row:
 
     def cells(self) -> list[str]:
         joined = [" / ".join(dict.fromkeys(map(str, values))) for values in (self.routes, self.kinds, self.calls)]
-        shown = [", ".join(dict.fromkeys(values)) for values in (self.places, self.results)]
+        shown = ["; ".join(dict.fromkeys(values)) for values in (self.places, self.results)]
         return [self.model, self.attention, *joined, shown[0], f"{self.error:.0e}" if self.calls != [0] else "", shown[1]]
 
 
