@@ -1,6 +1,8 @@
 """Batches: the fast way gives what the transform gives, order follows the seed, and timm reads the recipe."""
 
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -9,7 +11,10 @@ from PIL import Image
 from timm.data import create_transform
 
 from vitreous.data import ArraySet, Cutouts
-from vitreous.train.inputs import Batches, Inputs, in_memory, loader, transform
+from vitreous.data.decoding import Unreadable
+from vitreous.errors import DataError
+from vitreous.train import inputs as train_inputs
+from vitreous.train.inputs import Batches, Inputs, in_memory, loader, posterized, transform
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 OWN = Inputs((3, 16, 16), MEAN, STD)
@@ -87,7 +92,7 @@ def test_workers_give_what_one_process_gives(images):
     assert torch.equal(alone, parallel)
 
 
-AUGMENTATIONS = ["none", "flip", "pad", "crop", "rand-m9-mstd0.5-inc1", "augmix-m5-w2", "original-mstd0.5"]
+AUGMENTATIONS = ["none", "flip", "pad", "crop", "rand-m9-mstd0.5-inc1", "augmix-m5-w2", "original-mstd0.5", "v0-mstd0.5"]
 
 
 @pytest.mark.parametrize("aug", AUGMENTATIONS)
@@ -152,6 +157,98 @@ def test_augmentation_of_an_image_depends_on_seed_and_epoch_and_index(images):
         return [x.numpy().tobytes() for x in next(iter(batches))[0]]
 
     assert len(set(made(0, 1) + made(0, 2) + made(1, 1))) == 12
+
+
+class Fading(Cutouts):
+    """Images of which some cannot be read any more, or only at the second attempt."""
+
+    gone: tuple[int, ...] = ()
+    once: tuple[int, ...] = ()
+
+    def image(self, i):
+        if i in self.gone:
+            raise Unreadable("no such file", "Found ...")
+        if i in self.once:
+            self.once = tuple(k for k in self.once if k != i)
+            raise Unreadable("stale handle", "Found ...")
+        return super().image(i)
+
+
+@pytest.fixture
+def fading(monkeypatch):
+    monkeypatch.setattr(train_inputs, "PAUSE", 0.01)
+    return Fading(10, size=16)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_vanish_are_left_out_of_their_batches_and_told(fading, workers):
+    inputs = Inputs((3, 24, 24), MEAN, STD)
+    expected = list(loader(fading, inputs, 4, shuffle=True, seed=1))
+    fading.gone, fading.once = (2, 7), (5,)
+    batches = loader(fading, inputs, 4, shuffle=True, seed=1, workers=workers)
+    found = list(batches)
+    assert batches.lost == {2: "no such file", 7: "no such file"}
+    assert batches.missing == {2, 7}
+    order = [row for _, rows in batches.order for row in rows]
+    kept = [k for k, row in enumerate(order) if row not in (2, 7)]
+    assert torch.equal(torch.cat([x for x, _ in found]), torch.cat([x for x, _ in expected])[kept])
+    assert torch.cat([y for _, y in found]).tolist() == fading.labels[order][kept].tolist()
+    assert sum(len(x) for x, _ in found) == 8
+
+
+def test_batches_that_are_mixed_in_pairs_stay_even(fading):
+    fading.gone = (1,)
+    assert [len(x) for x, _ in loader(fading, Inputs((3, 24, 24), MEAN, STD), 4, even=True)] == [2, 4]
+
+
+def test_a_strict_run_stops_at_the_first_and_any_run_at_a_batch_of_none(fading):
+    fading.gone = (1,)
+    with pytest.raises(DataError, match=r"'image 1' \(no such file\)"):
+        list(loader(fading, Inputs((3, 24, 24), MEAN, STD), 4, strict=True))
+    fading.gone = (4, 5, 6, 7)
+    batches = loader(fading, Inputs((3, 24, 24), MEAN, STD), 4)
+    with pytest.raises(DataError, match="4 images that can no longer be read, all of a batch"):
+        list(batches)
+
+
+class Deadly(Cutouts):
+    """Image 6 kills the worker that reads it, as often as there are files to take away in the folder."""
+
+    folder: str = ""
+
+    def image(self, i):
+        if i == 6 and (left := os.listdir(self.folder)):
+            os.unlink(os.path.join(self.folder, left[0]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().image(i)
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_worker_that_is_killed_is_replaced_once(tmp_path, deaths, monkeypatch):
+    waiting = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(waiting, "__defaults__", (0.3,))  # seconds until it looks after its workers, in place of 5
+    inputs, images = Inputs((3, 24, 24), MEAN, STD), Deadly(10, size=16)
+    images.folder = str(tmp_path)
+    expected = list(loader(images, inputs, 2, aug="crop", shuffle=True, seed=2))
+    for k in range(deaths):
+        (tmp_path / str(k)).touch()
+    batches = loader(images, inputs, 2, aug="crop", shuffle=True, seed=2, workers=2)
+    if deaths == 2:
+        with pytest.raises(DataError, match=r"worker process killed, twice .* Lower --workers"):
+            list(batches)
+    else:
+        assert all(torch.equal(a, b) for x, y in zip(batches, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_posterize_may_be_asked_for_no_bits_at_all():
+    """As timm asks at the highest magnitude, where Pillow 13 raises."""
+    image = Image.fromarray(np.full((4, 4, 3), 200, np.uint8))
+    change = transform(Inputs((3, 4, 4), MEAN, STD), "rand-m10-inc1")
+    assert np.asarray(posterized(image, 0)).max() == 128
+    operations = [op for step in change.transforms for op in getattr(step, "ops", [])]
+    (op,) = (op for op in operations if op.name == "PosterizeIncreasing")
+    op.prob, op.magnitude_std = 1.0, 0
+    assert np.asarray(op(image)).max() == 128
 
 
 def test_batches_do_not_write_to_the_images(images):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -248,7 +250,8 @@ class Loader:
 
     def begin(self, epoch: int, start: int) -> Iterator:
         self.order.epoch, self.order.start = epoch, start
-        batches = iter(self.source)
+        with child_signals_as_they_are():
+            batches = iter(self.source)
         self.order.start = 0
         return batches
 
@@ -286,6 +289,19 @@ class Loader:
         """The name of an image, or its number where it has none."""
         names = getattr(self.images, "names", None)
         return names[i] if names else f"image {i}"
+
+
+@contextmanager
+def child_signals_as_they_are() -> Iterator[None]:
+    """Take back torch's handler of a worker's death, which raises wherever the program is; the loader finds out anyway."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def worker_killed(workers: int) -> DataError:
