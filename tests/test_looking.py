@@ -265,7 +265,7 @@ def test_an_interrupt_is_code_130_and_the_same_command_goes_on(model, photos, el
     with monkeypatch.context() as patch:
         patch.setattr(reading_module.Writer, "add", stop)
         assert call("look model photos --out reading --curves 1") == 130
-    assert "goes on with the same --out" in capsys.readouterr().err
+    assert "the same --out" in capsys.readouterr().err
     assert files(Path("reading")) == ["parts/00000.safetensors", "parts/fingerprint"]
     refused(capsys, "compare reading whole", "reading")
     first = Path("reading/parts/00000.safetensors").stat().st_mtime_ns
