@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitreous.lens.axes import Axes, contraction, on_meta
+from vitreous.lens.tap.axes import Axes, contraction, on_meta
 
 SHAPE = (2, 6, 5, 7)
 CHAINS = {

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vitreous.lens.places import Shadows, channel, layout, plain_name
+from vitreous.lens.places import Shadows, channel, layout
+from vitreous.lens.places.shadows import plain_name
 
 HEIGHT, WIDTH = 6, 8
 

@@ -27,7 +27,7 @@ from transformers.models.swin.modeling_swin import SwinAttention
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from vitreous.errors import HostError
-from vitreous.lens.layout import Layout
+from vitreous.lens.places.layout import Layout
 from vitreous.lens.tap import Call, trace, watch
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from torch.overrides import _get_current_function_mode_stack
 import vitreous
 from vitreous import SPC, SVDA, EViT, ExtraTokens, GaussianMask, TokenMerging
 from vitreous.errors import DataError, HostError, NotReached
-from vitreous.lens import tap
-from vitreous.lens.call import Arrangement
-from vitreous.lens.capture import Capture
-from vitreous.lens.tap import trace, watch
+from vitreous.lens.tap import Layouts, seeing, trace, watch
+from vitreous.lens.tap.call import Arrangement
+from vitreous.lens.tap.capture import Capture
 
 HEADS, WIDTH, TOKENS, BATCH = 4, 8, 16, 3
 
@@ -566,7 +565,7 @@ def test_a_tap_within_a_tap_is_seen_once():
             return watch(self.model, x, lambda call: inner.append((call.name, call.map().sum())), layouts=given).output
 
     outer = Watching()
-    _, calls = seen(outer, layouts=tap.Layouts())
+    _, calls = seen(outer, layouts=Layouts())
     assert [call["key"] for call in calls] == [(f"model.blocks.{i}.attn", 0) for i in range(3)]
     assert [name for name, _ in inner] == [f"blocks.{i}.attn" for i in range(3)]
     assert _get_current_function_mode_stack() == []
@@ -761,8 +760,8 @@ def test_models_without_attention_are_refused():
 
 
 def test_a_map_that_does_not_give_the_output_is_refused(monkeypatch):
-    fused = tap.fused
-    monkeypatch.setattr(tap, "fused", lambda *given: replace(fused(*given), scale=0.5))
+    fused = seeing.fused
+    monkeypatch.setattr(seeing, "fused", lambda *given: replace(fused(*given), scale=0.5))
     with pytest.raises(HostError, match="its map is off by"):
         seen(vit())
 

@@ -13,12 +13,12 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from vitreous.grafting import grafts
-from vitreous.lens.call import Call
 from vitreous.lens.direction import Direction
 from vitreous.lens.faithfulness import answer, has_classes
 from vitreous.lens.gallery import about
 from vitreous.lens.reading import Part
 from vitreous.lens.sight import Sight
+from vitreous.lens.tap.call import Call
 from vitreous.lens.views import View, Views
 
 PACKAGES = ("vitreous", "torch", "timm", "numpy")

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from vitreous.errors import DataError, HostError, SettingError, VitreousError
 from vitreous.grafting import check, grafts
 from vitreous.lens import description, faithfulness, scores
-from vitreous.lens.call import Call
 from vitreous.lens.direction import Direction
 from vitreous.lens.gallery import Gallery, stacked
 from vitreous.lens.judgement import against_masks, against_model
@@ -28,6 +27,7 @@ from vitreous.lens.measures import BLOCK, Measures, perturbed
 from vitreous.lens.reading import CHUNK, FORMAT, Columns, Part, Reading, StoredParts, Writer, joined, read, read_part
 from vitreous.lens.sight import Collector, Sight, has_class_token
 from vitreous.lens.tap import Layouts, Refusal, trace, watch
+from vitreous.lens.tap.call import Call
 from vitreous.lens.views import View, Views
 
 GIB = 2**30

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vitreous.errors import DataError, NotReached
 from vitreous.lens import indicators, spectra
-from vitreous.lens.call import WHOLE, Buffers, Call
 from vitreous.lens.sweep import Distances, Sweep, same_places
+from vitreous.lens.tap.call import WHOLE, Buffers, Call
 
 SOURCES = ("attention", *spectra.SOURCES)
 KEYS = ("layer", "head", "image", "source", "kind")

@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitreous.layers.tokens import Stream, take
-from vitreous.lens.call import Call
-from vitreous.lens.layout import Layout
 from vitreous.lens.maps import rollout_map, rollout_step
+from vitreous.lens.places.layout import Layout
 from vitreous.lens.tap import Layouts, trace, watch
+from vitreous.lens.tap.call import Call
 
 FEATURES = {"k": "keys", "o": "output", "x": "tokens"}
 ROLLOUT = 1100  # tokens up to which rollout is followed: its cost grows with their cube

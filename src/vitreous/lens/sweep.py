@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitreous.lens import indicators
-from vitreous.lens.call import Buffers
+from vitreous.lens.tap.call import Buffers
 
 
 class Distances:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitreous.errors import HostError
-from vitreous.lens.layout import Layout
+from vitreous.lens.places.layout import Layout
 
 CAP = 1 << 24  # entries of a buffer (64 MiB): what a block of rows may take, however large batch and sequence are
 WHOLE = 256  # up to this many rows the check covers all of them; beyond, strips spread over the rows

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.layers.tokens import Stream
-from vitreous.lens.found import Factors, Key, Placed, Raw, Receiver, guessed
 from vitreous.lens.places import Layout, Shadows, channel, layout
-from vitreous.lens.running import Running
+from vitreous.lens.tap.found import Factors, Key, Placed, Raw, Receiver, guessed
+from vitreous.lens.tap.running import Running
 
 
 @dataclass(frozen=True)

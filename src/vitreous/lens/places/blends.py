@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreous.lens.fields import (
+from vitreous.lens.places.fields import (
     Field,
     Move,
     Parts,
@@ -29,7 +29,7 @@ from vitreous.lens.fields import (
     still,
     thin,
 )
-from vitreous.lens.moves import pair, refold
+from vitreous.lens.places.moves import pair, refold
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
 

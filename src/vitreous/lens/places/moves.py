@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreous.lens.fields import Field, Move, here, over, same, set_of, shape_of, thin
+from vitreous.lens.places.fields import Field, Move, here, over, same, set_of, shape_of, thin
 
 # --- values that stay where they are, and views -----------------------------------------------------------------------
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitreous.lens.axes import Axes, Contraction, Label, arranged, contraction, on_meta
-from vitreous.lens.facts import Record, Scores, Softmax, Use, Weights, probabilities, product
+from vitreous.lens.tap.axes import Axes, Contraction, Label, arranged, contraction, on_meta
+from vitreous.lens.tap.facts import Record, Scores, Softmax, Use, Weights, probabilities, product
 
 SOFTMAXES = {
     "softmax", "_softmax", "special_softmax", "_safe_softmax", "softmin", "gumbel_softmax", "log_softmax", "_log_softmax",

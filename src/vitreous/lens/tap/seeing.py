@@ -28,14 +28,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.errors import DataError, HostError, NotReached
-from vitreous.lens.call import Call
-from vitreous.lens.capture import Capture
-from vitreous.lens.facts import Use
-from vitreous.lens.found import Raw, Receiver, Refusal, fused
 from vitreous.lens.places import Layout
-from vitreous.lens.running import Leave, Running
-from vitreous.lens.softmax import Flow, tensors
-from vitreous.lens.tracer import Layouts, Traced, Tracer
+from vitreous.lens.tap.call import Call
+from vitreous.lens.tap.capture import Capture
+from vitreous.lens.tap.facts import Use
+from vitreous.lens.tap.found import Raw, Receiver, Refusal, fused
+from vitreous.lens.tap.running import Leave, Running
+from vitreous.lens.tap.softmax import Flow, tensors
+from vitreous.lens.tap.tracer import Layouts, Traced, Tracer
 from vitreous.lens.undisturbed import undisturbed
 
 __all__ = ["Call", "Layout", "Layouts", "Refusal", "Seen", "Traced", "trace", "watch"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitreous.lens import blends, moves
-from vitreous.lens.fields import Field, Move, Parts, spread, thin
-from vitreous.lens.layout import Layout, channel, layout
+from vitreous.lens.places import blends, moves
+from vitreous.lens.places.fields import Field, Move, Parts, spread, thin
+from vitreous.lens.places.layout import Layout, channel, layout
 
 __all__ = ["Layout", "Shadows", "channel", "layout"]
 

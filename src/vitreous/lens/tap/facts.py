@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitreous.lens.axes import Axes, Contraction, Label, along, unravel
+from vitreous.lens.tap.axes import Axes, Contraction, Label, along, unravel
 
 POWERS = {"exp", "exp2", "special_exp2"}
 DIVISIONS = {"div", "true_divide", "truediv", "rtruediv", "rdiv", "itruediv", "mul", "rmul", "imul"}

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from vitreous.lens.call import Arrangement, Buffers, Call, ComputedMap, StoredMap, is_stochastic, output_error
-from vitreous.lens.found import Raw, Receiver, guessed
-from vitreous.lens.running import Running
-from vitreous.lens.tracer import Layouts, Traced
+from vitreous.lens.tap.call import Arrangement, Buffers, Call, ComputedMap, StoredMap, is_stochastic, output_error
+from vitreous.lens.tap.found import Raw, Receiver, guessed
+from vitreous.lens.tap.running import Running
+from vitreous.lens.tap.tracer import Layouts, Traced
 
 TOLERANCE = 1e-4  # of the largest |V|, or |score|; half precision: four roundings
 FLOAT32 = {"highest": 0.0, "high": 2**-10, "medium": 2**-7}  # what PyTorch is allowed to round operands to

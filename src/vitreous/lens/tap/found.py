@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vitreous.lens.facts import Use
-from vitreous.lens.running import Running
+from vitreous.lens.tap.facts import Use
+from vitreous.lens.tap.running import Running
 
 Key = tuple[str, int]  # name of a call or module, how-manieth
 Placed = tuple[Tensor, Callable[[Tensor], Tensor]]  # a tensor of the model, and what gives the view of it that a call is about
