@@ -160,7 +160,8 @@ MAY_IMPORT = {
     "compress": JOBS,
     "demo": JOBS | {"train", "looking", "report"},
     "looking": JOBS | {"train", "report"},
-    "cli": JOBS | {"train", "bench", "compress", "demo", "looking", "report", "vitreous"},
+    "shipping": JOBS | {"train"},
+    "cli": JOBS | {"train", "bench", "compress", "demo", "looking", "shipping", "report", "vitreous"},
 }
 
 

@@ -26,6 +26,8 @@ usage: vitreous COMMAND [options]     (vitreous COMMAND --help says more)
   train DATA                 train or fine-tune a vision transformer, with mechanisms grafted into it
   resume RUN                 go on with an interrupted run, so that it ends as if it had not been
   replay RUN                 run the step again at which a run stopped since a number was not finite, and say where it begins
+  predict RUN IMAGES...      the classes of images by a trained model, as a CSV file
+  export RUN                 a model as a file that runs without Vitreous (ONNX, torch.export, timm), proved to be the same
   list [NAME]                show the mechanisms and networks there are, or one of them with its settings
   demo                       look at a small trained model, train three more on made images and compare them
 
@@ -111,6 +113,18 @@ def report(folder: Path) -> None:
         print(f"Report: {write(runs, folder / 'report.html')}")
 
 
+def predict(words: list[str]) -> None:
+    from vitreous.shipping.predicting import predict_command
+
+    predict_command(words)
+
+
+def export(words: list[str]) -> None:
+    from vitreous.shipping.exporting import export_command
+
+    export_command(words)
+
+
 def demo(words: list[str]) -> None:
     from vitreous.demo import demo, from_words
 
@@ -185,6 +199,8 @@ COMMANDS = {
     "train": train,
     "resume": resume,
     "replay": replay,
+    "predict": predict,
+    "export": export,
     "list": show,
     "demo": demo,
 }
