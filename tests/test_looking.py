@@ -321,8 +321,11 @@ def test_calibrate_writes_a_direction_that_look_then_uses_and_other_models_refus
     refused(capsys, f"look {TINY} photos --random-weights --direction other.safetensors --out x", "Calibrate this model")
     refused(capsys, "calibrate model many/0.png", "photographs to calibrate on")
     (elsewhere / "many/broken.png").write_bytes(b"no")
-    refused(capsys, "calibrate model many --out third.safetensors", "'broken.png'", "Replace")
-    assert not Path("third.safetensors").exists()
+    assert call("calibrate model many --out third.safetensors") == 0
+    assert "skipped: Found 'broken.png'" in capsys.readouterr().out
+    assert Path("third.safetensors").read_bytes() == Path("other.safetensors").read_bytes()
+    refused(capsys, "calibrate model many/broken.png --out fourth.safetensors", "no readable photograph among 1")
+    assert not Path("fourth.safetensors").exists()
 
 
 def test_every_example_of_the_help_can_be_parsed():

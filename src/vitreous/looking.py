@@ -12,11 +12,12 @@ import timm
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 from rich.table import Table
 from torch import nn
 from tyro import conf
 
+from vitreous.data import ImageSet, photographs
 from vitreous.errors import DataError, SettingError
 from vitreous.grafting import grafts
 from vitreous.lens.direction import Direction, find_direction
@@ -26,6 +27,7 @@ from vitreous.report.page import write as write_report
 from vitreous.train import checkpoint, network
 from vitreous.train.settings import key_values, torch_device
 
+QUICK = 10_000_000  # parameters up to which curves are made unasked: about half a minute on two cores
 DIRECTION = "foreground.safetensors"  # beside model.safetensors, the direction that travels with a model
 
 LOOK_HELP = """\
@@ -77,8 +79,9 @@ class Looking:
     """Folder of .png masks of the images' names, or a boxes.csv: maps are then scored against them."""
     direction: str | None = None
     """File of `vitreous calibrate` (default: foreground.safetensors in the model's folder, if it is there)."""
-    curves: int = 2
-    """Insertion and deletion curves of the maps on so many images; 0: none."""
+    curves: int | None = None
+    """Insertion and deletion curves of the maps on so many images (default: 2, or 0 for models of more than ten million
+    parameters, for which they take minutes)."""
     noise: float = 0.01
     """Deviation of the noise on pixels of [0, 1] under which attention is compared; 0: leave robustness out."""
     batch_size: int = 8
@@ -104,12 +107,14 @@ def run_look(name: str, images: Sequence[str], source: Model, how: Looking, cons
     console = console or Console()
     model, facts = open_model(name, source, console)
     folder = Path(how.out) if how.out else free_folder(Path("readings"), Path(name).resolve().name)
+    small = sum(p.numel() for p in model.parameters()) <= QUICK
+    curves = how.curves if how.curves is not None else 2 if small else 0
     reading = look(
         model,
         list(images),
         masks=how.masks,
         direction=find_file(name, how.direction),
-        curves=how.curves,
+        curves=curves,
         noise=how.noise,
         batch_size=how.batch_size,
         memory=how.memory,
@@ -150,10 +155,11 @@ def calibrate_command(words: Sequence[str]) -> None:
     if not path.parent.is_dir() or path.is_dir():
         raise SettingError(f"Found no folder for a file {path}. Expected a place for it. Give --out FILE.safetensors.")
     model, _ = open_model(name, source, console)
+    readable = only_readable(photographs(list(photos)), console)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("photographs, twice")
         direction = find_direction(
-            model, list(photos), progress=lambda done, of: progress.update(task, completed=done, total=of)
+            model, readable, progress=lambda done, of: progress.update(task, completed=done, total=of)
         )
     with writable(path):
         direction.save(path)
@@ -187,6 +193,22 @@ def open_model(name: str, source: Model, console: Console) -> tuple[nn.Module, d
             raise no_weights(name, str(error).partition(" Expected")[0].rstrip(".")) from error
     facts = {"name": name, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
     return model.to(torch_device(source.device)), facts
+
+
+def only_readable(images: ImageSet, console: Console) -> ImageSet:
+    """The images that can be decoded; the others are named. Raises DataError if there is none."""
+    kept, reasons = [], []
+    for i in track(range(len(images)), "reading", console=console, transient=True, disable=not console.is_terminal):
+        try:
+            images.image(i)
+            kept.append(i)
+        except DataError as error:
+            reasons.append(str(error))
+    for reason in reasons:
+        console.print(f"skipped: {reason}", soft_wrap=True, highlight=False, markup=False)
+    if not kept:
+        raise DataError(f"Found no readable photograph among {len(images)}. {reasons[0]}")
+    return images.subset(kept)
 
 
 def no_weights(name: str, reason: str) -> DataError:
