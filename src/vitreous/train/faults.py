@@ -108,15 +108,20 @@ def watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
         return hook
 
     def after(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> Any:
+            if not all(finite(value) for value in tensors_in(output)):
+                outputs.append(described(model, name))
+            if isinstance(output, Tensor):
+                return spied(output, lambda g: arrives(name, g))
             for value in tensors_in(output):
-                if not torch.isfinite(value).all():
-                    outputs.append(described(model, name))
-                    break
                 if value.requires_grad:
-                    value.register_hook(lambda g: arrived.update({name: arrived.get(name, True) and finite(g)}))
+                    value.register_hook(lambda g: arrives(name, g))
+            return None
 
         return hook
+
+    def arrives(name: str, gradient: Tensor) -> None:
+        arrived[name] = arrived.get(name, True) and finite(gradient)
 
     def leaves(name: str, gradient: Tensor) -> None:
         if not finite(gradient) and arrived.get(name, True):
@@ -133,7 +138,7 @@ def watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def spied(value: Any, hook: Callable[[Tensor], None]) -> Any:
-    """A tensor as an alias of its own, so that only the gradient through this module is seen; anything else as it is."""
+    """A tensor as an alias of its own, so that `hook` sees only the gradient that goes this way; anything else as it is."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     alias = value.view_as(value)
@@ -154,8 +159,8 @@ def tensors_in(output: Any) -> list[Tensor]:
     return []
 
 
-def finite(gradient: Tensor) -> bool:
-    return bool(torch.isfinite(gradient).all())
+def finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def described(model: nn.Module, name: str) -> str:

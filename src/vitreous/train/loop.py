@@ -95,7 +95,7 @@ def train_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> Non
         if job.updates + 1 not in place.left_out:
             take_step(job, run, batch, learning, watched)
         job.updates += 1
-        set_rate(job)
+        place.lr = set_rate(job)
         place.step, place.seen = place.step + 1, place.seen + len(batch[0])
         now = time.perf_counter()
         place.seconds, started = place.seconds + now - started, now
@@ -132,11 +132,15 @@ def take_step(
     job.place.losses.add({"total": loss, **parts}, len(images))
 
 
-def set_rate(job: Job) -> None:
-    """The learning rate that follows from the updates so far, lowered for each return to a good state if so told."""
+def set_rate(job: Job) -> float:
+    """Set the learning rate that follows from the updates so far, lowered for each return to a good state if so told.
+
+    Returns the highest of the parameter groups.
+    """
     job.scheduler.step_update(job.updates)
     for group in job.optimizer.param_groups:
         group["lr"] *= job.settings.rollback_lr ** len(job.place.left_out)
+    return max(group["lr"] for group in job.optimizer.param_groups)
 
 
 def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> None:
@@ -146,7 +150,7 @@ def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> No
     outcomes = {name: test(job, batches, stopping.end) for name, batches in job.tests.items()}
     metrics = {
         "epoch": place.epoch,
-        "lr": max(group["lr"] for group in job.optimizer.param_groups),
+        "lr": place.lr,
         "losses": place.losses.values(),
         "gradients": place.norms.values(),
         "images_per_second": place.seen / place.seconds,

@@ -49,7 +49,7 @@ def step_losses(job: Job, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What one step of training lowers, by name, for a batch as it is loaded: scalars, "classification" first."""
     set_progress(job.model, job.progress)
     if job.mixing is not None:
-        images, labels = job.mixing(images, labels)
+        images, labels = job.mixing(images.clone(), labels)  # it mixes in place
     with job.autocast():
         logits = job.model(images)
     return {"classification": job.loss(logits.float(), labels)} | penalties(job.model)

@@ -62,14 +62,15 @@ class Means:
 class Place:
     """Where a run is, and what the current epoch came to so far.
 
-    epoch: from 1. step: batches of it that are done. seconds: spent on them. left_out: numbers of the updates that are not
-    taken, since they failed before a roll back.
+    epoch: from 1. step: batches of it that are done. seconds: spent on them. lr: the highest learning rate by now.
+    left_out: numbers of the updates that are not taken, since they failed before a return to a good state.
     """
 
     epoch: int = 1
     step: int = 0
     seen: int = 0
     seconds: float = 0.0
+    lr: float = 0.0
     losses: Means = field(default_factory=Means)
     norms: Means = field(default_factory=Means)
     left_out: list[int] = field(default_factory=list)

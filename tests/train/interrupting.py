@@ -1,0 +1,129 @@
+"""Runs in a process of their own that die, stop or fill the disk at a chosen moment, and what must be equal afterwards."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from vitreous.train import checkpoint, loop
+from vitreous.train.run import Run, read_metrics
+
+TIMED = ("seconds", "images_per_second")
+APART = ("run.json", "summary.md", "metrics.jsonl", "report.html")  # with times in them
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Run in a forked process; returns its exit code, or the signal that killed it as a negative number."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 70
+    try:
+        torch.set_num_threads(1)
+        work()
+        code = 0
+    except SystemExit as done:
+        code = done.code or 0
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Moments:
+    """Counts the moments at which a run may be cut off, and does something at one of them.
+
+    They are: before and after every optimizer step, in the middle of every write of tensors, before and after every sync and
+    rename, in the middle of every line of metrics, before the tests, the look and the saved model of an epoch.
+    """
+
+    def __init__(self, monkeypatch, at: int | None = None, act: Callable[[], None] = die):
+        self.count, self.at, self.act, self.patch = 0, at, act, monkeypatch
+        self.around(torch.optim.AdamW, "step")
+        self.around(os, "fsync")
+        self.around(os, "replace")
+        self.around(loop, "test")
+        self.around(loop, "look")
+        self.around(checkpoint, "save")
+        self.halfway_in_tensors()
+        self.halfway_in_metrics()
+
+    def tick(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            self.act()
+
+    def around(self, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*arguments, **options):
+            self.tick()
+            found = original(*arguments, **options)
+            self.tick()
+            return found
+
+        self.patch.setattr(owner, name, counted)
+
+    def halfway_in_tensors(self) -> None:
+        original = safetensors.torch.save_file
+
+        def halved(tensors, path, metadata=None):
+            original(tensors, path, metadata)
+            whole = Path(path).read_bytes()
+            Path(path).write_bytes(whole[: len(whole) // 2])
+            self.tick()
+            Path(path).write_bytes(whole)
+
+        self.patch.setattr(safetensors.torch, "save_file", halved)
+
+    def halfway_in_metrics(self) -> None:
+        original = Run.log
+
+        def halved(run, metrics):
+            path = run.folder / "metrics.jsonl"
+            before = path.read_bytes() if path.exists() else None
+            original(run, metrics)
+            whole = path.read_bytes()
+            path.write_bytes(whole[: (len(before or b"") + len(whole)) // 2])
+            self.tick()
+            path.write_bytes(whole)
+
+        self.patch.setattr(Run, "log", halved)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything in a finished run folder that must not depend on interruptions: bytes by name, and metrics without times."""
+    found = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in APART
+    }
+    numbers = [{name: value for name, value in line.items() if name not in TIMED} for line in read_metrics(folder)]
+    return found | {"metrics": numbers}
+
+
+def differing(a: Path, b: Path) -> list[str]:
+    """Names of what differs between two finished run folders."""
+    one, two = contents(a), contents(b)
+    return [name for name in sorted({*one, *two}) if one.get(name) != two.get(name)]
+
+
+def limit_files(size: int) -> None:
+    """Let this process write no file beyond so many bytes: a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
