@@ -6,7 +6,7 @@ A sign is right if the signed vector scores above 0.5 AUROC against the mask. Te
 the rules were first measured. The logistic fits of `lens.maps.RULES` are made here, on the 250 images of even position:
 for the first vector on whole photographs, for the second and third on whole ones and off-centre crops. Numbers are of the odd
 positions. Flips: the 100 sketches replace the fixed one; a flip is a sign, shown as sure with the first sketch, that another
-sketch turns round. Last, the vectors that a reading shows: rows as chosen automatically, tokens and keys of every layer.
+sketch turns round. Last, the vectors that a reading shows: with the rows it takes, tokens and keys of every layer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vitreous.lens.direction import Direction
 from vitreous.lens.foreground import references
+from vitreous.lens.gallery import ROWS
 from vitreous.lens.maps import CONFIDENT, RULES, correlation, signed, singular_maps
 from vitreous.lens.scores import auroc
 from vitreous.lens.sight import sights
@@ -32,6 +33,7 @@ from objects import GRID, objects  # noqa: E402
 
 BATCH, RANK, SKETCHES, WIDTH = 25, 3, 100, 11
 TEN = ((3, "x"), (5, "x"), (6, "x"), (8, "x"), (11, "x"), (6, "k"), (8, "k"), (9, "k"), (5, "o"), (6, "o"))
+SHOWN_ROWS = {"x": ROWS["u"], "k": ROWS["k"]}
 SHOWN = tuple((layer, kind) for kind in "xk" for layer in range(12))
 FIRST, LATER = ("tune",), ("tune", "tune off-centre")
 HELD = ("held-out", "held-out off-centre")
@@ -49,7 +51,7 @@ def main(data: Path) -> None:
             seen = sights(model, part.images[first : first + BATCH], layouts)
             known, cover = references(seen, direction).on(GRID), part.cover[first : first + BATCH]
             ten.append([measured(seen[n].feature(kind), known, cover) for n, kind in TEN])
-            every.append([product(seen[n].feature(kind), known, cover) for n, kind in SHOWN])
+            every.append([product(seen[n].feature(kind), known, cover, SHOWN_ROWS[kind]) for n, kind in SHOWN])
             if name in HELD:
                 for n, kind in TEN:
                     flips(seen[n].feature(kind), known, turned.setdefault(name, {}))
@@ -81,9 +83,9 @@ def measured(features: Tensor, known: dict[str, Tensor], cover: Tensor) -> dict[
     return {name: x.double().numpy() for name, x in (values | {"score": auroc(u, cover[:, None])}).items()}
 
 
-def product(features: Tensor, known: dict[str, Tensor], cover: Tensor) -> tuple[str, np.ndarray, np.ndarray]:
+def product(features: Tensor, known: dict[str, Tensor], cover: Tensor, rows: str) -> tuple[str, np.ndarray, np.ndarray]:
     """The rows, and of each vector (B, RANK) its score and confidence, as a reading has them."""
-    u, _, rows = singular_maps(features, RANK)
+    u, _, rows = singular_maps(features, RANK, rows=rows)
     found = signed(u, **known)
     return rows, auroc(found.maps, cover[:, None]).numpy(), found.confidence.numpy()
 

@@ -15,6 +15,9 @@ from vitreous.lens.maps import artifacts, signed, singular_maps
 from vitreous.lens.sight import Sight
 
 TOKENS, KEYS = 3, 1  # singular vectors shown of the residual stream (u1, u2, u3) and of the keys (k1)
+# Rows of the vectors: of keys, centred unit rows find more at every layer (AUROC 0.96 against 0.91 at layer 8 of ViT-Tiny/16,
+# 80 ECSSD images of even position, with the better sign).
+ROWS = {"u": "auto", "k": "unit"}
 ABOUT = {
     "attention": "attention of the class token to the patches, head by head; without a class token, the attention received",
     "rollout": "attention followed through all layers up to this one (Abnar and Zuidema 2020)",
@@ -63,8 +66,7 @@ class Gallery:
         ):
             if features is not None and min(features.shape[1:]) > rank:
                 name = f"{letter}/{layer}"
-                usual = "auto" if letter == "u" else "unit"  # of keys, unit rows find more (benchmarks/foreground)
-                u, _, self.rows[name] = singular_maps(features, rank, rows=self.rows.get(name, usual))
+                u, _, self.rows[name] = singular_maps(features, rank, rows=self.rows.get(name, ROWS[letter]))
                 self.vectors[name] = (u, grid)
         for letter, name in (("k", "keys"), ("o", "output"), ("x", "tokens")):
             if (layer, letter) not in self.needed:
