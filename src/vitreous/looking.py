@@ -11,6 +11,7 @@ import numpy as np
 import timm
 import torch
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
@@ -245,12 +246,23 @@ def said(reading: Reading) -> list[str]:
     return lines
 
 
+SHOWN = {  # what most people ask first: column of the table, and its heading
+    "attention_entropy": "entropy",
+    "effective_tokens": "tokens",
+    "mean_distance": "distance",
+    "head_redundancy": "alike",
+    "perturbation_robustness": "noise",
+}
+
+
 def overview(reading: Reading) -> Table:
-    """The token attentions by layer: means over heads and images of what most people ask first."""
-    shown = ("attention_entropy", "effective_tokens", "mean_distance", "head_redundancy", "perturbation_robustness")
+    """By layer, means over heads and images of what most people ask first; the report says what each means."""
     columns = reading.table()
-    shown = [name for name in shown if name in columns and np.isfinite(columns[name]).any()]
-    table = Table("layer", "kind", "heads", "grid", *(name.replace("_", " ") for name in shown), title_justify="left")
+    shown = [name for name in SHOWN if name in columns and np.isfinite(columns[name]).any()]
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for name in ("kind", "heads", "grid", *(SHOWN[name] for name in shown)):
+        table.add_column(name, justify="left" if name == "kind" else "right")
     for layer in reading.layers:
         here = (columns["layer"] == layer["layer"]) & (columns["source"] == "attention") & (columns["kind"] == layer["kind"])
         values = [columns[name][here] for name in shown]
