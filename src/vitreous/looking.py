@@ -11,7 +11,6 @@ import numpy as np
 import timm
 import torch
 import tyro
-from rich import box
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
@@ -259,7 +258,7 @@ def overview(reading: Reading) -> Table:
     """By layer, means over heads and images of what most people ask first; the report says what each means."""
     columns = reading.table()
     shown = [name for name in SHOWN if name in columns and np.isfinite(columns[name]).any()]
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("layer", no_wrap=True)
     for name in ("kind", "heads", "grid", *(SHOWN[name] for name in shown)):
         table.add_column(name, justify="left" if name == "kind" else "right")
