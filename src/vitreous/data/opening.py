@@ -10,23 +10,41 @@ from pathlib import Path
 from vitreous.data.archives import is_archive
 from vitreous.data.cutouts import cutouts
 from vitreous.data.folders import image_folder
+from vitreous.data.hub import list_saved
+from vitreous.data.listing import assemble
+from vitreous.data.manifest import list_table
 from vitreous.data.named import cifar, cifar_kind, cifar_npz, fashion_mnist, has_idx, idx_folder
+from vitreous.data.quarantine import Progress
 from vitreous.data.sets import Data
 from vitreous.errors import DataError, SettingError, UnknownName
 
-NAMES = ("cutouts", "fashion-mnist", "cifar10", "cifar100")
+NAMES = ("cutouts", "fashion-mnist", "cifar10", "cifar100", "hf")
 
 
 def open_data(
-    spec: str, *, image_size: int | None = None, seed: int = 0, limit: int | None = None, download: bool = False
+    spec: str,
+    *,
+    image_size: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    download: bool = False,
+    strict: bool = False,
+    outside: bool = False,
+    progress: Progress | None = None,
 ) -> Data:
     """Open the data that `spec` names.
 
     spec: "cutouts" or "cutouts:size=64,classes=4,train=2000,test=500,correlation=0.8" (made scenes);
     "fashion-mnist:PATH", "cifar10:PATH", "cifar100:PATH"; or PATH alone, recognised by what is there: idx files, CIFAR
-    files, an .npz, a folder or tar of class folders. image_size: pixels a side; made scenes have it, a transform brings
-    others to it. seed draws the made scenes and the part that `limit` leaves of the training set, balanced over the
-    classes; tests stay whole. download: fetch a named set to PATH if it is not there.
+    files, an .npz, a folder or tar of class folders, a .csv table (columns file, label; see `manifest.list_table`); or
+    "hf:PATH", a data set that Hugging Face's `datasets` saved to disk.
+
+    image_size: pixels a side; made scenes have it, a transform brings others to it. seed draws the made scenes and the
+    part that `limit` leaves of the training set, balanced over the classes; tests stay whole. download: fetch a named set
+    to PATH if it is not there.
+
+    Images that cannot be read are left out and listed in `Data.quarantined`; strict: raise DataError instead. outside: let
+    a table name files outside its folder. progress: told (files decoded, files in all) by folders and tables.
 
     Raises UnknownName, SettingError, or DataError for what cannot be read.
     """
@@ -37,13 +55,17 @@ def open_data(
     name, _, rest = str(spec).partition(":")
     if name == "cutouts":
         data = cutouts(**_options(rest, {"size": image_size} if image_size else {}), seed=seed)
+    elif name == "hf" and rest:
+        listing = list_saved(Path(rest).expanduser(), outside=outside)
+        data = assemble(listing, image_size=image_size, strict=strict, progress=progress)
     elif name in NAMES:
         data = _named(name, rest, image_size, download)
     elif spec and Path(spec).expanduser().exists():
-        data = _recognised(Path(spec).expanduser(), image_size)
+        data = _recognised(Path(spec).expanduser(), image_size, strict, outside, progress)
     elif os.sep in str(spec) or "/" in str(spec) or Path(spec).suffix:
         raise DataError(
-            f"Found nothing at {str(spec)!r}; expected a folder, a tar archive or an .npz file of images. Check the path."
+            f"Found nothing at {str(spec)!r}; expected a folder, a tar archive, a .csv table or an .npz file of images. "
+            "Check the path."
         )
     else:
         raise UnknownName(name, "data set", NAMES, "Or give the path of a folder of images.")
@@ -82,18 +104,21 @@ def _named(name: str, rest: str, image_size: int | None, download: bool) -> Data
     return cifar(name, path, image_size=image_size, download=download)
 
 
-def _recognised(path: Path, image_size: int | None) -> Data:
+def _recognised(path: Path, image_size: int | None, strict: bool, outside: bool, progress: Progress | None) -> Data:
     if path.is_dir():
         if has_idx(path):
             return idx_folder(path)
         if name := cifar_kind(path):
             return cifar(name, path)
-        return image_folder(path, image_size=image_size)
+        return image_folder(path, image_size=image_size, strict=strict, progress=progress)
     if is_archive(path):
-        return image_folder(path, image_size=image_size)
+        return image_folder(path, image_size=image_size, strict=strict, progress=progress)
+    if path.suffix.lower() == ".csv":
+        listing = list_table(path, outside=outside)
+        return assemble(listing, image_size=image_size, strict=strict, progress=progress)
     if path.suffix == ".npz":
         return cifar_npz(path.stem, path)
     raise DataError(
-        f"Found the file {str(path)!r}; expected a folder, a tar archive (.tar, .tar.gz, .tar.xz, .tar.bz2) or "
-        "an .npz file. Unpack it and give the folder."
+        f"Found the file {str(path)!r}; expected a folder, a tar archive (.tar, .tar.gz, .tar.xz, .tar.bz2), "
+        "a .csv table or an .npz file. Unpack it and give the folder."
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vitreous.mechanism import parse
 from vitreous.train import changes, checkpoint, faults, summary
 from vitreous.train.inputs import Loader
 from vitreous.train.lock import locked
+from vitreous.train.losses import write_quarantine
 from vitreous.train.objectives import set_progress, step_losses
 from vitreous.train.prepare import Job, facts, prepare
 from vitreous.train.run import Run, choose_folder, taken
@@ -51,7 +53,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
 def train_once(settings: TrainSettings, folder: Path, console: Console, seeds: range = range(0)) -> None:
     """One run with one seed, into a folder; seeds: of all runs that it is one of."""
     say = speaker(console)
-    job = prepare(settings)
+    job = prepare(settings, console)
     run = Run(folder)
     with locked(folder, say):
         if (folder / "run.json").exists():  # begun by another process, since the folder was chosen
@@ -59,6 +61,7 @@ def train_once(settings: TrainSettings, folder: Path, console: Console, seeds: r
         with writing(folder):
             run.table("manifest.csv", changes.COLUMNS, changes.manifest(job.data))
             asked = {"data": settings.data} | asdict(settings)
+            write_quarantine(job, run)
             run.start(settings=asked, seeds=[seeds.start, seeds.stop] if seeds else None, **facts(job))
         for remark in [f"Run folder: {folder}", *job.remarks]:
             say(remark)
@@ -161,10 +164,12 @@ def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> No
         read(job, run, place.epoch)
         stopping.end()
         checkpoint.save(job.tested, run.folder, classes=job.data.classes, inputs=job.inputs.config())
-        write_predictions(run, outcomes)
+        write_predictions(run, outcomes, {name: batches.missing for name, batches in job.tests.items()})
+        lost = write_quarantine(job, run)
         run.log(metrics)
         summary.write(run.folder)
-    speaker(console)(summary.line(metrics, job.settings.epochs))
+    for line in [summary.line(metrics, job.settings.epochs), *lost]:
+        speaker(console)(line)
     stopping.end()
 
 
@@ -194,13 +199,17 @@ def read(job: Job, run: Run, epoch: int) -> None:
         look(job.tested, job.sample, inputs=job.inputs.config(), out=run.reading(epoch), about=about)
 
 
-def write_predictions(run: Run, outcomes: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Write predictions.csv: what the model says of each test image, and how probable it holds that to be."""
+def write_predictions(run: Run, outcomes: dict[str, tuple[Tensor, Tensor]], missing: dict[str, set[int]]) -> None:
+    """Write predictions.csv: what the model says of each test image that could be read, and how probable it holds that to be.
+
+    missing: {set: indices of images that could not be read}.
+    """
     lines = []
     for name, (logits, labels) in outcomes.items():
         probability, predicted = logits.softmax(1).max(1)
         rows = zip(labels.tolist(), predicted.tolist(), probability.tolist(), strict=True)
-        lines += [(name, i, label, guess, f"{p:.6f}") for i, (label, guess, p) in enumerate(rows)]
+        indices = (i for i in count() if i not in missing[name])
+        lines += [(name, i, label, guess, f"{p:.6f}") for i, (label, guess, p) in zip(indices, rows, strict=False)]
     run.table("predictions.csv", ["set", "index", "label", "predicted", "probability"], lines)
 
 

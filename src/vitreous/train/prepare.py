@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from timm.data import Mixup
 from timm.models import get_model_input_config
 from timm.scheduler.scheduler import Scheduler
@@ -65,17 +68,21 @@ class Job:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp)
 
 
-def prepare(settings: TrainSettings) -> Job:
-    """Open the data, build the model, graft, choose what learns; raises VitreousError if they do not fit together."""
+def prepare(settings: TrainSettings, console: Console | None = None) -> Job:
+    """Open the data, build the model, graft, choose what learns; raises VitreousError if they do not fit together.
+
+    console: where it is shown how far the reading of files is.
+    """
     device = settings.torch_device()
-    data, inputs, model, remarks = data_and_model(settings)
+    data, inputs, model, remarks = data_and_model(settings, console)
     there = len(grafts(model))
     graft(model, *(parse(text, foreign=True) for text in settings.graft))
     learning = optim.choose_trainable(model, settings.train, settings.freeze)
     remarks.append(f"Learning: {learning:,} of {sum(p.numel() for p in model.parameters()):,} parameters.")
 
     def batches(images, size, **options):
-        return loader(images, inputs, size, seed=settings.seed, workers=settings.workers, **options)
+        common = {"seed": settings.seed, "workers": settings.workers, "strict": settings.strict}
+        return loader(images, inputs, size, **common, **options)
 
     train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=settings.mixed)
     tests = {name: batches(images, 2 * settings.batch_size) for name, images in data.tests.items()}
@@ -107,7 +114,7 @@ def prepare(settings: TrainSettings) -> Job:
     return job
 
 
-def data_and_model(settings: TrainSettings) -> tuple[Data, Inputs, nn.Module, list[str]]:
+def data_and_model(settings: TrainSettings, console: Console | None = None) -> tuple[Data, Inputs, nn.Module, list[str]]:
     """Data and a model for them, in agreement about classes, channels and image size; and what was done for that."""
     folder = checkpoint.is_folder(settings.model)
     if folder and (settings.weights or settings.pretrained):
@@ -125,13 +132,17 @@ def data_and_model(settings: TrainSettings) -> tuple[Data, Inputs, nn.Module, li
     random_seed(settings.seed)
     model = start() if loaded else None  # before the data: weights that do not fit are soon found
     own = get_model_input_config(model)["input_size"][1:] if loaded else network.own_size(settings.model)
-    data = open_data(
-        settings.data,
-        image_size=settings.image_size or (max(own) if loaded else None),
-        seed=settings.seed,
-        limit=settings.limit,
-        download=settings.download,
-    )
+    with reading_files(console) as progress:
+        data = open_data(
+            settings.data,
+            image_size=settings.image_size or (max(own) if loaded else None),
+            seed=settings.seed,
+            limit=settings.limit,
+            download=settings.download,
+            strict=settings.strict,
+            outside=settings.outside,
+            progress=progress,
+        )
     in_memory = isinstance(data.train, ArraySet)  # all of one size, which a new network can take
     size = data.image_size if settings.image_size or loaded or in_memory else own
     if loaded and get_model_input_config(model)["input_size"][0] == data.channels:
@@ -145,11 +156,21 @@ def data_and_model(settings: TrainSettings) -> tuple[Data, Inputs, nn.Module, li
     tests = ", ".join(f"{len(images):,} {name}" for name, images in data.tests.items())
     remarks = [
         f"Data: {data.name}, {len(data.classes)} classes; images: {len(data.train):,} train, {tests}.",
+        *data.remarks,
         f"Model: {settings.model}, " + (f"weights from {source}" if source else "from scratch") + f"; {width} x {height} px"
         + (f" in {model.patch_embed.num_patches} patches" if hasattr(model, "patch_embed") else "")
         + f", {'the data' if inputs.mean == tuple(data.mean) else 'the model'}'s normalisation.",
     ]  # fmt: skip
     return data, inputs, model, remarks
+
+
+@contextmanager
+def reading_files(console: Console | None) -> Iterator[Callable[[int, int], None]]:
+    """Shows on a terminal how many files have been decoded."""
+    quiet = console is None or not console.is_terminal
+    with Progress(console=console, transient=True, disable=quiet) as bar:
+        task = bar.add_task("reading files", total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def spaced(images: ImageSet, most: int) -> ImageSet:

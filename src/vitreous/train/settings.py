@@ -45,6 +45,10 @@ class Images:
     """At most so many training images, balanced over the classes."""
     download: bool = False
     """Fetch a named data set to its path if it is not there."""
+    strict: bool = False
+    """Stop if an image cannot be read, instead of going on without it (quarantine.csv in the run folder says which)."""
+    outside: bool = False
+    """Let a table of images name files outside its own folder."""
     aug: str = "none"
     """none | flip | pad (padded crop, flip, rotation by 15 degrees) | crop (random resized crop, flip) | timm's
     auto-augment text, such as rand-m9-mstd0.5-inc1, on top of crop."""
