@@ -263,6 +263,7 @@ class Loader:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
+                end_workers(batches)
                 if killed:
                     raise worker_killed(self.workers) from error
                 killed = True
@@ -289,6 +290,12 @@ class Loader:
         """The name of an image, or its number where it has none."""
         names = getattr(self.images, "names", None)
         return names[i] if names else f"image {i}"
+
+
+def end_workers(batches: Iterator) -> None:
+    """Kill what is left of the workers: one that waits for what a dead one held would wait for ever, deaf to SIGTERM."""
+    for worker in batches._workers:
+        worker.kill()
 
 
 @contextmanager
