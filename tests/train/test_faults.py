@@ -59,6 +59,16 @@ def gradient(name):
     return change
 
 
+def large(name):
+    """Finite gradients whose norm is none."""
+
+    def change(job, now):
+        weight = job.model.get_parameter(name)
+        weight.register_hook(lambda g: torch.full_like(g, 1e38) if now() else None)
+
+    return change
+
+
 def penalty(name):
     def change(job, now):
         module = job.model.get_submodule(name)
@@ -76,6 +86,7 @@ def penalty(name):
         (output("head", NAN), r"the output of head \(Linear\)"),
         (gradient("blocks.1.attn"), r"the gradient that comes out of blocks.1.attn \(SpectralAttention\)"),
         (gradient("blocks.0.mlp.act"), r"the gradient that comes out of blocks.0.mlp.act \(GELU\)"),
+        (large("head.weight"), "the gradient of head.weight"),
         (penalty("blocks.0.attn"), r"the loss \w+, a penalty of blocks.0.attn \(SpectralAttention\)"),
     ],
 )

@@ -139,6 +139,22 @@ def test_several_seeds_go_on_where_they_were(settings, quiet, tmp_path, monkeypa
     assert (here / "summary.md").read_text() == (there / "summary.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"model": "test_resnet", "model_kwargs": (), "graft": (), "opt": "sgd"},  # running means in buffers
+        {"graft": ("evit:keep=0.5,until=0.9,layers=1", "extra_tokens"), "opt": "muon", "layer_decay": 0.8},  # has a schedule
+        {"train": "new+head", "freeze": ("blocks.0",), "aug": "rand-m9-mstd0.5", "sched": "step", "opt": "lamb", "amp": True},
+    ],
+    ids=["resnet", "evit", "new"],
+)
+def test_other_recipes_go_on_exactly_too(settings, quiet, tmp_path, monkeypatch, recipe):
+    there = train(settings(**{**RECIPE, **recipe}, out=str(tmp_path / "whole")), quiet)
+    here = stopped(settings, quiet, tmp_path / "run", monkeypatch, update=STEPS + 2, **recipe)
+    resume(here, console=quiet)
+    assert differing(here, there) == []
+
+
 # -- told to stop --------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreous.data import ArraySet, Data, FileSet, ImageSet
+from vitreous.data.decoding import Source
 from vitreous.errors import SettingError
 from vitreous.train.prepare import Job
 from vitreous.train.run import machine, versions
@@ -26,7 +27,7 @@ def manifest(data: Data) -> Rows:
 def rows_of(part: str, images: ImageSet) -> Rows:
     if isinstance(images, FileSet):
         return [
-            (part, name, str(label), f"{source.stat().st_size if isinstance(source, Path) else len(source)} bytes")
+            (part, name, str(label), size(source))
             for name, source, label in zip(images.names, images.sources, images.labels.tolist(), strict=True)
         ]
     found = hashlib.sha256()
@@ -34,6 +35,14 @@ def rows_of(part: str, images: ImageSet) -> Rows:
         found.update(images.images.tobytes())
     found.update(images.labels.tobytes())
     return [(part, f"{len(images)} images", "", f"sha256 {found.hexdigest()}")]
+
+
+def size(source: Source) -> str:
+    """Of an image file, in words."""
+    try:
+        return f"{source.stat().st_size if isinstance(source, Path) else len(source)} bytes"
+    except OSError:  # it vanished since the folder was listed, and will be missed when its batch is made
+        return "unreadable"
 
 
 def between(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -76,9 +76,12 @@ def first_in_step(job: Job, images: Tensor, labels: Tensor) -> str | None:
         sum(parts.values()).backward()
     if gradients:
         return f"the gradient that comes out of {gradients[0]}"
-    for name, p in job.model.named_parameters():
-        if p.grad is not None and not torch.isfinite(p.grad).all():
+    norms = {name: p.grad.norm() for name, p in job.model.named_parameters() if p.grad is not None}
+    for name, norm in norms.items():
+        if not finite(norm):
             return f"the gradient of {name}"
+    if not finite(nn.utils.get_total_norm(list(norms.values()))):
+        return f"the norm of all gradients, the largest of {max(norms, key=norms.get)}"
     return None
 
 

@@ -113,7 +113,7 @@ def resume_once(folder: Path, allow_changes: bool, console: Console, changed: di
             say(f"The run in {folder} is finished.")
             return
         torch.set_num_threads(record["machine"]["threads"])  # sums in the same order
-        job, found = prepare(settings), run.states.load(say)
+        job, found = prepare(settings, console), run.states.load(say)
         changes.refuse(changes.since(record, found, job, facts(job), read_rows(folder / "manifest.csv")), allow_changes, say)
         if found is not None:
             restore(job, found)
@@ -125,15 +125,16 @@ def resume_once(folder: Path, allow_changes: bool, console: Console, changed: di
 
 def replay(folder: str | Path, console: Console | None = None) -> str | None:
     """Run the step again at which a run stopped because it was not finite; says, and returns, where it begins, or None."""
-    folder, say = Path(folder), speaker(console or Console())
+    folder, console = Path(folder), console or Console()
     if not (folder / "run.json").is_file():
         raise no_run(folder)
     record = checkpoint.read_json(folder / "run.json")
     torch.set_num_threads(record["machine"]["threads"])
-    job = prepare(recorded_settings(record, {}))
+    job = prepare(recorded_settings(record, {}), console)
     batch = faults.load(job, folder)
     origin = faults.diagnose(job, batch)
     place = f"Update {job.updates + 1}, in epoch {job.place.epoch}"
+    say = speaker(console)
     say(f"{place}: what is not finite begins with {origin}." if origin else f"{place}: this time, everything is finite.")
     return origin
 
