@@ -211,8 +211,10 @@ def read(kind: Any, text: str, where: str) -> Any:
 def spread(part: str, where: str) -> list[str]:
     """"6-8" as ["6", "7", "8"]; anything else as it is."""
     first, dash, last = part.partition("-")
-    if not (dash and first.isdigit() and last.isdigit()):
+    if not (dash and first.isdecimal() and last.isdecimal()):
         return [part]
+    if max(len(first), len(last)) > 5:
+        raise SettingError(f"Found the range {part[:40]} in {where}. Expected numbers of up to 5 digits. Give a shorter one.")
     if int(last) < int(first):
         raise SettingError(f"Found the range {part} in {where}. Expected first-last, both included. Swap them.")
     return [str(i) for i in range(int(first), int(last) + 1)]

@@ -25,6 +25,7 @@ from vitreous.files import write
 from vitreous.grafting import graft, grafts
 from vitreous.mechanism import Mechanism, parse, settings, written
 from vitreous.train.network import adapt, build, fill, read_weights
+from vitreous.train.untrusted import check_config, check_mechanisms, check_network, no_larger_than, read_json
 
 FORMAT = 1
 WEIGHTS, CONFIG, MECHANISMS = "model.safetensors", "config.json", "mechanisms.json"
@@ -67,10 +68,14 @@ def load(
     mechanisms = read_mechanisms(folder, foreign)
     tensors = read_weights(folder / WEIGHTS)
     config = read_json(folder / CONFIG)
-    if not timm.is_model(str(config.get("architecture"))):
-        raise UnknownName(str(config.get("architecture")), f"architecture in {folder / CONFIG}", timm.list_models())
-    model = build(f"local-dir:{folder}", in_chans=channels, **arguments)
-    graft(model, *mechanisms)
+    name = str(config.get("architecture"))[:100]
+    if not timm.is_model(name):
+        raise UnknownName(name, f"architecture in {folder / CONFIG}", timm.list_models())
+    check_config(config, folder / CONFIG)
+    check_network(tensors, str(folder), f"local-dir:{folder}", in_chans=channels, **arguments)
+    with no_larger_than(tensors, str(folder)):
+        model = build(f"local-dir:{folder}", in_chans=channels, **arguments)
+        graft(model, *mechanisms)
     fill(model, tensors, str(folder))
     return adapt(model, classes, image_size)
 
@@ -93,7 +98,8 @@ def read_mechanisms(folder: Path, foreign: bool = False) -> list[Mechanism]:
         return []
     recorded = read_json(path)
     texts = recorded.get("mechanisms")
-    if recorded.get("format") != FORMAT or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+    whole = isinstance(texts, list) and all(isinstance(text, str) and len(text) < 1000 for text in texts)
+    if recorded.get("format") != FORMAT or not whole:
         raise DataError(
             f"Found {path} in another form (format {recorded.get('format')!r}). Expected format {FORMAT} with a list of "
             "texts. Read it with the version of Vitreous that wrote it."
@@ -104,23 +110,12 @@ def read_mechanisms(folder: Path, foreign: bool = False) -> list[Mechanism]:
             f"Found {strangers[0]!r} in {path}, a mechanism of another package. Expected ours only, since importing it "
             "runs its code. If you trust that package, ask for it with --foreign (in Python: foreign=True)."
         )
-    return [parse(text, foreign=foreign) for text in texts]
+    mechanisms = [parse(text, foreign=foreign) for text in texts]
+    check_mechanisms(mechanisms, path)
+    return mechanisms
 
 
 def full_text(mechanism: Mechanism) -> str:
     """The text form with every setting written out, so that later defaults do not change what was saved."""
     values = [f"{name}={written(getattr(mechanism, name))}" for name in settings(type(mechanism))]
     return f"{mechanism.name}:{','.join(values)}"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises DataError if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"Found no readable {path} ({error}). Expected a folder that save() or timm wrote. Check the path."
-        ) from error
-    if not isinstance(found, dict):
-        raise DataError(f"Found {path} holding a {type(found).__name__}. Expected a JSON object. Get the file again.")
-    return found

@@ -13,8 +13,9 @@ import torch
 from timm.models import adapt_input_conv, clean_state_dict, get_model_input_config
 from torch import Tensor, nn
 
-from vitreous.errors import DataError, HostError, SettingError, UnknownName
+from vitreous.errors import DataError, HostError, SettingError, UnknownName, VitreousError
 from vitreous.grafting import grafts
+from vitreous.train.untrusted import check_archive
 
 
 def create(
@@ -95,6 +96,11 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
         for name, value in wanted.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
+    differences += [
+        f"{name} holds {tensors[name].dtype}, expected {value.dtype}"
+        for name, value in wanted.items()
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
+    ]
     if differences:
         raise DataError(
             f"The weights in {where} do not fit the model. Found {len(differences)} differences: "
@@ -111,6 +117,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        check_archive(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or hostile file can raise is not foreseeable
         reason = str(error).strip().partition("\n")[0]
@@ -120,9 +127,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     for key in ("state_dict", "model"):
         tensors = tensors.get(key, tensors) if isinstance(tensors, dict) else tensors
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and is_plain(v) for k, v in tensors.items()):
         raise DataError(f"Found {path} without a plain table of tensors. Expected {{name: tensor}}. Save a state_dict.")
     return clean_state_dict(tensors)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor that lies in memory as it is: no sparse, quantized or empty promise of one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_meta
 
 
 # -- the parts -----------------------------------------------------------------------------------------------------
@@ -136,8 +148,10 @@ def build(name: str, **arguments: Any) -> nn.Module:
         raise SettingError(
             f"timm cannot build {name}: {error}. Expected arguments that it takes. Mend --model-kwargs."
         ) from error
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except VitreousError:
+        raise
+    except Exception as error:  # config.json may hold arguments that its author never tried
+        reason = str(error).strip().partition("\n")[0][:300]
         if arguments.get("pretrained"):
             raise DataError(
                 f"timm's weights of {name} cannot be had: {type(error).__name__}: {reason} Expected a network, or a copy "
