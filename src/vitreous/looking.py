@@ -191,7 +191,8 @@ def open_model(name: str, source: Model, console: Console) -> tuple[nn.Module, d
             model, weights = network.create(name, pretrained=True, **arguments), "pretrained"
         except DataError as error:
             raise no_weights(name, str(error).partition(" Expected")[0].rstrip(".")) from error
-    facts = {"name": name, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
+    shown = Path(name).resolve().name if checkpoint.is_folder(name) else name
+    facts = {"name": shown, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
     return model.to(torch_device(source.device)), facts
 
 
