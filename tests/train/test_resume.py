@@ -166,9 +166,11 @@ def test_a_signal_waits_for_the_end_of_the_step(settings, quiet, tmp_path, whole
         assert in_child(begin(settings, quiet, folder, workers=2)) == code
     assert max(path.name for path in (folder / "state").iterdir()) == f"{STEPS + 3:09d}.safetensors"
     assert not (folder / "lock").exists()
+    assert f"Not finished: `vitreous resume {folder}`" in (folder / "summary.md").read_text()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     resume(folder, console=quiet, workers=0)
     assert differing(folder, whole[1]) == []
+    assert "Not finished" not in (folder / "summary.md").read_text()
 
 
 def test_a_signal_during_tests_ends_after_a_batch(settings, quiet, tmp_path, whole, monkeypatch):

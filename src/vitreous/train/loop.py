@@ -71,7 +71,7 @@ def train_once(settings: TrainSettings, folder: Path, console: Console, seeds: r
 
 def go_on(job: Job, run: Run, console: Console) -> None:
     """Train from where the job is, to the end."""
-    with Stopping(speaker(console)) as stopping:
+    with Stopping(run.folder, speaker(console)) as stopping:
         if not job.updates:
             read(job, run, 0)
         while job.place.epoch <= job.settings.epochs:

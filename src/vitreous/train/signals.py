@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 TOLD = (signal.SIGTERM, signal.SIGINT)
@@ -16,8 +17,10 @@ class Stopping:
     Only the main thread of a program hears signals; in another one this does nothing.
     """
 
-    def __init__(self, say: Callable[[str], Any]):
-        self.say, self.heard, self.before = say, None, {}
+    def __init__(self, folder: Path, say: Callable[[str], Any]):
+        self.folder, self.say = folder, say
+        self.heard: int | None = None
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
@@ -38,7 +41,7 @@ class Stopping:
         """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing. The state is saved by now."""
         if self.heard is None:
             return
-        self.say("Stopped as told; the state is saved.")
+        self.say(f"Stopped as told; the state is saved. To go on: vitreous resume {self.folder}")
         if self.heard == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.heard)

@@ -31,6 +31,7 @@ def write(folder: Path) -> None:
     """Write summary.md of a run from its run.json and metrics.jsonl."""
     run, epochs = json.loads((folder / "run.json").read_text(encoding="utf-8")), read_metrics(folder)
     settings, last, model = run["settings"], epochs[-1], run["model"]
+    left = settings["epochs"] - len(epochs)
     shown = sorted({1, len(epochs)} | {round(1 + i * (len(epochs) - 1) / 9) for i in range(10)})
     names = list(last["tests"])
     rows = [["epoch", "loss", *(f"accuracy: {name}" for name in names), "learning rate", "seconds"]]
@@ -53,6 +54,7 @@ def write(folder: Path) -> None:
         table(rows),
         "Accuracy is of the last epoch; none was picked by its score.\n",
         FILES,
+        *([f"Not finished: `vitreous resume {shlex.quote(str(folder))}` goes on.\n"] if left else []),
         f"Typed: `{run['command']}`\n",
         f"Next: `vitreous train {shlex.quote(settings['data'])} --model {shlex.quote(str(folder))}` trains it further.\n",
     ]
