@@ -160,8 +160,9 @@ MAY_IMPORT = {
     "compress": JOBS,
     "demo": JOBS | {"train", "looking", "report"},
     "looking": JOBS | {"train", "report"},
+    "checking": JOBS,
     "shipping": JOBS | {"train"},
-    "cli": JOBS | {"train", "bench", "compress", "demo", "looking", "shipping", "report", "vitreous"},
+    "cli": JOBS | {"train", "bench", "compress", "demo", "checking", "looking", "shipping", "report", "vitreous"},
 }
 
 

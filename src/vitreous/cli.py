@@ -28,6 +28,7 @@ usage: vitreous COMMAND [options]     (vitreous COMMAND --help says more)
   replay RUN                 run the step again at which a run stopped since a number was not finite, and say where it begins
   predict RUN IMAGES...      the classes of images by a trained model, as a CSV file
   export RUN                 a model as a file that runs without Vitreous (ONNX, torch.export, timm), proved to be the same
+  data check DATA            what is wrong with images: unreadable files, copies across parts, classes, masks that do not fit
   list [NAME]                show the mechanisms and networks there are, or one of them with its settings
   demo                       look at a small trained model, train three more on made images and compare them
 
@@ -41,7 +42,10 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 a mistake in what was asked, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    """Run a command; returns the exit code.
+
+    0 done, 1 data with problems, 2 a mistake in what was asked, 130 or 143 stopped by Ctrl-C or SIGTERM.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -125,6 +129,12 @@ def export(words: list[str]) -> None:
     export_command(words)
 
 
+def data(words: list[str]) -> None:
+    from vitreous.checking import data_command
+
+    sys.exit(data_command(words))
+
+
 def demo(words: list[str]) -> None:
     from vitreous.demo import demo, from_words
 
@@ -201,6 +211,7 @@ COMMANDS = {
     "replay": replay,
     "predict": predict,
     "export": export,
+    "data": data,
     "list": show,
     "demo": demo,
 }
