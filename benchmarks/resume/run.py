@@ -2,11 +2,13 @@
 
     python benchmarks/resume/run.py        about 20 minutes on two cores
 
-moments: one run is cut off by SIGKILL at every moment it has (before and after every optimizer step, sync and rename, in the
+moments: a run is cut off by SIGKILL at the moments it has (before and after every optimizer step, sync and rename, in the
     middle of every write of tensors and of every line of metrics, before tests, look and saved model), each time from its
-    start, resumed once, and compared file by file. With 0 and with 2 worker processes.
+    start, resumed once, and compared file by file: at every one without worker processes, at every fifth with two.
 processes: `vitreous train`, then `vitreous resume` again and again in processes of their own, killed after seconds drawn at
-    random, until 20 kills and the end of the run. With 0 and 2 worker processes, and with two threads.
+    random, until 20 kills and the end of the run.
+
+Finished parts of result.json are not done again; names of parts on the command line choose some.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,8 +57,8 @@ LONG = {"data": "cutouts:train=400,test=60,size=16", "epochs": 40, "save_every":
 KILLS, QUIET = 20, Console(quiet=True)
 
 
-def moments(folder: Path, workers: int) -> dict[str, int]:
-    """Cut off at each moment, resume, compare."""
+def moments(folder: Path, workers: int, stride: int) -> dict[str, int]:
+    """Cut off at every so-manieth moment, resume, compare."""
 
     def begin(out: Path):
         return lambda: train(TrainSettings(**RECIPE, **SHORT, workers=workers, out=str(out)), QUIET)
@@ -64,7 +67,7 @@ def moments(folder: Path, workers: int) -> dict[str, int]:
         counted = Moments(patch)
         begin(folder / "whole")()
     equal, killed = 0, 0
-    for at in range(1, counted.count + 1):
+    for at in range(1, counted.count + 1, stride):
         out = folder / "cut"
         with pytest.MonkeyPatch.context() as patch:
             Moments(patch, at)
@@ -78,7 +81,7 @@ def moments(folder: Path, workers: int) -> dict[str, int]:
         equal += not found
         print(f"moment {at} of {counted.count}: {found or 'equal'}", flush=True)
         shutil.rmtree(out)
-    return {"moments": counted.count, "kills": killed, "equal": equal}
+    return {"moments": counted.count, "kills": killed, "runs": killed, "equal": equal}
 
 
 def processes(folder: Path, workers: int, threads: int) -> dict[str, int]:
@@ -118,19 +121,25 @@ def processes(folder: Path, workers: int, threads: int) -> dict[str, int]:
             print(f"{kills} kills, {runs} runs ended, {equal} equal", flush=True)
 
 
+PARTS = {
+    "moments-0-workers": partial(moments, workers=0, stride=1),
+    "moments-2-workers": partial(moments, workers=2, stride=5),
+    "processes-0-workers": partial(processes, workers=0, threads=1),
+    "processes-2-workers": partial(processes, workers=2, threads=1),
+    "processes-2-workers-2-threads": partial(processes, workers=2, threads=2),
+}
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    results: dict[str, dict[str, int]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        for workers in (0, 2):
-            folder = Path(place) / f"moments-{workers}"
-            results[f"every moment, {workers} workers"] = moments(folder, workers)
-        for workers, threads in ((0, 1), (2, 1), (2, 2)):
-            folder = Path(place) / f"processes-{workers}-{threads}"
-            folder.mkdir()
-            results[f"random times, {workers} workers, {threads} threads"] = processes(folder, workers, threads)
-            print(json.dumps(results, indent=2), flush=True)
-    write(HERE / "result.json", results)
+    path = HERE / "result.json"
+    for name in sys.argv[1:] or PARTS:
+        if path.exists() and name in json.loads(path.read_text()):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = PARTS[name](Path(folder))
+        write(path, (json.loads(path.read_text()) if path.exists() else {}) | {name: found})
+        print(name, found, flush=True)
 
 
 if __name__ == "__main__":
