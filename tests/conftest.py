@@ -21,6 +21,11 @@ def pytest_configure(config):
     torch.set_num_threads(1)  # two workers on two cores; and sums in one order
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that fork come first: once a re-entrant backward pass has run in a process, torch trains in none of its forks."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)  # stable; each worker keeps this order
+
+
 def pytest_report_header(config):
     data = f"real data: {'used' if DATA.is_dir() else 'ABSENT, their tests are skipped'} (../shared/data)"
     return [data, f"browser: {chromium() or 'no Chromium is installed, tests of the report page in it are SKIPPED'}"]

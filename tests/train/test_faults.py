@@ -15,6 +15,8 @@ from vitreous.train.resuming import replay, resume
 from vitreous.train.run import read_metrics
 from vitreous.train.state import NotFinite, read_state
 
+pytestmark = pytest.mark.forks
+
 NAN = float("nan")
 
 

@@ -19,6 +19,8 @@ from vitreous.train.lock import locked
 from vitreous.train.resuming import resume
 from vitreous.train.run import read_metrics
 
+pytestmark = pytest.mark.forks
+
 RECIPE = dict(
     data="cutouts:train=40,test=24,size=16",
     graft=("svda",),
