@@ -61,3 +61,16 @@ def browser(request):
         opened = driver.chromium.launch(executable_path=program)
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch) -> Path:
+    """An empty folder to run in, with no network to ask for weights."""
+    monkeypatch.chdir(tmp_path)
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", unreachable)
+    return tmp_path

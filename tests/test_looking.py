@@ -31,16 +31,9 @@ TINY = "vit_tiny_patch16_224 --model-kwargs img_size=32 patch_size=8 depth=2 emb
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(offline):
     """Run in an empty folder, with no network to ask for weights."""
-    monkeypatch.chdir(tmp_path)
-
-    def unreachable(*args, **kwargs):
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", unreachable)
-    return tmp_path
+    return offline
 
 
 @pytest.fixture

@@ -36,16 +36,9 @@ HOW_TO = Path(__file__).resolve().parents[1] / "docs/how-to/ship-a-model.md"
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(offline):
     """Run in an empty folder, with no network to ask for weights."""
-    monkeypatch.chdir(tmp_path)
-
-    def unreachable(*args, **kwargs):
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", unreachable)
-    return tmp_path
+    return offline
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ class Layout:
     """
 
     size: tuple[int, int]
-    queries: Tensor
-    keys: Tensor
+    queries: Tensor = field(repr=False)
+    keys: Tensor = field(repr=False)
     grid: tuple[int, int] | None
     key_grid: tuple[int, int] | None
     prefix: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -75,7 +76,7 @@ class Arrangement:
         return self.spread(x).reshape(*self.groups, *rest)
 
 
-class Map:
+class Map(ABC):
     """A map that gives its rows in a buffer: groups (B, W, H), size (N, M)."""
 
     groups: tuple[int, int, int]
@@ -88,9 +89,9 @@ class Map:
         for start in range(0, queries, step):
             yield slice(start, min(start + step, queries))
 
+    @abstractmethod
     def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
         """Rows (B, W, H, n, M), float32. fresh: the buffer is left as it is until the next block, and may serve once more."""
-        raise NotImplementedError
 
 
 class ComputedMap(Map):

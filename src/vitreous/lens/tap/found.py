@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def guessed(lead: Sequence[int], heads: int | None) -> Factors:
     return (*(((n, "W"),) for n in lead[:-1]), last)
 
 
-class Receiver:
+class Receiver(ABC):
     """What becomes of the attentions of one pass. count: how many were taken; refused: what gave no map.
 
     strict: tensors that no visible call made are an error. In a first pass they are only remembered: what is there again
@@ -118,8 +119,9 @@ class Receiver:
         if refusal not in self.refused:
             self.refused.append(refusal)
 
-    def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:  # noqa: B027 (only the tracer follows)
         """Every call of the pass, after it was made."""
 
+    @abstractmethod
     def attention(self, running: Running, raw: Raw) -> None:
-        raise NotImplementedError
+        """An attention that the pass made."""
