@@ -1,0 +1,126 @@
+"""Timing in turns: orders that are fair, and intervals that hold the truth as often as they say."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vitreous.bench import timing
+from vitreous.bench.timing import order, ratio, rounds
+from vitreous.errors import SettingError
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_orders_are_fair(k):
+    names = [f"arm {i}" for i in range(k)]
+    rows = [order(names, number) for number in range(2 * k)]
+    assert all(sorted(row) == names for row in rows)
+    assert all(rows[i + 1] == rows[i][::-1] for i in range(0, 2 * k, 2))
+    places = Counter((place, name) for row in rows for place, name in enumerate(row))
+    follows = Counter(pair for row in rows for pair in itertools.pairwise(row))
+    assert places == Counter({(place, name): 2 for place in range(k) for name in names})
+    assert follows == Counter({pair: 2 for pair in itertools.permutations(names, 2)})
+
+
+def test_every_arm_is_called_once_a_round_and_warm_up_is_not_kept():
+    calls = []
+    arms = {"slow": lambda: (calls.append("slow"), time.sleep(0.004)), "fast": lambda: calls.append("fast")}
+    said = []
+    seconds = rounds(arms, 5, warmup=2, progress=lambda done, of: said.append((done, of)))
+    there, back = ["slow", "fast"], ["fast", "slow"]
+    assert calls[4:] == there + back + back + there + there  # a round and its reverse, after the warm-up
+    assert len(calls) == 14
+    assert said == [(i, 7) for i in range(1, 8)]
+    assert {name: len(times) for name, times in seconds.items()} == {"slow": 5, "fast": 5}
+    assert min(seconds["slow"]) >= 0.004 > max(seconds["fast"]) > 0
+
+
+def test_garbage_is_not_collected_in_a_call_and_does_not_pile_up():
+    states, alive = [], []
+
+    class Loop:
+        def __init__(self):
+            self.own = self
+
+    def act():
+        states.append(gc.isenabled())
+        Loop()
+        alive.append(sum(isinstance(thing, Loop) for thing in gc.get_objects()))
+
+    assert gc.isenabled()
+    rounds({"a": act}, 4)
+    assert not any(states)
+    assert max(alive) == 1
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+
+    def fails():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rounds({"a": fails}, 1)
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+
+
+def test_cuda_is_timed_by_events_with_nothing_in_flight(monkeypatch):
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            said.append("record")
+
+        def elapsed_time(self, end):
+            return 12.5  # milliseconds
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: said.append("wait"))
+    seconds = rounds({"a": lambda: said.append("act")}, 1, warmup=0, device="cuda")
+    assert seconds == {"a": [0.0125]}
+    assert said == ["wait", "record", "act", "record", "wait"]
+
+
+def test_ratio_of_exact_times():
+    base = [1.0, 2.0, 4.0, 3.0]
+    found = ratio([1.5 * x for x in base], base)
+    assert (found.median, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert (found.rounds, found.verdict) == (4, "slower")
+    assert ratio(base, [1.5 * x for x in base]).verdict == "faster"
+    assert ratio(base, base).verdict == "no difference"
+
+
+def test_a_drift_of_the_machine_cancels():
+    """Two equal arms; every call takes 1 % longer than the one before it, whichever arm it is."""
+    calls = [name for number in range(40) for name in order(["a", "b"], number)]
+    times = {"a": [], "b": []}
+    for i, name in enumerate(calls):
+        times[name].append(1.01**i)
+    found = ratio(times["a"], times["b"])
+    assert found.median == pytest.approx(1, abs=1e-12)
+    assert found.verdict == "no difference"
+
+
+def test_ratio_against_the_formula_in_loops():
+    generator = np.random.default_rng(3)
+    ours, base = generator.lognormal(0, 0.1, (2, 21))
+    pairs = []
+    for i in range(0, 20, 2):
+        pairs.append(math.sqrt(ours[i] / base[i] * ours[i + 1] / base[i + 1]))
+    pairs.sort()
+    assert ratio(ours, base).median == pytest.approx(math.sqrt(pairs[4] * pairs[5]))
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "said"),
+    [([1, 2], [1, 2, 3], "2 and 3 times"), ([1], [1], "1 and 1 times"), ([1, 0], [1, 1], "not above 0")],
+)
+def test_times_that_do_not_fit(ours, base, said):
+    with pytest.raises(SettingError, match=said):
+        ratio(ours, base)
