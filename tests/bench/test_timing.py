@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vitreous.bench import timing
-from vitreous.bench.timing import order, ratio, rounds
+from vitreous.bench.timing import Ratio, interval, order, ratio, rounds
 from vitreous.errors import SettingError
 
 
@@ -33,9 +33,7 @@ def test_every_arm_is_called_once_a_round_and_warm_up_is_not_kept():
     arms = {"slow": lambda: (calls.append("slow"), time.sleep(0.004)), "fast": lambda: calls.append("fast")}
     said = []
     seconds = rounds(arms, 5, warmup=2, progress=lambda done, of: said.append((done, of)))
-    there, back = ["slow", "fast"], ["fast", "slow"]
-    assert calls[4:] == there + back + back + there + there  # a round and its reverse, after the warm-up
-    assert len(calls) == 14
+    assert calls == ["slow", "fast", "fast", "slow"] * 3 + ["slow", "fast"]
     assert said == [(i, 7) for i in range(1, 8)]
     assert {name: len(times) for name, times in seconds.items()} == {"slow": 5, "fast": 5}
     assert min(seconds["slow"]) >= 0.004 > max(seconds["fast"]) > 0
@@ -124,3 +122,43 @@ def test_ratio_against_the_formula_in_loops():
 def test_times_that_do_not_fit(ours, base, said):
     with pytest.raises(SettingError, match=said):
         ratio(ours, base)
+
+
+def test_a_difference_is_claimed_only_where_both_intervals_miss_one():
+    assert Ratio(1.02, 1.01, 1.03, 60, (1.001, 1.04)).verdict == "slower"
+    assert Ratio(1.02, 1.01, 1.03, 60, (0.999, 1.04)).verdict == "no difference"
+    assert Ratio(0.98, 0.97, 0.99, 60, (0.96, 0.999)).verdict == "faster"
+
+
+def correlated(generator, count: int, rho: float) -> np.ndarray:
+    """Heavy-tailed noise around 0 (Student's t, 3 degrees), each value rho of the last one plus news."""
+    values = [0.0]
+    for news in generator.standard_t(3, count + 50):
+        values.append(rho * values[-1] + news)
+    return np.array(values[51:])
+
+
+@pytest.mark.parametrize(("count", "rho", "least"), [(10, 0.0, 0.92), (30, 0.0, 0.92), (30, -0.3, 0.95), (60, 0.3, 0.87)])
+def test_intervals_hold_the_truth_as_often_as_they_say(count, rho, least):
+    """With independent noise 95 of 100; where noise lasts the interval is stretched, or it would be 85 at rho = 0.3."""
+    generator = np.random.default_rng(7)
+    found = np.array([interval(correlated(generator, count, rho), draws=500) for _ in range(400)])
+    assert (np.abs(np.median(found[:, 0])) < 0.1).all()
+    inside = ((found[:, 1] <= 0) & (found[:, 2] >= 0)).mean()
+    surely = ((found[:, 3] <= 0) & (found[:, 4] >= 0)).mean()
+    assert least <= inside <= 0.995
+    assert surely > inside
+
+
+def test_lasting_noise_widens_the_interval():
+    generator = np.random.default_rng(1)
+    values = np.sort(generator.normal(size=60))  # as correlated as can be
+    mixed = generator.permutation(values)
+    narrow, wide = interval(mixed), interval(values)
+    assert wide[0] == narrow[0]
+    assert wide[2] - wide[1] > 2 * (narrow[2] - narrow[1])
+
+
+def test_interval_of_equal_values_has_no_width():
+    assert interval([2.0, 2.0, 2.0]) == (2.0,) * 5
+    assert interval([2.0]) == (2.0,) * 5
