@@ -13,6 +13,18 @@ def test_wilson_is_scipys(correct, count):
     assert intervals.wilson(correct, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 101])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
+def test_student_is_scipys(freedom, level):
+    assert intervals.student(freedom, level) == pytest.approx(stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)
+
+
+def test_interval_of_a_mean_is_scipys():
+    values = [0.71, 0.74, 0.69, 0.73]
+    expected = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert intervals.of_mean(values) == pytest.approx(expected, rel=1e-9)
+
+
 def test_paired_bootstrap_is_resampling_of_pairs():
     random = np.random.default_rng(1)
     ours, theirs = random.random(400) < 0.8, random.random(400) < 0.7

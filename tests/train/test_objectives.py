@@ -1,5 +1,8 @@
 """The loss and the penalties, against sums written out here."""
 
+import math
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -36,7 +39,8 @@ def test_label_smoothing(smoothing):
     target = torch.full((7, 5), smoothing / 5)
     target[torch.arange(7), labels] += 1 - smoothing
     expected = -(target * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(classification_loss(TrainSettings("cutouts", smoothing=smoothing))(logits, labels), expected)
+    settings = TrainSettings("cutouts", smoothing=smoothing)
+    torch.testing.assert_close(classification_loss(settings, labels.numpy(), 5)(logits, labels), expected)
 
 
 def test_mixed_images_have_mixed_labels():
@@ -47,5 +51,42 @@ def test_mixed_images_have_mixed_labels():
     kept = (mixed[0] != 3).double().mean() if set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0} else 1 - mixed[0].mean() / 3
     assert soft[0, 0].item() == pytest.approx(0.9 * kept.item() + 0.025, abs=1e-5)  # image 0 is paired with image 3
     logits = torch.randn(4, 4)
-    torch.testing.assert_close(classification_loss(settings)(logits, soft), -(soft * logits.log_softmax(1)).sum(1).mean())
+    loss = classification_loss(settings, labels.numpy(), 4)
+    torch.testing.assert_close(loss(logits, soft), -(soft * logits.log_softmax(1)).sum(1).mean())
     assert mixing(TrainSettings("cutouts"), 4) is None
+
+
+def by_loops(logits, target, labels):
+    """scikit-learn's balanced weights, n / (K n_c), and the weighted cross-entropy, written out in float64."""
+    n, present = len(labels), sorted(set(labels))
+    total = 0.0
+    for row, soft in zip(logits.double().tolist(), target.double().tolist(), strict=True):
+        peak = max(row)
+        log_sum = peak + math.log(sum(math.exp(value - peak) for value in row))
+        for c, share in enumerate(soft):
+            weight = n / (len(present) * sum(label == c for label in labels)) if c in present else 1.0
+            total -= weight * share * (row[c] - log_sum)
+    return total / len(logits)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_balanced_weights_are_scikit_learns(smoothing, mixup):
+    labels = np.array([0] * 12 + [1] * 3 + [3] * 5)  # nothing of class 2
+    settings = TrainSettings("cutouts", class_weights="balanced", smoothing=smoothing, mixup=mixup)
+    loss = classification_loss(settings, labels, 4)
+    assert loss.weights[labels].double().mean().item() == pytest.approx(1.0, rel=1e-6)
+    draw = torch.Generator().manual_seed(0)
+    logits, batch = torch.randn(6, 4, generator=draw), torch.tensor([0, 1, 3, 0, 1, 3])
+    target = torch.nn.functional.one_hot(batch, 4) * (1 - smoothing) + smoothing / 4
+    expected = by_loops(logits, target, labels.tolist())
+    assert loss(logits, batch).item() == pytest.approx(expected, rel=1e-5)
+    soft = torch.rand(6, 4, generator=draw).softmax(1)  # as mixup makes them
+    assert loss(logits, soft).item() == pytest.approx(by_loops(logits, soft, labels.tolist()), rel=1e-5)
+
+
+def test_equal_classes_weigh_nothing():
+    labels = np.arange(40) % 4
+    logits, batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+    weighted = classification_loss(TrainSettings("cutouts", class_weights="balanced"), labels, 4)
+    torch.testing.assert_close(weighted(logits, batch), torch.nn.functional.cross_entropy(logits, batch))

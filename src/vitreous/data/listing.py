@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -177,12 +177,18 @@ def by_content(listing: Listing, names: Sequence[str], found: dict[str, Examined
         digests.setdefault(listing.classes[name], {}).setdefault(found[name].contents, []).append(name)
     parts = {}
     for same in digests.values():
-        held_out = min(max(round(HELD_OUT * len(same)), 1), len(same) - 1)
-        for rank, digest in enumerate(sorted(same)):
-            parts |= dict.fromkeys(same[digest], "test" if rank < held_out else "train")
+        held_out = lowest(same, HELD_OUT)
+        for digest, some in sorted(same.items()):
+            parts |= dict.fromkeys(some, "test" if digest in held_out else "train")
     if parts and "test" not in parts.values():
         raise DataError("Found one image in each class; expected at least two, one to train on and one to test. Add more.")
     return parts
+
+
+def lowest(digests: Iterable[str], share: float) -> set[str]:
+    """The lowest of the distinct digests: this share of them, 0 to 1, at least one, but never all."""
+    distinct = sorted(set(digests))
+    return set(distinct[: min(max(round(share * len(distinct)), 1), len(distinct) - 1)])
 
 
 def class_names(listing: Listing, quarantined: Sequence[Quarantined], names: dict[str, list[str]]) -> tuple[str, ...]:

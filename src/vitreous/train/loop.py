@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from vitreous.grafting import new_parameters
 from vitreous.lens.look import look
 from vitreous.mechanism import parse
-from vitreous.train import changes, checkpoint, faults, summary
+from vitreous.train import changes, checkpoint, faults, patience, summary
 from vitreous.train.inputs import Loader
 from vitreous.train.lock import locked
 from vitreous.train.losses import write_quarantine
 from vitreous.train.objectives import set_progress, step_losses
 from vitreous.train.prepare import Job, facts, prepare
-from vitreous.train.run import Run, choose_folder, taken
+from vitreous.train.run import Run, choose_folder, read_metrics, taken
 from vitreous.train.settings import TrainSettings
 from vitreous.train.signals import Stopping
 from vitreous.train.state import NotFinite, random_states, restore, writing
@@ -60,7 +60,7 @@ def train_once(settings: TrainSettings, folder: Path, console: Console, seeds: r
             raise taken(folder)
         with writing(folder):
             run.table("manifest.csv", changes.COLUMNS, changes.manifest(job.data))
-            asked = {"data": settings.data} | asdict(settings)
+            asked = {"data": settings.data} | asdict(job.settings)
             write_quarantine(job, run)
             run.start(settings=asked, seeds=[seeds.start, seeds.stop] if seeds else None, **facts(job))
         for remark in [f"Run folder: {folder}", *job.remarks]:
@@ -74,7 +74,7 @@ def go_on(job: Job, run: Run, console: Console) -> None:
     with Stopping(run.folder, speaker(console)) as stopping:
         if not job.updates:
             read(job, run, 0)
-        while job.place.epoch <= job.settings.epochs:
+        while not patience.finished(read_metrics(run.folder), job.settings.epochs, job.settings.patience):
             try:
                 train_epoch(job, run, stopping, console)
             except NotFinite as error:
@@ -82,6 +82,8 @@ def go_on(job: Job, run: Run, console: Console) -> None:
                 continue
             finish_epoch(job, run, stopping, console)
             job.place = job.place.next_epoch()
+        if job.settings.patience is not None:
+            speaker(console)(patience.why(read_metrics(run.folder), job.settings.epochs, job.settings.patience))
     run.states.clear()
 
 
@@ -163,8 +165,9 @@ def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> No
     with writing(run.folder):
         read(job, run, place.epoch)
         stopping.end()
-        checkpoint.save(job.tested, run.folder, classes=job.data.classes, inputs=job.inputs.config())
-        write_predictions(run, outcomes, {name: batches.missing for name, batches in job.tests.items()})
+        if patience.kept([*read_metrics(run.folder), metrics], job.settings.patience) is metrics:
+            checkpoint.save(job.tested, run.folder, classes=job.data.classes, inputs=job.inputs.config())
+            write_predictions(run, outcomes, {name: batches.missing for name, batches in job.tests.items()})
         lost = write_quarantine(job, run)
         run.log(metrics)
         summary.write(run.folder)

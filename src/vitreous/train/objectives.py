@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitreous.train.settings import TrainSettings
 
@@ -14,8 +17,42 @@ if TYPE_CHECKING:
     from vitreous.train.prepare import Job
 
 
-def classification_loss(settings: TrainSettings) -> nn.Module:
-    """Logits (B, classes) and labels (B), or the soft ones (B, classes) of `mixing`, to their mean loss in nats."""
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy in which a class counts by its weight: logits (B, C), labels (B) or soft ones (B, C) -> scalar, in nats.
+
+    - mean over images of sum_c w_c t_c log p_c, with labels t smoothed as timm does, (1 - s) one-hot + s / C. The mean is
+    over images, not over weights as in torch, so that batches that happen to hold rare classes are not damped.
+    """
+
+    def __init__(self, weights: Tensor, smoothing: float = 0.0):
+        super().__init__()
+        self.smoothing = smoothing
+        self.register_buffer("weights", weights)  # (C,)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.ndim == 1:
+            labels = F.one_hot(labels, logits.shape[1]) * (1 - self.smoothing) + self.smoothing / logits.shape[1]
+        return -(self.weights * labels * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
+    """n / (K n_c) for each class c with n_c of n images, K classes having any: mean 1 over images. -> (classes,) float32.
+
+    A class without an image has weight 1. Source: King, Zeng 2001, "Logistic regression in rare events data", as in
+    scikit-learn's class_weight="balanced".
+    """
+    counts = np.bincount(labels, minlength=classes)
+    weights = np.where(counts > 0, len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 1.0)
+    return torch.from_numpy(weights).float()
+
+
+def classification_loss(settings: TrainSettings, labels: np.ndarray, classes: int) -> nn.Module:
+    """Logits (B, classes) and labels (B), or the soft ones (B, classes) of `mixing`, to their mean loss in nats.
+
+    labels: those of all training images, by which classes are weighed.
+    """
+    if settings.class_weights == "balanced":
+        return WeightedCrossEntropy(balanced_weights(labels, classes), settings.smoothing)
     if settings.mixed:
         return SoftTargetCrossEntropy()  # smoothing is in the labels
     return LabelSmoothingCrossEntropy(settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()

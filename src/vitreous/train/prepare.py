@@ -19,11 +19,12 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
 from vitreous.data import ArraySet, Data, ImageSet, open_data
+from vitreous.data.holding import hold_out
 from vitreous.errors import HostError, NotReached, SettingError
 from vitreous.grafting import check, graft, grafts
 from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
-from vitreous.train import checkpoint, network, optim
+from vitreous.train import checkpoint, network, optim, recipes
 from vitreous.train.inputs import Inputs, Loader, loader
 from vitreous.train.objectives import classification_loss, mixing
 from vitreous.train.settings import TrainSettings
@@ -51,6 +52,7 @@ class Job:
     tests: dict[str, Loader]
     sample: ImageSet | None  # what is looked at; None where attention cannot be read
     remarks: list[str]
+    recipe: dict[str, Any] | None = None  # the record of `recipes.resolve`
     updates: int = 0
     place: Place = field(default_factory=Place)
 
@@ -75,6 +77,8 @@ def prepare(settings: TrainSettings, console: Console | None = None) -> Job:
     """
     device = settings.torch_device()
     data, inputs, model, remarks = data_and_model(settings, console)
+    settings, recipe = recipes.resolve(settings, from_weights(settings), len(data.train))
+    remarks += recipes.remarks(recipe) if recipe else []
     there = len(grafts(model))
     graft(model, *(parse(text, foreign=True) for text in settings.graft))
     learning = optim.choose_trainable(model, settings.train, settings.freeze)
@@ -97,7 +101,7 @@ def prepare(settings: TrainSettings, console: Console | None = None) -> Job:
         data=data,
         inputs=inputs,
         model=model,
-        loss=classification_loss(settings),
+        loss=classification_loss(settings, data.train.labels, len(data.classes)).to(device),
         mixing=mixing(settings, len(data.classes)),
         optimizer=optimizer,
         scheduler=optim.scheduler(optimizer, settings, steps=len(train)),
@@ -106,6 +110,7 @@ def prepare(settings: TrainSettings, console: Console | None = None) -> Job:
         tests=tests,
         sample=spaced(data.tests["test"], READ) if readable(model, sample, remarks) else None,
         remarks=remarks,
+        recipe=recipe,
     )
     if grafts(model):
         with job.autocast():
@@ -122,8 +127,8 @@ def data_and_model(settings: TrainSettings, console: Console | None = None) -> t
             f"Found the folder {settings.model}, which has its weights, and --weights or --pretrained. Expected one source. "
             "Leave the other out."
         )
-    loaded = folder or settings.pretrained or settings.weights is not None
-    arguments = settings.network_arguments() | ({"drop_path_rate": settings.drop_path} if settings.drop_path else {})
+    loaded, rate = from_weights(settings), recipes.drop_path(settings)
+    arguments = settings.network_arguments() | ({"drop_path_rate": rate} if rate else {})
     if folder:
         start = partial(checkpoint.load, settings.model, foreign=settings.foreign, **arguments)
     else:
@@ -143,6 +148,7 @@ def data_and_model(settings: TrainSettings, console: Console | None = None) -> t
             outside=settings.outside,
             progress=progress,
         )
+        data = hold_out(data, settings.hold_out) if settings.hold_out else data
     in_memory = isinstance(data.train, ArraySet)  # all of one size, which a new network can take
     size = data.image_size if settings.image_size or loaded or in_memory else own
     if loaded and get_model_input_config(model)["input_size"][0] == data.channels:
@@ -162,6 +168,11 @@ def data_and_model(settings: TrainSettings, console: Console | None = None) -> t
         + f", {'the data' if inputs.mean == tuple(data.mean) else 'the model'}'s normalisation.",
     ]  # fmt: skip
     return data, inputs, model, remarks
+
+
+def from_weights(settings: TrainSettings) -> bool:
+    """True if the network starts with trained weights."""
+    return settings.pretrained or settings.weights is not None or checkpoint.is_folder(settings.model)
 
 
 @contextmanager
@@ -243,4 +254,4 @@ def facts(job: Job) -> dict[str, Any]:
         },
         "device": str(job.device),
         "remarks": job.remarks,
-    }
+    } | ({"recipe": job.recipe} if job.recipe else {})

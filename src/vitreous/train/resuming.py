@@ -13,7 +13,7 @@ from rich.console import Console
 from tyro import conf
 
 from vitreous.errors import DataError
-from vitreous.train import changes, checkpoint, faults, summary
+from vitreous.train import changes, checkpoint, faults, patience, summary
 from vitreous.train.lock import locked
 from vitreous.train.loop import go_on, speaker, train_once
 from vitreous.train.prepare import facts, prepare
@@ -109,7 +109,7 @@ def resume_once(folder: Path, allow_changes: bool, console: Console, changed: di
     with locked(folder, say):
         record = checkpoint.read_json(folder / "run.json")
         settings = recorded_settings(record, changed)
-        if not run.states.paths() and [line["epoch"] for line in read_metrics(folder)][-1:] == [settings.epochs]:
+        if not run.states.paths() and patience.finished(read_metrics(folder), settings.epochs, settings.patience):
             say(f"The run in {folder} is finished.")
             return
         torch.set_num_threads(record["machine"]["threads"])  # sums in the same order

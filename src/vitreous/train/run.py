@@ -7,7 +7,7 @@
     summary.md       the same for people
     manifest.csv     every image it was begun with, by which `vitreous resume` sees what has changed
     state/, lock     while it is not finished: what it goes on from (`train.state`), and who is at it
-    model.safetensors, config.json, mechanisms.json    the model after the last finished epoch
+    model.safetensors, config.json, mechanisms.json    the model: of the last finished epoch, or the best (--patience)
 
 Files appear whole or not at all; only metrics.jsonl grows.
 """

@@ -17,8 +17,10 @@ from tyro import conf
 
 from vitreous.errors import SettingError, UnknownName
 from vitreous.mechanism import parse
+from vitreous.train import recipes
 from vitreous.train.inputs import check_augmentation
 
+CLASS_WEIGHTS = ("none", "balanced")
 SCHEDULERS = ("cosine", "step", "wsd", "constant", "none")
 HELP = """\
 Train or fine-tune a vision transformer, with mechanisms grafted into it, into a run folder.
@@ -49,9 +51,11 @@ class Images:
     """Stop if an image cannot be read, instead of going on without it (quarantine.csv in the run folder says which)."""
     outside: bool = False
     """Let a table of images name files outside its own folder."""
-    aug: str = "none"
+    hold_out: float | None = None
+    """Part of each class's training images to set aside, chosen by their contents, to see by it when to stop; such as 0.1."""
+    aug: str | None = None
     """none | flip | pad (padded crop, flip, rotation by 15 degrees) | crop (random resized crop, flip) | timm's
-    auto-augment text, such as rand-m9-mstd0.5-inc1, on top of crop."""
+    auto-augment text, such as rand-m9-mstd0.5-inc1, on top of crop (default: the recipe's, or none)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,40 +78,48 @@ class Network:
     """What learns: everything, what the grafts brought, or that and the classifier."""
     freeze: Repeated = ()
     """Keep what lies under this path fixed, such as patch_embed or blocks.0-9 (both included)."""
-    drop_path: float = 0.0
-    """Chance of leaving out a residual branch in the last block, rising from 0 in the first; 0 to 1."""
+    drop_path: float | None = None
+    """Chance of leaving out a residual branch in the last block, rising from 0 in the first; 0 to 1 (default: the recipe's, or
+    0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
     """How it is trained."""
 
-    epochs: int = 10
-    """Passes over the training images."""
+    recipe: Literal["none", "auto", "finetune-small", "finetune-large", "scratch"] = "none"
+    """Published values for what is not given below; auto chooses by the weights and the number of images, and says what."""
+    epochs: int | None = None
+    """Passes over the training images (default: the recipe's, or 10)."""
+    patience: int | None = None
+    """Stop after so many epochs without a better accuracy on the images held out, else on val, else on test; the best
+    epoch's weights are kept."""
     batch_size: int = 64
     """Images per step."""
     opt: str = "adamw"
     """Any optimizer of timm's: adam, adamw, sgd, lamb, muon, ..."""
-    lr: float = 5e-4
-    """Highest learning rate."""
+    lr: float | None = None
+    """Highest learning rate (default: the recipe's, for the batch size, or 5e-4)."""
     sched: str = "cosine"
     """cosine (down to 0) | step (a tenth after each third) | wsd (constant, then down in the last fifth) | constant or none."""
-    warmup_epochs: float = 0.0
-    """Epochs, or parts of one, in which the learning rate rises, counted in --epochs."""
+    warmup_epochs: float | None = None
+    """Epochs, or parts of one, in which the learning rate rises, counted in --epochs (default: the recipe's, or 0)."""
     weight_decay: float | None = None
     """Not for biases, norms, and what a model or mechanism exempts (default: 0.05 for adamw and its kin, else 0)."""
     layer_decay: float | None = None
-    """Factor on the learning rate for each layer further from the head, such as 0.75."""
+    """Factor on the learning rate for each layer further from the head, such as 0.75 (default: the recipe's, or off)."""
     clip_grad: float | None = None
-    """Largest norm of the whole gradient."""
-    smoothing: float = 0.0
-    """Label smoothing, 0 to 1."""
-    mixup: float = 0.0
-    """Alpha of mixup; 0 is off."""
-    cutmix: float = 0.0
-    """Alpha of cutmix; 0 is off."""
+    """Largest norm of the whole gradient (default: the recipe's, or any)."""
+    smoothing: float | None = None
+    """Label smoothing, 0 to 1 (default: the recipe's, or 0)."""
+    mixup: float | None = None
+    """Alpha of mixup; 0 is off (default: the recipe's, or 0)."""
+    cutmix: float | None = None
+    """Alpha of cutmix; 0 is off (default: the recipe's, or 0)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: an image of a rare class counts more, by the inverse of its class's number of training images."""
     model_ema: float | None = None
-    """Decay of averaged weights, such as 0.9998; they are then what is tested and saved."""
+    """Decay of averaged weights, such as 0.9998; they are then what is tested and saved (default: the recipe's, or off)."""
     amp: bool = False
     """Forward pass in bfloat16."""
 
@@ -149,9 +161,17 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
             raise UnknownName(self.opt, "optimizer", known, hint="Any of timm's will do.")
         if self.weight_decay is None:  # 0.05 suits a decay apart from the gradient (names in w), not a penalty in it
             object.__setattr__(self, "weight_decay", 0.05 if self.opt.lower().endswith("w") else 0.0)
+        if self.recipe not in recipes.NAMES:
+            raise UnknownName(self.recipe, "recipe", recipes.NAMES)
+        if self.recipe == "none":
+            recipes.fill_plain(self)
+        recipes.check_recipe(self)
+        if self.class_weights not in CLASS_WEIGHTS:
+            raise UnknownName(self.class_weights, "kind of class weights", CLASS_WEIGHTS)
         if self.sched not in SCHEDULERS:
             raise UnknownName(self.sched, "scheduler", SCHEDULERS)
-        check_augmentation(self.aug)
+        if self.aug is not None:
+            check_augmentation(self.aug)
         for text in self.graft:
             parse(text, foreign=True)
         for name, (low, high) in RANGES.items():
@@ -163,7 +183,7 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
                 f"Found --batch-size {self.batch_size} with mixup or cutmix, which pair images. Expected an even number. "
                 "Change one of them."
             )
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+        if self.warmup_epochs and self.epochs and self.warmup_epochs >= self.epochs:
             raise SettingError(
                 f"Found --warmup-epochs {self.warmup_epochs} of --epochs {self.epochs}. Expected fewer, since the warm-up "
                 "counts among the epochs. Lower it or train longer."
@@ -176,7 +196,7 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
     @property
     def mixed(self) -> bool:
         """True if training images are mixed with each other."""
-        return self.mixup > 0 or self.cutmix > 0
+        return bool(self.mixup or self.cutmix)
 
     def network_arguments(self) -> dict[str, Any]:
         """`model_kwargs` as keyword arguments of `timm.create_model`."""
@@ -219,8 +239,10 @@ def torch_device(name: str) -> torch.device:
 RANGES = {
     "image_size": (1, 10_000),
     "limit": (1, 10**9),
+    "hold_out": (0.001, 0.9),
     "drop_path": (0, 1),
     "epochs": (1, 100_000),
+    "patience": (1, 100_000),
     "batch_size": (1, 100_000),
     "lr": (0, 1e3),
     "warmup_epochs": (0, 100_000),

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vitreous.files import write_text
+from vitreous.train import patience
+from vitreous.train.intervals import of_mean
 from vitreous.train.run import read_metrics
 
 FILES = """\
 - `metrics.jsonl`: one line per epoch; `readings/`: what it looked at, by epoch; `predictions.csv`: every test image
-- `model.safetensors`, `config.json`, `mechanisms.json`: the model after the last finished epoch
+- `model.safetensors`, `config.json`, `mechanisms.json`: the model, of the last epoch unless it says otherwise above
 - `run.json`: settings, versions, machine
 """
 
@@ -31,8 +33,9 @@ def write(folder: Path) -> None:
     """Write summary.md of a run from its run.json and metrics.jsonl."""
     run, epochs = json.loads((folder / "run.json").read_text(encoding="utf-8")), read_metrics(folder)
     settings, last, model = run["settings"], epochs[-1], run["model"]
-    left = settings["epochs"] - len(epochs)
-    shown = sorted({1, len(epochs)} | {round(1 + i * (len(epochs) - 1) / 9) for i in range(10)})
+    patient = settings.get("patience")
+    spaced = {round(1 + i * (len(epochs) - 1) / 9) for i in range(10)}
+    shown = sorted(spaced | {1, len(epochs), patience.kept(epochs, patient)["epoch"]})
     names = list(last["tests"])
     rows = [["epoch", "loss", *(f"accuracy: {name}" for name in names), "learning rate", "seconds"]]
     rows += [
@@ -45,6 +48,7 @@ def write(folder: Path) -> None:
         ]
         for found in (epochs[number - 1] for number in shown)
     ]
+    going_on = f"vitreous resume {shlex.quote(str(folder))}"
     text = [
         f"# {model['architecture']} on {run['data']['name']}\n",
         f"Grafts: {', '.join(f'`{text}`' for text in model['mechanisms']) or 'none'}. Seed {run['seed']}. "
@@ -52,9 +56,9 @@ def write(folder: Path) -> None:
         f"{run['device']}, started {run['started']}.\n",
         *(f"{remark}\n" for remark in run["remarks"]),
         table(rows),
-        "Accuracy is of the last epoch; none was picked by its score.\n",
+        f"{patience.why(epochs, settings['epochs'], patient)}\n",
         FILES,
-        *([f"Not finished: `vitreous resume {shlex.quote(str(folder))}` goes on.\n"] if left else []),
+        *([] if patience.finished(epochs, settings["epochs"], patient) else [f"Not finished: `{going_on}` goes on.\n"]),
         f"Typed: `{run['command']}`\n",
         f"Next: `vitreous train {shlex.quote(settings['data'])} --model {shlex.quote(str(folder))}` trains it further.\n",
     ]
@@ -62,16 +66,29 @@ def write(folder: Path) -> None:
 
 
 def write_seeds(folder: Path, runs: list[Path]) -> None:
-    """Write summary.md of several seeds: each one's last accuracies, their mean and standard deviation."""
-    last = [read_metrics(run)[-1]["tests"] for run in runs]
-    names = list(last[0])
-    scores = {name: [100 * found[name]["accuracy"] for found in last] for name in names}
+    """Write summary.md of several seeds: each one's accuracies, their mean, its 95 % interval, and their standard deviation."""
+    found = [outcome(run) for run in runs]
+    names = list(found[0])
+    scores = {name: [100 * tests[name]["accuracy"] for tests in found] for name in names}
+    ends = {name: of_mean(scores[name]) for name in names}
     rows = [["run", *(f"accuracy: {name}" for name in names)]]
     rows += [[run.name, *(f"{scores[name][i]:.2f} %" for name in names)] for i, run in enumerate(runs)]
     rows += [["mean", *(f"{statistics.mean(scores[name]):.2f} %" for name in names)]]
+    rows += [["95 % interval of the mean", *(f"{ends[name][0]:.2f} to {ends[name][1]:.2f} %" for name in names)]]
     rows += [["standard deviation", *(f"{statistics.stdev(scores[name]):.2f}" for name in names)]]
-    text = [f"# {len(runs)} seeds\n", table(rows), "Each folder is a run of its own, with its own summary.\n"]
+    text = [
+        f"# {len(runs)} seeds\n",
+        table(rows),
+        "The interval is Student's: where the mean of many more such runs would lie, on these test images.\n",
+        "Each folder is a run of its own, with its own summary.\n",
+    ]
     write_text(folder / "summary.md", "\n".join(text))
+
+
+def outcome(folder: Path) -> dict[str, dict[str, float]]:
+    """Scores by test set of the epoch whose weights a run keeps."""
+    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+    return patience.kept(read_metrics(folder), settings.get("patience"))["tests"]
 
 
 def table(rows: list[list[str]]) -> str:

@@ -1,0 +1,153 @@
+"""Recipes: values for the settings that were not given, as published for timm's networks, and where each comes from.
+
+    finetune-small    trained weights, fewer than 10,000 training images: the gentle part of what is published
+    finetune-large    trained weights, more images: with mixup, cutmix, RandAugment and averaged weights
+    scratch           no trained weights: DeiT's
+    auto              one of the three, by whether there are trained weights and by the number of training images
+    none              the plain defaults
+
+What is given always wins. Sources:
+
+    MAE       He et al. 2022, arXiv 2111.06377, table 9, and FINETUNE.md of its code: AdamW, 5e-4 per 256 images with layer
+              decay 0.65 (ViT-B), 1e-3 with 0.75 (ViT-L), weight decay 0.05, drop path 0.1, smoothing 0.1, mixup 0.8,
+              cutmix 1.0, RandAugment 9 and 0.5, cosine with a warm-up
+    BEiT      Bao et al. 2022, arXiv 2106.08254, and its code: layer decay 0.65 (base) and 0.75 (large), weight decay 0.05
+    DeiT      Touvron et al. 2021, arXiv 2012.12877, table 9: 5e-4 per 512 images, 5 of 300 epochs of warm-up, drop path 0.1,
+              smoothing 0.1, mixup 0.8, cutmix 1.0, RandAugment 9 and 0.5
+    DeiT III  Touvron et al. 2022, arXiv 2204.07118, and its commands: fine-tuning for 20 epochs, mixup and cutmix as above
+    ViT       Dosovitskiy et al. 2021, arXiv 2010.11929, appendix B: gradients clipped at norm 1
+    transfer  Kornblith et al. 2019, arXiv 1805.08974: small sets with random crops and flips alone
+    RSB       Wightman et al. 2021, arXiv 2110.00476: a schedule of 100 epochs (A3)
+    timm      its train script: a rate for 256 images, times sqrt(batch / 256) for Adam and its kin; averages of decay 0.9998
+
+Ours are the border of 10,000 images (most sets of the transfer literature lie below it, CIFAR-10 and ImageNet above), 30
+epochs for small sets, and a warm-up over a tenth of the epochs. The optimizer (AdamW), the cosine and weight decay (0.05) are
+the plain defaults already, and the resolution stays the network's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vitreous.errors import SettingError
+
+if TYPE_CHECKING:
+    from vitreous.train.settings import TrainSettings
+
+SMALL = 10_000  # training images, below which a set counts as small
+BASE = 256  # images for which a recipe's learning rate is meant
+STRONG = "rand-m9-mstd0.5-inc1"
+PLAIN = {
+    "epochs": 10, "lr": 5e-4, "warmup_epochs": 0.0, "layer_decay": None, "drop_path": 0.0, "clip_grad": None,
+    "smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "model_ema": None, "aug": "none",
+}  # fmt: skip
+Values = dict[str, tuple[Any, str]]  # {setting: (value, its source)}; lr for BASE images, warmup_epochs as part of the epochs
+COMMON: Values = {
+    "warmup_epochs": (0.1, "a tenth of the epochs"),
+    "drop_path": (0.1, "MAE, DeiT"),
+    "clip_grad": (1.0, "ViT"),
+    "smoothing": (0.1, "MAE, DeiT"),
+}
+MIXED: Values = {"mixup": (0.8, "MAE, DeiT"), "cutmix": (1.0, "MAE, DeiT"), "aug": (STRONG, "MAE, DeiT")}
+RECIPES: dict[str, Values] = {
+    "finetune-small": COMMON
+    | {
+        "epochs": (30, "between 20 and 50 of DeiT III"),
+        "lr": (5e-4, "MAE"),
+        "layer_decay": (0.65, "BEiT, MAE"),
+        "aug": ("crop", "transfer"),
+    },
+    "finetune-large": COMMON
+    | MIXED
+    | {
+        "epochs": (20, "DeiT III"),
+        "lr": (1e-3, "MAE"),
+        "layer_decay": (0.75, "BEiT, MAE"),
+        "model_ema": (0.9998, "timm"),
+    },
+    "scratch": COMMON
+    | MIXED
+    | {"epochs": (100, "RSB"), "lr": (3.5e-4, "DeiT, 5e-4 for 512"), "model_ema": (0.9998, "timm")},
+}
+NAMES = ("none", "auto", *RECIPES)
+
+
+def fill_plain(settings: TrainSettings) -> None:
+    """Give a frozen record that asks for no recipe the plain values where it has none."""
+    for name, value in PLAIN.items():
+        if getattr(settings, name) is None:
+            object.__setattr__(settings, name, value)
+
+
+def check_recipe(settings: TrainSettings) -> None:
+    """Raise SettingError if a recipe is asked for whose learning rate does not suit the optimizer."""
+    if settings.recipe != "none" and settings.lr is None and not scaled_by_root(settings.opt):
+        raise SettingError(
+            f"Found --recipe {settings.recipe} with --opt {settings.opt} and no --lr. Expected one, since the recipes' "
+            "learning rates are for AdamW and its kin. Give --lr, or leave --opt out."
+        )
+
+
+def scaled_by_root(opt: str) -> bool:
+    """True for optimizers whose learning rate timm's train script scales by the root of the batch."""
+    return any(kin in opt.lower() for kin in ("ada", "lamb"))
+
+
+def choose(loaded: bool, images: int) -> tuple[str, str]:
+    """The recipe for a run with or without trained weights on so many training images, and why, in words."""
+    if not loaded:
+        return "scratch", "no trained weights"
+    small = images < SMALL
+    return f"finetune-{'small' if small else 'large'}", (
+        f"trained weights and {images:,} training images, {'fewer than' if small else 'at least'} {SMALL:,}"
+    )
+
+
+def resolve(settings: TrainSettings, loaded: bool, images: int) -> tuple[TrainSettings, dict[str, Any] | None]:
+    """Settings without gaps, and the record for run.json: the recipe, why it, every value and its source; None without one.
+
+    loaded: whether it starts from trained weights. images: in training.
+    """
+    if settings.recipe == "none":
+        return settings, None
+    used, why = choose(loaded, images) if settings.recipe == "auto" else (settings.recipe, "as asked")
+    found: Values = {}
+    for name, plain in PLAIN.items():  # epochs come first, on which the warm-up depends
+        given = getattr(settings, name)
+        if given is not None:
+            found[name] = given, "given"
+        elif name in RECIPES[used]:
+            found[name] = scaled(name, *RECIPES[used][name], settings, found)
+        else:
+            found[name] = plain, "plain default"
+    record = {"asked": settings.recipe, "used": used, "why": why}
+    record["values"] = {name: {"value": value, "from": source} for name, (value, source) in found.items()}
+    return replace(settings, recipe=used, **{name: value for name, (value, _) in found.items()}), record
+
+
+def scaled(name: str, value: Any, source: str, settings: TrainSettings, found: Values) -> tuple[Any, str]:
+    """A recipe's value for this run: the rate for the batch by timm's rule, the warm-up for the epochs."""
+    if name == "lr":
+        return float(f"{value * (settings.batch_size / BASE) ** 0.5:.3g}"), (
+            f"{source}, {value:g} x sqrt({settings.batch_size} / {BASE})"
+        )
+    if name == "warmup_epochs":
+        return round(value * found["epochs"][0], 3), source
+    return value, source
+
+
+def drop_path(settings: TrainSettings) -> float:
+    """The rate of drop path, which a network is built with, before the images are counted: all recipes have the same."""
+    return COMMON["drop_path"][0] if settings.drop_path is None else settings.drop_path
+
+
+def remarks(record: dict[str, Any]) -> list[str]:
+    """What to say of a record of `resolve`."""
+    by = {True: [], False: []}
+    for name, found in record["values"].items():
+        if found["from"] != "plain default":
+            text = f"{name} {found['value']}" + ("" if found["from"] == "given" else f" ({found['from']})")
+            by[found["from"] == "given"].append(text)
+    lines = [f"Recipe: {record['used']} ({record['why']}): {', '.join(by[False])}."]
+    return lines + ([f"Given, over the recipe: {', '.join(by[True])}."] if by[True] else [])
