@@ -120,6 +120,20 @@ def test_masks_in_another_folder_go_by_name(folder, tmp_path):
     assert photographs(folder, table).mask(3).sum() == 12
 
 
+def test_a_table_of_boxes_names_files_beside_it_and_may_hold_more(folder):
+    """Of a data set with one table for all parts, one part or class is looked at."""
+    lines = ["split,class,file,x0,y0,x1,y1", "val,sub,c.png,0,0,1,0", "train,sub,c.png,9,9,9,9"]
+    (folder.parent / "boxes.csv").write_text("\n".join(lines).replace("val,", folder.name + ",") + "\n")
+    for given in (folder, folder / "sub", folder / "sub/c.png"):
+        found = photographs(given, folder.parent / "boxes.csv")
+        at = [i for i, name in enumerate(found.names) if name.endswith("c.png")]
+        assert [found.mask(i).sum() for i in at] == [2]
+        assert all(found.mask(i) is None for i in range(len(found)) if i not in at)
+    (folder.parent / "boxes.csv").write_text("file,x0,y0,x1,y1\nnobody.png,0,0,1,1\n")
+    with pytest.raises(DataError, match="no mask in .*boxes.csv.* for any of"):
+        photographs(folder, folder.parent / "boxes.csv")
+
+
 def test_a_broken_file_stops_no_other(folder):
     (folder / "broken.png").write_bytes(b"\x89PNG but no more")
     raw = io.BytesIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Container
 
 import numpy as np
 
@@ -47,8 +48,13 @@ def match_masks(masks: dict[str, Mask], files: dict[str, Source], report: Report
     return {stems[stem]: mask for stem, mask in masks.items() if stem in stems and mask[0].lower().endswith(".png")}
 
 
-def read_boxes(raw: bytes, files: dict[str, Source], report: Report = raised) -> dict[str, list[Box]]:
-    """Boxes from a table with the columns file, x0, y0, x1, y1 and, before the file's own name, split and class (or wnid)."""
+def read_boxes(
+    raw: bytes, files: Container[str], report: Report = raised, *, others: bool = False
+) -> dict[str, list[Box]]:
+    """Boxes from a table with the columns file, x0, y0, x1, y1 and, before the file's own name, split and class (or wnid).
+
+    files: names of the images. others: pass over the boxes of images that are not among them.
+    """
     boxes: dict[str, list[Box]] = {}
     rows = csv.DictReader(io.StringIO(raw.decode("utf-8-sig", "replace")))
     for line, row in enumerate(rows, start=2):
@@ -56,6 +62,8 @@ def read_boxes(raw: bytes, files: dict[str, Source], report: Report = raised) ->
             parts = [row[key] for key in ("split", "class", "wnid", "file") if row.get(key)]
             box = tuple(int(row[key]) for key in ("x0", "y0", "x1", "y1"))
             name = "/".join(parts)
+            if others and parts and name not in files:
+                continue
             if name not in files or not (0 <= box[0] <= box[2] and 0 <= box[1] <= box[3]):
                 raise ValueError(name)
         except (KeyError, TypeError, ValueError) as error:

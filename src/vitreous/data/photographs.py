@@ -112,7 +112,7 @@ def _beside(path: Path, files: dict[str, Source]) -> dict[str, Foreground]:
         stems = {name: TWICE.sub("", name).rpartition(".")[0] for name in files}
         found: dict[str, Foreground] = {name: masks[stem] for name, stem in stems.items() if stem in masks}
     elif path.suffix.lower() == ".csv" and path.is_file():
-        found = dict(read_boxes(contents(path, path.name), files))
+        found = dict(_boxes(path, files))
     else:
         raise DataError(f"Found no folder or .csv file {str(path)!r}. Expected masks, or a table of boxes. Check --masks.")
     if not found:
@@ -121,3 +121,14 @@ def _beside(path: Path, files: dict[str, Source]) -> dict[str, Foreground]:
             "the same name, apart from the suffix. Rename them, or leave --masks out."
         )
     return found
+
+
+def _boxes(path: Path, files: dict[str, Source]) -> dict[str, Foreground]:
+    """Boxes in a table that names files beside it, or images as they are called here; those of others are passed over."""
+    top = path.resolve().parent
+    called = {name: name for name in files}
+    for name, source in files.items():
+        if isinstance(source, Path) and source.resolve().is_relative_to(top):
+            called[source.resolve().relative_to(top).as_posix()] = name
+    boxes = read_boxes(contents(path, path.name), called, others=True)
+    return {called[row]: found for row, found in boxes.items()}
