@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import shutil
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+ATTEMPTS = pytest.StashKey[Path]()  # the file of connections that were stopped
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -17,8 +24,49 @@ def pytest_addoption(parser):
     parser.addoption("--require-browser", action="store_true", help="fail where there is no Chromium to open the report with")
 
 
+GUARD = Path(__file__).parent / "no_network" / "sitecustomize.py"
+NOWHERE = {"server": "http://127.0.0.1:9"}  # a proxy that nobody listens as: Chromium reaches this machine and no other
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)  # two workers on two cores; and sums in one order
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        stop_connections(config)
+
+
+def stop_connections(config):
+    """Let no connection leave the machine from this process, which runs tests, nor from those that it starts."""
+    folder = Path(tempfile.mkdtemp(prefix="no-network-"))
+    spec = importlib.util.spec_from_file_location("sitecustomize", shutil.copy(GUARD, folder))
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    config.stash[ATTEMPTS] = folder / "attempts"
+
+
+def pytest_unconfigure(config):
+    if ATTEMPTS in config.stash:
+        shutil.rmtree(config.stash[ATTEMPTS].parent)
+
+
+@pytest.fixture
+def connections(request) -> Callable[[], list[dict[str, str]]]:
+    """Call it for the connections that were stopped, each with to, by, at; those are then forgotten, and no failure."""
+    log = request.config.stash[ATTEMPTS]
+
+    def taken() -> list[dict[str, str]]:
+        found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        log.unlink(missing_ok=True)
+        return found
+
+    return taken
+
+
+@pytest.fixture(autouse=True)
+def no_network(connections):
+    """Nothing may try to leave the machine during a test; whoever does is stopped, and named."""
+    yield
+    if found := connections():
+        pytest.fail("\n".join(f"connection to {one['to']} by {one['by']}\n{one['at']}" for one in found), pytrace=False)
 
 
 def pytest_collection_modifyitems(items):
@@ -51,14 +99,14 @@ def shared_data(request) -> Path:
 
 @pytest.fixture(scope="session")
 def browser(request):
-    """A headless Chromium of the system; skips without one, or fails under --require-browser."""
+    """A headless Chromium of the system, which no request leaves; skips without one, or fails under --require-browser."""
     program = chromium()
     if program is None:
         (pytest.fail if request.config.getoption("--require-browser") else pytest.skip)("no Chromium is installed")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=program)
+        opened = driver.chromium.launch(executable_path=program, proxy=NOWHERE)
         yield opened
         opened.close()
 
