@@ -119,7 +119,7 @@ def test_weights_are_asked_for_when_the_user_does_and_not_before(tmp_path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("time.sleep", lambda _: None)
-    assert main("train cutouts --model test_vit --pretrained --out run".split()) == 2
+    assert main(["train", "cutouts", "--model", "test_vit", "--pretrained", "--out", "run"]) == 2
     said = capsys.readouterr().err
     assert "timm's weights of test_vit cannot be had" in said
     assert "Traceback" not in said

@@ -210,7 +210,7 @@ def table(found: dict) -> str:
             f"| {gain:+.3f} [{least:.3f}, {most:.3f}] |"
         )
     same = found["onnx"]
-    lines += ["", f"onnxruntime gives {same['same class']:,} of {same['images']:,} test images the class that the run gave them."]
+    lines += ["", f"onnxruntime gives {same['same class']:,} of {same['images']:,} test images the class that the run gave."]
     return "\n".join(lines) + "\n"
 
 

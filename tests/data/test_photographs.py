@@ -130,7 +130,7 @@ def test_a_table_of_boxes_names_files_beside_it_and_may_hold_more(folder):
         assert [found.mask(i).sum() for i in at] == [2]
         assert all(found.mask(i) is None for i in range(len(found)) if i not in at)
     (folder.parent / "boxes.csv").write_text("file,x0,y0,x1,y1\nnobody.png,0,0,1,1\n")
-    with pytest.raises(DataError, match="no mask in .*boxes.csv.* for any of"):
+    with pytest.raises(DataError, match=r"no mask in .*boxes\.csv.* for any of"):
         photographs(folder, folder.parent / "boxes.csv")
 
 
