@@ -24,6 +24,7 @@ usage: vitreous COMMAND [options]     (vitreous COMMAND --help says more)
   compare A B                two readings or runs side by side, in one report.html
   calibrate MODEL PHOTOS...  find a model's foreground direction from photographs, without labels or masks
   train DATA                 train or fine-tune a vision transformer, with mechanisms grafted into it
+  study DATA                 train arms with different grafts on the same seeds, and compare them with paired intervals
   resume RUN                 go on with an interrupted run, so that it ends as if it had not been
   replay RUN                 run the step again at which a run stopped since a number was not finite, and say where it begins
   predict RUN IMAGES...      the classes of images by a trained model, as a CSV file
@@ -96,9 +97,19 @@ def train(words: list[str]) -> None:
 
 def resume(words: list[str]) -> None:
     from vitreous.train.resuming import resume, resume_words
+    from vitreous.train.study import again
 
     folder, allow_changes, changed = resume_words(words)
-    report(resume(folder, allow_changes, **changed))
+    if (Path(folder) / "study.json").is_file():
+        report_study(again(Path(folder)))
+    else:
+        report(resume(folder, allow_changes, **changed))
+
+
+def study(words: list[str]) -> None:
+    from vitreous.train.study import study, study_words
+
+    report_study(study(*study_words(words)))
 
 
 def replay(words: list[str]) -> None:
@@ -109,10 +120,20 @@ def replay(words: list[str]) -> None:
 
 def report(folder: Path) -> None:
     """Say where the summary of a run is, and write its report."""
+    report_runs(folder, sorted(folder.glob("seed-*")) or [folder])
+
+
+def report_study(folder: Path) -> None:
+    """Say where the summary of a study is, and write a report of its arms side by side, each by its first seed."""
+    from vitreous.train.study import first_runs
+
+    report_runs(folder, first_runs(folder))
+
+
+def report_runs(folder: Path, runs: list[Path]) -> None:
     from vitreous.report.page import write
 
     print(f"Done: {folder}/summary.md")
-    runs = sorted(folder.glob("seed-*")) or [folder]
     if all((run / "readings").is_dir() for run in runs):  # none where the model shows no attention; the summary says why
         print(f"Report: {write(runs, folder / 'report.html')}")
 
@@ -207,6 +228,7 @@ COMMANDS = {
     "compare": compare,
     "calibrate": calibrate,
     "train": train,
+    "study": study,
     "resume": resume,
     "replay": replay,
     "predict": predict,

@@ -50,12 +50,20 @@ def student(freedom: int, level: float = 0.95) -> float:
 def paired(ours: np.ndarray, theirs: np.ndarray, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
     """Difference of two accuracies on the same images, and its 95 % bootstrap interval: (difference, low, high).
 
-    ours, theirs: (n,) bool, right or wrong, image by image. Images are drawn with replacement, pairs kept together; since
-    a pair can only be worth -1, 0 or 1, that is a draw of three counts.
+    ours, theirs: (n,) bool, right or wrong, image by image; pairs are kept together.
     """
-    difference = ours.astype(int) - theirs.astype(int)  # (n,)
-    n, values = len(difference), np.array([-1, 0, 1])
-    shares = np.array([(difference == value).mean() for value in values])
+    return of_images(ours.astype(int) - theirs.astype(int), draws=draws, seed=seed)
+
+
+def of_images(
+    differences: np.ndarray, level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of (n,) values, one for each image, and its bootstrap interval: (mean, low, high).
+
+    Images are drawn with replacement; since there are few different values, that is a draw of how often each of them comes.
+    """
+    n, values = len(differences), np.unique(differences)
+    shares = np.array([(differences == value).mean() for value in values])
     means = np.random.default_rng(seed).multinomial(n, shares, size=draws) @ values / n
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(differences.mean()), float(low), float(high)

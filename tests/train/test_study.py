@@ -1,0 +1,125 @@
+"""A study: arms in pairs of equal seed, one folder, the same result however often it was interrupted, mistakes named first."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from train.interrupting import Moments, differing, in_child
+from vitreous.cli import main
+from vitreous.errors import SettingError, UnknownName, VitreousError
+from vitreous.train.run import read_metrics, read_table
+from vitreous.train.study import again, choose, plan, study, study_words
+
+ARMS = ("plain", "svda:scale=sqrt")
+FOLDERS = {f"{arm}-seed-{seed}" for arm in ("plain", "svda-scale=sqrt") for seed in (3, 4)}
+
+
+@pytest.fixture
+def given(settings, tmp_path):
+    def build(**changes):
+        return settings(**{"epochs": 1, "seeds": 2, "seed": 3, "out": str(tmp_path / "study"), **changes})
+
+    return build
+
+
+def results(folder):
+    return json.loads((folder / "study.json").read_text())["results"]
+
+
+@pytest.mark.forks
+def test_a_study_says_what_its_runs_say_and_goes_on_where_it_was_killed(given, quiet, tmp_path):
+    folder = study(given(), ARMS, quiet)
+    assert {path.name for path in folder.iterdir()} == FOLDERS | {"study.json", "summary.md"}
+    for arm, name in (("plain", "plain"), ("svda:scale=sqrt", "svda-scale=sqrt")):
+        scores = [read_metrics(folder / f"{name}-seed-{seed}")[-1]["tests"]["test"]["accuracy"] for seed in (3, 4)]
+        assert results(folder)["tests"]["test"]["arms"][arm]["accuracy"] == scores
+    one = {path.name: read_table(path / "manifest.csv") for path in folder.glob("*-seed-*")}
+    assert one["plain-seed-3"] == one["svda-scale=sqrt-seed-3"] != one["plain-seed-4"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Moments(patch, act=lambda: None)
+        study(given(out=str(tmp_path / "counted")), ARMS, quiet)
+    for k in (1, 2):  # in different runs
+        other = tmp_path / f"killed-{k}"
+
+        def dies(other=other, at=counted.count * (3 * k - 2) // 7):
+            with pytest.MonkeyPatch.context() as patch:
+                Moments(patch, at=at)
+                study(given(out=str(other)), ARMS, quiet)
+
+        assert in_child(dies) == -9
+        assert again(other, quiet) == other if k == 2 else study(given(out=str(other)), ARMS, quiet) == other
+        assert results(other)["tests"] == results(folder)["tests"]
+        for name in FOLDERS:
+            assert differing(folder / name, other / name) == []
+
+
+def test_finished_runs_are_kept_and_other_studies_refused(given, quiet, tmp_path):
+    folder = study(given(seeds=1), ARMS, quiet)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/model.safetensors")}
+    assert len(before) == 2
+    study(given(seeds=1), ARMS, quiet)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/model.safetensors")} == before
+    with pytest.raises(SettingError, match=r"another study.*lr: 0\.0005, now 0\.001"):
+        study(given(seeds=1, lr=1e-3), ARMS, quiet)
+    with pytest.raises(SettingError, match=r"another study.*seeds"):
+        study(given(), ARMS, quiet)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("kept")
+    with pytest.raises(SettingError, match="Found something"):
+        study(given(out=str(tmp_path / "other")), ARMS, quiet)
+
+
+@pytest.mark.parametrize(
+    ("arms", "changes", "kind", "said"),
+    [
+        (("plain",), {}, SettingError, "at least two"),
+        ((), {}, SettingError, "none"),
+        (("svda", " svda "), {}, SettingError, "all different"),
+        (("plain", "svdaa"), {}, UnknownName, "Did you mean 'svda'"),
+        (("plain", "svda svda"), {}, VitreousError, "already"),
+        (("plain", "svda:layers=7"), {}, SettingError, "0 to 1"),
+        (("plain", "svda"), {"graft": ("spc",)}, SettingError, "--arm svda"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(given, quiet, tmp_path, arms, changes, kind, said):
+    with pytest.raises(kind, match=said):
+        study(given(**changes), arms, quiet)
+    assert not list(tmp_path.rglob("run.json"))
+    assert not list(tmp_path.rglob("study.json"))
+
+
+def test_default_folders_are_found_again(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = given(out=None), given(out=None, lr=1e-3)
+    folders = {}
+    for settings in (one, two, one):
+        asked = plan(settings, {"plain": (), "svda": ("svda",)})
+        folder = choose(settings, asked)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "study.json").write_text(json.dumps(asked))
+        folders.setdefault(settings.lr, set()).add(folder.as_posix())
+    assert folders == {5e-4: {"studies/cutouts"}, 1e-3: {"studies/cutouts-2"}}
+    assert choose(replace(two, workers=1), plan(two, {"plain": (), "svda": ("svda",)})).name == "cutouts-2"
+
+
+def test_folders_of_arms_are_plain_and_apart(given):
+    arms = {"../x": ("a",), "x": ("b",), "svda:layers=0-1 spc": ("c",)}
+    assert [arm["folder"] for arm in plan(given(), arms)["arms"]] == ["x", "x-2", "svda-layers=0-1-spc"]
+
+
+def test_the_command(given, quiet, tmp_path, capsys):
+    words = ["cutouts:train=40,test=24,size=16", "--arm", "plain", "--arm", "svda", "--seeds", "1", "--epochs", "1"]
+    words += ["--batch-size", "16", "--device", "cpu"]
+    words += ["--model-kwargs", "patch_size=4", "depth=2", "embed_dim=24", "num_heads=2", "--out"]
+    folder = tmp_path / "typed"
+    settings, arms = study_words([*words, str(folder)])
+    assert arms == ("plain", "svda")
+    assert settings.seeds == 1
+    assert study_words(["cutouts"])[0].seeds == 3
+    assert main(["study", *words, str(folder)]) == 0
+    assert f"Report: {folder}/report.html" in capsys.readouterr().out
+    assert main(["resume", str(folder)]) == 0
+    (folder / "study.json").write_text("{}")
+    assert main(["resume", str(folder)]) == 2
