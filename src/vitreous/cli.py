@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vitreous import __version__, architectures
-from vitreous.errors import UnknownName, VitreousError
+from vitreous.errors import SettingError, UnknownName, VitreousError
 from vitreous.mechanism import catalogue, mechanism_class, summary, written
+from vitreous.team import launched
 
 HELP = """\
 usage: vitreous COMMAND [options]     (vitreous COMMAND --help says more)
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise UnknownName(words[0], "command", COMMANDS, hint="`vitreous --help` shows examples.")
+        if words[0] not in TOGETHER:
+            refuse_team(words[0])
         COMMANDS[words[0]](words[1:])
     except VitreousError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -68,6 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # tyro's help (0) and its complaints (2)
         return int(done.code or 0)
     return 0
+
+
+def refuse_team(what: str) -> None:
+    """Raise SettingError for a command that several processes cannot do as one."""
+    if (size := launched().size) > 1:
+        raise SettingError(
+            f"Found `{what}` in {size} processes of torchrun. Expected one process: only {', '.join(TOGETHER)} work in "
+            "several. Start it without torchrun."
+        )
 
 
 def look(words: list[str]) -> None:
@@ -101,6 +113,7 @@ def resume(words: list[str]) -> None:
 
     folder, allow_changes, changed = resume_words(words)
     if (Path(folder) / "study.json").is_file():
+        refuse_team("resume of a study")
         report_study(again(Path(folder)))
     else:
         report(resume(folder, allow_changes, **changed))
@@ -133,6 +146,8 @@ def report_study(folder: Path) -> None:
 def report_runs(folder: Path, runs: list[Path]) -> None:
     from vitreous.report.page import write
 
+    if not launched().first:
+        return
     print(f"Done: {folder}/summary.md")
     if all((run / "readings").is_dir() for run in runs):  # none where the model shows no attention; the summary says why
         print(f"Report: {write(runs, folder / 'report.html')}")
@@ -237,6 +252,7 @@ COMMANDS = {
     "list": show,
     "demo": demo,
 }
+TOGETHER = ("train", "resume", "look")  # what several processes of torchrun do as one
 
 
 if __name__ == "__main__":

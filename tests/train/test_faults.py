@@ -10,6 +10,7 @@ from train.interrupting import die, differing, in_child
 from vitreous.cli import main
 from vitreous.errors import DataError
 from vitreous.train import load, loop, resuming, train
+from vitreous.train.objectives import step_losses
 from vitreous.train.prepare import prepare
 from vitreous.train.resuming import replay, resume
 from vitreous.train.run import read_metrics
@@ -129,18 +130,20 @@ def test_images_that_are_not_finite_are_named(settings, quiet, monkeypatch):
 def test_the_step_is_replayed_with_its_own_draws(settings, quiet, monkeypatch):
     """Mixup and dropped paths are those of the step that failed: the losses agree to the last digit."""
     seen = []
-    original = loop.step_losses
 
-    def noted(job, *batch):
-        parts = original(job, *batch)
+    def noted(job, parts):
         seen.append({name: value.item() for name, value in parts.items()})
         return parts | {"made": parts["classification"] * (NAN if job.updates == 4 else 0)}
 
+    def stepped(job, *batch, original=loop.step_gradients):
+        parts, count = original(job, *batch)
+        return noted(job, parts), count
+
     recipe = settings(mixup=0.3, drop_path=0.3, batch_size=8)
-    monkeypatch.setattr(loop, "step_losses", noted)
+    monkeypatch.setattr(loop, "step_gradients", stepped)
     with pytest.raises(NotFinite):
         train(recipe, quiet)
-    monkeypatch.setattr("vitreous.train.faults.step_losses", noted)
+    monkeypatch.setattr("vitreous.train.faults.step_losses", lambda job, *batch: noted(job, step_losses(job, *batch)))
     assert replay(recipe.out, quiet) == "the loss made"
     assert seen[-1] == seen[-2]
 

@@ -61,14 +61,14 @@ def begin(settings, quiet, folder, **changes):
 
 def at_step(monkeypatch, update, act):
     """Do something in the middle of an update."""
-    original = loop.step_losses
+    original = loop.step_gradients
 
     def struck(job, *batch):
         if job.updates + 1 == update:
             act()
         return original(job, *batch)
 
-    monkeypatch.setattr(loop, "step_losses", struck)
+    monkeypatch.setattr(loop, "step_gradients", struck)
 
 
 # -- killed --------------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def since(record: dict[str, Any], found: dict[str, Any] | None, job: Job, facts:
     differences = between_manifests(rows, manifest(job.data))
     for name in ("data", "model", "device"):
         differences += between({name: record.get(name)}, {name: facts[name]})
+    processes = {"processes": record.get("processes", 1)}
+    differences += between(processes, {"processes": facts["processes"]})
     differences += between({"versions": record.get("versions")}, {"versions": versions()})
     present = machine()
     for name in ("platform", "processor", "cuda"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.errors import DataError
+from vitreous.train.inputs import rejoined
 from vitreous.train.objectives import set_progress, step_losses
+from vitreous.train.sharding import put_together
 from vitreous.train.state import capture, random_states, read_state, restore, set_random_states, write_state, writing
 
 if TYPE_CHECKING:
@@ -23,9 +25,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 def dump(job: Job, batch: Batch, rng: dict[str, Any], folder: Path) -> None:
-    """Write the batch, before it was mixed, and the state before the step, random states `rng` included."""
-    with writing(folder):
-        write_state(folder / NAME, {"state": capture(job, rng), "batch": tuple(batch)})
+    """Write the batch of all processes, before it was mixed, and the state before the step, random states `rng` included."""
+    state, parts = capture(job, rng), job.team.gather(tuple(tensor.cpu() for tensor in batch))
+    if job.team.first:
+        with writing(folder):
+            write_state(folder / NAME, {"state": state, "batch": tuple(map(rejoined, zip(*parts, strict=True)))})
 
 
 def load(job: Job, folder: Path) -> Batch:
@@ -60,6 +64,16 @@ def diagnose(job: Job, batch: Batch, rng: dict[str, Any] | None = None) -> str |
     finally:
         job.optimizer.zero_grad(set_to_none=True)
         set_random_states(present, job.device)
+
+
+def find_origin(job: Job, batch: Batch, rng: dict[str, Any]) -> str | None:
+    """`diagnose` by each process with its part of the batch; the words of the first that finds something."""
+    alone = job
+    if job.whole is not None:
+        put_together(job.model, job.whole)
+        alone = replace(job, model=job.whole)
+    found = job.team.everyone(diagnose(alone, batch, rng) if len(batch[0]) else None)
+    return next(filter(None, found), None)
 
 
 def first_in_step(job: Job, images: Tensor, labels: Tensor) -> str | None:

@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from torchvision import transforms
 from vitreous.data import ArraySet, ImageSet
 from vitreous.data.decoding import Unreadable
 from vitreous.errors import DataError, SettingError
+from vitreous.team import ALONE, Team
 from vitreous.train.signals import leave_to_parent
 
 AUGMENTATIONS = ("none", "flip", "pad", "crop")
@@ -110,22 +111,46 @@ class Order(Sampler[tuple[int, np.ndarray]]):
 
     even: leave out a last batch that is not full, and the odd image of a set smaller than a batch. epoch, start: what the
     next iteration yields, and from which batch on; the batches before it are left out, the others stay what they are.
+    team: the processes that the batches are for; shuffled ones are cut over them, others are dealt out whole.
     """
 
-    def __init__(self, count: int, batch_size: int, *, shuffle: bool = False, even: bool = False, seed: int = 0):
+    def __init__(
+        self, count: int, batch_size: int, *, shuffle: bool = False, even: bool = False, seed: int = 0, team: Team = ALONE
+    ):
         self.batch_size = min(batch_size, count - count % 2) if even else batch_size
         self.count, self.shuffle, self.even, self.seed = count, shuffle, even, seed
-        self.epoch = self.start = 0
+        self.team, self.epoch, self.start = team, 0, 0
+
+    def numbers(self) -> range:
+        """Of the batches in a whole epoch that this process sees, or sees a part of."""
+        count = self.count // self.batch_size if self.even else -(-self.count // self.batch_size)
+        return range(count) if self.shuffle else range(self.team.rank, count, self.team.size)
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
-        return self.count // self.batch_size if self.even else -(-self.count // self.batch_size)
+        return len(self.numbers())
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         drawn = np.random.default_rng((ORDER, self.seed, self.epoch))
         order = drawn.permutation(self.count) if self.shuffle else np.arange(self.count)
-        firsts = range(self.start * self.batch_size, len(self) * self.batch_size, self.batch_size)
-        return iter([(self.epoch, order[first : first + self.batch_size]) for first in firsts])
+        batches = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in self.numbers()[self.start :]]
+        return iter([(self.epoch, cut(rows, self.team) if self.shuffle else rows) for rows in batches])
+
+
+def cut(rows: np.ndarray, team: Team) -> np.ndarray:
+    """What one process takes of a batch: as much of its front as of its back.
+
+    Mixup pairs the first image with the last, and so on inwards; so it pairs within a part what it would pair in the whole.
+    """
+    half = -(-len(rows) // 2)
+    low, high = (half * number // team.size for number in (team.rank, team.rank + 1))
+    return np.concatenate([rows[low:high], rows[max(len(rows) - high, high) : len(rows) - low]])
+
+
+def rejoined(parts: Sequence[Tensor]) -> Tensor:
+    """The batch that `cut` cut into these parts."""
+    fronts = [part[: -(-len(part) // 2)] for part in parts]
+    backs = [part[-(-len(part) // 2) :] for part in parts]
+    return torch.cat([*fronts, *reversed(backs)])
 
 
 @contextmanager
@@ -329,12 +354,13 @@ def loader(
     seed: int = 0,
     workers: int = 0,
     strict: bool = False,
+    team: Team = ALONE,
 ) -> Loader:
     """Batches of the images, in an order that (seed, epoch) draws if shuffled; see `Order` for even, `Loader` for the rest.
 
     Images in memory of the right size are not sent through workers.
     """
-    order = Order(len(images), batch_size, shuffle=shuffle, even=even, seed=seed)
+    order = Order(len(images), batch_size, shuffle=shuffle, even=even, seed=seed, team=team)
     if in_memory(images, inputs) and aug in (None, "none", "flip"):
         return Loader(images, Batches(images, inputs, aug == "flip", seed), order)
     return Loader(images, Prepared(images, transform(inputs, aug), seed, even), order, workers, strict)

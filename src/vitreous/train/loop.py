@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
@@ -19,14 +20,17 @@ from torch.nn import functional as F
 from vitreous.grafting import new_parameters
 from vitreous.lens.look import look
 from vitreous.mechanism import parse
+from vitreous.team import ALONE, Team, connected, naming_the_lost
 from vitreous.train import changes, checkpoint, faults, patience, summary
+from vitreous.train.distributed import step_gradients
 from vitreous.train.inputs import Loader
 from vitreous.train.lock import locked
-from vitreous.train.losses import write_quarantine
-from vitreous.train.objectives import set_progress, step_losses
+from vitreous.train.losses import gather_lost, write_quarantine
+from vitreous.train.objectives import set_progress
 from vitreous.train.prepare import Job, facts, prepare
 from vitreous.train.run import Run, choose_folder, read_metrics, taken
 from vitreous.train.settings import TrainSettings
+from vitreous.train.sharding import whole
 from vitreous.train.signals import Stopping
 from vitreous.train.state import NotFinite, random_states, restore, writing
 
@@ -37,44 +41,62 @@ def train(settings: TrainSettings, console: Console | None = None) -> Path:
     Raises VitreousError before anything is written if data, model or settings do not fit. Ctrl-C and SIGTERM end it after
     the step, with the state saved: as KeyboardInterrupt, and SystemExit(143).
     """
-    console = console or Console()
+    with connected(settings.torch_device()) as team:
+        return train_seeds(settings, team.console(console or Console()), team)
+
+
+def train_seeds(settings: TrainSettings, console: Console, team: Team) -> Path:
+    """`train`, by a team of processes."""
     arm = "+".join(parse(text, foreign=True).name for text in settings.graft) or "plain"
-    folder = choose_folder(settings.out, f"{Path(settings.data.partition(':')[0]).stem}-{arm}")
+    name = f"{Path(settings.data.partition(':')[0]).stem}-{arm}"
+    folder = team.first_does(lambda: choose_folder(settings.out, name))
     if settings.seeds == 1:
-        train_once(settings, folder, console)
+        train_once(settings, folder, console, team=team)
         return folder
     seeds = range(settings.seed, settings.seed + settings.seeds)
     for seed in seeds:
-        train_once(replace(settings, seed=seed, seeds=1), folder / f"seed-{seed}", console, seeds)
-    summary.write_seeds(folder, [folder / f"seed-{seed}" for seed in seeds])
+        train_once(replace(settings, seed=seed, seeds=1), folder / f"seed-{seed}", console, seeds, team)
+    if team.first:
+        summary.write_seeds(folder, [folder / f"seed-{seed}" for seed in seeds])
     return folder
 
 
-def train_once(settings: TrainSettings, folder: Path, console: Console, seeds: range = range(0)) -> None:
+def train_once(
+    settings: TrainSettings, folder: Path, console: Console, seeds: range = range(0), team: Team = ALONE
+) -> None:
     """One run with one seed, into a folder; seeds: of all runs that it is one of."""
     say = speaker(console)
-    job = prepare(settings, console)
-    run = Run(folder)
-    with locked(folder, say):
-        if (folder / "run.json").exists():  # begun by another process, since the folder was chosen
-            raise taken(folder)
-        with writing(folder):
-            run.table("manifest.csv", changes.COLUMNS, changes.manifest(job.data))
-            asked = {"data": settings.data} | asdict(job.settings)
-            write_quarantine(job, run)
-            run.start(settings=asked, seeds=[seeds.start, seeds.stop] if seeds else None, **facts(job))
+    with ExitStack() as held:
+        with team.together():
+            job = prepare(settings, console, team)
+            run = Run(folder, made=team.first)
+            if team.first:
+                held.enter_context(locked(folder, say))
+                begin(job, run, seeds)
         for remark in [f"Run folder: {folder}", *job.remarks]:
             say(remark)
         run.states.save(job)
         go_on(job, run, console)
 
 
+def begin(job: Job, run: Run, seeds: range) -> None:
+    """Write what is known before training. Raises SettingError if the folder was taken since it was chosen."""
+    if (run.folder / "run.json").exists():
+        raise taken(run.folder)
+    with writing(run.folder):
+        run.table("manifest.csv", changes.COLUMNS, changes.manifest(job.data))
+        asked = {"data": job.settings.data} | asdict(job.settings)
+        write_quarantine(job, run)
+        run.start(settings=asked, seeds=[seeds.start, seeds.stop] if seeds else None, **facts(job))
+
+
 def go_on(job: Job, run: Run, console: Console) -> None:
     """Train from where the job is, to the end."""
-    with Stopping(run.folder, speaker(console)) as stopping:
+    with Stopping(run.folder, speaker(console)) as stopping, naming_the_lost():
         if not job.updates:
+            job.collect()
             read(job, run, 0)
-        while not patience.finished(read_metrics(run.folder), job.settings.epochs, job.settings.patience):
+        while not finished(job, run):
             try:
                 train_epoch(job, run, stopping, console)
             except NotFinite as error:
@@ -82,9 +104,17 @@ def go_on(job: Job, run: Run, console: Console) -> None:
                 continue
             finish_epoch(job, run, stopping, console)
             job.place = job.place.next_epoch()
-        if job.settings.patience is not None:
+        if job.settings.patience is not None and job.team.first:
             speaker(console)(patience.why(read_metrics(run.folder), job.settings.epochs, job.settings.patience))
-    run.states.clear()
+    if job.team.first:
+        run.states.clear()
+
+
+def finished(job: Job, run: Run) -> bool:
+    """Whether nothing is left to train, by the metrics that the first process wrote."""
+    return job.team.first_does(
+        lambda: patience.finished(read_metrics(run.folder), job.settings.epochs, job.settings.patience)
+    )
 
 
 def train_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> None:
@@ -101,14 +131,14 @@ def train_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> Non
             take_step(job, run, batch, learning, watched)
         job.updates += 1
         place.lr = set_rate(job)
-        place.step, place.seen = place.step + 1, place.seen + len(batch[0])
+        place.step += 1
         now = time.perf_counter()
         place.seconds, started = place.seconds + now - started, now
-        if stopping.heard or (due and job.updates % due == 0):
+        if stopping.agree(job.team) or (due and job.updates % due == 0):
             run.states.save(job)
-            stopping.end()
+            stopping.end(job.team)
     run.states.save(job)
-    stopping.end()
+    stopping.end(job.team)
 
 
 def take_step(
@@ -120,21 +150,21 @@ def take_step(
     """
     before = random_states(job.device)
     images, labels = (tensor.to(job.device) for tensor in batch)
-    parts = step_losses(job, images, labels)
-    loss = sum(parts.values())
     job.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    total = nn.utils.get_total_norm([p.grad for p in learning.values() if p.grad is not None])
+    parts, count = step_gradients(job, images, labels)
+    loss = sum(parts.values())
+    total = whole(nn.utils.get_total_norm([p.grad for p in learning.values() if p.grad is not None]))
     if not torch.isfinite(loss + total):
         raise not_finite(job, run, (images, labels), before, parts | {"gradient norm": total})
-    norms = {name: learning[name].grad.norm() for name in watched if learning[name].grad is not None}
+    norms = {name: whole(learning[name].grad.norm()) for name in watched if learning[name].grad is not None}
     if job.settings.clip_grad is not None:
         nn.utils.clip_grads_with_norm_(learning.values(), job.settings.clip_grad, total)
     job.optimizer.step()
     if job.ema is not None:
         job.ema.update(job.model, step=job.updates + 1)
     job.place.norms.add({"total": total} | norms)
-    job.place.losses.add({"total": loss, **parts}, len(images))
+    job.place.losses.add({"total": loss, **parts}, count)
+    job.place.seen += count
 
 
 def set_rate(job: Job) -> float:
@@ -151,8 +181,14 @@ def set_rate(job: Job) -> float:
 def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> None:
     """Test, look, and write what the epoch came to. All of it follows from the state that was saved before."""
     started, place = time.perf_counter(), job.place
+    job.collect()
     set_progress(job.tested, job.progress)
-    outcomes = {name: test(job, batches, stopping.end) for name, batches in job.tests.items()}
+    pause = stopping.end if job.team.size == 1 else bool  # several processes end together, afterwards
+    outcomes = {name: test(job, batches, pause) for name, batches in job.tests.items()}
+    gather_lost(job)
+    stopping.end(job.team)
+    if not job.team.first:
+        return
     metrics = {
         "epoch": place.epoch,
         "lr": place.lr,
@@ -178,13 +214,17 @@ def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> No
 
 @torch.no_grad()
 def test(job: Job, batches: Loader, pause: Callable[[], None]) -> tuple[Tensor, Tensor]:
-    """Logits (n, classes) and labels (n) of a test set, on the CPU. pause: called after each batch."""
+    """Logits (n, classes) and labels (n) of a test set, on the CPU; none but in the first process.
+
+    pause: called after each batch.
+    """
     model = job.tested.eval()
     found = []
     for images, labels in batches:
         with job.autocast():
             found.append((model(images.to(job.device)).float().cpu(), labels))
         pause()
+    found = job.team.in_turn(found) or [(torch.empty(0), torch.empty(0))]
     logits, labels = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
@@ -197,7 +237,7 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def read(job: Job, run: Run, epoch: int) -> None:
     """Look at the sample images, if attention can be seen, and write that down."""
-    if job.sample is not None:
+    if job.sample is not None and job.team.first:
         about = {"weights": "run", "classes": list(job.data.classes)}
         look(job.tested, job.sample, inputs=job.inputs.config(), out=run.reading(epoch), about=about)
 
@@ -221,9 +261,10 @@ def not_finite(
 ) -> NotFinite:
     """The error for a step that was not taken, after its batch and the state before it were written for `replay`."""
     values = ", ".join(f"{name} {value.item():.4g}" for name, value in shown.items())
-    bad = [name for name, p in job.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not whole(torch.isfinite(gradient).all())]
     faults.dump(job, batch, rng, run.folder)
-    origin = faults.diagnose(job, batch, rng)
+    origin = faults.find_origin(job, batch, rng)
     error = NotFinite(
         f"Found {values} at step {job.updates + 1}, in epoch {job.place.epoch}"
         + (f"; {len(bad)} gradients are not finite, the first of {bad[0]}" if bad else "")
@@ -240,12 +281,14 @@ def roll_back(job: Job, run: Run, error: NotFinite, say: Callable[[str], Any]) -
     """Put the job into the last good state, the update that failed to be left out; raise the error if no return is left."""
     left_out = [*job.place.left_out, error.update]
     if error.update is None or len(left_out) > job.settings.rollbacks or len(left_out) >= len(job.train):
-        raise error
-    restore(job, run.states.load(say))
+        job.team.fail(error)
+    restore(job, job.team.first_does(lambda: run.states.load(say)))
     job.place.left_out = left_out
     set_rate(job)
-    run.rewind(job.place.epoch, begun=job.updates > 0)
+    if job.team.first:
+        run.rewind(job.place.epoch, begun=job.updates > 0)
     if not job.updates:
+        job.collect()
         read(job, run, 0)
     say(f"{error} Went back to the state after {job.updates} updates; update {error.update} is left out.")
 

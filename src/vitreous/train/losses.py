@@ -21,6 +21,14 @@ def lost(job: Job) -> list[Quarantined]:
     ]
 
 
+def gather_lost(job: Job) -> None:
+    """Let the first process know which images others could not read; every process must ask."""
+    loaders = [job.train, *job.tests.values()]
+    for found in job.team.gather([(loader.lost, loader.missing) for loader in loaders]):
+        for loader, (lost_there, missing) in zip(loaders, found, strict=True):
+            loader.lost, loader.missing = loader.lost | lost_there, loader.missing | missing
+
+
 def write_quarantine(job: Job, run: Run) -> list[str]:
     """Add to quarantine.csv what is not in it yet; returns a line to say of images lost since the start, if any is new."""
     path, known = run.folder / FILE, []

@@ -82,11 +82,15 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
     return total
 
 
+def mixed(job: Job, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch as it is loaded, mixed if so told; modules are told how far training is."""
+    set_progress(job.model, job.progress)
+    return (images, labels) if job.mixing is None else job.mixing(images.clone(), labels)  # it mixes in place
+
+
 def step_losses(job: Job, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What one step of training lowers, by name, for a batch as it is loaded: scalars, "classification" first."""
-    set_progress(job.model, job.progress)
-    if job.mixing is not None:
-        images, labels = job.mixing(images.clone(), labels)  # it mixes in place
+    images, labels = mixed(job, images, labels)
     with job.autocast():
         logits = job.model(images)
     return {"classification": job.loss(logits.float(), labels)} | penalties(job.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +25,15 @@ from vitreous.errors import HostError, NotReached, SettingError
 from vitreous.grafting import check, graft, grafts
 from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
+from vitreous.team import ALONE, Team
 from vitreous.train import checkpoint, network, optim, recipes
+from vitreous.train.distributed import check_team
+from vitreous.train.distributed import network as network_of
 from vitreous.train.inputs import Inputs, Loader, loader
 from vitreous.train.objectives import classification_loss, mixing
 from vitreous.train.settings import TrainSettings
-from vitreous.train.state import Place
+from vitreous.train.sharding import put_together, shard
+from vitreous.train.state import Place, seed_apart
 
 SAMPLE = 64  # images on which grafts are checked and calibrated
 READ = 16  # test images that are looked at after every epoch
@@ -53,13 +58,25 @@ class Job:
     sample: ImageSet | None  # what is looked at; None where attention cannot be read
     remarks: list[str]
     recipe: dict[str, Any] | None = None  # the record of `recipes.resolve`
+    team: Team = ALONE
+    whole: nn.Module | None = None  # a copy to test, read and save, where the weights are spread (`collect` fills it)
+    network: nn.Module | None = None  # what a step runs: `distributed.Pass`, joined with other processes
     updates: int = 0
     place: Place = field(default_factory=Place)
 
     @property
     def tested(self) -> nn.Module:
         """The model that is tested, read and saved: the averaged one, if there is one."""
+        return self.whole or self.averaged
+
+    @property
+    def averaged(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
+
+    def collect(self) -> None:
+        """Bring `tested` up to date; every process must ask."""
+        if self.whole is not None:
+            put_together(self.averaged, self.whole)
 
     @property
     def progress(self) -> float:
@@ -70,14 +87,15 @@ class Job:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp)
 
 
-def prepare(settings: TrainSettings, console: Console | None = None) -> Job:
+def prepare(settings: TrainSettings, console: Console | None = None, team: Team = ALONE) -> Job:
     """Open the data, build the model, graft, choose what learns; raises VitreousError if they do not fit together.
 
     console: where it is shown how far the reading of files is.
     """
-    device = settings.torch_device()
+    device = team.device(settings.torch_device())
     data, inputs, model, remarks = data_and_model(settings, console)
     settings, recipe = recipes.resolve(settings, from_weights(settings), len(data.train))
+    check_team(settings, team.size)
     remarks += recipes.remarks(recipe) if recipe else []
     there = len(grafts(model))
     graft(model, *(parse(text, foreign=True) for text in settings.graft))
@@ -88,12 +106,18 @@ def prepare(settings: TrainSettings, console: Console | None = None) -> Job:
         common = {"seed": settings.seed, "workers": settings.workers, "strict": settings.strict}
         return loader(images, inputs, size, **common, **options)
 
-    train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=settings.mixed)
-    tests = {name: batches(images, 2 * settings.batch_size) for name, images in data.tests.items()}
+    train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=settings.mixed, team=team)
+    tests = {name: batches(images, 2 * settings.batch_size, team=team) for name, images in data.tests.items()}
     sample = next(iter(batches(spaced(data.tests["test"], SAMPLE), SAMPLE)))[0].to(device)
     model.to(device)
     for record in grafts(model)[there:]:
         record.mechanism.calibrate(model, next(iter(batches(spaced(data.train, SAMPLE), SAMPLE)))[0].to(device))
+    set_checkpointing(model, settings)
+    ema = None if settings.model_ema is None else ModelEmaV3(model, settings.model_ema, use_warmup=True)
+    whole = copy.deepcopy(model) if settings.shard else None
+    for spreading in (model, ema and ema.module) if settings.shard else ():
+        if spreading is not None:
+            shard(spreading, device, team.size)
     optimizer = optim.optimizer(model, settings)
     job = Job(
         settings=settings,
@@ -105,17 +129,21 @@ def prepare(settings: TrainSettings, console: Console | None = None) -> Job:
         mixing=mixing(settings, len(data.classes)),
         optimizer=optimizer,
         scheduler=optim.scheduler(optimizer, settings, steps=len(train)),
-        ema=None if settings.model_ema is None else ModelEmaV3(model, settings.model_ema, use_warmup=True),
+        ema=ema,
         train=train,
         tests=tests,
-        sample=spaced(data.tests["test"], READ) if readable(model, sample, remarks) else None,
+        sample=spaced(data.tests["test"], READ) if readable(whole or model, sample, remarks) else None,
         remarks=remarks,
         recipe=recipe,
+        team=team,
+        whole=whole,
     )
     if grafts(model):
         with job.autocast():
             check(model.train(), sample)  # on the path that will run
+    job.network = network_of(job, sample[:2])
     random_seed(settings.seed)  # dropout, mixup and augmentation draw alike in every arm
+    seed_apart(job)
     return job
 
 
@@ -182,6 +210,19 @@ def reading_files(console: Console | None) -> Iterator[Callable[[int, int], None
     with Progress(console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("reading files", total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def set_checkpointing(model: nn.Module, settings: TrainSettings) -> None:
+    """Turn on gradient checkpointing if so told. Raises SettingError for a network that has none."""
+    if not settings.checkpointing:
+        return
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise SettingError(
+            f"Found --checkpointing for {settings.model}, which has none. Expected a network of timm's that can compute its "
+            "activations again. Leave it out; --accumulate saves memory too."
+        ) from error
 
 
 def spaced(images: ImageSet, most: int) -> ImageSet:
@@ -253,5 +294,6 @@ def facts(job: Job) -> dict[str, Any]:
             "learning": sum(p.numel() for p in parameters if p.requires_grad),
         },
         "device": str(job.device),
+        "processes": job.team.size,
         "remarks": job.remarks,
     } | ({"recipe": job.recipe} if job.recipe else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from tyro import conf
 
 from vitreous.errors import DataError
+from vitreous.team import Team, connected
 from vitreous.train import changes, checkpoint, faults, patience, summary
 from vitreous.train.lock import locked
 from vitreous.train.loop import go_on, speaker, train_once
@@ -83,44 +85,72 @@ def resume(folder: str | Path, allow_changes: bool = False, console: Console | N
 
     Raises DataError if there is no run, SettingError with the differences if something has changed.
     """
-    folder, console = Path(folder), console or Console()
+    with connected(recorded_device(Path(folder))) as team:
+        return resume_seeds(Path(folder), allow_changes, team.console(console or Console()), changed, team)
+
+
+def resume_seeds(folder: Path, allow_changes: bool, console: Console, changed: dict[str, Any], team: Team) -> Path:
+    """`resume`, by a team of processes."""
     if (folder / "run.json").is_file():
-        resume_once(folder, allow_changes, console, changed)
+        resume_once(folder, allow_changes, console, changed, team)
         return folder
-    begun = sorted(folder.glob("seed-*/run.json"))
-    if not begun:
-        raise no_run(folder)
-    record = checkpoint.read_json(begun[0])
+    record = checkpoint.read_json(begun(folder)[0])
     seeds = range(*(record.get("seeds") or (0, 0)))
     settings = recorded_settings(record, changed)
     runs = [folder / f"seed-{seed}" for seed in seeds]
     for seed, path in zip(seeds, runs, strict=True):
         if (path / "run.json").is_file():
-            resume_once(path, allow_changes, console, changed)
+            resume_once(path, allow_changes, console, changed, team)
         else:
-            train_once(replace(settings, seed=seed), path, console, seeds)
-    summary.write_seeds(folder, runs)
+            train_once(replace(settings, seed=seed), path, console, seeds, team)
+    if team.first:
+        summary.write_seeds(folder, runs)
     return folder
 
 
-def resume_once(folder: Path, allow_changes: bool, console: Console, changed: dict[str, Any]) -> None:
+def begun(folder: Path) -> list[Path]:
+    """The run.json of the run in a folder, or those of several seeds in it. Raises DataError if there is none."""
+    found = [path for path in [folder / "run.json", *sorted(folder.glob("seed-*/run.json"))] if path.is_file()]
+    if not found:
+        raise no_run(folder)
+    return found
+
+
+def recorded_device(folder: Path) -> torch.device:
+    """Where the run in a folder, or the first of several seeds in it, was told to be."""
+    return recorded_settings(checkpoint.read_json(begun(folder)[0]), {}).torch_device()
+
+
+def resume_once(folder: Path, allow_changes: bool, console: Console, changed: dict[str, Any], team: Team) -> None:
     """Go on with the run of one seed; does nothing if it is finished."""
     run, say = Run(folder), speaker(console)
-    with locked(folder, say):
+    with ExitStack() as held:
+        with team.together():
+            if team.first:
+                held.enter_context(locked(folder, say))
         record = checkpoint.read_json(folder / "run.json")
         settings = recorded_settings(record, changed)
-        if not run.states.paths() and patience.finished(read_metrics(folder), settings.epochs, settings.patience):
+        if team.first_does(lambda: already_finished(run, settings)):
             say(f"The run in {folder} is finished.")
             return
         torch.set_num_threads(record["machine"]["threads"])  # sums in the same order
-        job, found = prepare(settings, console), run.states.load(say)
-        changes.refuse(changes.since(record, found, job, facts(job), read_rows(folder / "manifest.csv")), allow_changes, say)
+        found = team.first_does(lambda: run.states.load(say))
+        with team.together():
+            job = prepare(settings, console, team)
+            if team.first:
+                rows = read_rows(folder / "manifest.csv")
+                changes.refuse(changes.since(record, found, job, facts(job), rows), allow_changes, say)
         if found is not None:
             restore(job, found)
             run.states.latest = job.updates
-        run.rewind(job.place.epoch, begun=job.updates > 0)
+        if team.first:
+            run.rewind(job.place.epoch, begun=job.updates > 0)
         say(f"Goes on with {folder} after {job.updates} updates, in epoch {job.place.epoch} of {settings.epochs}.")
         go_on(job, run, console)
+
+
+def already_finished(run: Run, settings: TrainSettings) -> bool:
+    return not run.states.paths() and patience.finished(read_metrics(run.folder), settings.epochs, settings.patience)
 
 
 def replay(folder: str | Path, console: Console | None = None) -> str | None:

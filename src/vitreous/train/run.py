@@ -62,11 +62,13 @@ def taken(folder: Path) -> SettingError:
 
 
 class Run:
-    """The writer of one run folder."""
+    """The writer of one run folder. made: whether to make the folder, which is for the first of several processes."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, made: bool = True):
         self.folder = folder
         self.states = States(folder)
+        if not made:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -95,7 +95,7 @@ class Optimisation:
     """Stop after so many epochs without a better accuracy on the images held out, else on val, else on test; the best
     epoch's weights are kept."""
     batch_size: int = 64
-    """Images per step."""
+    """Images per step, of all processes together."""
     opt: str = "adamw"
     """Any optimizer of timm's: adam, adamw, sgd, lamb, muon, ..."""
     lr: float | None = None
@@ -122,6 +122,10 @@ class Optimisation:
     """Decay of averaged weights, such as 0.9998; they are then what is tested and saved (default: the recipe's, or off)."""
     amp: bool = False
     """Forward pass in bfloat16."""
+    accumulate: int = 1
+    """Parts in which a batch goes through the network, one after another: less memory, the same step."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, the same step, a third slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +148,8 @@ class Running:
     """Factor on the learning rate after each such return."""
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 | mps."""
+    shard: bool = False
+    """Under torchrun: spread weights, gradients and optimizer over the processes, for what does not fit one GPU (FSDP2)."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,7 @@ RANGES = {
     "epochs": (1, 100_000),
     "patience": (1, 100_000),
     "batch_size": (1, 100_000),
+    "accumulate": (1, 100_000),
     "lr": (0, 1e3),
     "warmup_epochs": (0, 100_000),
     "weight_decay": (0, 10),

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vitreous.team import ALONE, Lost, Team
+
 TOLD = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -27,9 +29,12 @@ class Stopping:
             self.before = {number: signal.signal(number, self.hear) for number in TOLD}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self.heard is not None and isinstance(error, Lost):  # told to stop while another process ended first
+            self.say(str(error))
+            raise SystemExit(128 + self.heard) from error
 
     def hear(self, number: int, _: Any) -> None:
         if self.heard is not None and number == signal.SIGINT:
@@ -37,8 +42,16 @@ class Stopping:
         if self.heard is None:
             self.heard = number
 
-    def end(self) -> None:
-        """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing. The state is saved by now."""
+    def agree(self, team: Team) -> bool:
+        """Whether any process of the team was told to stop. Every process must ask."""
+        return team.most(self.heard or 0) > 0
+
+    def end(self, team: Team = ALONE) -> None:
+        """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing. The state is saved by now.
+
+        A team ends together: every process of it must ask.
+        """
+        self.heard = team.most(self.heard or 0) or None
         if self.heard is None:
             return
         self.say(f"Stopped as told; the state is saved. To go on: vitreous resume {self.folder}")

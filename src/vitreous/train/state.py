@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vitreous.errors import DataError, SettingError, VitreousError
 from vitreous.files import write
+from vitreous.train.sharding import gathered, spread, spread_state, whole
 
 if TYPE_CHECKING:
     from vitreous.train.prepare import Job
@@ -85,17 +86,21 @@ class Place:
 def capture(job: Job, rng: dict[str, Any] | None = None) -> dict[str, Any]:
     """What the next step of the run depends on. rng: random states of earlier, in place of the present ones.
 
+    Every process must ask, and gets the whole.
+
     The schedule of the learning rate and those of modules follow from `updates`.
     """
     place = {name: value for name, value in vars(job.place).items() if not isinstance(value, Means)}
+    states = job.team.everyone(rng or random_states(job.device))
     return {
         "settings": asdict(job.settings) | {"data": job.settings.data},
         "updates": job.updates,
         "place": place | {"losses": vars(job.place.losses), "norms": vars(job.place.norms)},
-        "model": tensors_of(job.model),
-        "ema": None if job.ema is None else tensors_of(job.ema.module),
-        "optimizer": job.optimizer.state_dict(),
-        "rng": rng or random_states(job.device),
+        "model": gathered(tensors_of(job.model)),
+        "ema": None if job.ema is None else gathered(tensors_of(job.ema.module)),
+        "optimizer": gathered(job.optimizer.state_dict()),
+        "rng": states[0],
+        "rng_of_others": states[1:],
     }
 
 
@@ -110,6 +115,7 @@ def restore(job: Job, found: dict[str, Any]) -> None:
         raise unfit(f"an optimizer of another form ({error})") from error
     if digest(*packed(job.optimizer.state_dict())) != digest(*packed(found["optimizer"])):
         raise unfit(f"an optimizer, {job.settings.opt}, that does not come back as it was")
+    spread_state(job.optimizer)
     job.updates = found["updates"]
     place = dict(found["place"])
     for name in ("losses", "norms"):
@@ -118,7 +124,10 @@ def restore(job: Job, found: dict[str, Any]) -> None:
         means.weight = kept["weight"]
         place[name] = means
     job.place = Place(**place)
-    set_random_states(found["rng"], job.device)
+    states = [found["rng"], *found.get("rng_of_others", ())]
+    set_random_states(states[job.team.rank if len(states) == job.team.size else 0], job.device)
+    if len(states) != job.team.size:
+        seed_apart(job)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -135,7 +144,7 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     if wrong:
         raise unfit(f"a {what} that differs in {len(wrong)} tensors, the first {wrong[0]}")
     for name, tensor in there.items():
-        tensor.copy_(tensors[name])
+        tensor.copy_(spread(tensors[name], tensor))
 
 
 def unfit(what: str) -> DataError:
@@ -165,6 +174,13 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     random.setstate(states["python"])
 
 
+def seed_apart(job: Job) -> None:
+    """Let dropout and dropped paths differ between processes; what mixup draws from, NumPy's state, stays in step."""
+    if job.team.rank:
+        words = np.random.SeedSequence((job.settings.seed, job.team.rank, job.updates)).generate_state(1)
+        torch.manual_seed(int(words[0]))
+
+
 def of_device(device: torch.device) -> tuple[torch.device, ...]:
     """What tells torch which of several devices; Apple's is always one."""
     return () if device.type == "mps" else (device,)
@@ -172,7 +188,7 @@ def of_device(device: torch.device) -> tuple[torch.device, ...]:
 
 def check_finite(model: nn.Module, what: str = "model") -> None:
     """Raise NotFinite if a weight is not finite, or a buffer holds NaN (masks may hold infinity)."""
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    bad = [name for name, p in model.named_parameters() if not whole(torch.isfinite(p).all())]
     bad += [name for name, b in model.named_buffers() if b.is_floating_point() and torch.isnan(b).any()]
     if bad:
         raise NotFinite(
@@ -194,6 +210,8 @@ class States:
     def save(self, job: Job) -> None:
         """Write the present state, whole or not at all, unless it is there; drop those older than the one before.
 
+        Every process must ask; the first one writes.
+
         Raises NotFinite, and SettingError where it cannot be written; what was there is kept then.
         """
         if self.latest == job.updates:
@@ -201,13 +219,15 @@ class States:
         check_finite(job.model)
         if job.ema is not None:
             check_finite(job.ema.module, "averaged model")
+        self.latest, content = job.updates, capture(job)
+        if not job.team.first:
+            return
         with writing(self.folder.parent):
             self.folder.mkdir(exist_ok=True)
-            write_state(self.folder / f"{job.updates:09d}.safetensors", capture(job))
+            write_state(self.folder / f"{job.updates:09d}.safetensors", content)
             sync_folder(self.folder)
             for path in self.paths()[KEPT:]:
                 path.unlink()
-        self.latest = job.updates
 
     def load(self, say: Callable[[str], Any]) -> dict[str, Any] | None:
         """The newest state that is whole; None if none was ever kept. Damaged ones are said, and put aside.

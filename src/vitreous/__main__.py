@@ -1,0 +1,8 @@
+"""`python -m vitreous`, which is what torchrun starts."""
+
+import sys
+
+from vitreous.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
