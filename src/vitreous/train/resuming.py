@@ -14,7 +14,7 @@ from rich.console import Console
 from tyro import conf
 
 from vitreous.errors import DataError
-from vitreous.team import Team, connected
+from vitreous.team import ALONE, Team, connected
 from vitreous.train import changes, checkpoint, faults, patience, summary
 from vitreous.train.lock import locked
 from vitreous.train.loop import go_on, speaker, train_once
@@ -121,7 +121,9 @@ def recorded_device(folder: Path) -> torch.device:
     return recorded_settings(checkpoint.read_json(begun(folder)[0]), {}).torch_device()
 
 
-def resume_once(folder: Path, allow_changes: bool, console: Console, changed: dict[str, Any], team: Team) -> None:
+def resume_once(
+    folder: Path, allow_changes: bool, console: Console, changed: dict[str, Any], team: Team = ALONE
+) -> None:
     """Go on with the run of one seed; does nothing if it is finished."""
     run, say = Run(folder), speaker(console)
     with ExitStack() as held:
