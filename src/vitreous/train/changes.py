@@ -14,7 +14,7 @@ from vitreous.train.prepare import Job
 from vitreous.train.run import machine, versions
 
 COLUMNS = ["set", "name", "label", "content"]
-FREE = ("out", "workers", "save_every", "rollbacks", "rollback_lr", "seeds")  # settings that do not change a step
+FREE = ("out", "workers", "tracker", "save_every", "rollbacks", "rollback_lr", "seeds")  # settings that do not change a step
 SHOWN = 6  # differences of a kind
 Rows = list[tuple[str, str, str, str]]
 

@@ -92,7 +92,8 @@ def begin(job: Job, run: Run, seeds: range) -> None:
 
 def go_on(job: Job, run: Run, console: Console) -> None:
     """Train from where the job is, to the end."""
-    with Stopping(run.folder, speaker(console)) as stopping, naming_the_lost():
+    say, first = speaker(console), job.place.epoch
+    with Stopping(run.folder, say) as stopping, naming_the_lost(), job.followers.of(run.folder, first, say):
         if not job.updates:
             job.collect()
             read(job, run, 0)
@@ -100,12 +101,12 @@ def go_on(job: Job, run: Run, console: Console) -> None:
             try:
                 train_epoch(job, run, stopping, console)
             except NotFinite as error:
-                roll_back(job, run, error, speaker(console))
+                roll_back(job, run, error, say)
                 continue
             finish_epoch(job, run, stopping, console)
             job.place = job.place.next_epoch()
         if job.settings.patience is not None and job.team.first:
-            speaker(console)(patience.why(read_metrics(run.folder), job.settings.epochs, job.settings.patience))
+            say(patience.why(read_metrics(run.folder), job.settings.epochs, job.settings.patience))
     if job.team.first:
         run.states.clear()
 
@@ -206,6 +207,7 @@ def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> No
             write_predictions(run, outcomes, {name: batches.missing for name, batches in job.tests.items()})
         lost = write_quarantine(job, run)
         run.log(metrics)
+        job.followers.log(metrics)
         summary.write(run.folder)
     for line in [summary.line(metrics, job.settings.epochs), *lost]:
         speaker(console)(line)

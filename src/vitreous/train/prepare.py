@@ -34,6 +34,7 @@ from vitreous.train.objectives import classification_loss, mixing
 from vitreous.train.settings import TrainSettings
 from vitreous.train.sharding import put_together, shard
 from vitreous.train.state import Place, seed_apart
+from vitreous.train.trackers import Followers
 
 SAMPLE = 64  # images on which grafts are checked and calibrated
 READ = 16  # test images that are looked at after every epoch
@@ -57,6 +58,7 @@ class Job:
     tests: dict[str, Loader]
     sample: ImageSet | None  # what is looked at; None where attention cannot be read
     remarks: list[str]
+    followers: Followers
     recipe: dict[str, Any] | None = None  # the record of `recipes.resolve`
     team: Team = ALONE
     whole: nn.Module | None = None  # a copy to test, read and save, where the weights are spread (`collect` fills it)
@@ -93,6 +95,7 @@ def prepare(settings: TrainSettings, console: Console | None = None, team: Team 
     console: where it is shown how far the reading of files is.
     """
     device = team.device(settings.torch_device())
+    followers = Followers(settings.tracker if team.first else ())
     data, inputs, model, remarks = data_and_model(settings, console)
     settings, recipe = recipes.resolve(settings, from_weights(settings), len(data.train))
     check_team(settings, team.size)
@@ -134,6 +137,7 @@ def prepare(settings: TrainSettings, console: Console | None = None, team: Team 
         tests=tests,
         sample=spaced(data.tests["test"], READ) if readable(whole or model, sample, remarks) else None,
         remarks=remarks,
+        followers=followers,
         recipe=recipe,
         team=team,
         whole=whole,

@@ -20,8 +20,9 @@ from vitreous.train.lock import locked
 from vitreous.train.loop import go_on, speaker, train_once
 from vitreous.train.prepare import facts, prepare
 from vitreous.train.run import Run, read_metrics, read_rows
-from vitreous.train.settings import TrainSettings
+from vitreous.train.settings import Repeated, TrainSettings
 from vitreous.train.state import restore
+from vitreous.train.trackers import TRACKERS
 
 CONFIG = (conf.FlagCreatePairsOff,)
 RESUME_HELP = """\
@@ -55,6 +56,8 @@ class Changed:
     """How often it may go back to the last good state after a step that is not finite, and leave that step out."""
     rollback_lr: float | None = None
     """Factor on the learning rate after each such return."""
+    tracker: Repeated = ()
+    """Who is told the numbers of every epoch (default: as before, but for code of other packages, to be named again)."""
 
 
 def resume_words(words: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
@@ -65,6 +68,7 @@ def resume_words(words: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
 
     folder, changed = tyro.cli(read, prog="vitreous resume", description=RESUME_HELP, args=words, config=CONFIG)
     found = vars(changed).copy()
+    found["tracker"] = found["tracker"] or None
     return folder, found.pop("allow_changes"), found
 
 
@@ -81,7 +85,7 @@ def resume(folder: str | Path, allow_changes: bool = False, console: Console | N
     """Go on with an interrupted run (or several seeds of one) so that it ends as if it had not been; returns the folder.
 
     allow_changes: go on though settings, data, grafts or versions have changed. changed: other values for settings that do
-    not bear on a step: workers, save_every, rollbacks, rollback_lr.
+    not bear on a step: workers, save_every, rollbacks, rollback_lr, tracker.
 
     Raises DataError if there is no run, SettingError with the differences if something has changed.
     """
@@ -175,6 +179,7 @@ def recorded_settings(record: dict[str, Any], changed: dict[str, Any]) -> TrainS
     """The settings in a run.json, with others for those that do not bear on a step."""
     try:
         found = {name: tuple(value) if isinstance(value, list) else value for name, value in record["settings"].items()}
+        found["tracker"] = tuple(name for name in found.get("tracker", ()) if name in TRACKERS)  # no code that a folder names
         return TrainSettings(**found | {name: value for name, value in changed.items() if value is not None})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(

@@ -19,6 +19,7 @@ from vitreous.errors import SettingError, UnknownName
 from vitreous.mechanism import parse
 from vitreous.train import recipes
 from vitreous.train.inputs import check_augmentation
+from vitreous.train.trackers import check_tracker
 
 CLASS_WEIGHTS = ("none", "balanced")
 SCHEDULERS = ("cosine", "step", "wsd", "constant", "none")
@@ -140,6 +141,8 @@ class Running:
     """Repeat with this many seeds, counted up from --seed, each in its own folder."""
     workers: int = 0
     """Processes that read and augment; images in memory need none."""
+    tracker: Repeated = ()
+    """Who is told the numbers of every epoch beside metrics.jsonl: tensorboard, or package.module.Class, which is run."""
     save_every: int | None = None
     """Updates after which the state is saved for `vitreous resume` (default: at the end of every epoch alone)."""
     rollbacks: int = 0
@@ -180,6 +183,8 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
             check_augmentation(self.aug)
         for text in self.graft:
             parse(text, foreign=True)
+        for name in self.tracker:
+            check_tracker(name)
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

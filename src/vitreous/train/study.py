@@ -213,7 +213,7 @@ def first_runs(folder: Path) -> list[Path]:
 def train_or_go_on(settings: TrainSettings, folder: Path, console: Console) -> None:
     """One run: from its start, from where it was stopped, or nothing where it is finished."""
     if (folder / "run.json").is_file():
-        resume_once(folder, False, console, {})
+        resume_once(folder, False, console, {"tracker": settings.tracker})
     else:
         train_once(settings, folder, console)
 
