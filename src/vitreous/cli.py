@@ -113,7 +113,6 @@ def resume(words: list[str]) -> None:
 
     folder, allow_changes, changed = resume_words(words)
     if (Path(folder) / "study.json").is_file():
-        refuse_team("resume of a study")
         report_study(again(Path(folder)))
     else:
         report(resume(folder, allow_changes, **changed))
@@ -252,7 +251,7 @@ COMMANDS = {
     "list": show,
     "demo": demo,
 }
-TOGETHER = ("train", "resume", "look")  # what several processes of torchrun do as one
+TOGETHER = ("train", "resume", "look", "study")  # what several processes of torchrun do as one
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """A study: arms in pairs of equal seed, one folder, the same result however often it was interrupted, mistakes named first."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
+from train.conftest import SMALL
 from train.interrupting import Moments, differing, in_child
 from vitreous.cli import main
 from vitreous.errors import SettingError, UnknownName, VitreousError
@@ -123,3 +126,18 @@ def test_the_command(given, quiet, tmp_path, capsys):
     assert main(["resume", str(folder)]) == 0
     (folder / "study.json").write_text("{}")
     assert main(["resume", str(folder)]) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_study_of_one(given, quiet, tmp_path):
+    alone, folder = study(given(seeds=1), ARMS, quiet), tmp_path / "two"
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "vitreous"]
+    words += ["study", "cutouts:train=40,test=24,size=16", "--arm", ARMS[0], "--arm", ARMS[1], "--seed", "3", "--seeds", "1"]
+    words += ["--epochs", "1", "--batch-size", "16", "--device", "cpu", "--out", str(folder), "--model-kwargs", *SMALL]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"Done: {folder}/summary.md") == 1
+    for name in ("plain-seed-3", "svda-scale=sqrt-seed-3"):
+        losses = [read_metrics(path / name)[0]["losses"]["total"] for path in (alone, folder)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert set(results(folder)["tests"]["test"]["arms"]) == set(ARMS)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -26,6 +27,7 @@ from vitreous.errors import DataError, SettingError
 from vitreous.files import write_text
 from vitreous.grafting import graft
 from vitreous.mechanism import parse
+from vitreous.team import Team, connected
 from vitreous.train import changes, checkpoint, comparing
 from vitreous.train.lock import locked
 from vitreous.train.loop import speaker, train_once
@@ -82,34 +84,56 @@ def study(settings: TrainSettings, arms: Sequence[str], console: Console | None 
 
     Raises SettingError for fewer than two arms, equal ones, a folder with another study in it, and what `train` raises.
     """
-    console = console or Console()
-    grafts = arm_grafts(settings, arms)
-    asked = plan(settings, grafts)
-    folder = choose(settings, asked)
-    say = speaker(console)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, say):
-        if not (folder / NAME).is_file():
-            check_arms(settings, grafts, console)
-            with writing(folder):
-                save(folder, {"format": FORMAT, "command": command_line()} | asked)
+    with connected(settings.torch_device()) as team:
+        return study_arms(settings, arm_grafts(settings, arms), team.console(console or Console()), team)
+
+
+def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], console: Console, team: Team) -> Path:
+    """`study`, by a team of processes."""
+    asked, say = plan(settings, grafts), speaker(console)
+    folder = team.first_does(lambda: choose(settings, asked))
+    with ExitStack() as held:
+        with team.together():
+            if team.first:
+                with writing(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder, say))
+                begin(settings, grafts, asked, folder, console)
         runs = run_folders(folder, asked)
-        for seed in asked["seeds"]:
+        for k, seed in enumerate(asked["seeds"]):
             for name, some in grafts.items():
                 say(f"\nArm {name}, seed {seed}")
-                one = replace(settings, graft=some, seed=seed, seeds=1, out=None)
-                train_or_go_on(one, runs[name][seed - settings.seed], console)
-        results = comparing.compare(runs)
-        with writing(folder):
-            save(folder, checkpoint.read_json(folder / NAME) | {"results": results})
-            title = f"# {' against '.join(grafts)} on {settings.data}\n" if len(grafts) == 2 else f"# {len(grafts)} arms\n"
-            listed = [f"- {name}: " + ", ".join(f"`{run.name}`" for run in some) for name, some in runs.items()]
-            write_text(folder / "summary.md", "\n".join([title, *comparing.tables(results), *listed, ""]))
+                train_or_go_on(replace(settings, graft=some, seed=seed, seeds=1, out=None), runs[name][k], console, team)
+        if team.first:
+            conclude(folder, settings.data, runs, say)
+    return folder
+
+
+def begin(
+    settings: TrainSettings, grafts: dict[str, tuple[str, ...]], asked: dict[str, Any], folder: Path, console: Console
+) -> None:
+    """Write study.json, unless it is there. Raises before that if data, model or one of the arms do not fit together."""
+    if (folder / NAME).is_file():
+        return
+    model = data_and_model(settings, console)[2]
+    for some in grafts.values():
+        graft(copy.deepcopy(model), *(parse(text, foreign=True) for text in some))
+    with writing(folder):
+        save(folder, {"format": FORMAT, "command": command_line()} | asked)
+
+
+def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable[[str], Any]) -> None:
+    """Compare the finished runs, and write and say what comes out."""
+    results = comparing.compare(runs)
+    title = f"# {' against '.join(runs)} on {data}\n" if len(runs) == 2 else f"# {len(runs)} arms on {data}\n"
+    listed = [f"- {name}: " + ", ".join(f"`{run.name}`" for run in some) for name, some in runs.items()]
+    with writing(folder):
+        save(folder, checkpoint.read_json(folder / NAME) | {"results": results})
+        write_text(folder / "summary.md", "\n".join([title, *comparing.tables(results), *listed, ""]))
     for test, found in results["tests"].items():
         for name, other in found["differences"].items():
-            say(f"{test}: {name} {comparing.verdict(other)} to {results['first']}: {100 * other['mean']:+.2f} points")
-    return folder
+            said = f"{comparing.verdict(other)}, {100 * other['mean']:+.2f} points to {results['first']}"
+            say(f"{test}: {name}: {said}")
 
 
 def again(folder: Path, console: Console | None = None) -> Path:
@@ -140,13 +164,6 @@ def arm_grafts(settings: TrainSettings, arms: Sequence[str]) -> dict[str, tuple[
     for some in grafts.values():
         replace(settings, graft=some)  # raises for what is no mechanism
     return grafts
-
-
-def check_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], console: Console) -> None:
-    """Raise before anything is trained if data, model or one of the arms do not fit together."""
-    model = data_and_model(settings, console)[2]
-    for some in grafts.values():
-        graft(copy.deepcopy(model), *(parse(text, foreign=True) for text in some))
 
 
 def plan(settings: TrainSettings, grafts: dict[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -210,12 +227,12 @@ def first_runs(folder: Path) -> list[Path]:
     return [runs[0] for runs in run_folders(folder, checkpoint.read_json(folder / NAME)).values()]
 
 
-def train_or_go_on(settings: TrainSettings, folder: Path, console: Console) -> None:
+def train_or_go_on(settings: TrainSettings, folder: Path, console: Console, team: Team) -> None:
     """One run: from its start, from where it was stopped, or nothing where it is finished."""
-    if (folder / "run.json").is_file():
-        resume_once(folder, False, console, {"tracker": settings.tracker})
+    if team.first_does((folder / "run.json").is_file):
+        resume_once(folder, False, console, {"tracker": settings.tracker}, team)
     else:
-        train_once(settings, folder, console)
+        train_once(settings, folder, console, team=team)
 
 
 def save(folder: Path, record: dict[str, Any]) -> None:
