@@ -16,6 +16,7 @@ import pytest
 import vitreous
 from test_cards import SECTIONS
 from vitreous.train.settings import from_words
+from vitreous.train.study import arm_grafts, study_words
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
@@ -60,6 +61,9 @@ def test_commands_and_links(page):
         words = shlex.split(line)
         if words[:2] == ["vitreous", "train"]:
             assert from_words(words[2:]).data
+        if words[:2] == ["vitreous", "study"]:
+            settings, arms = study_words(words[2:])
+            assert arm_grafts(settings, arms)
         for path in (word for word in words if word.startswith("tests/")):
             assert (ROOT / path).exists(), line
     for link in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):

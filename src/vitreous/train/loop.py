@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,11 +18,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreous.errors import HostError, NotReached
 from vitreous.grafting import new_parameters
 from vitreous.lens.look import look
+from vitreous.lens.reading import Reading
+from vitreous.lens.reading import read as read_reading
 from vitreous.mechanism import parse
 from vitreous.team import ALONE, Team, connected, naming_the_lost
-from vitreous.train import changes, checkpoint, faults, patience, summary
+from vitreous.train import alarms, changes, checkpoint, faults, patience, summary
 from vitreous.train.distributed import step_gradients
 from vitreous.train.inputs import Loader
 from vitreous.train.lock import locked
@@ -200,7 +204,7 @@ def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> No
         "seconds": place.seconds + time.perf_counter() - started,
     }
     with writing(run.folder):
-        read(job, run, place.epoch)
+        metrics |= watch(job, run, place.epoch)
         stopping.end()
         if patience.kept([*read_metrics(run.folder), metrics], job.settings.patience) is metrics:
             checkpoint.save(job.tested, run.folder, classes=job.data.classes, inputs=job.inputs.config())
@@ -209,7 +213,7 @@ def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> No
         run.log(metrics)
         job.followers.log(metrics)
         summary.write(run.folder)
-    for line in [summary.line(metrics, job.settings.epochs), *lost]:
+    for line in [summary.line(metrics, job.settings.epochs), *summary.warnings([metrics]), *lost]:
         speaker(console)(line)
     stopping.end()
 
@@ -237,11 +241,30 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"accuracy": accuracy, "loss": F.cross_entropy(logits, labels).item()}
 
 
-def read(job: Job, run: Run, epoch: int) -> None:
+def read(job: Job, run: Run, epoch: int) -> Reading | None:
     """Look at the sample images, if attention can be seen, and write that down."""
-    if job.sample is not None and job.team.first:
-        about = {"weights": "run", "classes": list(job.data.classes)}
-        look(job.tested, job.sample, inputs=job.inputs.config(), out=run.reading(epoch), about=about)
+    if job.sample is None or not job.team.first:
+        return None
+    about = {"weights": "run", "classes": list(job.data.classes)}
+    return look(job.tested, job.sample, inputs=job.inputs.config(), out=run.reading(epoch), about=about)
+
+
+def watch(job: Job, run: Run, epoch: int) -> dict[str, Any]:
+    """`read` after an epoch; for its metrics the indicators by layer, and alarms over earlier epochs.
+
+    A network that has gone astray may no longer show its attention as before: then there is no reading, and why is said.
+    """
+    try:
+        found = read(job, run, epoch)
+    except (HostError, NotReached) as error:
+        shutil.rmtree(run.reading(epoch), ignore_errors=True)
+        return {"unread": str(error)}
+    if found is None:
+        return {}
+    before = [alarms.indicators(read_reading(run.reading(0)))]
+    before += [line["indicators"] for line in read_metrics(run.folder) if "indicators" in line]
+    present = alarms.indicators(found)
+    return {"indicators": present, "alarms": alarms.alarms([*before, present])}
 
 
 def write_predictions(run: Run, outcomes: dict[str, tuple[Tensor, Tensor]], missing: dict[str, set[int]]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vitreous.files import write_text
-from vitreous.train import patience
+from vitreous.train import alarms, patience
 from vitreous.train.intervals import of_mean
 from vitreous.train.run import read_metrics
 
@@ -27,6 +28,17 @@ def line(metrics: dict[str, Any], epochs: int) -> str:
         f"epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  loss {metrics['losses']['total']:.4f}  {scores}"
         f"  {metrics['images_per_second']:,.0f} images/s"
     )
+
+
+def warnings(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The alarms of these epochs, and those without a reading, a sentence for each epoch."""
+    found = []
+    for epoch in lines:
+        if epoch.get("alarms"):
+            found.append(alarms.sentence(epoch["epoch"], epoch["alarms"]))
+        if "unread" in epoch:
+            found.append(f"No reading after epoch {epoch['epoch']}: {epoch['unread']}")
+    return found
 
 
 def write(folder: Path) -> None:
@@ -57,6 +69,7 @@ def write(folder: Path) -> None:
         *(f"{remark}\n" for remark in run["remarks"]),
         table(rows),
         f"{patience.why(epochs, settings['epochs'], patient)}\n",
+        *(f"{warning}\n" for warning in warnings(epochs)),
         FILES,
         *([] if patience.finished(epochs, settings["epochs"], patient) else [f"Not finished: `{going_on}` goes on.\n"]),
         f"Typed: `{run['command']}`\n",

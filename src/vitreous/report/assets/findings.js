@@ -129,6 +129,15 @@ function glance() {
         shownReadings().map((reading, i) => ({ ...find(reading), letter: two ? LETTERS[i] : "" })),
       ),
     );
+    if (DATA.sources.some((source) => source.metrics.some((m) => m.alarms?.length))) {
+      made.unshift(
+        card(
+          "alarms",
+          "Alarms while it trained",
+          state.panes.map((pane, i) => ({ ...latestAlarm(pane), letter: two ? LETTERS[i] : "" })),
+        ),
+      );
+    }
     if (two) {
       const top = changes(...shownReadings())[0];
       made.unshift(
@@ -145,6 +154,22 @@ function glance() {
     }
     cards.replaceChildren(...made);
   });
+}
+
+/** The latest alarm of a run by the epoch that is shown, and how many there were. */
+function latestAlarm(pane) {
+  const source = DATA.sources[pane.source];
+  const epoch = source.epochs?.[pane.at] ?? 0;
+  const found = source.metrics
+    .filter((m) => m.epoch <= epoch)
+    .flatMap((m) => (m.alarms || []).map((one) => ({ ...one, epoch: m.epoch })));
+  const last = found[found.length - 1];
+  if (!last) return { text: "None by this epoch." };
+  return {
+    big: `${last.alarm}, layer ${last.layer}`,
+    text: `${last.text}, after epoch ${last.epoch}${found.length > 1 ? `; ${found.length} alarms by now` : ""}`,
+    go: { layer: last.layer },
+  };
 }
 
 /** What a score is worth beside a spot in the middle of every image. */
