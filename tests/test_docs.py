@@ -15,6 +15,7 @@ import pytest
 
 import vitreous
 from test_cards import SECTIONS
+from vitreous.bench.settings import from_words as bench_words
 from vitreous.train.settings import from_words
 from vitreous.train.study import arm_grafts, study_words
 
@@ -64,6 +65,8 @@ def test_commands_and_links(page):
         if words[:2] == ["vitreous", "study"]:
             settings, arms = study_words(words[2:])
             assert arm_grafts(settings, arms)
+        if words[:2] == ["vitreous", "bench"]:
+            assert bench_words(words[2:]).arms()
         for path in (word for word in words if word.startswith("tests/")):
             assert (ROOT / path).exists(), line
     for link in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):

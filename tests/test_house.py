@@ -157,7 +157,7 @@ MAY_IMPORT = {
     "architectures": LOWER,
     "lens": LOWER | {"grafting", "mechanisms", "architectures", "data"},
     "train": JOBS,
-    "bench": JOBS,
+    "bench": JOBS | {"train", "report"},
     "compress": JOBS,
     "demo": JOBS | {"train", "looking", "report"},
     "looking": JOBS | {"train", "report"},

@@ -10,6 +10,7 @@ import pytest
 import tyro
 
 from vitreous import looking
+from vitreous.bench.settings import from_words as bench_words
 from vitreous.train.settings import from_words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,11 @@ def test_python_runs(capsys):
 def test_training_commands_parse(line):
     settings = from_words(shlex.split(line)[2:])
     assert settings.data
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("vitreous bench")])
+def test_bench_commands_parse(line):
+    assert bench_words(shlex.split(line)[2:]).arms()
 
 
 @pytest.mark.parametrize("line", LOOKING)

@@ -28,6 +28,7 @@ usage: vitreous COMMAND [options]     (vitreous COMMAND --help says more)
   study DATA                 train arms with different grafts on the same seeds, and compare them with paired intervals
   resume RUN                 go on with an interrupted run, so that it ends as if it had not been
   replay RUN                 run the step again at which a run stopped since a number was not finite, and say where it begins
+  bench MODEL                how fast it is, with grafts and against others: time, memory, operations, with intervals
   predict RUN IMAGES...      the classes of images by a trained model, as a CSV file
   export RUN                 a model as a file that runs without Vitreous (ONNX, torch.export, timm), proved to be the same
   data check DATA            what is wrong with images: unreadable files, copies across parts, classes, masks that do not fit
@@ -152,6 +153,12 @@ def report_runs(folder: Path, runs: list[Path]) -> None:
         print(f"Report: {write(runs, folder / 'report.html')}")
 
 
+def bench(words: list[str]) -> None:
+    from vitreous.bench.run import bench_command
+
+    bench_command(words)
+
+
 def predict(words: list[str]) -> None:
     from vitreous.shipping.predicting import predict_command
 
@@ -245,6 +252,7 @@ COMMANDS = {
     "study": study,
     "resume": resume,
     "replay": replay,
+    "bench": bench,
     "predict": predict,
     "export": export,
     "data": data,

@@ -21,8 +21,8 @@ from vitreous.report.words import words
 IMAGES = 64  # on a page, at most
 LIMIT = 15_000_000  # bytes of a page
 SCRIPTS = (
-    "base", "color", "chart", "table", "viewer", "pane", "paint", "indicators", "epochs", "findings", "scores", "curves",
-    "changes", "facts", "main",
+    "base", "state", "color", "chart", "table", "viewer", "pane", "paint", "indicators", "epochs", "findings", "scores",
+    "curves", "changes", "facts", "main",
 )  # fmt: skip
 
 
@@ -75,20 +75,34 @@ def fill(data: dict[str, Any]) -> str:
     """The template with its style, script and data."""
     pictures = data.pop("pictures")
     data = packing.legible(data)
+    return assembled(
+        data | {"pictures": pictures},
+        SCRIPTS,
+        title=together([source["name"] for source in data["sources"]]),
+        kind="run" if data["sources"][0]["run"] else "reading",
+        first=("maps", "maps"),
+        random=any(reading["random"] for source in data["sources"] for reading in source["readings"]),
+    )
+
+
+def assembled(data: Any, scripts: Sequence[str], *, title: str, kind: str, first: tuple[str, str], random: bool = False) -> str:
+    """A page: the template with the style, these scripts and data that is legible.
+
+    first: (id, words) of what the link for keyboards jumps to. random: say that the weights are random.
+    """
     style = asset("report.css")
-    script = '"use strict";\n(() => {\n' + "\n".join(asset(f"{name}.js") for name in SCRIPTS) + "})();\n"
-    names = [source["name"] for source in data["sources"]]
+    script = '"use strict";\n(() => {\n' + "\n".join(asset(f"{name}.js") for name in scripts) + "})();\n"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(asset("report.html.j2")).render(
-        title=together(names),
-        kind="run" if data["sources"][0]["run"] else "reading",
-        several=len(names) > 1,
-        random=any(reading["random"] for source in data["sources"] for reading in source["readings"]),
+        title=title,
+        kind=kind,
+        first=first,
+        random=random,
         style=Markup(style),
         script=Markup(script),
         style_hash=Markup(digest(style)),
         script_hash=Markup(digest(script)),
-        data=Markup(packing.script_json(data | {"pictures": pictures})),
+        data=Markup(packing.script_json(data)),
     )
 
 

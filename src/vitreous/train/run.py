@@ -39,8 +39,8 @@ FORMAT = 1
 PACKAGES = ("vitreous", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
 
 
-def choose_folder(out: str | None, name: str) -> Path:
-    """The folder of a new run: `out`, which must be new or empty, or else the next free runs/NAME, NAME-2, ..."""
+def choose_folder(out: str | None, name: str, parent: str = "runs") -> Path:
+    """The folder of a new run: `out`, which must be new or empty, or else the next free parent/NAME, NAME-2, ..."""
     if out is not None:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -48,7 +48,7 @@ def choose_folder(out: str | None, name: str) -> Path:
         return folder
     name = re.sub(r"[^\w.+-]+", "-", name)[:60].strip("-.")
     number = 1
-    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+    while (folder := Path(parent) / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return folder
 

@@ -1,8 +1,6 @@
-// Data, elements, numbers, state. All text reaches the page as text nodes or attributes, never as markup.
+// Data, elements, numbers, choices. All text reaches the page as text nodes or attributes, never as markup.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const WORDS = DATA.words;
-const LETTERS = ["A", "B"];
 
 /** What an object itself holds under a name, which comes from outside and may be "constructor". */
 const own = (object, name) => (object && Object.hasOwn(object, name) ? object[name] : undefined);
@@ -41,73 +39,7 @@ function fmt(value, digits = 4) {
 
 const signedFmt = (value) => (value > 0 ? "+" : "") + fmt(value);
 const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count === 1 ? "" : "s"}`;
-
-/** [label, unit, explanation] of a measure; one that has a paper form of its own says so. */
-function measureWords(name) {
-  const plain = name.replace(/_paper$/, "");
-  const found = own(WORDS.measures, plain) || [readable(plain), "", ""];
-  return name === plain
-    ? found
-    : [`${found[0]}, paper's form`, found[1], "As published; not comparable between token counts."];
-}
-
-const readable = (name) => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
-const scoreWords = (name) => own(WORDS.scores, name) || [readable(name), "", ""];
-const componentName = (name) => own(WORDS.components, name) || own(WORDS.baselines, name) || name;
-const layerName = (layer) => (layer < 0 ? "whole model" : `layer ${layer}`);
-const headName = (head) => (head < 0 ? "mean of heads" : `head ${head}`);
-const where = (layer, head) =>
-  layer < 0 ? "whole model" : head < 0 ? `layer ${layer}` : `layer ${layer}, head ${head}`;
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
-
-// --- state: what is chosen; sections draw themselves again when something that they need changes ---------------------
-
-const several = DATA.sources.length > 1;
-const epochs = DATA.sources.some((source) => source.epochs);
-const last = (source) => ({ source, at: DATA.sources[source].readings.length - 1 });
-const state = {
-  panes: DATA.sources.length === 2 || (several && !epochs) ? [last(0), last(1)] : [last(0)],
-  image: 0,
-  layer: 0,
-  head: -1,
-  component: "attention",
-  opacity: 65,
-  marks: true,
-  outline: false,
-  clip: true,
-  shared: true,
-};
-const sections = [];
-
-function section(needs, redraw) {
-  sections.push({ needs, redraw });
-}
-
-function set(changes) {
-  const changed = Object.keys(changes).filter((key) => state[key] !== changes[key]);
-  Object.assign(state, changes);
-  for (const part of sections) if (part.needs.some((key) => changed.includes(key))) part.redraw();
-}
-
-const readingOf = (pane) => DATA.sources[pane.source].readings[pane.at];
-const shownReadings = () => state.panes.map(readingOf);
-
-/** The name of a pane's reading: its source, and the epoch of a run. */
-function paneName(pane) {
-  const source = DATA.sources[pane.source];
-  return source.epochs ? `${source.name}, epoch ${source.epochs[pane.at]}` : source.name;
-}
-
-/** "A · name" where two are shown, else the name. */
-const tagged = (index) => (state.panes.length > 1 ? `${LETTERS[index]} · ` : "") + paneName(state.panes[index]);
-
-/** The same image in another reading: by name, else by place. */
-function imageIn(reading, place) {
-  const name = readingOf(state.panes[0]).images[place]?.name;
-  if (reading.images[place]?.name === name) return place;
-  const found = reading.images.findIndex((image) => image.name === name);
-  return found >= 0 ? found : Math.min(place, reading.images.length - 1);
-}
 
 // --- choices ---------------------------------------------------------------------------------------------------------
 
@@ -147,12 +79,6 @@ function choice(label, pick, kind = "pills") {
   };
 }
 
-function check(label, key) {
-  const input = el("input", { type: "checkbox", on: { change: () => set({ [key]: input.checked }) } });
-  input.checked = state[key];
-  return el("label", { class: "check" }, input, el("span", {}, label));
-}
-
 /** A part of the page with a heading and an entry in the navigation. */
 function part(id, title, ...children) {
   const node = el(
@@ -171,4 +97,16 @@ function part(id, title, ...children) {
       entry.hidden = !visible;
     },
   };
+}
+
+/** The choice of light or dark, at the top. */
+function theme() {
+  const pick = choice("Colours", (value) => {
+    if (value === "auto") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = value;
+    pick.show(options, value);
+  });
+  const options = ["auto", "light", "dark"].map((value) => ({ value, label: value }));
+  pick.show(options, "auto");
+  document.getElementById("theme").append(pick.field);
 }

@@ -1,16 +1,5 @@
 // Puts the page together.
 
-function theme() {
-  const pick = choice("Colours", (value) => {
-    if (value === "auto") delete document.documentElement.dataset.theme;
-    else document.documentElement.dataset.theme = value;
-    pick.show(options, value);
-  });
-  const options = ["auto", "light", "dark"].map((value) => ({ value, label: value }));
-  pick.show(options, "auto");
-  document.getElementById("theme").append(pick.field);
-}
-
 /** The stamp speaks of what is shown, and stands over every view. */
 function stamp() {
   const node = document.querySelector("body > .stamp");

@@ -1,0 +1,129 @@
+"""What `vitreous bench` is told: one frozen record, which is its command line as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Literal
+
+import tyro
+from tyro import conf
+
+from vitreous.bench.arms import Arm, Cell
+from vitreous.errors import SettingError
+from vitreous.mechanism import parse
+from vitreous.train import checkpoint, network
+from vitreous.train.settings import Repeated, flag, key_values, torch_device
+
+COMPILED = 8  # models at a time
+HELP = """\
+How fast is a model, with grafts, against the same model without them and against others? Latency, images per second, peak
+memory and operations. The models take turns, so that all meet the same machine; ratios come with 95 % intervals.
+
+examples:
+  vitreous bench vit_tiny_patch16_224 --graft svda --batch 1 16
+  vitreous bench vit_small_patch16_224 --graft spc:after=11 --mode inference training --image-size 224 384
+  vitreous bench runs/photos --against vit_tiny_patch16_224 deit3_small_patch16_224 --device cuda --compile --dtype bf16
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class What:
+    """What is compared, and where."""
+
+    graft: Repeated = ()
+    """A mechanism to put into MODEL, such as svda:scale=one,layers=6-11. See `vitreous list`."""
+    against: tuple[str, ...] = ()
+    """Other models to compare with: names of timm's, or model folders. Grafts are compared with the plain model anyway."""
+    mode: tuple[Literal["inference", "training"], ...] = ("inference",)
+    """inference: a forward pass. training: forward, loss, backward and AdamW step."""
+    batch: tuple[int, ...] = (16,)
+    """Images per call, one or several numbers."""
+    image_size: tuple[int, ...] = ()
+    """Pixels a side, one or several (default: the model's own)."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16: the forward pass under autocast."""
+    compile: bool = False
+    """Compile every model with torch.compile."""
+    rounds: int = 60
+    """Rounds of one call per model. The interval narrows with their square root."""
+    model_kwargs: tuple[str, ...] = ()
+    """MODEL's own arguments: name=value ..., such as depth=6."""
+    foreign: bool = False
+    """Import mechanisms of other packages, package.module.Class, that a folder names. This runs their code."""
+    device: str = "auto"
+    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
+    out: str | None = None
+    """Folder for bench.json and report.html, new or empty (default: the next free bench/NAME)."""
+
+
+@dataclass(frozen=True)
+class BenchSettings(What):
+    """All settings of one bench. model: a name of timm's or a model folder; the others are described where they stand.
+
+    Raises UnknownName, DataError or SettingError for what can be seen to be wrong without building a model.
+    """
+
+    model: str
+
+    def __post_init__(self):
+        for name, low in (("rounds", 4), ("batch", 1), ("image_size", 1)):
+            values = getattr(self, name)
+            for value in (values,) if name == "rounds" else values:
+                if not low <= value <= 1_000_000:
+                    raise SettingError(f"Found {flag(name)} {value}. Expected {low} to 1,000,000. Give a number in this range.")
+        for name in ("mode", "batch"):
+            if not getattr(self, name):
+                raise SettingError(f"Found {flag(name)} without a value. Expected one at least. Leave it out, or name one.")
+        for source in (self.model, *self.against):
+            if not checkpoint.is_folder(source):
+                network.check_name(source)
+        for text in self.graft:
+            parse(text, foreign=True)
+        if self.compile and len(self.against) > COMPILED - 2:
+            raise SettingError(
+                f"Found --compile and {len(self.against)} models to compare with. Expected {COMPILED - 2} at most, since torch "
+                "stops to compile what it meets in many forms. Compare them in two commands."
+            )
+        key_values(self.model_kwargs)
+        torch_device(self.device)
+
+    def arms(self) -> list[Arm]:
+        """The model first; then the same without grafts, if it has any; then the others. Names tell them apart."""
+        common = {"model_kwargs": self.model_kwargs, "foreign": self.foreign}
+        brought = checkpoint.read_mechanisms(self.model, self.foreign) if checkpoint.is_folder(self.model) else []
+        grafted = [*map(str, brought), *self.graft]
+        arms = [Arm(" + ".join([self.model, *grafted]), self.model, self.graft, **common)]
+        if grafted:
+            arms.append(Arm(self.model + " plain" * bool(brought), self.model, plain=True, **common))
+        for number, source in enumerate(self.against, 2):
+            name = source if source not in [arm.name for arm in arms] else f"{source} ({number})"
+            arms.append(Arm(name, source, foreign=self.foreign))
+        return arms
+
+    def cells(self, own: int) -> list[Cell]:
+        """Every mode, image size and batch; own: the model's own image size."""
+        device = str(torch_device(self.device))
+        return [
+            Cell(mode, batch, size, self.dtype, device, self.compile)
+            for mode, size, batch in product(unique(self.mode), unique(self.image_size or (own,)), unique(self.batch))
+        ]
+
+
+def unique(values: Sequence) -> list:
+    return list(dict.fromkeys(values))
+
+
+def from_words(words: Sequence[str]) -> BenchSettings:
+    """The settings that a command line asks for; exits with code 2, or 0 for --help, where tyro has the word."""
+    return tyro.cli(grouped, prog="vitreous bench", description=HELP, args=words, config=(conf.FlagCreatePairsOff,))
+
+
+def grouped(
+    model: Annotated[
+        conf.Positional[str], conf.arg(metavar="MODEL", help="A name of timm's (random weights), or a model folder")
+    ],
+    what: conf.OmitArgPrefixes[What] = What(),
+) -> BenchSettings:
+    return BenchSettings(model, **vars(what))

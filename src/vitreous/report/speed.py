@@ -1,0 +1,32 @@
+"""A folder of `vitreous bench` -> one HTML file: ratios with their intervals, and every number behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vitreous.errors import DataError
+from vitreous.files import write_text
+from vitreous.report import packing
+from vitreous.report.folders import read_json
+from vitreous.report.page import assembled
+
+SCRIPTS = ("base", "table", "speed")
+KEPT = ("name", "command", "settings", "machine", "versions", "ratios")
+
+
+def write(folder: Path, out: Path) -> Path:
+    """Write the page of FOLDER/bench.json to `out` and return its path. Equal files give equal bytes. Raises DataError."""
+    path = Path(folder) / "bench.json"
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != 1 or not all(name in found for name in (*KEPT, "rows")):
+        raise DataError(f"Found no bench of format 1 in {path}. Expected a file of `vitreous bench`. Bench again.")
+    write_text(Path(out), render(found))
+    return Path(out)
+
+
+def render(found: dict[str, Any]) -> str:
+    """The page as text; the seconds of every round stay in bench.json."""
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in found["rows"]]
+    data = packing.legible({name: found[name] for name in KEPT} | {"rows": rows})
+    return assembled(data, SCRIPTS, title=data["name"], kind="speed", first=("numbers", "numbers"))
