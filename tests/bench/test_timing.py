@@ -72,17 +72,19 @@ def test_cuda_is_timed_by_events_with_nothing_in_flight(monkeypatch):
         def __init__(self, enable_timing):
             assert enable_timing
 
-        def record(self):
-            said.append("record")
+        def record(self, stream):
+            said.append(f"record on {stream}")
 
         def elapsed_time(self, end):
             return 12.5  # milliseconds
 
     monkeypatch.setattr(timing.torch.cuda, "Event", Event)
-    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: said.append("wait"))
-    seconds = rounds({"a": lambda: said.append("act")}, 1, warmup=0, device="cuda")
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda device: said.append(f"wait for {device}"))
+    monkeypatch.setattr(timing.torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    seconds = rounds({"a": lambda: said.append("act")}, 1, warmup=0, device="cuda:1")
     assert seconds == {"a": [0.0125]}
-    assert said == ["wait", "record", "act", "record", "wait"]
+    wait, record = "wait for cuda:1", "record on the stream of cuda:1"
+    assert said == [wait, record, "act", record, wait]
 
 
 def test_ratio_of_exact_times():

@@ -79,7 +79,7 @@ def test_what_the_page_shows(tmp_path, browser):
     assert "2.15.0" in page.locator("#run").inner_text()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "To the numbers"
-    page.get_by_text("dark", exact=True).click()
+    page.get_by_label("dark").check(force=True)
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     assert errors == []
     page.close()

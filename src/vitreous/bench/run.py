@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from timm.models import get_model_input_config
 from torch import nn
 
 from vitreous.bench.arms import Arm, Cell, own_size
@@ -87,7 +88,7 @@ def probe(arm: Arm, size: int, modes: Sequence[str]) -> None:
     for mode in modes:
         Cell(mode, 1, size).act(model)
     if grafts(model):
-        channels = model.pretrained_cfg["input_size"][0]
+        channels = get_model_input_config(model)["input_size"][0]
         check(model, torch.zeros(1, channels, size, size))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -87,12 +88,15 @@ class BenchSettings(What):
                 "stops to compile what it meets in many forms. Compare them in two commands."
             )
         key_values(self.model_kwargs)
-        torch_device(self.device)
+        if torch_device(self.device).type not in ("cpu", "cuda"):
+            raise SettingError(
+                f"Found --device {torch_device(self.device)}. Expected cpu or cuda, whose calls can be timed. Use --device cpu."
+            )
 
     def arms(self) -> list[Arm]:
         """The model first; then the same without grafts, if it has any; then the others. Names tell them apart."""
         common = {"model_kwargs": self.model_kwargs, "foreign": self.foreign}
-        brought = checkpoint.read_mechanisms(self.model, self.foreign) if checkpoint.is_folder(self.model) else []
+        brought = checkpoint.read_mechanisms(Path(self.model), self.foreign) if checkpoint.is_folder(self.model) else []
         grafted = [*map(str, brought), *self.graft]
         arms = [Arm(" + ".join([self.model, *grafted]), self.model, self.graft, **common)]
         if grafted:

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def rounds(
     call. On CUDA a call is timed by events, with nothing else in flight. progress(done, of) is called after every round.
     """
     names, seconds = list(arms), {name: [] for name in arms}
-    timed = cuda_seconds if torch.device(device).type == "cuda" else cpu_seconds
+    timed = partial(cuda_seconds, device) if torch.device(device).type == "cuda" else cpu_seconds
     enabled = gc.isenabled()
     gc.collect()
     gc.freeze()  # what is there before the rounds needs no second look: collecting between them costs nearly nothing
@@ -89,13 +90,14 @@ def cpu_seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def cuda_seconds(act: Callable[[], object]) -> float:
+def cuda_seconds(device: str | torch.device, act: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+    stream = torch.cuda.current_stream(device)
+    torch.cuda.synchronize(device)
+    start.record(stream)
     act()
-    end.record()
-    torch.cuda.synchronize()
+    end.record(stream)
+    torch.cuda.synchronize(device)
     return start.elapsed_time(end) / 1000
 
 
