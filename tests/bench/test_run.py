@@ -158,6 +158,15 @@ def test_memory_that_runs_out_in_a_call_is_a_row_too(tmp_path, monkeypatch):
     assert compared(rows) == []
 
 
+def test_a_network_that_refuses_has_a_row_with_its_own_words(monkeypatch):
+    rows = run.measure(BenchSettings("test_vit").arms(), Cell("inference", 1, 48), 4, None, None)
+    assert rows[0]["failed"] is None
+    build = Arm.build
+    monkeypatch.setattr(Arm, "build", lambda self, size: build(self, 160))  # a network of another size
+    rows = run.measure(BenchSettings("test_vit").arms(), Cell("inference", 1, 48), 4, None, None)
+    assert rows[0]["failed"].startswith("cannot run: AssertionError: Input height (48) doesn't match model (160)")
+
+
 def test_other_errors_are_not_hidden(monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("mat1 and mat2")

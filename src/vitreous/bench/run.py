@@ -21,7 +21,7 @@ from vitreous.bench.memory import OUT, Residents, allocated, out_of_memory
 from vitreous.bench.operations import operations
 from vitreous.bench.settings import BenchSettings, from_words
 from vitreous.bench.timing import interval, ratio, rounds
-from vitreous.errors import SettingError
+from vitreous.errors import SettingError, VitreousError
 from vitreous.files import write_text
 from vitreous.grafting import check, grafts
 from vitreous.lens.reading import writable
@@ -108,10 +108,10 @@ def measure(
                 continue
             acts[arm.name] = prepared(arm, cell, row)
             row.setdefault("peak_mib", peak)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            row["failed"] = OUT
+        except VitreousError:
+            raise
+        except Exception as error:  # a network may refuse an image size or a batch in words of its own
+            row["failed"] = OUT if out_of_memory(error) else f"cannot run: {brief(error)}"
     if not acts:
         return rows
     try:
@@ -149,6 +149,11 @@ def prepared(arm: Arm, cell: Cell, row: dict[str, Any]) -> Callable[[], object]:
         return build()
     act, row["peak_mib"] = allocated(build, cell.device)
     return act
+
+
+def brief(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200].rstrip('.')}"
 
 
 def parameters(model: nn.Module) -> int:
