@@ -30,7 +30,7 @@ examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class What:
+class Comparison:
     """What is compared, and where."""
 
     graft: Repeated = ()
@@ -60,7 +60,7 @@ class What:
 
 
 @dataclass(frozen=True)
-class BenchSettings(What):
+class BenchSettings(Comparison):
     """All settings of one bench. model: a name of timm's or a model folder; the others are described where they stand.
 
     Raises UnknownName, DataError or SettingError for what can be seen to be wrong without building a model.
@@ -128,6 +128,6 @@ def grouped(
     model: Annotated[
         conf.Positional[str], conf.arg(metavar="MODEL", help="A name of timm's (random weights), or a model folder")
     ],
-    what: conf.OmitArgPrefixes[What] = What(),
+    comparison: conf.OmitArgPrefixes[Comparison] = Comparison(),
 ) -> BenchSettings:
-    return BenchSettings(model, **vars(what))
+    return BenchSettings(model, **vars(comparison))
