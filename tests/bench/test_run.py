@@ -159,12 +159,12 @@ def test_memory_that_runs_out_in_a_call_is_a_row_too(tmp_path, monkeypatch):
 
 
 def test_a_network_that_refuses_has_a_row_with_its_own_words(monkeypatch):
-    rows = run.measure(BenchSettings("test_vit").arms(), Cell("inference", 1, 48), 4, None, None)
-    assert rows[0]["failed"] is None
-    build = Arm.build
-    monkeypatch.setattr(Arm, "build", lambda self, size: build(self, 160))  # a network of another size
-    rows = run.measure(BenchSettings("test_vit").arms(), Cell("inference", 1, 48), 4, None, None)
-    assert rows[0]["failed"].startswith("cannot run: AssertionError: Input height (48) doesn't match model (160)")
+    """The images are of 56 pixels, the patches of the other network of 16."""
+    arms = BenchSettings("test_vit").arms()
+    assert run.measure(arms, Cell("inference", 1, 160), 4, None, None)[0]["failed"] is None
+    monkeypatch.setattr(Arm, "build", lambda self, size: timm.create_model("vit_tiny_patch16_224", img_size=160))
+    (row,) = run.measure(arms, Cell("inference", 1, 56), 4, None, None)
+    assert row["failed"] == "cannot run: AssertionError: Input height (56) doesn't match model (160)"
 
 
 def test_other_errors_are_not_hidden(monkeypatch):
