@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from vitreous.data.waiting import read_in_time
 from vitreous.errors import DataError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -54,13 +55,14 @@ def is_image(name: str) -> bool:
 
 
 def contents(source: Source, name: str) -> bytes:
-    """The bytes of a file or archive member called `name`."""
+    """The bytes of a file or archive member called `name`.
+
+    Raises Unreadable if it cannot be read or its drive does not answer within a minute, DriveGone at the third of those.
+    """
     if isinstance(source, bytes):
         return source
     try:
-        if isinstance(source, Path):
-            check_file(source)
-        return source.read_bytes()
+        return read_in_time(lambda: read_file(source) if isinstance(source, Path) else source.read_bytes(), name)
     except (OSError, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise Unreadable(
@@ -70,13 +72,14 @@ def contents(source: Source, name: str) -> bytes:
         ) from error
 
 
-def check_file(path: Path) -> None:
-    """Raise OSError for what is no plain file, which could keep a reader waiting for ever, and for one beyond all bounds."""
+def read_file(path: Path) -> bytes:
+    """The bytes of a plain file. Raises OSError for what is none, which could have no end, and for one beyond all bounds."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError("not a plain file")
     if found.st_size > BYTES:
         raise OSError(f"it has {found.st_size:,} bytes, the limit is {BYTES:,}")
+    return path.read_bytes()
 
 
 def decode(source: Source, name: str, channels: int) -> Image.Image:

@@ -22,12 +22,14 @@ from torchvision import transforms
 
 from vitreous.data import ArraySet, ImageSet
 from vitreous.data.decoding import Unreadable
+from vitreous.data.waiting import DriveGone
 from vitreous.errors import DataError, SettingError
 from vitreous.team import ALONE, Team
 from vitreous.train.signals import leave_to_parent
 
 AUGMENTATIONS = ("none", "flip", "pad", "crop")
 ORDER, FLIP, AUGMENT = range(3)  # what a draw is for: first part of its key
+NO_DRIVE = "the drive does not answer"
 PAUSE = 0.5  # seconds before a file that cannot be read is tried again
 AUTO_AUGMENT = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
 
@@ -229,6 +231,8 @@ class Prepared(Dataset):
             except Unreadable as error:
                 lost[i] = error.reason
                 continue
+            except DriveGone:
+                return {}, dict.fromkeys(indices, NO_DRIVE)
             with drawn_from(AUGMENT, self.seed, epoch, i):
                 made[i] = self.change(image)
         return made, lost
