@@ -256,3 +256,17 @@ def test_batches_do_not_write_to_the_images(images):
     Batches(images, OWN, True, 0).__getitems__((0, np.arange(3)))
     assert np.array_equal(images.images, before)
     assert isinstance(images.image(0), Image.Image)
+
+
+def test_workers_never_get_the_signals_of_their_group(monkeypatch):
+    """Neither Ctrl-C nor SIGTERM, blocked from before a worker's first line; the parent gets them as before."""
+
+    def told(self, i):
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, []) >= {signal.SIGINT, signal.SIGTERM}
+        return Image.new("RGB", (16, 16), "white" if blocked else "black")
+
+    monkeypatch.setattr(Cutouts, "image", told)
+    batches = loader(Cutouts(4, size=16), Inputs((3, 16, 16), (0, 0, 0), (1, 1, 1)), 2, aug="crop", workers=1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert next(iter(batches))[0].min() == 1
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -1,6 +1,7 @@
 """A run over damaged files goes on without them and says so; strict stops; what vanishes on the way is written down."""
 
 import csv
+import io
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,7 @@ from vitreous.cli import main
 from vitreous.errors import DataError
 from vitreous.train import inputs, loop, prepare, train
 from vitreous.train.losses import write_quarantine
+from vitreous.train.resuming import resume
 from vitreous.train.run import Run, read_table
 
 
@@ -84,3 +86,14 @@ def test_predictions_keep_the_numbers_of_their_images(recipe, tmp_path, monkeypa
     folder = train(recipe(), quiet)
     assert [int(row["index"]) for row in read_table(folder / "predictions.csv")] == [0, 2, 3, 4, 5, 6, 7]
     assert rows(folder)[-1] == ["val/cat/1.png", "cat", "test", "no such file or directory"]
+
+
+def test_resume_shows_how_far_the_reading_of_files_is(recipe, tmp_path, monkeypatch, quiet):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(), quiet)
+    out = io.StringIO()
+    resume(tmp_path / "run", console=Console(file=out, force_terminal=True))
+    assert "reading files" in out.getvalue()
+    assert "epoch 1/1" in out.getvalue()

@@ -25,7 +25,7 @@ from vitreous.data.decoding import Unreadable
 from vitreous.data.waiting import DriveGone
 from vitreous.errors import DataError, SettingError
 from vitreous.team import ALONE, Team
-from vitreous.train.signals import leave_to_parent
+from vitreous.train.signals import held_back, leave_to_parent
 
 AUGMENTATIONS = ("none", "flip", "pad", "crop")
 ORDER, FLIP, AUGMENT = range(3)  # what a draw is for: first part of its key
@@ -279,7 +279,7 @@ class Loader:
 
     def begin(self, epoch: int, start: int) -> Iterator:
         self.order.epoch, self.order.start = epoch, start
-        with child_signals_as_they_are():
+        with child_signals_as_they_are(), held_back():
             batches = iter(self.source)
         self.order.start = 0
         return batches
