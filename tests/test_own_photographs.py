@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import made
@@ -57,12 +58,30 @@ def test_every_command_of_the_example_runs(photographs, monkeypatch, capsys):
     assert {row["predicted"] for row in rows.values()} <= set(CLASSES)
     record = json.loads(Path("runs/animals/run.json").read_text())
     assert record["data"]["images"] == {"train": 24, "test": 12}
-    assert Path("goldfish-and-elephants/report.html").is_file()
-    with open("goldfish-and-elephants/scores.csv", encoding="utf-8", newline="") as file:
-        assert {row["image"] for row in csv.DictReader(file)} == {str(i) for i in range(2 * EACH["val"])}  # all have boxes
+    assert Path("goldfish/report.html").is_file()
+    with open("goldfish/scores.csv", encoding="utf-8", newline="") as file:
+        assert {row["image"] for row in csv.DictReader(file)} == {str(i) for i in range(EACH["val"])}  # all have boxes
     assert COMMANDS[-1][0] == "python"
     done = subprocess.run([sys.executable, *COMMANDS[-1][1:]], capture_output=True, text=True, check=True)
     name, said, probability = done.stdout.split()
     row = rows["n01443537/val_1230.JPEG"]
     assert (name, said) == ("tiny-imagenet/val/n01443537/val_1230.JPEG", row["predicted"])
     assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-3)
+
+
+def test_the_stored_numbers_are_those_of_the_text():
+    """What the section says it came to is what benchmarks/tiny_imagenet/result.json holds, interval above zero."""
+    found = json.loads((ROOT / "benchmarks/tiny_imagenet/result.json").read_text())
+    right = {arm: np.array([c == "1" for c in found[arm]["correct"]]) for arm in ("probe", "fine-tuned")}
+    assert {len(values) for values in right.values()} == {1600}
+    gain = right["fine-tuned"].astype(float) - right["probe"]
+    draws = np.random.default_rng(7).integers(0, len(gain), (2000, len(gain)))
+    low, high = np.quantile(gain[draws].mean(1), [0.025, 0.975])
+    assert low > 0
+    said = " ".join(SECTION.split())
+    for values in right.values():
+        assert f"{100 * values.mean():.1f} %" in said
+    given = re.search(r"([\d.]+) points more \(95 % interval ([\d.]+) to ([\d.]+)", said)
+    numbers = [float(text) for text in given.groups()]
+    assert numbers == pytest.approx([100 * gain.mean(), 100 * low, 100 * high], abs=0.35)
+    assert numbers[0] == pytest.approx(100 * gain.mean(), abs=0.06)

@@ -186,7 +186,7 @@ def onnx(photos: Path, weights: Path) -> dict:
     with open(run / "predictions.csv", encoding="utf-8", newline="") as table:
         same = sum(int(row["predicted"]) == guess for row, guess in zip(csv.DictReader(table), guesses, strict=True))
     parity = json.loads(Path(f"{file}.json").read_text())["parity"]["largest"]
-    return {"images": len(guesses), "same class": same, "largest difference of a logit": parity}
+    return {"images": len(guesses), "same class": int(same), "largest difference of a logit": parity}
 
 
 # -- the table -----------------------------------------------------------------------------------------------------------

@@ -72,3 +72,17 @@ def test_a_signal_to_the_whole_group(numbers, code, tmp_path, whole):
     assert ("To go on: `vitreous resume RUN`" in said) == (code == 130)
     resume(folder, console=QUIET, workers=0)
     assert differing(folder, whole) == []
+
+
+def test_a_program_that_ends_does_not_wait_for_its_workers():
+    """Though a pass is still held by something when Python exits; workers are deaf to the SIGTERM that they then get."""
+    text = """
+from vitreous.data import Cutouts
+from vitreous.train.inputs import Inputs, loader
+batches = loader(Cutouts(4, size=16), Inputs((3, 16, 16), (0, 0, 0), (1, 1, 1)), 2, aug="crop", shuffle=True, workers=2)
+held = iter(batches)
+next(held)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=40, check=True)
+    assert (done.stdout, done.stderr) == ("done\n", "")

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import Process
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -281,6 +283,7 @@ class Loader:
         self.order.epoch, self.order.start = epoch, start
         with child_signals_as_they_are(), held_back():
             batches = iter(self.source)
+        kill_at_exit(batches)
         self.order.start = 0
         return batches
 
@@ -292,7 +295,7 @@ class Loader:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                end_workers(batches)
+                kill(batches._workers)
                 if killed:
                     raise worker_killed(self.workers) from error
                 killed = True
@@ -321,10 +324,16 @@ class Loader:
         return names[i] if names else f"image {i}"
 
 
-def end_workers(batches: Iterator) -> None:
+def kill(workers: list[Process]) -> None:
     """Kill what is left of the workers: one that waits for what a dead one held would wait for ever, deaf to SIGTERM."""
-    for worker in batches._workers:
+    for worker in workers:
         worker.kill()
+
+
+def kill_at_exit(batches: Iterator) -> None:
+    """Let workers that are there when the program ends be killed: it sends them SIGTERM, to which they are deaf, and waits."""
+    if getattr(batches, "_workers", None) and not hasattr(batches, "killing"):  # persistent ones come here every epoch
+        batches.killing = Finalize(batches, kill, (batches._workers,), exitpriority=1)
 
 
 @contextmanager
