@@ -59,6 +59,7 @@ class Results:
             "threads": torch.get_num_threads(),
         }
         self.rows = stored["rows"]
+        self.means: list[dict] = []
 
     def row(
         self,
@@ -100,9 +101,15 @@ class Results:
         self.write()
         return row
 
+    def mean(self, claim: str, *, limit: float, goal: str = "at least", slack: float = 0.0, reason: str = "") -> None:
+        """Hold the geometric mean of a claim's ratios against a limit, beside those of its rows."""
+        self.means.append({"claim": claim, "limit": limit, "goal": goal, "slack": slack, "reason": reason})
+        self.write()
+
     def write(self) -> None:
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1) + "\n")
+        means = {"means": self.means} if self.means else {}
+        part.write_text(json.dumps({**self.facts, **means, "rows": self.rows}, indent=1) + "\n")
         part.replace(self.path)
 
 

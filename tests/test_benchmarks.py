@@ -122,6 +122,8 @@ def test_rows_are_stored_part_by_part_and_not_timed_again(tmp_path, options, mon
     assert {len(values) for values in found["seconds"].values()} == {8}
     assert (found["limit"], found["more"], found["ours"], found["base"]) == (1.2, {"seen": 1}, "ours", "plain")
     assert json.loads((tmp_path / "result.json").read_text())["rows"] == [found]
+    results.mean("A", limit=2.0)
+    assert json.loads((tmp_path / "result.json").read_text())["means"][0]["limit"] == 2.0
     again = ratio(found["seconds"]["ours"], found["seconds"]["plain"])
     assert f"A, b: {again.median:.3f} [" in capsys.readouterr().out
 
