@@ -1,6 +1,6 @@
 """Does an interrupted run end with the very bytes of one that was not? The long form of tests/train/test_resume.py.
 
-    python benchmarks/resume/run.py        about 20 minutes on two cores
+    python benchmarks/resume/run.py        about 15 minutes on two cores
 
 moments: a run is cut off by SIGKILL at the moments it has (before and after every optimizer step, sync and rename, in the
     middle of every write of tensors and of every line of metrics, before tests, look and saved model), each time from its
