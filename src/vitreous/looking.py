@@ -24,6 +24,7 @@ from vitreous.lens.direction import Direction, find_direction
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading, writable
 from vitreous.report.page import write as write_report
+from vitreous.team import ALONE, Team, connected
 from vitreous.train import checkpoint, network
 from vitreous.train.settings import key_values, torch_device
 
@@ -104,9 +105,18 @@ def look_command(words: Sequence[str]) -> None:
 
 def run_look(name: str, images: Sequence[str], source: Model, how: Looking, console: Console | None = None) -> Path:
     """Look, save, report; returns the folder of the reading."""
-    console = console or Console()
-    model, facts = open_model(name, source, console)
-    folder = Path(how.out) if how.out else free_folder(Path("readings"), Path(name).resolve().name)
+    with connected(torch_device(source.device)) as team:
+        return look_together(name, images, source, how, team.console(console or Console()), team)
+
+
+def look_together(
+    name: str, images: Sequence[str], source: Model, how: Looking, console: Console, team: Team
+) -> Path:
+    """`run_look`, by a team of processes, the first of which reports."""
+    with team.together():
+        model, facts = open_model(name, source, console, team)
+    shown = Path(name).resolve().name
+    folder = team.tell(Path(how.out) if how.out else free_folder(Path("readings"), shown))
     small = sum(p.numel() for p in model.parameters()) <= QUICK
     curves = how.curves if how.curves is not None else 2 if small else 0
     reading = look(
@@ -123,7 +133,10 @@ def run_look(name: str, images: Sequence[str], source: Model, how: Looking, cons
         out=folder,
         console=console,
         about=facts,
+        team=team,
     )
+    if not team.first:
+        return folder
     with writable(folder):
         write_report([folder], folder / "report.html")
     for line in said(reading):
@@ -169,7 +182,7 @@ def calibrate_command(words: Sequence[str]) -> None:
 # -- the parts -------------------------------------------------------------------------------------------------------
 
 
-def open_model(name: str, source: Model, console: Console) -> tuple[nn.Module, dict]:
+def open_model(name: str, source: Model, console: Console, team: Team = ALONE) -> tuple[nn.Module, dict]:
     """The model in eval mode on its device, and what a reading says of it. Never random weights by accident."""
     arguments = key_values(source.model_kwargs)
     chosen = [flag for flag, value in (("--weights", source.weights), ("--random-weights", source.random_weights)) if value]
@@ -193,7 +206,7 @@ def open_model(name: str, source: Model, console: Console) -> tuple[nn.Module, d
             raise no_weights(name, str(error).partition(" Expected")[0].rstrip(".")) from error
     shown = Path(name).resolve().name if checkpoint.is_folder(name) else name
     facts = {"name": shown, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
-    return model.to(torch_device(source.device)), facts
+    return model.to(team.device(torch_device(source.device))), facts
 
 
 def only_readable(images: ImageSet, console: Console) -> ImageSet:

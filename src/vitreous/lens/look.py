@@ -29,6 +29,7 @@ from vitreous.lens.sight import Collector, Sight, has_class_token
 from vitreous.lens.tap import Layouts, Refusal, trace, watch
 from vitreous.lens.tap.call import Call
 from vitreous.lens.views import View, Views
+from vitreous.team import ALONE, Team
 
 GIB = 2**30
 
@@ -52,6 +53,11 @@ class Plan:
     refused: dict[Refusal, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
     seen: int = 0  # images so far
+
+    def fresh(self) -> Plan:
+        """The same plan, of which nothing was found out yet."""
+        found = {"layouts": {}, "rows": {}, "layers": {}, "rules": {}, "refused": {}, "seen": 0}
+        return replace(self, notes=dict(self.notes), **found)
 
     def layout(self, images: Tensor) -> Layouts:
         shape = tuple(images.shape[1:])
@@ -117,6 +123,7 @@ def look(
     out: str | Path | None = None,
     console: Console | None = None,
     about: dict[str, Any] | None = None,
+    team: Team = ALONE,
 ) -> Reading:
     """A reading of any model: indicators, spectra and maps for every attention, head and image.
 
@@ -130,6 +137,7 @@ def look(
     noise: deviation on pixels of [0, 1] under which attention is compared; 0 leaves robustness out.
     memory: GiB of working memory beside the model's own.
     out: a folder, written as it goes; an interrupted look goes on there.
+    team: processes that take turns with the parts of `out`; the first one joins them. All must ask alike.
     console: shows progress. about: what is known of the model: "name", "weights" (pretrained, run, file, random), "classes".
 
     The model runs in eval mode without gradients; its mode, hooks and the random state are as before afterwards.
@@ -163,6 +171,12 @@ def look(
     writer = None if out is None else Writer(Path(out), mark)
     if writer is not None and (writer.folder / "reading.json").is_file() and len(writer.done) * CHUNK >= count:
         return read(writer.folder)
+    if writer is not None and team.size > 1:
+        share_parts(plan.fresh(), count, writer, team)
+        if not team.first:
+            team.tell(None)  # waits until the first is done
+            return read(writer.folder)
+        writer = Writer(Path(out), mark)
     parts = all_parts(plan, count, writer, console)
     found = all_curves(plan, parts, min(curves, plan.seen))
     known = description.of_model(model, about) | plan.facts(parts) | {"settings": settings, "seed": seed, "fingerprint": mark}
@@ -172,7 +186,33 @@ def look(
     if writer is None:
         return reading
     writer.finish(reading)
+    team.tell(None)
     return read(writer.folder)
+
+
+def share_parts(plan: Plan, count: int, writer: Writer, team: Team) -> None:
+    """Make the parts that are not there, each by one process of the team; those without a readable image are left out.
+
+    The first part with images comes first, since what is found out there holds for all others, as in one process.
+    """
+    ranges = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    readable = team.everyone([sum(plan.views.readable(i) for i in numbers) for numbers in ranges[team.rank :: team.size]])
+    seen = [readable[number % team.size][number // team.size] for number in range(len(ranges))]
+    filled = [number for number, found in enumerate(seen) if found]
+
+    def make(number: int) -> None:
+        if number not in writer.done:
+            plan.seen = sum(seen[:number])
+            writer.add(number, look_at(plan, ranges[number]))
+
+    for number in filled[:1] if team.first else ():
+        make(number)
+    team.tell(None)
+    for number in filled[:1]:
+        plan.learn(read_part(writer.path(number)).learned)
+    for number in filled[1:][team.rank :: team.size]:
+        make(number)
+    team.everyone(None)
 
 
 def all_parts(plan: Plan, count: int, writer: Writer | None, console: Console | None) -> Sequence[Part]:

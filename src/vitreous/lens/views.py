@@ -92,6 +92,13 @@ class Views(Sequence[View]):
             mask = np.asarray(self.geometry(Image.fromarray(mask).convert("L"))) > 127
         return View(self.name(i), x, self.picture(x), mask, image.width, image.height, int(self.images.labels[i]))
 
+    def readable(self, i: int) -> bool:
+        try:
+            self[i]
+        except DataError:
+            return False
+        return True
+
     def name(self, i: int) -> str:
         names = getattr(self.images, "names", None) if self.tensors is None else None
         return names[i] if names else f"image {i}"

@@ -27,7 +27,7 @@ def shard(model: nn.Module, device: torch.device, size: int) -> None:
     mesh = init_device_mesh(device.type, (size,))
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else a pass without a backward leaves it whole
 
 
 def whole(tensor: Tensor) -> Tensor:
