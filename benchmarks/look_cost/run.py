@@ -51,7 +51,7 @@ def arms_of(model: torch.nn.Module, images: torch.Tensor) -> dict[str, Callable[
         measures = Measures(model, **settings)
 
         def act() -> object:
-            watch(model, batch, measures.see, layouts=layouts, leave=measures.leave)
+            watch(model, batch, measures.see, layouts=layouts, leave=measures.leave, ends=measures.ends)
             return measures.take()
 
         return act

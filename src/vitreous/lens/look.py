@@ -295,7 +295,7 @@ def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns
         measures.leave(name, number, output)
         collector.leave(name, number, output)
 
-    seen = watch(plan.model, images, take, layouts=layouts, leave=leave)
+    seen = watch(plan.model, images, take, layouts=layouts, leave=leave, ends=measures.ends | collector.around.keys())
     collector.finish()
     foreground = gallery.finish()
     plan.refused |= dict.fromkeys(seen.refused)

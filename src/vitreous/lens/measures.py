@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitreous.errors import DataError, NotReached
 from vitreous.lens import indicators, spectra
 from vitreous.lens.sweep import Distances, Sweep, same_places
-from vitreous.lens.tap.call import WHOLE, Buffers, Call
+from vitreous.lens.tap.call import WHOLE, Call
 
 SOURCES = ("attention", *spectra.SOURCES)
 KEYS = ("layer", "head", "image", "source", "kind")
@@ -56,7 +56,7 @@ class Measures:
 
         measures = Measures(model)
         for images in batches:
-            watch(model, images, measures.see, leave=measures.leave)
+            watch(model, images, measures.see, leave=measures.leave, ends=measures.ends)
         table = measures.columns()            # {column: (rows,)}
 
     With `noisy=True` every batch is `torch.cat([images, perturbed(images, ...)])`: the first half is measured, the second says
@@ -72,8 +72,8 @@ class Measures:
     model: to find the weights and learned spectra of the modules that made the calls.
     sources: which of SOURCES to measure. first: the number of the first image. Learned and weight rows, and notes on
         them, come with image 0 alone.
-    block: numbers per buffer, or one row of all heads and images if that is more: the map's (which holds a small map whole),
-        ours of the same size, and two for distances, of the size of one head and image.
+    block: numbers per buffer, or one row of all heads and images if that is more: the map's two (which hold a small map
+        whole), and two for distances, of the size of one head and image.
     `leave` is needed for `notes` to tell what lies between weights and scores, and for fused weights of unknown classes.
     """
 
@@ -95,7 +95,7 @@ class Measures:
         self._notes: dict[str, list[str]] = {}
         self._records: list[_Record] = []
         self._whole: Tensor | None = None  # places of the latest call whose tokens were not merged
-        self._buffers, self._distances = Buffers(), Distances()
+        self._distances = Distances()
 
     @torch.no_grad()
     def see(self, call: Call) -> None:
@@ -114,8 +114,16 @@ class Measures:
             if "score" in self.sources:
                 self._add_scores(layer, first, call, count)
 
+    @property
+    def ends(self) -> set[str]:
+        """The modules whose ends `leave` waits for: layers that may be a projection of an attention that is still unknown."""
+        if self.first or "weight" not in self.sources:
+            return set()
+        parts = ((name, *name.rpartition(".")[::2]) for name in self._modules)
+        return {name for name, parent, child in parts if child in spectra.NAMES and (parent, 0) not in self.layers}
+
     def leave(self, name: str, number: int, output: Any) -> None:
-        """At the end of a module's forward: keep the energies of layers that may be a projection, until their call."""
+        """At the end of the forward of one of `ends`: keep its energies until the call."""
         parent, _, child = name.rpartition(".")
         fresh = self.first == 0 and "weight" in self.sources and (parent, 0) not in self.layers
         if fresh and child in spectra.NAMES and isinstance(output, Tensor) and output.is_floating_point():
@@ -199,7 +207,7 @@ class Measures:
     def _swept(self, call: Call, count: int, effective: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """What one sweep over the rows gives: values per head (images, H), and of all heads together (images, 1)."""
         places, queries = self._places(call, count), call.output.shape[3]
-        sweep = Sweep(count, self.noisy, not effective or call.stochastic, places, self._buffers, self._distances)
+        sweep = Sweep(count, self.noisy, not effective or call.stochastic, places, call.maps.scratch, self._distances)
         size = max(1, self.block // (call.output[..., 0, 0].numel() * call.v.shape[3]))
         step = queries if queries <= WHOLE else size  # all rows of a small map are there already, from its check
         for rows, block in call.rows(step, effective):
@@ -207,7 +215,8 @@ class Measures:
                 part = block[..., start : start + size, :]
                 sweep.add(slice(rows.start + start, rows.start + start + part.shape[3]), part)
         heads, together = sweep.values()
-        return {k: _numpy(v) for k, v in heads.items()}, {k: _numpy(v)[:, None] for k, v in together.items()}
+        alone = _numpy(torch.stack([*heads.values()]))  # one way to numpy for all
+        return dict(zip(heads, alone, strict=True)), {k: _numpy(v)[:, None] for k, v in together.items()}
 
     def _places(self, call: Call, count: int) -> tuple[Tensor, Tensor] | None:
         """(y, x) in pixels of queries (B or 1, W, N, 2) and keys (B or 1, W, M, 2); NaN: no place; None: not known.
@@ -237,7 +246,8 @@ class Measures:
         if places is not None and not same_places(*places):  # attention to other tokens
             return {}
         q = call.q
-        sigma = spectra.learned(self._modules.get(call.name, nn.Identity()), q.shape[2]).values
+        module = self._modules.get(call.name)
+        sigma = None if module is None else spectra.learned(module, q.shape[2]).values
         if sigma is not None:
             q = _without(q, sigma)
             if q is None:
@@ -296,21 +306,23 @@ def averaged(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _table(records: Sequence[_Record]) -> dict[str, np.ndarray]:
     """Records as columns, sorted."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*KEYS, *COLUMNS)}
-    for record in records:
-        images, heads = next(iter(record.values.values())).shape
-        parts["layer"].append(np.full(images * heads, record.layer))
-        parts["head"].append(np.full(images, -1) if record.together else np.tile(np.arange(heads), images))
-        numbers = np.arange(images) + record.first if record.first >= 0 else np.full(images, -1)
-        parts["image"].append(np.repeat(numbers, heads))
-        parts["source"].append(np.full(images * heads, record.source))
-        parts["kind"].append(np.full(images * heads, record.kind))
-        for name in COLUMNS:
-            parts[name].append(record.values.get(name, np.full((images, heads), np.nan)).ravel())
-    found = {name: np.concatenate(values) if values else np.empty(0) for name, values in parts.items()}
+    shapes = [next(iter(record.values.values())).shape for record in records]  # (images, heads)
+    sizes = np.array([images * heads for images, heads in shapes], int)
+    found = {name: np.repeat([getattr(record, name) for record in records], sizes) for name in ("layer", "source", "kind")}
+    found |= {name: np.full(sizes.sum(), -1) for name in ("head", "image")}
+    found |= {name: np.full(sizes.sum(), np.nan) for name in COLUMNS}
+    end = 0
+    for record, (images, heads) in zip(records, shapes, strict=True):
+        start, end = end, end + images * heads
+        if not record.together:
+            found["head"][start:end] = np.tile(np.arange(heads), images)
+        if record.first >= 0:
+            found["image"][start:end] = np.repeat(np.arange(images) + record.first, heads)
+        for name, values in record.values.items():
+            found[name][start:end] = values.ravel()
     source = np.array([SOURCES.index(name) for name in found["source"]], int)
     order = np.lexsort((found["head"], found["image"], found["kind"] == "effective", source, found["layer"]))
-    return {name: values[order] for name, values in found.items()}
+    return {name: found[name][order] for name in (*KEYS, *COLUMNS)}
 
 
 def _gathered(places: Tensor, source: Tensor, tokens: int) -> Tensor:

@@ -63,7 +63,7 @@ def sights(model: nn.Module, images: Tensor, layouts: Layouts | None = None) -> 
     """One sight per attention of a pass of images (B, C, h, w). layouts: from `trace`, for callers with several batches."""
     layouts = trace(model, images) if layouts is None else layouts
     collector = Collector(layouts, len(images), class_token=has_class_token(model))
-    watch(model, images, collector.see, layouts=layouts, leave=collector.leave)
+    watch(model, images, collector.see, layouts=layouts, leave=collector.leave, ends=collector.around)
     return collector.sights
 
 

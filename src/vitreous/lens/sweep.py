@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,7 @@ class Sweep:
     count: the first `count` of B images are measured; with `noisy` as many noisy versions follow.
     stochastic: rows are distributions; otherwise only what needs none is measured.
     places: (y, x) of queries (B or 1, W, N, 2) and keys (B or 1, W, M, 2), NaN for none; None: unknown.
+    scratch: gives a tensor like a block to work in (see `Map.scratch`).
     """
 
     def __init__(
@@ -52,21 +55,21 @@ class Sweep:
         noisy: bool,
         stochastic: bool,
         places: tuple[Tensor, Tensor] | None,
-        buffers: Buffers,
+        scratch: Callable[[Tensor], Tensor],
         distances: Distances,
     ):
         self.count, self.noisy, self.stochastic, self.places = count, noisy, stochastic, places
-        self.buffers, self.distances = buffers, distances
+        self.scratch, self.distances = scratch, distances
         self.sums: dict[str, Tensor] = {}
         self.entries = 0  # of one image's maps: H W N M
 
     def add(self, rows: slice, block: Tensor) -> None:
         """Take in the query rows `rows`: block (B, W, H, n, M)."""
         clean = block[: self.count]
-        scratch = self.buffers.take(0, clean.shape, clean.device)
+        scratch = self.scratch(clean)
         self.entries += clean[0].numel()
         squares = torch.linalg.vector_norm(clean, dim=-1).square_()  # (B, W, H, n)
-        self._sum("squares", squares)
+        rows_of = {"squares": squares}
         flat = clean.flatten(0, 1).flatten(2)  # (B W, H, n M)
         self._put("gram", (flat @ flat.mT).unflatten(0, clean.shape[:2]).sum(dim=1))
         if self.noisy:
@@ -74,12 +77,14 @@ class Sweep:
             self._put("change", torch.linalg.vector_norm(scratch, dim=(-2, -1)).square_().sum(dim=1))
         if self.stochastic:
             live = squares > 0  # not masked out
-            self._sum("live", live)
-            self._sum("tokens", torch.where(live, squares.reciprocal(), 0.0))
+            rows_of |= {"live": live.float(), "tokens": torch.where(live, squares.reciprocal(), 0.0)}
             torch.clamp_min(clean, torch.finfo(clean.dtype).tiny, out=scratch)  # 0 log 0 = 0
-            self._sum("entropy", scratch.log_().mul_(clean).sum(dim=-1).neg_())
+            rows_of["entropy"] = scratch.log_().mul_(clean).sum(dim=-1).neg_()
             if self.places is not None:
                 self._add_distances(rows, clean, scratch)
+        sums = torch.stack([*rows_of.values()]).sum(dim=(2, 4), dtype=torch.float64)  # over windows and rows
+        for name, value in zip(rows_of, sums, strict=True):
+            self._put(name, value)
 
     def values(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Measures per image and head {column: (B, H)}, and of all heads together {column: (B,)}."""
@@ -109,18 +114,19 @@ class Sweep:
         sums = torch.bmm(factors.flatten(0, -3), maps.reshape(lead, -1, clean.shape[-1]).mT)  # (rows, 3, images and heads)
         mass, far, farther = sums.unbind(1)
         valid = (mass > 0) & seen.reshape(lead, 1)
-        for name, value in (("placed", valid), ("distance", far / mass), ("square_distance", farther / mass)):
-            each = torch.where(valid, value, 0).view(len(factors), -1, sums.shape[-1])
-            self._put(name, each.sum(dim=1, dtype=torch.float64).view(clean.shape[0], clean.shape[2]))
-
-    def _sum(self, name: str, rows: Tensor) -> None:
-        """Add values per row, (B, W, H, n), over windows and rows."""
-        self._put(name, rows.sum(dim=(1, 3), dtype=torch.float64))
+        each = torch.where(valid, torch.stack([valid.float(), far / mass, farther / mass]), 0)
+        each = each.view(3, len(factors), -1, sums.shape[-1]).sum(dim=2, dtype=torch.float64)
+        for name, value in zip(("placed", "distance", "square_distance"), each, strict=True):
+            self._put(name, value.view(clean.shape[0], clean.shape[2]))
 
     def _put(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0) + value.double()
+        """Add to what the blocks before have come to."""
+        value = value.double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
 def same_places(a: Tensor, b: Tensor) -> bool:
     """Whether places are the same ones, NaN in the same rows."""
+    if a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride():  # one tensor, as layers share them
+        return True
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -17,13 +17,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Random state: of torch, numpy and Python, for models that draw from those.
     """
-    modes, drawn = {module: module.training for module in model.modules()}, (random.getstate(), np.random.get_state())
+    modules, drawn = list(model.modules()), (random.getstate(), np.random.get_state())
+    modes = [module.training for module in modules]
+    devices = {p.device for module in modules for p in module._parameters.values() if p is not None and p.is_cuda}
     try:
-        with torch.no_grad(), torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
-            model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            if any(modes):  # to set an attribute of a module takes longer than to read it
+                model.eval()
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, mode in zip(modules, modes, strict=True):
+            if module.training != mode:
+                module.training = mode
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])

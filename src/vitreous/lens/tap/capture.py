@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
 from vitreous.lens.tap.call import Arrangement, Buffers, Call, ComputedMap, StoredMap, is_stochastic, output_error
-from vitreous.lens.tap.found import Raw, Receiver, guessed
+from vitreous.lens.tap.found import Factors, Raw, Receiver, guessed
 from vitreous.lens.tap.running import Running
 from vitreous.lens.tap.tracer import Layouts, Traced
 
@@ -27,12 +28,12 @@ class Capture(Receiver):
     def attention(self, running: Running, raw: Raw) -> None:
         name, number = self.key(running)
         traced = self.layouts.calls.get((name, number))
-        arrangement = arranged_batch(raw, traced, self.batch)
-        if arrangement is None:
+        arranged = arranged_batch(raw, traced, self.batch)
+        if arranged is None:
             shape, batch = tuple(raw.output.shape), self.batch
             self.refuse(name, f"no axis of its output {shape} is the batch of {batch}: it is one for all images, or mixes them")
             return
-        call = self.call(name, number, running, raw, traced, arrangement)
+        call = self.call(name, number, running, raw, traced, arranged)
         tolerance = max(TOLERANCE, 4 * precision(raw))
         if not call.error <= tolerance:
             self.refuse(name, f"its map is off by {call.error:.2g}, more than {tolerance:.2g} ({call.verified})")
@@ -44,15 +45,15 @@ class Capture(Receiver):
             call.maps = None
 
     def call(
-        self, name: str, number: int, running: Running, raw: Raw, traced: Traced | None, arrangement: Arrangement
+        self, name: str, number: int, running: Running, raw: Raw, traced: Traced | None, arranged: Arrangement
     ) -> Call:
-        v, output = arrangement.merge(raw.v), arrangement.merge(raw.output)
-        q, k = (None if side is None else arrangement.merge(side[1](side[0])) for side in (raw.q, raw.k))
+        v, output = arranged.merge(raw.v), arranged.merge(raw.output)
+        q, k = (None if side is None else arranged.merge(side[1](side[0])) for side in (raw.q, raw.k))
         use, state = raw.use, running.state
         if use is None:
-            maps = ComputedMap(q, k, raw.mask, raw.causal, raw.scale, arrangement, self.buffers)
+            maps = ComputedMap(q, k, raw.mask, raw.causal, raw.scale, arranged, self.buffers)
         else:
-            maps = StoredMap(use.probabilities, use.effective, arrangement, self.buffers)
+            maps = StoredMap(use.probabilities, use.effective, arranged, self.buffers)
         layout = traced.layout if traced is not None and state.source is None else None
         if layout is not None and (layout.queries.shape[1], layout.keys.shape[1]) != (output.shape[3], v.shape[3]):
             layout = None  # another number of tokens than in the traced pass
@@ -97,14 +98,20 @@ def arranged_batch(raw: Raw, traced: Traced | None, batch: int) -> Arrangement |
     lead = raw.lead
     if traced is None or len(traced.lead) != len(lead):
         if not lead or lead[0] % batch:
-            return Arrangement(guessed(lead, raw.heads)) if batch == 1 else None
+            return arrangement(guessed(lead, raw.heads)) if batch == 1 else None
         inner = guessed((lead[0] // batch, *lead[1:]), raw.heads)
-        return Arrangement((((batch, "B"), *inner[0]), *inner[1:]))
+        return arrangement((((batch, "B"), *inner[0]), *inner[1:]))
     grown = [i for i, (n, m) in enumerate(zip(lead, traced.lead, strict=True)) if n != m]
     if batch == 1:
-        return Arrangement(guessed(lead, raw.heads) if grown else traced.factors)
+        return arrangement(guessed(lead, raw.heads) if grown else traced.factors)
     if len(grown) != 1 or lead[grown[0]] != batch * traced.lead[grown[0]]:
         return None
     factors = list(traced.factors)
     factors[grown[0]] = ((batch, "B"), *factors[grown[0]])
-    return Arrangement(tuple(factors))
+    return arrangement(tuple(factors))
+
+
+@lru_cache(maxsize=64)
+def arrangement(factors: Factors) -> Arrangement:
+    """The arrangement of these factors; most calls of a pass have the same."""
+    return Arrangement(factors)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.errors import DataError, HostError, NotReached
 from vitreous.lens.places import Layout
@@ -33,14 +32,16 @@ from vitreous.lens.tap.call import Call
 from vitreous.lens.tap.capture import Capture
 from vitreous.lens.tap.facts import Use
 from vitreous.lens.tap.found import Raw, Receiver, Refusal, fused
+from vitreous.lens.tap.known import Known
 from vitreous.lens.tap.running import Leave, Running
-from vitreous.lens.tap.softmax import Flow, tensors
+from vitreous.lens.tap.softmax import STARTS, Flow, tensors
 from vitreous.lens.tap.tracer import Layouts, Traced, Tracer
 from vitreous.lens.undisturbed import undisturbed
 
 __all__ = ["Call", "Layout", "Layouts", "Refusal", "Seen", "Traced", "trace", "watch"]
 
 NAMESPACES = {"aten", "prim", "prims", "profiler", "torchvision"}  # operators that hide no attention
+PLAIN = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)  # nearly every call is of one of these
 GETTERS = {"T", "mT", "H", "mH", "data", "real", "imag"}  # attributes that are tensors
 # They give no tensor that needs following; most calls of a pass are of these.
 QUIET = {
@@ -65,53 +66,70 @@ def watch(
     *,
     layouts: Layouts | None = None,
     leave: Leave | None = None,
+    ends: Container[str] | None = None,
 ) -> Seen:
     """One forward pass of images (B, C, h, w), pixels as the model takes them; `see` gets every attention.
 
-    leave(name, number, output) is called at the end of every module's forward. layouts: from `trace`, for a caller with
+    leave(name, number, output) is called at the end of every module's forward, or of those named in `ends`. layouts: from `trace`, for a caller with
     several batches of one size; None: traced here. The pass runs in eval mode, without gradients and, if compiled, eagerly;
     hooks, modes and random state are as before, also after an error.
 
     Raises HostError for a model that cannot be seen, or without attention; NotReached if no call arrived at all.
     """
-    images = fitting(model, images)
+    modules = dict(model.named_modules())
+    images = fitting(modules, images)
     layouts = trace(model, images) if layouts is None else layouts
     capture = Capture(see, layouts, len(images))
-    output = through(model, images, capture, layouts.known, leave)
+    output = through(modules, images, capture, layouts.known, leave, ends)
     return Seen(output, capture.refused)
 
 
 def trace(model: nn.Module, images: Tensor) -> Layouts:
     """A pass of the first image, in which the places of every call are found. Raises as `watch`."""
-    images = fitting(model, images)[:1]
+    modules = dict(model.named_modules())
+    images = fitting(modules, images)[:1]
     tracer = Tracer(images)
-    through(model, images, tracer, tracer.layouts.known, tracer.leave)
+    through(modules, images, tracer, tracer.layouts.known, tracer.leave)
     return tracer.layouts
 
 
-def fitting(model: nn.Module, images: Tensor) -> Tensor:
-    """Images on the model's device and in its precision. Raises DataError, HostError."""
+def fitting(modules: dict[str, nn.Module], images: Tensor) -> Tensor:
+    """Images on the device and in the precision of the model of these modules. Raises DataError, HostError."""
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise DataError(f"Found {found}. Expected at least one image, as (B, C, h, w). Add the batch axis: images[None].")
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise HostError(
                 f"{name or 'The model'} is a {type(module).__name__}, scripted or traced code that runs out of sight. Expected "
                 "modules that run in Python. Give the model from before torch.jit."
             )
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    like = next((p for p in parts(modules, "_parameters") if p.is_floating_point()), None)
     return images if like is None else images.to(like.device, like.dtype)
 
 
-def through(model: nn.Module, images: Tensor, receiver: Receiver, known: WeakIdKeyDictionary, leave: Leave | None) -> Any:
-    """One pass of images through the model, its attentions to the receiver. Raises if there was none."""
+def parts(modules: dict[str, nn.Module], registry: str) -> Iterator[Tensor]:
+    """What the modules hold in "_parameters" or "_buffers". The model's own methods walk the tree once for each."""
+    return (x for module in modules.values() for x in getattr(module, registry).values() if x is not None)
+
+
+def through(
+    modules: dict[str, nn.Module],
+    images: Tensor,
+    receiver: Receiver,
+    known: Known,
+    leave: Leave | None,
+    ends: Container[str] | None = None,
+) -> Any:
+    """One pass of images through the model, modules[""], its attentions to the receiver. Raises if there was none."""
+    model = modules[""]
     if not known:
-        known.update((tensor, None) for tensor in attributes(model))
-    known.update((tensor, None) for tensor in (images, *model.parameters(), *model.buffers()))
-    running = Running(model, leave)
+        known.add(attributes(model))
+    known.add((images, *parts(modules, "_parameters"), *parts(modules, "_buffers")))
+    running = Running(modules, leave, ends)
     with torch._C._EnableTorchFunction(), undisturbed(model), eager(), running, Tap(running, receiver, known) as tap:
         output = model(images)
+    known.tidy()
     if receiver.count:
         return output
     name = type(model).__name__
@@ -152,7 +170,7 @@ def aside(device: torch.device) -> Iterator[None]:
 class Tap(TorchFunctionMode):
     """The mode that sees the calls of one pass, in one thread."""
 
-    def __init__(self, running: Running, receiver: Receiver, known: WeakIdKeyDictionary):
+    def __init__(self, running: Running, receiver: Receiver, known: Known):
         super().__init__()
         self.running, self.receiver, self.known, self.flow = running, receiver, known, Flow()
         self.calls, self.heads = 0, None
@@ -169,23 +187,24 @@ class Tap(TorchFunctionMode):
         self.flow.clear()
 
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None):
-        kwargs, name = kwargs or {}, plain(func)
+        kwargs, name = {} if kwargs is None else kwargs, plain(func)
         if name in QUIET or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
         self.calls += 1
         if func is F.multi_head_attention_forward:
             return self.inside(func, args, kwargs)
         with torch._C.DisableTorchFunction():
-            self.arriving(func, args, kwargs)
+            given = tensors((*args, *kwargs.values()))
+            self.arriving(func, given)
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            for tensor in tensors(out):
-                self.known[tensor] = None
+            self.known.add(tensors(out))
             self.receiver.follow(func, args, kwargs, out)
             if name == "scaled_dot_product_attention":
                 found = fused(args, kwargs, out)
             else:
-                found = self.flow.follow(name, self.running.path, func, args, kwargs, out)
+                follow = name in STARTS or self.flow.facts  # most calls of a pass begin nothing, and there is nothing to go on
+                found = self.flow.follow(name, self.running, func, args, kwargs, given, out) if follow else None
             if isinstance(found, Use):
                 found = Raw("softmax", *(found.operands() or (None, None)), found.v, found.output, use=found)
         if isinstance(found, Raw):
@@ -220,16 +239,18 @@ class Tap(TorchFunctionMode):
         finally:
             TorchFunctionMode.__exit__(self, None, None, None)
 
-    def arriving(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def arriving(self, func: Callable, given: Sequence[Tensor]) -> None:
         """Look at a call before it is made: kernels that hide what they do, and tensors that came from such."""
-        if isinstance(func, (OpOverload, OpOverloadPacket)):
+        if isinstance(func, PLAIN):
+            pass
+        elif isinstance(func, (OpOverload, OpOverloadPacket)):
             operator = func._qualified_op_name if isinstance(func, OpOverloadPacket) else func.name()
             if operator.split("::")[0] not in NAMESPACES:
                 self.receiver.refuse(self.running.path, f"the kernel {operator} does not show what it computes")
         elif isinstance(func, HigherOrderOperator):
             advice = "; use scaled dot product attention (set_attn_implementation('sdpa'))" if "flex" in func.name() else ""
             self.receiver.refuse(self.running.path, f"the operator {func.name()} does not show what it computes{advice}")
-        for tensor in tensors((*args, *kwargs.values())):
+        for tensor in given:
             if tensor in self.known or not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
                 continue
             if torch._C._functorch.is_batchedtensor(tensor):
@@ -244,7 +265,7 @@ class Tap(TorchFunctionMode):
                     "functions in one thread. Switch that code off (timm.layers.set_scriptable, "
                     "attn_implementation='sdpa'), or keep such a constant as a buffer."
                 )
-            self.known[tensor] = None
+            self.known.add([tensor])
 
 
 def plain(func: Callable) -> str:

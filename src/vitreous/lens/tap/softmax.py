@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitreous.lens.tap.axes import Axes, Contraction, Label, arranged, contraction, on_meta
+from vitreous.lens.tap.axes import MATMULS, Axes, Contraction, Label, arranged, contraction, on_meta
 from vitreous.lens.tap.facts import Record, Scores, Softmax, Use, Weights, probabilities, product
+from vitreous.lens.tap.running import Running
 
 SOFTMAXES = {
     "softmax", "_softmax", "special_softmax", "_safe_softmax", "softmin", "gumbel_softmax", "log_softmax", "_log_softmax",
     "special_log_softmax",
 }  # fmt: skip
+STARTS = SOFTMAXES | MATMULS | {"einsum"}  # calls at which a fact may come up that hangs on no other
 VIEWS = {
     "view", "reshape", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "flatten", "unflatten", "squeeze",
     "unsqueeze", "t", "T", "mT", "H", "mH", "expand", "expand_as", "view_as", "reshape_as", "select", "narrow", "__getitem__",
@@ -71,15 +73,26 @@ class Flow:
     def clear(self) -> None:
         self.facts = WeakIdKeyDictionary()
 
-    def follow(self, name: str, path: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Any:
-        """Take note of a call that was made. Gives a `Use`, or words that say why weights that met V are no map, or None."""
+    def follow(
+        self,
+        name: str,
+        running: Running,
+        func: Callable,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        given: Sequence[Tensor],
+        out: Any,
+    ) -> Any:
+        """Take note of a call that was made; given: the tensors among its arguments.
+
+        Gives a `Use`, or words that say why weights that met V are no map, or None.
+        """
         if name in SOFTMAXES:
-            return self.softmax(name, path, args, kwargs, out)
+            return self.softmax(name, running.path, args, kwargs, out)
         found = contraction(name, args, kwargs)
         if found is not None:
             return self.contracted(found, name, args, kwargs, out)
-        given = {id(x): x for x in tensors((*args, *kwargs.values()))}.values()
-        sources = [(x, self.facts[x]) for x in given if x in self.facts]
+        sources = [(x, self.facts[x]) for x in {id(x): x for x in given}.values() if x in self.facts]
         if sources:
             self.passed(sources, name, func, args, kwargs, out)
         return None

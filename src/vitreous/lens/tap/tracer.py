@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.layers.tokens import Stream
 from vitreous.lens.places import Layout, Shadows, channel, layout
 from vitreous.lens.tap.found import Factors, Key, Placed, Raw, Receiver, guessed
+from vitreous.lens.tap.known import Known
 from vitreous.lens.tap.running import Running
 
 
@@ -36,7 +36,7 @@ class Layouts:
 
     calls: dict[Key, Traced] = field(default_factory=dict)
     outputs: dict[Key, Layout] = field(default_factory=dict)
-    known: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary, repr=False)  # tensors of earlier passes
+    known: Known = field(default_factory=Known, repr=False)  # tensors of earlier passes
 
     def get(self, key: Key) -> Layout | None:
         """The layout of a call; None: unknown."""
@@ -51,6 +51,7 @@ class Tracer(Receiver):
         self.layouts, self.shadows = Layouts(), Shadows(image)
         self.same: dict[bytes, Layout | None] = {}  # most modules leave tokens where they are
         self.tokens: dict[int, Layout] = {}  # the last layout of so many tokens
+        self.shared: dict[tuple, Layout] = {}  # layouts of calls by what they say
 
     def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         self.shadows.follow(func, tuple(args), kwargs, out)
@@ -67,6 +68,7 @@ class Tracer(Receiver):
         if found is None or len(found.factors) != len(raw.lead):
             found, factors = None, guessed(raw.lead, raw.heads)
         else:
+            found = self.once(found)
             factors = found.factors
         if raw.q is not None and channel(query, key):
             kind, found = "channel", None  # rows and columns of the map are channels, which are nowhere
@@ -79,6 +81,14 @@ class Tracer(Receiver):
             return torch.full((count, 1, 4), math.nan)
         places = side[1](narrowed(places))
         return places.expand(*places.shape[:-3], count, *places.shape[-2:])
+
+    def once(self, found: Layout) -> Layout:
+        """The layout of an earlier call that says the same, else this one: calls that share one are soon compared."""
+        queries, keys = found.queries.numpy().tobytes(), found.keys.numpy().tobytes()
+        if queries == keys and found.queries.shape == found.keys.shape:
+            found = replace(found, keys=found.queries)
+        said = [getattr(found, name.name) for name in fields(found) if name.repr]
+        return self.shared.setdefault((queries, keys, *said), found)
 
     def leave(self, name: str, number: int, output: Any) -> None:
         """The layout of a module's output (1, N, D), (1, D, N), (1, h, w, D) or (1, D, h, w)."""
