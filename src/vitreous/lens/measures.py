@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitreous.errors import DataError, NotReached
 from vitreous.lens import indicators, spectra
 from vitreous.lens.sweep import Distances, Sweep, same_places
-from vitreous.lens.tap.call import WHOLE, Call
+from vitreous.lens.tap.call import WHOLE, Buffers, Call
 
 SOURCES = ("attention", *spectra.SOURCES)
 KEYS = ("layer", "head", "image", "source", "kind")
@@ -72,8 +72,8 @@ class Measures:
     model: to find the weights and learned spectra of the modules that made the calls.
     sources: which of SOURCES to measure. first: the number of the first image. Learned and weight rows, and notes on
         them, come with image 0 alone.
-    block: numbers per buffer, or one row of all heads and images if that is more: the map's two (which hold a small map
-        whole), and two for distances, of the size of one head and image.
+    block: numbers per buffer, or one row of all heads and images if that is more: the map's (which holds a small map whole),
+        ours of the same size, and two for distances, of the size of one head and image.
     `leave` is needed for `notes` to tell what lies between weights and scores, and for fused weights of unknown classes.
     """
 
@@ -95,7 +95,7 @@ class Measures:
         self._notes: dict[str, list[str]] = {}
         self._records: list[_Record] = []
         self._whole: Tensor | None = None  # places of the latest call whose tokens were not merged
-        self._distances = Distances()
+        self._buffers, self._distances = Buffers(), Distances()
 
     @torch.no_grad()
     def see(self, call: Call) -> None:
@@ -207,7 +207,7 @@ class Measures:
     def _swept(self, call: Call, count: int, effective: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """What one sweep over the rows gives: values per head (images, H), and of all heads together (images, 1)."""
         places, queries = self._places(call, count), call.output.shape[3]
-        sweep = Sweep(count, self.noisy, not effective or call.stochastic, places, call.maps.scratch, self._distances)
+        sweep = Sweep(count, self.noisy, not effective or call.stochastic, places, self._buffers, self._distances)
         size = max(1, self.block // (call.output[..., 0, 0].numel() * call.v.shape[3]))
         step = queries if queries <= WHOLE else size  # all rows of a small map are there already, from its check
         for rows, block in call.rows(step, effective):

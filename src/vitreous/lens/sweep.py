@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -46,7 +44,6 @@ class Sweep:
     count: the first `count` of B images are measured; with `noisy` as many noisy versions follow.
     stochastic: rows are distributions; otherwise only what needs none is measured.
     places: (y, x) of queries (B or 1, W, N, 2) and keys (B or 1, W, M, 2), NaN for none; None: unknown.
-    scratch: gives a tensor like a block to work in (see `Map.scratch`).
     """
 
     def __init__(
@@ -55,18 +52,18 @@ class Sweep:
         noisy: bool,
         stochastic: bool,
         places: tuple[Tensor, Tensor] | None,
-        scratch: Callable[[Tensor], Tensor],
+        buffers: Buffers,
         distances: Distances,
     ):
         self.count, self.noisy, self.stochastic, self.places = count, noisy, stochastic, places
-        self.scratch, self.distances = scratch, distances
+        self.buffers, self.distances = buffers, distances
         self.sums: dict[str, Tensor] = {}
         self.entries = 0  # of one image's maps: H W N M
 
     def add(self, rows: slice, block: Tensor) -> None:
         """Take in the query rows `rows`: block (B, W, H, n, M)."""
         clean = block[: self.count]
-        scratch = self.scratch(clean)
+        scratch = self.buffers.take(0, clean.shape, clean.device)
         self.entries += clean[0].numel()
         squares = torch.linalg.vector_norm(clean, dim=-1).square_()  # (B, W, H, n)
         rows_of = {"squares": squares}

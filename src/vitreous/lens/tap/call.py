@@ -83,12 +83,6 @@ class Map(ABC):
 
     groups: tuple[int, int, int]
     size: tuple[int, int]
-    buffers: Buffers
-    free: int  # the buffer that holds nothing once a block is given
-
-    def scratch(self, like: Tensor) -> Tensor:
-        """A contiguous tensor of the shape of a block, or of a part of it, until the next block: never a buffer more."""
-        return self.buffers.take(self.free, like.shape, like.device)
 
     def slices(self, size: int) -> Iterator[slice]:
         """All rows in order, at most `size` at a time, and no more than a buffer may hold."""
@@ -103,8 +97,6 @@ class Map(ABC):
 
 
 class ComputedMap(Map):
-    free = 0  # the scores: a softmax was taken of them into the other
-
     def __init__(
         self,
         q: Tensor,
@@ -154,8 +146,6 @@ class ComputedMap(Map):
 
 class StoredMap(Map):
     """The map of a softmax that was seen: probabilities as it gave them, and what multiplied V."""
-
-    free = 1
 
     def __init__(self, probabilities: Tensor | None, effective: Tensor, arrangement: Arrangement, buffers: Buffers):
         """Both with the call's own leading axes, (leading axes, N, M)."""

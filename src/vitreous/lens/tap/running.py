@@ -21,8 +21,9 @@ class Running:
     """A context in which `path` is the dotted path of the innermost running module; `leave` is called at each end.
 
     leave(name, number, output): after a module's own hooks; number: how-manieth call of that module in this pass.
-    modules: all of a model, by name. ends: names of the modules whose ends `leave` is called at; None: of all. Leaves of PyTorch itself that are not among
-    them get no hooks: most modules are such, and what runs in them counts as their parent's.
+    modules: all of a model, by name. ends: names of the modules whose ends `leave` is called at; None: of all. Leaves of
+    PyTorch itself that are not among them get no hooks: most modules are such, and what runs in them counts as their
+    parent's.
     state: the newest `TokenState` of our own token grafts. Hooks see the thread that entered and no other.
     """
 

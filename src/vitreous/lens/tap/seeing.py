@@ -70,9 +70,9 @@ def watch(
 ) -> Seen:
     """One forward pass of images (B, C, h, w), pixels as the model takes them; `see` gets every attention.
 
-    leave(name, number, output) is called at the end of every module's forward, or of those named in `ends`. layouts: from `trace`, for a caller with
-    several batches of one size; None: traced here. The pass runs in eval mode, without gradients and, if compiled, eagerly;
-    hooks, modes and random state are as before, also after an error.
+    leave(name, number, output) is called at the end of every module's forward, or of those named in `ends`. layouts: from
+    `trace`, for a caller with several batches of one size; None: traced here. The pass runs in eval mode, without gradients
+    and, if compiled, eagerly; hooks, modes and random state are as before, also after an error.
 
     Raises HostError for a model that cannot be seen, or without attention; NotReached if no call arrived at all.
     """
