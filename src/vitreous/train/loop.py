@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -126,24 +126,12 @@ def train_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> Non
     """What is left of a pass over the training images; the state is saved at its end, when told to stop, and when due."""
     job.model.train()
     place, due = job.place, job.settings.save_every
-    description, quiet = f"epoch {place.epoch}/{job.settings.epochs}", not console.is_terminal
-    left = len(job.train) - place.step
-    for _ in track(steps(job, run), description, total=left, console=console, transient=True, disable=quiet):
-        if stopping.agree(job.team) or (due and job.updates % due == 0):
-            run.states.save(job)
-            stopping.end(job.team)
-    run.states.save(job)
-    stopping.end(job.team)
-
-
-def steps(job: Job, run: Run) -> Iterator[None]:
-    """The steps of what is left of a pass over the training images, one taken at each `next`."""
-    place = job.place
     job.train.set_epoch(place.epoch, place.step)
     learning = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
     watched = [name for name in new_parameters(job.model) if name in learning]
-    started = time.perf_counter()
-    for batch in job.train:
+    description, quiet = f"epoch {place.epoch}/{job.settings.epochs}", not console.is_terminal
+    left, started = len(job.train) - place.step, time.perf_counter()
+    for batch in track(job.train, description, total=left, console=console, transient=True, disable=quiet):
         if job.updates + 1 not in place.left_out:
             take_step(job, run, batch, learning, watched)
         job.updates += 1
@@ -151,7 +139,11 @@ def steps(job: Job, run: Run) -> Iterator[None]:
         place.step += 1
         now = time.perf_counter()
         place.seconds, started = place.seconds + now - started, now
-        yield
+        if stopping.agree(job.team) or (due and job.updates % due == 0):
+            run.states.save(job)
+            stopping.end(job.team)
+    run.states.save(job)
+    stopping.end(job.team)
 
 
 def take_step(
