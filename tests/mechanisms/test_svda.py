@@ -228,6 +228,46 @@ def test_half_precision_and_zero_tokens_stay_finite():
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("text", ["svda", "svda:scale=learned"])
+def test_the_ways_in_place_and_in_plain_operations_agree(text):
+    """A hook on the linear sends SVDA the other way, and sees what the linear gave; both equal the loops above."""
+    x = torch.randn(2, 17, 24, dtype=torch.float64)
+    grads, outs, seen = [], [], []
+    for hooked in (False, True):
+        model = graft(vit(), text)
+        attention = model.blocks[1].attn
+        if hooked:
+            attention.qkv.register_forward_hook(lambda _module, _args, out: seen.append(out))
+        assert attention.packed_is_ours is not hooked
+        outs.append(attention(x))
+        outs[-1].square().sum().backward()
+        grads.append([p.grad for p in attention.parameters()])
+    assert torch.equal(*outs)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(seen[0], torch.nn.functional.linear(x, attention.qkv.weight, attention.qkv.bias))
+
+
+def test_written_out_or_fused_by_the_number_of_tokens():
+    attention = graft(vit(), SVDA()).blocks[1].attn
+    for tokens, expected in ((17, False), (64, False), (65, True), (160, True), (161, False)):
+        x = torch.randn(1, tokens, 24, dtype=torch.float64)
+        out, (q, *_) = attention.attend(x)
+        assert attention.written_out(q) is expected
+        assert not attention.written_out(q.detach())
+        with torch.no_grad():
+            torch.testing.assert_close(attention(x), out, atol=1e-12, rtol=0)
+
+
+def test_gradient_of_the_orthogonality_penalty_twice():
+    weight = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(orthogonality, weight)
+    assert torch.autograd.gradgradcheck(orthogonality, weight)
+    parts = sum(((w @ w.T - torch.eye(3)) ** 2).mean() for w in weight)
+    torch.testing.assert_close(orthogonality(weight), parts)
+    torch.testing.assert_close(torch.func.grad(orthogonality)(weight), *torch.autograd.grad(parts, weight))
+
+
 def test_bad_input():
     with pytest.raises(SettingError, match=r"scale='papr'.*Expected one of 'paper'"):
         SVDA(scale="papr")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous.layers.adoption import adopt
+from vitreous.layers.rows import heads_first
 from vitreous.layers.tokens import PLAIN, TokenState
 
 HOSTS = (TimmAttention, AttentionRope, EvaAttention)
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         groups = q.shape[1] // k.shape[1]
         if groups > 1:  # grouped queries: key head j serves query heads j * groups ... (j + 1) * groups - 1
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        if self.fused_attn and self.softmax_of_product:
+        if self.fused_attn and self.softmax_of_product and not self.written_out(q):
             drop = self.attn_drop.p if self.training else 0.0
             z = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal, scale=self.scale
@@ -78,6 +79,10 @@ class Attention(nn.Module):
             z = self.attn_drop(weights) @ v
         return self.merge(z, x), (q, k, v)
 
+    def written_out(self, q: Tensor) -> bool:
+        """True to take product, softmax and product one by one where a fused kernel could do it: the host's bits differ."""
+        return False
+
     @property
     def softmax_of_product(self) -> bool:
         """True if a fused kernel computes the same: neither `scores` nor `normalize` is overridden."""
@@ -85,7 +90,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is not None:
-            q, k, v = self._qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = heads_first(self.packed(x))
         else:
             q, k, v = (
                 layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -93,11 +98,21 @@ class Attention(nn.Module):
             )
         return self.q_norm(q), self.k_norm(k), v
 
-    def _qkv(self, x: Tensor) -> Tensor:
+    def packed(self, x: Tensor) -> Tensor:
+        """Queries, keys and values as the one product leaves them, (B, N, 3, H, K); `qkv` is not None."""
         if getattr(self, "q_bias", None) is None:
-            return self.qkv(x)
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # EVA keeps three biases beside a bias-free linear
-        return self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+            out = self.qkv(x)
+        else:
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # EVA keeps three biases beside a bias-free linear
+            out = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+        return out.unflatten(-1, (3, self.num_heads, -1))
+
+    @property
+    def packed_is_ours(self) -> bool:
+        """True if queries and keys are what `packed` gives, and nobody else holds that: `qkv` is a linear without hooks."""
+        bare = type(self.qkv) is nn.Linear and not (self.qkv._forward_hooks or self.qkv._backward_hooks)
+        normed = any(type(norm) is not nn.Identity for norm in (self.q_norm, self.k_norm))
+        return bare and not normed and not nn.modules.module._has_any_global_hook()
 
     def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         """Rotary embedding on all but the prefix tokens of x (B, H, N, K)."""
@@ -116,6 +131,15 @@ class Attention(nn.Module):
         if self.gate is not None:
             z = z * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(z))
+
+
+def written_out_is_faster(tokens: int, learning: bool, device: torch.device) -> bool:
+    """Whether product, softmax and product, one by one, take less time than the fused kernel (`benchmarks/attention_path`).
+
+    On the CPU the fused kernel is ahead at every number of tokens without gradients. With them it computes the scores twice,
+    and falls behind between 65 and about 160 tokens; beyond, the stored scores leave the cache.
+    """
+    return learning and device.type == "cpu" and 65 <= tokens <= 160
 
 
 def masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd import Function
 
 from vitreous import slots
 from vitreous.errors import HostError, SettingError
-from vitreous.layers.attention import Attention, query_key_weights
+from vitreous.layers.attention import Attention, query_key_weights, written_out_is_faster
+from vitreous.layers.rows import unit, unit_rows_in_place, watched
 from vitreous.mechanism import Mechanism
 
 SCALES = {"paper": lambda width: width**-0.5, "one": lambda width: 1.0, "sqrt": lambda width: width**0.5}
@@ -30,7 +31,8 @@ class SVDA(Mechanism):
         in the authors' experiments.
     Differs: fused kernel (sigma multiplies the queries). On rotary hosts the order is normalise, sigma, rotate (ours).
     At start: changes the output; start=import comes near a pretrained host, once `vitreous.calibrate` has seen images.
-    Cost: two row norms and one product per block; H * K parameters per block (+ H with scale=learned).
+    Cost: two row norms and one product per block, in few passes on the CPU (`layers.rows`); H * K parameters per block (+ H
+        with scale=learned).
     Settings: layers (0-based; default all). scale: paper = 1/sqrt(K), under which attention is nearly uniform because a
         score cannot exceed max|sigma|/sqrt(K); one; sqrt = sqrt(K); learned = one positive factor per head, from sqrt(K).
         start: scratch = N(1, 0.1^2), gentle = 1 + 0.005 N(0, 1) for pretrained blocks, import = fitted to the host's own
@@ -87,30 +89,61 @@ class SpectralAttention(Attention):
             self.log_scale = nn.Parameter(torch.full((heads,), width**0.5).log())
         self.weights = {"orthogonality": settings.orthogonality, "entropy": settings.entropy * share}
 
+    @property
+    def weight(self) -> Tensor:
+        """What multiplies the unit queries, (H, K): sigma, times the heads' factors where those are learned."""
+        return self.sigma if self.log_scale is None else self.sigma * self.log_scale.exp()[:, None]
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not watched(x) and self.packed_is_ours:
+            return unit_rows_in_place(self.packed(x), self.weight)
         q, k, v = super().project(x)
-        sigma = self.sigma if self.log_scale is None else self.sigma * self.log_scale.exp()[:, None]
-        return (unit(q) * sigma[:, None]).to(v.dtype), unit(k).to(v.dtype), v
+        return (unit(q) * self.weight[:, None]).to(v.dtype), unit(k).to(v.dtype), v
+
+    def written_out(self, q: Tensor) -> bool:
+        """By measured shape: SVDA changes what the host computes, so its bits need not be those of the host's kernel."""
+        learning = torch.is_grad_enabled() and q.requires_grad
+        return not watched(q) and written_out_is_faster(q.shape[2], learning, q.device)
 
     def penalties(self) -> dict[str, Tensor]:
         """The paper's regularisers for this layer, weighted: scalars by name, to be summed over layers."""
         w_q, _, w_k, _ = query_key_weights(self)
         terms = {
-            "orthogonality": lambda: orthogonality(w_q) + orthogonality(w_k),
+            "orthogonality": lambda: orthogonality(torch.stack([w_q, w_k])),
             "entropy": lambda: spectral_entropy(self.sigma).mean(),
         }
         return {f"svda_{name}": self.weights[name] * term() for name, term in terms.items() if self.weights[name]}
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows of unit length, in at least float32: half precision would underflow on small rows. Zero rows stay zero."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-
-
 def orthogonality(weight: Tensor) -> Tensor:
-    """mean[(W W^T - I)^2] over the A^2 entries, for W (A, D) of all heads together; a scalar, 0 or more."""
-    gram = weight @ weight.T
-    return (gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)).square().mean()
+    """mean[(W W^T - I)^2] over the A^2 entries, summed over the W (..., A, D) of all heads together; a scalar, 0 or more."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return excess(weight).square().sum() / weight.shape[-2] ** 2
+    return Orthogonality.apply(weight)
+
+
+def excess(weight: Tensor) -> Tensor:
+    """W W^T - I of W (..., A, D)."""
+    gram = weight @ weight.mT
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram
+
+
+class Orthogonality(Function):
+    """`orthogonality` with its gradient 4 / A^2 (W W^T - I) W: one product each way, where autograd takes two back."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        found = excess(weight)
+        ctx.save_for_backward(weight, found)
+        return found.square().sum() / found.shape[-1] ** 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        weight, found = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient is to be differentiated in turn
+            found = excess(weight)
+        return (4 * grad / found.shape[-1] ** 2) * (found @ weight)
 
 
 def spectral_entropy(sigma: Tensor) -> Tensor:
@@ -155,8 +188,7 @@ def import_error(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     errors: dict[nn.Module, Tensor] = {}
 
     def compare(module: SpectralAttention, q: Tensor, k: Tensor, attention: Tensor, scores: Tensor) -> None:
-        sigma = module.sigma if module.log_scale is None else module.sigma * module.log_scale.exp()[:, None]
-        ours = module.normalize(module.scores(unit(q) * sigma[:, None], unit(k)))
+        ours = module.normalize(module.scores(unit(q) * module.weight[:, None], unit(k)))
         errors[module] = ((ours - attention).square().sum((0, 2, 3)) / attention.square().sum((0, 2, 3))).sqrt()
 
     along_host(model, images, compare)
