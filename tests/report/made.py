@@ -235,8 +235,10 @@ def as_csv(head: list[str], lines) -> str:
     return text.getvalue()
 
 
-def write_run(folder: Path, epochs: int = 4, name: str = "plain", best: int = 2, **planted) -> Path:
-    """A run folder: effective tokens of layer 1 head 0 are lowest after epoch `best`."""
+def write_run(
+    folder: Path, epochs: int = 4, name: str = "plain", best: int = 2, alarms: dict[int, list] | None = None, **planted
+) -> Path:
+    """A run folder: effective tokens of layer 1 head 0 are lowest after epoch `best`. alarms: by epoch."""
     folder.mkdir(parents=True)
     model = {"architecture": "scratch_vit", "mechanisms": []}
     run = {"format": 1, "command": f"vitreous train cutouts --out {name}", "started": "2026-01-01T00:00:00+00:00", "seed": 0,
@@ -252,7 +254,8 @@ def write_run(folder: Path, epochs: int = 4, name: str = "plain", best: int = 2,
         if epoch:
             lines.append(
                 {"epoch": epoch, "losses": {"total": 2 / epoch}, "lr": 1e-3, "seconds": 2.0, "images_per_second": 900,
-                 "tests": {"test": {"accuracy": 0.5 + 0.08 * epoch}, "swapped": {"accuracy": 0.4 + 0.05 * epoch}}}
+                 "tests": {"test": {"accuracy": 0.5 + 0.08 * epoch}, "swapped": {"accuracy": 0.4 + 0.05 * epoch}},
+                 "alarms": (alarms or {}).get(epoch, [])}
             )  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

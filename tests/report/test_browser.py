@@ -220,6 +220,25 @@ def test_artifact_tokens_and_the_object_are_marked(browser, pages):
         assert len(set(drawn)) == 4
 
 
+def test_alarms_of_training_are_findings(browser, tmp_path):
+    text = "rank collapse in layer 1: <img src=x onerror=window.hit=9>"
+    one = {"alarm": "rank collapse", "layer": 1, "value": 0.01, "before": 0.8, "text": text}
+    run = write_run(tmp_path / "hot", epochs=3, images=2, alarms={2: [one | {"layer": 0}, one]})
+    write([run], tmp_path / "hot.html")
+    with visit(browser, tmp_path / "hot.html") as page:
+        finding = page.locator("[data-finding=alarms]")
+        assert finding.locator("button").text_content() == "Rank collapse, layer 1"
+        assert f"{text}, after epoch 2; 2 alarms by now" in finding.text_content()
+        page.get_by_label("Epoch of hot").fill("1")
+        assert "None by this epoch." in page.locator("[data-finding=alarms]").text_content()
+
+
+def test_runs_without_alarms_say_nothing_of_them(browser, pages):
+    with visit(browser, pages / "runs.html") as page:
+        assert page.locator("[data-finding=change]").count() == 1
+        assert page.locator("[data-finding=alarms]").count() == 0
+
+
 def test_epochs_are_scrubbed_and_runs_stand_side_by_side(browser, pages):
     with visit(browser, pages / "runs.html") as page:
         assert page.locator(".pane figcaption strong").all_text_contents() == ["plain, epoch 3", "SVDA, epoch 3"]

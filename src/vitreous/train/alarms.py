@@ -10,9 +10,9 @@
 What it was is the median over earlier epochs, that before training included, those left out in which the layer was in alarm. A
 level alone is no alarm: a spectrum scaled as SVDA's paper has it attends almost evenly from the start, by design.
 
-Measured on `cutouts`, depth 4, width 64: over 5 to 8 epochs of the plain network, SVDA (both scales) and SVD-ViT's tokens no layer
-falls below 0.34 (rank) or 3.3 nats; at 15 to 500 times their learning rate, layers fall to 0.3 nats and below, and at 500
-times to a rank of 0.07 and below. An alarm warns; it never stops a run.
+Measured on `cutouts`, depth 4, width 64: over 5 to 8 epochs of the plain network, SVDA (both scales) and SVD-ViT's tokens no
+layer falls below 0.34 (rank) or 3.3 nats; at 15 to 500 times their learning rate, layers fall to 0.3 nats and below, and at
+500 times to a rank of 0.07 and below. An alarm warns; it never stops a run.
 """
 
 from __future__ import annotations

@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +26,7 @@ from vitreous.team import ALONE, Team, connected, naming_the_lost
 from vitreous.train import alarms, changes, checkpoint, faults, patience, summary
 from vitreous.train.distributed import step_gradients
 from vitreous.train.inputs import Loader
+from vitreous.train.live import Shown, speaker
 from vitreous.train.lock import locked
 from vitreous.train.losses import gather_lost, write_quarantine
 from vitreous.train.objectives import set_progress
@@ -97,17 +96,18 @@ def begin(job: Job, run: Run, seeds: range) -> None:
 def go_on(job: Job, run: Run, console: Console) -> None:
     """Train from where the job is, to the end."""
     say, first = speaker(console), job.place.epoch
-    with Stopping(run.folder, say) as stopping, naming_the_lost(), job.followers.of(run.folder, first, say):
+    followed, shown = job.followers.of(run.folder, first, say), Shown(console, job.settings.epochs)
+    with Stopping(run.folder, say) as stopping, naming_the_lost(), followed, shown:
         if not job.updates:
             job.collect()
             read(job, run, 0)
         while not finished(job, run):
             try:
-                train_epoch(job, run, stopping, console)
+                train_epoch(job, run, stopping, shown)
             except NotFinite as error:
                 roll_back(job, run, error, say)
                 continue
-            finish_epoch(job, run, stopping, console)
+            finish_epoch(job, run, stopping, shown)
             job.place = job.place.next_epoch()
         if job.settings.patience is not None and job.team.first:
             say(patience.why(read_metrics(run.folder), job.settings.epochs, job.settings.patience))
@@ -122,16 +122,15 @@ def finished(job: Job, run: Run) -> bool:
     )
 
 
-def train_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> None:
+def train_epoch(job: Job, run: Run, stopping: Stopping, shown: Shown) -> None:
     """What is left of a pass over the training images; the state is saved at its end, when told to stop, and when due."""
     job.model.train()
     place, due = job.place, job.settings.save_every
     job.train.set_epoch(place.epoch, place.step)
     learning = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
     watched = [name for name in new_parameters(job.model) if name in learning]
-    description, quiet = f"epoch {place.epoch}/{job.settings.epochs}", not console.is_terminal
     left, started = len(job.train) - place.step, time.perf_counter()
-    for batch in track(job.train, description, total=left, console=console, transient=True, disable=quiet):
+    for batch in shown.batches(job.train, left, place.epoch):
         if job.updates + 1 not in place.left_out:
             take_step(job, run, batch, learning, watched)
         job.updates += 1
@@ -183,7 +182,7 @@ def set_rate(job: Job) -> float:
     return max(group["lr"] for group in job.optimizer.param_groups)
 
 
-def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> None:
+def finish_epoch(job: Job, run: Run, stopping: Stopping, shown: Shown) -> None:
     """Test, look, and write what the epoch came to. All of it follows from the state that was saved before."""
     started, place = time.perf_counter(), job.place
     job.collect()
@@ -213,8 +212,9 @@ def finish_epoch(job: Job, run: Run, stopping: Stopping, console: Console) -> No
         run.log(metrics)
         job.followers.log(metrics)
         summary.write(run.folder)
-    for line in [summary.line(metrics, job.settings.epochs), *summary.warnings([metrics]), *lost]:
-        speaker(console)(line)
+    shown.epoch(read_metrics(run.folder))
+    for line in [*summary.warnings([metrics]), *lost]:
+        shown.say(line)
     stopping.end()
 
 
@@ -316,8 +316,3 @@ def roll_back(job: Job, run: Run, error: NotFinite, say: Callable[[str], Any]) -
         job.collect()
         read(job, run, 0)
     say(f"{error} Went back to the state after {job.updates} updates; update {error.update} is left out.")
-
-
-def speaker(console: Console) -> Callable[[str], Any]:
-    """`console.print` for plain sentences."""
-    return partial(console.print, soft_wrap=True, highlight=False, markup=False)

@@ -44,22 +44,10 @@ def warnings(lines: Sequence[dict[str, Any]]) -> list[str]:
 def write(folder: Path) -> None:
     """Write summary.md of a run from its run.json and metrics.jsonl."""
     run, epochs = json.loads((folder / "run.json").read_text(encoding="utf-8")), read_metrics(folder)
-    settings, last, model = run["settings"], epochs[-1], run["model"]
+    settings, model = run["settings"], run["model"]
     patient = settings.get("patience")
     spaced = {round(1 + i * (len(epochs) - 1) / 9) for i in range(10)}
     shown = sorted(spaced | {1, len(epochs), patience.kept(epochs, patient)["epoch"]})
-    names = list(last["tests"])
-    rows = [["epoch", "loss", *(f"accuracy: {name}" for name in names), "learning rate", "seconds"]]
-    rows += [
-        [
-            str(found["epoch"]),
-            f"{found['losses']['total']:.4f}",
-            *(f"{100 * found['tests'][name]['accuracy']:.2f} %" for name in names),
-            f"{found['lr']:.2e}",
-            f"{found['seconds']:.1f}",
-        ]
-        for found in (epochs[number - 1] for number in shown)
-    ]
     going_on = f"vitreous resume {shlex.quote(str(folder))}"
     text = [
         f"# {model['architecture']} on {run['data']['name']}\n",
@@ -67,7 +55,7 @@ def write(folder: Path) -> None:
         f"{len(epochs)} of {settings['epochs']} epochs, {sum(found['seconds'] for found in epochs):,.0f} seconds on "
         f"{run['device']}, started {run['started']}.\n",
         *(f"{remark}\n" for remark in run["remarks"]),
-        table(rows),
+        table(cells([epochs[number - 1] for number in shown])),
         f"{patience.why(epochs, settings['epochs'], patient)}\n",
         *(f"{warning}\n" for warning in warnings(epochs)),
         FILES,
@@ -76,6 +64,17 @@ def write(folder: Path) -> None:
         f"Next: `vitreous train {shlex.quote(settings['data'])} --model {shlex.quote(str(folder))}` trains it further.\n",
     ]
     write_text(folder / "summary.md", "\n".join(text))
+
+
+def cells(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Epochs as the rows of a table, its head first."""
+    names = list(lines[0]["tests"])
+    rows = [["epoch", "loss", *(f"accuracy: {name}" for name in names), "learning rate", "seconds"]]
+    for found in lines:
+        scores = (f"{100 * found['tests'][name]['accuracy']:.2f} %" for name in names)
+        ends = f"{found['lr']:.2e}", f"{found['seconds']:.1f}"
+        rows.append([str(found["epoch"]), f"{found['losses']['total']:.4f}", *scores, *ends])
+    return rows
 
 
 def write_seeds(folder: Path, runs: list[Path]) -> None:
