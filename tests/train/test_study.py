@@ -131,7 +131,7 @@ def test_the_command(given, quiet, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_do_the_study_of_one(given, quiet, tmp_path):
     alone, folder = study(given(seeds=1), ARMS, quiet), tmp_path / "two"
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "vitreous"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vitreous"]
     words += ["study", "cutouts:train=40,test=24,size=16", "--arm", ARMS[0], "--arm", ARMS[1], "--seed", "3", "--seeds", "1"]
     words += ["--epochs", "1", "--batch-size", "16", "--device", "cpu", "--out", str(folder), "--model-kwargs", *SMALL]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
