@@ -81,8 +81,8 @@ def test_the_triples_belong_together(method, dtype):
 
 
 # Largest principal angle (sine), mean over 8 matrices of 197 x 192, at default settings: rank 8, 8 more columns, 2 steps.
-# Measured: fast 7e-7, 1/i 0.04, 1/sqrt(i) 0.30, as for any subspace iteration of that size (arXiv 0909.4061, theorem 10.8).
-ANGLES = {"fast": 5e-6, "1/i": 0.08, "1/sqrt(i)": 0.45}
+# Measured: fast 4e-7, 1/i 0.02, 1/sqrt(i) 0.16; without the shift 7e-7, 0.04 and 0.30.
+ANGLES = {"fast": 2e-6, "1/i": 0.04, "1/sqrt(i)": 0.25}
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -96,10 +96,7 @@ def test_angles_at_default_settings(spectrum):
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_no_less_accurate_than_the_peer(spectrum):
-    """torch.svd_lowrank (Householder QR in each half step) with as many columns and steps, over eight sketches each.
-
-    Tall, since on wide input the peer works on the transpose, which favours U over V by half a step.
-    """
+    """torch.svd_lowrank (Householder QR in each half step) with as many columns and steps, over eight sketches each."""
     x, u, _ = planted((4, 200, 160), spectrum)
     ours, peer = [], []
     for seed in range(8):
@@ -107,7 +104,7 @@ def test_no_less_accurate_than_the_peer(spectrum):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             peer.append(angle(torch.svd_lowrank(x, q=16, niter=2)[0][..., :8], u[..., :8]))
-    assert np.mean(ours) < 1.1 * np.mean(peer)
+    assert np.mean(ours) < np.mean(peer)
 
 
 def test_more_power_is_more_accurate_and_residual_tells_so():
@@ -120,7 +117,7 @@ def test_more_power_is_more_accurate_and_residual_tells_so():
     assert residuals[0] > 0.5 > 0.01 > residuals[4]
     for step in steps:  # the bound of the docstring
         error = torch.linalg.vector_norm(x @ step.V - step.U * step.S[:, None], dim=(1, 2))
-        bound = step.info.residual * torch.linalg.vector_norm(step.S, dim=1) / step.S[:, -1]
+        bound = step.info.residual * torch.linalg.vector_norm(step.S, dim=1) / step.S[:, -1].square()  # |x|_2 = 1
         assert (error <= bound + 1e-5).all()
 
 
@@ -276,24 +273,43 @@ def test_gradients_of_degenerate_input_are_finite(name, method, gradient):
     assert sketch.grad is None or sketch.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("gradient", ["detach", "through"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_bad_sample_harms_no_other(method, value):
+def test_a_bad_sample_harms_no_other(method, gradient, value):
     clean = noise(3, 20, 14)
     bad = clean.clone()
     bad[1, 4, 2] = value
     bad.requires_grad_()
-    alone = leading_subspace(clean[[0, 2]], 4, method=method)
-    found = leading_subspace(bad, 4, method=method, gradient="through")
+    alone = leading_subspace(clean[[0, 2]], 4, method=method, gradient=gradient)
+    found = leading_subspace(bad, 4, method=method, gradient=gradient)
     assert found.info.finite.tolist() == [True, False, True]
     assert found.info.rank.tolist() == [4, 0, 4]
     for one, other in [(found.U, alone.U), (found.S, alone.S), (found.V, alone.V)]:
         assert one[1].eq(0).all()
         close(one[[0, 2]], other)
+    if gradient == "detach":
+        return
     (found.U * noise(20, 4, seed=1)).sum().backward()
     assert bad.grad.isfinite().all()
     assert bad.grad[1].eq(0).all()
     assert bad.grad[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("gradient", ["detach", "through"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_huge_number_harms_no_other_sample(method, gradient):
+    """1e30 is finite, its square is not: that sample is whole or zero, and says which."""
+    clean = noise(3, 20, 14)
+    huge = clean.clone()
+    huge[1, 4, 2] = 1e30
+    alone = leading_subspace(clean[[0, 2]], 4, method=method, gradient=gradient)
+    found = leading_subspace(huge, 4, method=method, gradient=gradient)
+    assert found.info.finite[[0, 2]].all()
+    for one, other in [(found.U, alone.U), (found.S, alone.S), (found.V, alone.V)]:
+        assert one.isfinite().all()
+        assert found.info.finite[1] or one[1].eq(0).all()
+        close(one[[0, 2]], other)
 
 
 def test_a_bad_sketch_is_a_bad_sample():

@@ -20,11 +20,14 @@ def signs(u: Tensor, reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
     None depends on the order of the tokens or the basis of the features. Rules 2 and 3 make signs agree between images;
     which sign is the foreground only a reference can tell. A mirror-symmetric u_i has no sign: it stays as computed.
     """
-    directions = [torch.ones_like(u), u.square()]
+    squares = u.square()
+    lengths = torch.linalg.vector_norm(squares, dim=1).clamp_min(1e-30)
+    cosines = [u.sum(1) / u.shape[1] ** 0.5, (squares * u).sum(1) / lengths]
     if reference is not None:
         reference = torch.where(reference.isfinite(), reference, 0.0).to(u).expand(u.shape[:2])
-        directions.insert(0, (reference - reference.mean(1, keepdim=True))[:, :, None].expand_as(u))
-    cosines = [(u * w).sum(1) / torch.linalg.vector_norm(w, dim=1).clamp_min(1e-30) for w in directions]
+        w = reference - reference.mean(1, keepdim=True)
+        w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-30)
+        cosines.insert(0, (w[:, None] @ u)[:, 0])
     score = cosines[-1]
     for cosine in reversed(cosines[:-1]):
         score = torch.where(cosine.abs() >= UNSURE, cosine, score)

@@ -5,8 +5,9 @@ Letters: B batch, N tokens, D width, R rank asked for, k = R + oversample (width
 `leading_subspace` finds the leading R singular triples of every x (N, D). Two routes lead to a small symmetric problem:
 
     exact                    the Gram matrix of the smaller side, m x m
-    cholesky_qr, products    Y = X Omega; `power` times Y <- X X^T Y; then Rayleigh-Ritz on span(Y), k x k
-                             (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1)
+    cholesky_qr, products    Y = X Omega; `power` times Y <- (X X^T - a I) Y; then Rayleigh-Ritz on span(Y), k x k
+                             (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1; shifts a as in Feng,
+                             Yu, Xie, Tang 2024, arXiv 2404.09276: from the second step on, half the least eigenvalue seen)
 
 No tall matrix meets a Householder QR or an SVD. Only span(Y) matters for the outcome, so between the half steps Y is
 conditioned by any k x k factor of its Gram matrix. All k x k and m x m algebra is float64, where squaring the condition
@@ -40,9 +41,9 @@ class SubspaceInfo:
 
     gap (B, R): (s_i - s_{i+1}) / s_i, in [0, 1]; 0 where s_i = 0. s_{R+1} comes from the oversampled block; without
         oversampling, from its upper bound sqrt(|X|_F^2 - sum s_i^2), so that the last gap is a lower bound.
-    residual (B,): |U S (V - P V)^T|_F / |S|_2, in [0, 1], P the projector on the row space before the last half step:
-        the share of U S V^T that it still moved. |X V - U S|_F <= |X|_2 residual |S|_2 / s_R. 0 for "exact".
-    finite (B,) bool: False where x, or the sketch, holds NaN or Inf, or numbers whose squares overflow.
+    residual (B,): |(U - P U) S|_F / |S|_2, in [0, 1], P the projector on the column space before the last power step: the
+        share of U S V^T that it still moved. |X V - U S|_F <= |X|_2^2 residual |S|_2 / s_R^2. 0 for "exact", 1 for power 0.
+    finite (B,) bool: False where x, or the sketch, holds NaN or Inf, or numbers so large that products overflow.
     rank (B,) int64: how many singular values, of R, are above NOISE s_1.
     sign_confidence (B, R): |cosine| of u_i with the reference, or what stands in for it (`signs`); 0 where s_i = 0.
     """
@@ -85,7 +86,8 @@ def leading_subspace(
         matrix products and comparisons only, for torch.export and ONNX (singular values closer than 1e-4 relative may
         share their vectors); "auto": gram_schmidt while exporting, exact where a sketch would leave nothing out, else
         cholesky_qr.
-    oversample, power: extra sketch columns and power steps; "exact" needs neither, nor a sketch.
+    oversample, power: extra sketch columns and power steps; "exact" needs neither, nor a sketch. From the second step on
+        they are shifted, which halves the error on slowly falling spectra, unless gradient="through".
     sketch: (D, k) or (B, D, k), k >= min(rank, N, D); None is a fixed Gaussian, the same on every device, that leaves
         the global random state alone. It sits on the feature side: permuted tokens permute U and keep V.
     sign: a number per token, (N,) or (B, N), with which every u_i shall correlate; None uses their sum (`signs`).
@@ -101,25 +103,25 @@ def leading_subspace(
         method = "gram_schmidt" if exporting else "exact" if sketch is None and k == min(n, d) else "cholesky_qr"
     through = gradient == "through" and torch.is_grad_enabled()
     with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(through):
-        x = _at_least_float32(x)
-        norm = torch.linalg.vector_norm(x.detach(), dim=(1, 2))
-        finite, omega = norm.isfinite(), None
+        x, omega = _at_least_float32(x), None
         if method != "exact":
-            omega = (_fixed_sketch(d, k) if sketch is None else sketch).to(x)
-            finite = finite & torch.linalg.vector_norm(omega.detach(), dim=(-2, -1)).isfinite()
-            omega = _zero_unless(finite, omega.expand(x.shape[0], d, k))
-        if through:  # masking the outcome stops no NaN backwards; without gradient it spares a copy of x
-            x = _zero_unless(finite, x)
+            omega = _fixed_sketch(d, k, x.device, x.dtype) if sketch is None else sketch.to(x)
+        if through:  # masking the outcome stops no NaN backwards
+            sound = _finite(x) if omega is None else _finite(x) & _finite(omega)
+            x, omega = _zero_unless(sound, x), omega if omega is None else _zero_unless(sound, omega.expand(x.shape[0], d, k))
         if omega is None:
-            u, s, v, residual = _by_gram(x, rank)
+            u, s, v, residual, finite = _by_gram(x, rank)
         else:
-            u, s, v, residual = _by_range(x, rank, omega, power, products=method == "gram_schmidt")
+            products, shifted = method == "gram_schmidt", gradient == "detach"
+            u, s, v, residual, finite = _by_range(x, rank, omega, power, products=products, shifted=shifted)
+        finite = finite & sound if through else finite
         u, s, v, residual = (_zero_unless(finite, t) for t in (u, s, v, residual))
         with torch.no_grad():
             factor, confidence = signs(u, sign)
-            gap = _gaps(s, rank, norm, complete=s.shape[1] >= min(n, d))
-            info = SubspaceInfo(gap, residual, finite, (s[:, :rank] > 0).sum(1), _padded(confidence, rank))
         u, v = u * factor[:, None], v * factor[:, None]
+        with torch.no_grad():
+            gap = _gaps(s, rank, x, complete=s.shape[1] >= min(n, d))
+            info = SubspaceInfo(gap, residual, finite, (s[:, :rank] > 0).sum(1), _padded(confidence, rank))
         return Subspace(_padded(u, rank), _padded(s[:, :rank], rank), _padded(v, rank), info)
 
 
@@ -155,7 +157,7 @@ def product_singular_values(a: Tensor, b: Tensor, *, exact: bool = True) -> Tens
     In float64; answers in float32, or float64 for float64. NaN where a factor is not finite.
     """
     rb = _triangle(b.double())
-    core = _triangle(a.double()) @ rb.mT if exact else rb @ _gram(a) @ rb.mT
+    core = _triangle(a.double()) @ rb.mT if exact else rb @ _gram(a.mT) @ rb.mT
     finite = core.isfinite().all(dim=(-2, -1), keepdim=True)
     core = torch.where(finite, core, 0.0)
     s = torch.linalg.svdvals(core) if exact else torch.linalg.eigvalsh(core).flip(-1).clamp_min(0.0).sqrt()
@@ -178,73 +180,92 @@ def singular_values(x: Tensor) -> Tensor:
     return torch.where(finite, s, torch.nan).to(_at_least_float32(x).dtype)
 
 
-# The two routes. Each answers U (B, N, r), S (B, K) with all values it has, V (B, D, r), residual (B,); r <= rank, K.
+# The two routes. Each answers U (B, N, r), S (B, K) with all values it has, V (B, D, r), residual (B,) and finite (B,);
+# r <= rank, K. A sample that is not finite leaves garbage there.
 
 
-def _by_gram(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _by_gram(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Exact triples from the Gram matrix of the smaller side."""
     tall = x.shape[1] > x.shape[2]
     wide = (x.mT if tall else x).double()  # (B, m, M)
-    s, short, inverse = _roots(*_Eigen.apply(wide @ wide.mT, None), rank)
+    gram = torch.bmm(wide, wide.mT)
+    finite = _finite(gram.to(x.dtype))
+    s, short, inverse = _roots(*_eigen(_zero_unless(finite, gram), None), rank)
     long = wide.mT @ (short * inverse)
     u, v = (long, short) if tall else (short, long)
-    return u.to(x.dtype), s.to(x.dtype), v.to(x.dtype), torch.zeros_like(x[:, 0, 0])
+    return u.to(x.dtype), s.to(x.dtype), v.to(x.dtype), torch.zeros_like(x[:, 0, 0]), finite
 
 
-def _by_range(x: Tensor, rank: int, omega: Tensor, power: int, products: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Triples of the range that omega (B, D, k) leads to: Rayleigh-Ritz on span((X X^T)^power X omega)."""
-    rows = omega if power else _conditioned(omega, products)
-    y = _conditioned(x @ rows, products)
-    for _ in range(power):
-        rows = _conditioned(x.mT @ y, products)  # (B, D, k)
-        y = _conditioned(x @ rows, products)  # (B, N, k)
-    b = x.mT @ y  # (B, D, k)
-    k = y.shape[-1]
+def _by_range(
+    x: Tensor, rank: int, omega: Tensor, power: int, *, products: bool, shifted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Triples of the range that omega (D, k) or (B, D, k) leads to: Rayleigh-Ritz on span((X X^T)^power X omega).
+
+    Vectors lie in rows here, y (B, k, N) and b (B, k, D): a product of few rows with x reads x as it lies in memory.
+    """
+    y = _conditioned(torch.bmm(x, omega.expand(x.shape[0], -1, -1)).mT, products)
+    before = torch.zeros_like(y)
+    for step in range(power):
+        before, b = y, torch.bmm(y, x)  # (B, k, D)
+        factor = _whitener(b, products)
+        turned = torch.bmm(x, _within_span(factor, b).mT).mT  # (B, k, N)
+        if shifted and step:  # take half the least |X^T y|^2, which is at most s_k^2 / 2, off the spectrum of X X^T
+            half = 0.5 * b.square().sum(2).amin(1)
+            turned = turned - torch.bmm(factor.mT.to(y.dtype) * half[:, None, None], y)
+        y = _conditioned(turned, products)
+    b = torch.bmm(y, x)
+    basis = _whitener(y, products)  # what float32 left to do: basis^T y is orthonormal to the last digit
+    inner = torch.bmm(torch.bmm(basis.mT, _gram(b)), basis)
+    finite, k = _finite(inner), y.shape[1]
     count = k if torch.is_grad_enabled() else min(rank + 1, k)  # the backward pass needs all vectors
-    basis = _whitener(y, products)  # what float32 left to do: y basis is orthonormal to the last digit
-    values, vectors = _Eigen.apply(basis.mT @ _gram(b) @ basis, count if products else None)
-    s, c, inverse = _roots(values, basis @ vectors, rank)
-    s, u, v = s.to(x.dtype), y @ c.to(x.dtype), b @ (c * inverse).to(x.dtype)
+    values, vectors = _eigen(_zero_unless(finite, inner), count if products else None)
+    s, c, inverse = _roots(values, torch.bmm(basis, vectors), rank)
+    u, v = torch.bmm(c.mT.to(x.dtype), y), torch.bmm((c * inverse).mT.to(x.dtype), b)  # (B, r, N), (B, r, D)
+    s = s.to(x.dtype)
     with torch.no_grad():
-        scale = s[:, None, :rank] / torch.linalg.vector_norm(s[:, :rank], dim=1).clamp_min(TINY**0.5)[:, None, None]
-        residual = torch.linalg.vector_norm((v - rows @ (rows.mT @ v)) * scale, dim=(1, 2))
-    return u, s, v, residual
+        moved = torch.linalg.vector_norm(u - torch.bmm(torch.bmm(u, before.mT), before), dim=2)  # (B, r)
+        largest = s[:, : u.shape[1]]
+        residual = torch.linalg.vector_norm(moved * largest, dim=1)
+        residual = residual / torch.linalg.vector_norm(largest, dim=1).clamp_min(TINY**0.5)
+    return u.mT, s, v.mT, residual, finite
 
 
 def _conditioned(y: Tensor, products: bool) -> Tensor:
-    """y (B, N, k), its columns made orthonormal, dependent ones zero.
+    """y (B, k, N), its rows made orthonormal, dependent ones zero."""
+    return _within_span(_whitener(y, products), y)
+
+
+def _within_span(factor: Tensor, y: Tensor) -> Tensor:
+    """factor^T y, for a factor (B, k, k) that makes the rows of y (B, k, N) orthonormal.
 
     The outcome depends on the span of y alone, so the factor is a constant to the gradient, and gradients within the span,
     which are zero but for rounding, are taken out before that factor magnifies them.
     """
-    q = y @ _whitener(y, products).to(y.dtype)
+    q = torch.bmm(factor.mT.to(y.dtype), y)
     if not q.requires_grad:
         return q
-    within = q.detach().mT @ q
-    return q - q.detach() @ (within - within.detach())
+    within = torch.bmm(q, q.detach().mT)
+    return q - torch.bmm(within - within.detach(), q.detach())
 
 
 @torch.no_grad()
 def _whitener(y: Tensor, products: bool) -> Tensor:
-    """T (B, k, k), float64, with y T orthonormal; zero columns where y's depend on earlier ones, or are not finite.
+    """T (B, k, k), float64, with T^T y orthonormal; zero columns where rows of y (B, k, N) depend on earlier ones.
 
     The shift exceeds the rounding of the factorisation, so that no pivot is negative (shifted Cholesky-QR: Fukaya et al.
-    2020, arXiv 1809.11085); a pivot near the shift is noise.
+    2020, arXiv 1809.11085); a pivot near the shift is noise, and so is all of a y below TINY.
     """
-    gram, k = _gram(y), y.shape[-1]
-    shift = 4 * k * k * torch.finfo(gram.dtype).eps
+    gram, k = _gram(y), y.shape[1]
     eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    usable = trace.isfinite() & (trace > TINY)
-    trace = torch.where(usable, trace, 1.0)
-    gram = torch.where(usable, gram / trace, 0.0) + shift * eye
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)
+    shift = (trace * (4 * k * k * torch.finfo(gram.dtype).eps) + TINY)[:, None]  # (B, 1)
+    gram = torch.addcmul(gram, shift[:, None], eye)
     if products:
         inverse, pivots = _eliminated(gram)
     else:
-        factor, _ = torch.linalg.cholesky_ex(gram)
-        inverse = torch.linalg.solve_triangular(factor, eye.expand_as(gram), upper=False)
-        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    return torch.where(pivots[:, None] > 4 * shift, inverse.mT / trace.sqrt(), 0.0)
+        factor = torch.linalg.cholesky_ex(gram).L
+        inverse, pivots = torch.linalg.solve_triangular(factor, eye, upper=False), factor.diagonal(dim1=1, dim2=2).square()
+    return inverse.masked_fill((pivots <= 4 * shift)[:, :, None], 0.0).mT
 
 
 def _eliminated(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,21 +284,30 @@ def _eliminated(gram: Tensor) -> tuple[Tensor, Tensor]:
     return work[:, :, k:] / pivots[:, :, None].sqrt(), pivots
 
 
-class _Eigen(torch.autograd.Function):
-    """Eigenvalues l (B, K) descending and vectors W (B, k, K) of Gram matrices A (B, k, k), float64; NaN counts as zero.
+def _eigen(a: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues l (B, K) descending and vectors W (B, k, K) of Gram matrices a (B, k, k), float64.
 
-    count = None: all, by eigh; a number: so many, by matrix products. The backward pass is exact if K = k and the values
-    are apart: 1 / g, g = l_j - l_i, becomes g / e^2 where |g| < e = CLOSE (l_i + l_j), and stays finite when they meet.
+    count = None: all, by eigh; a number: so many, by matrix products.
+    """
+    if a.requires_grad:
+        return _Eigen.apply(a, count)
+    if count is None:
+        values, vectors = torch.linalg.eigh(-a)
+        values = -values
+    else:
+        values, vectors = _leading_by_squaring(a, count)
+    return values.clamp_min(0.0), vectors
+
+
+class _Eigen(torch.autograd.Function):
+    """`_eigen` with a backward pass that is exact if K = k and the values are apart.
+
+    1 / g, g = l_j - l_i, becomes g / e^2 where |g| < e = CLOSE (l_i + l_j), and stays finite when they meet.
     """
 
     @staticmethod
     def forward(ctx, a: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
-        a = torch.where(a.isfinite().all(2, keepdim=True).all(1, keepdim=True), a, 0.0)
-        if count is None:
-            values, vectors = (t.flip(-1) for t in torch.linalg.eigh(a))
-        else:
-            values, vectors = _leading_by_squaring(a, count)
-        values = values.clamp_min(0.0)
+        values, vectors = _eigen(a.detach(), count)
         ctx.save_for_backward(values, vectors)
         return values, vectors
 
@@ -321,19 +351,18 @@ def _leading_by_squaring(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _roots(values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """s = sqrt(values) (B, K), the leading vectors (B, k, r) and 1 / s (B, 1, r); zero, also backwards, in noise."""
-    live = (values > NOISE**2 * values[:, :1]) & (values > TINY)
-    s = torch.where(live, torch.where(live, values, 1.0).sqrt(), 0.0)
-    live = live[:, None, :rank]
-    inverse = torch.where(live, 1 / torch.where(live, s[:, None, :rank], 1.0), 0.0)
-    return s, torch.where(live, vectors[:, :, :rank], 0.0), inverse
+    floor = NOISE**2 * values[:, :1].detach() + TINY
+    live = (values > floor).to(values)
+    safe = torch.maximum(values, floor).sqrt()
+    return safe * live, vectors[:, :, :rank] * live[:, None, :rank], (live / safe)[:, None, :rank]
 
 
-def _gaps(s: Tensor, rank: int, norm: Tensor, complete: bool) -> Tensor:
-    """Relative gaps (B, rank) from the values s (B, K); beyond them are zeros if they are complete, else a bound."""
+def _gaps(s: Tensor, rank: int, x: Tensor, complete: bool) -> Tensor:
+    """Relative gaps (B, rank) from the values s (B, K) of x; beyond them are zeros if they are complete, else a bound."""
     if complete or s.shape[1] > rank:
         s = _padded(s, rank + 1)
     else:
-        beyond = (norm.square() - s.square().sum(1)).clamp_min(0.0).sqrt()
+        beyond = (x.square().sum((1, 2)) - s.square().sum(1)).clamp_min(0.0).sqrt()
         s = torch.cat([s, torch.minimum(beyond, s[:, -1])[:, None]], dim=1)
     left, right = s[:, :rank], s[:, 1 : rank + 1]
     return torch.where(left > 0, (left - right) / torch.where(left > 0, left, 1.0), 0.0).clamp_min(0.0)
@@ -341,7 +370,7 @@ def _gaps(s: Tensor, rank: int, norm: Tensor, complete: bool) -> Tensor:
 
 def _padded(t: Tensor, width: int) -> Tensor:
     """t with zeros appended to its last dimension up to `width`."""
-    return torch.nn.functional.pad(t, (0, max(width - t.shape[-1], 0)))
+    return t if t.shape[-1] >= width else torch.nn.functional.pad(t, (0, max(width - t.shape[-1], 0)))
 
 
 def _zero_unless(finite: Tensor, t: Tensor) -> Tensor:
@@ -349,10 +378,16 @@ def _zero_unless(finite: Tensor, t: Tensor) -> Tensor:
     return torch.where(finite.view(-1, *[1] * (t.ndim - 1)), t, 0.0)
 
 
+def _finite(t: Tensor) -> Tensor:
+    """(B,) bool: no NaN or Inf in t (B, ...); (1,) for a sketch (D, k) of all samples."""
+    t = t.detach()
+    return torch.linalg.vector_norm(t if t.ndim == 3 else t[None], ord=torch.inf, dim=(1, 2)).isfinite()
+
+
 def _gram(y: Tensor) -> Tensor:
-    """y^T y in float64."""
+    """Inner products of the rows of y (..., k, N) in float64: (..., k, k)."""
     y = y.double()
-    return y.mT @ y
+    return y @ y.mT
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -365,9 +400,21 @@ def _gaussian(d: int, k: int) -> np.ndarray:
 
 
 @torch.compiler.assume_constant_result
-def _fixed_sketch(d: int, k: int) -> Tensor:
+def _constant_sketch(d: int, k: int) -> Tensor:
     """The default sketch (d, k), on the CPU. The cache holds numpy's array: a tensor made while tracing is a fake."""
     return torch.tensor(_gaussian(d, k))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_sketch(d: int, k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(_gaussian(d, k), device=device, dtype=dtype)
+
+
+def _fixed_sketch(d: int, k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The default sketch (d, k), kept on the device between calls."""
+    if torch.compiler.is_compiling():
+        return _constant_sketch(d, k).to(device, dtype)
+    return _kept_sketch(d, k, device, dtype)
 
 
 def _fits(shape: torch.Size, b: int, n: int) -> bool:
