@@ -30,6 +30,7 @@ def test_a_terminal_has_a_table(settings):
     for line in read_metrics(folder):
         assert f"{line['losses']['total']:.4f}" in last
     assert "images/s" not in plain  # the plain lines
+    assert all(f"epoch {k}/3" in plain for k in (1, 2, 3))  # the bar
 
 
 def test_elsewhere_there_are_plain_lines(settings):

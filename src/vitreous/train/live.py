@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,16 +24,16 @@ class Shown:
         self.console, self.epochs = console, epochs
         self.bar = Progress(console=console)
         self.table: Table | None = None
-        self.live: AbstractContextManager = nullcontext()
-        if console.is_terminal:
-            self.live = Live(console=console, get_renderable=self.render, refresh_per_second=4)
+        self.live = Live(console=console, get_renderable=self.render, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> Shown:
-        self.live.__enter__()
+        if self.live:
+            self.live.start(refresh=True)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.live.__exit__(*error)
+        if self.live:
+            self.live.stop()
 
     def render(self) -> Group:
         """What is on the terminal now."""
@@ -43,6 +42,8 @@ class Shown:
     def batches(self, batches: Iterable[T], total: int, epoch: int) -> Iterator[T]:
         """The batches of an epoch, while a bar says how far it is. total: how many are left."""
         task = self.bar.add_task(f"epoch {epoch}/{self.epochs}", total=total)
+        if self.live:
+            self.live.refresh()  # an epoch may be over before the next one is due
         try:
             for batch in batches:
                 yield batch
