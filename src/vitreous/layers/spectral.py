@@ -265,7 +265,7 @@ def _whitener(y: Tensor, products: bool) -> Tensor:
     else:
         factor = torch.linalg.cholesky_ex(gram).L
         inverse, pivots = torch.linalg.solve_triangular(factor, eye, upper=False), factor.diagonal(dim1=1, dim2=2).square()
-    return inverse.masked_fill((pivots <= 4 * shift)[:, :, None], 0.0).mT
+    return (inverse * (pivots > 4 * shift)[:, :, None]).mT
 
 
 def _eliminated(gram: Tensor) -> tuple[Tensor, Tensor]:
