@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import count
@@ -126,11 +126,22 @@ def train_epoch(job: Job, run: Run, stopping: Stopping, shown: Shown) -> None:
     """What is left of a pass over the training images; the state is saved at its end, when told to stop, and when due."""
     job.model.train()
     place, due = job.place, job.settings.save_every
+    for _ in shown.batches(steps(job, run), len(job.train) - place.step, place.epoch):
+        if stopping.agree(job.team) or (due and job.updates % due == 0):
+            run.states.save(job)
+            stopping.end(job.team)
+    run.states.save(job)
+    stopping.end(job.team)
+
+
+def steps(job: Job, run: Run) -> Iterator[None]:
+    """The steps of what is left of a pass over the training images, one taken at each `next`."""
+    place = job.place
     job.train.set_epoch(place.epoch, place.step)
     learning = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
     watched = [name for name in new_parameters(job.model) if name in learning]
-    left, started = len(job.train) - place.step, time.perf_counter()
-    for batch in shown.batches(job.train, left, place.epoch):
+    started = time.perf_counter()
+    for batch in job.train:
         if job.updates + 1 not in place.left_out:
             take_step(job, run, batch, learning, watched)
         job.updates += 1
@@ -138,11 +149,7 @@ def train_epoch(job: Job, run: Run, stopping: Stopping, shown: Shown) -> None:
         place.step += 1
         now = time.perf_counter()
         place.seconds, started = place.seconds + now - started, now
-        if stopping.agree(job.team) or (due and job.updates % due == 0):
-            run.states.save(job)
-            stopping.end(job.team)
-    run.states.save(job)
-    stopping.end(job.team)
+        yield
 
 
 def take_step(
