@@ -14,12 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from contract.hosts import CLASSES, PRIMARY, TEXTS, anatomy, build, fit, grafted, images, stem
+from contract.hosts import CLASSES, PRIMARY, TEXTS, anatomy, build, fit, grafted, images
 from vitreous import check, graft, grafts, new_parameters, parse, ungraft
 from vitreous.errors import HostError
 from vitreous.train.checkpoint import load, save
-
-WITHOUT_VMAP = {"spc"}
 
 
 def assert_whole(model: nn.Module, text: str, like: nn.Module) -> None:
@@ -104,10 +102,8 @@ def test_functional_call(text):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_gradients_per_image(text, request):
+def test_gradients_per_image(text):
     """vmap over images gives each image's own gradient."""
-    if stem(text) in WITHOUT_VMAP:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="an autograd function without a rule for vmap"))
     model = grafted(text)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 

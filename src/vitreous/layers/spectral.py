@@ -305,11 +305,15 @@ class _Eigen(torch.autograd.Function):
     1 / g, g = l_j - l_i, becomes g / e^2 where |g| < e = CLOSE (l_i + l_j), and stays finite when they meet.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, a: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
-        values, vectors = _eigen(a.detach(), count)
-        ctx.save_for_backward(values, vectors)
-        return values, vectors
+    def forward(a: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+        return _eigen(a.detach(), count)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, int | None], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
 
     @staticmethod
     def backward(ctx, grad_values: Tensor, grad_vectors: Tensor) -> tuple[Tensor, None]:
