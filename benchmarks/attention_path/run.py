@@ -6,7 +6,8 @@
 
 Attention alone, float32: queries, keys and values are views of one packed tensor, as in a ViT, and the output is merged over
 heads; with gradients, the pass back to the packed tensor is part of it. Widths of ViT-Ti, S and B (3, 6 and 12 heads of 64).
-`layers.attention.written_out_is_faster` follows from this table. Cells whose scores would need more than 1 GiB are left out.
+The bounds in `layers.attention.written_out_is_faster` are set by eye on a table like this. Left out are cells whose scores
+take more than 256 MiB.
 """
 
 from __future__ import annotations

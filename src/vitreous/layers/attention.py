@@ -134,10 +134,11 @@ class Attention(nn.Module):
 
 
 def written_out_is_faster(tokens: int, learning: bool, device: torch.device) -> bool:
-    """Whether product, softmax and product, one by one, take less time than the fused kernel (`benchmarks/attention_path`).
+    """Whether to take product, softmax and product one by one in place of the fused kernel (`benchmarks/attention_path`).
 
-    On the CPU the fused kernel is ahead at every number of tokens without gradients. With them it computes the scores twice,
-    and falls behind between 65 and about 160 tokens; beyond, the stored scores leave the cache.
+    Measured on one CPU of two cores, heads of 64 numbers. Without gradients the fused kernel was ahead in most cells, though
+    not in all with one image. With them it fell behind at 101 and 145 tokens; at 197 it was ahead in some cells and behind in
+    others. The bounds 65 and 160 are set by eye between such numbers: other processors may want others.
     """
     return learning and device.type == "cpu" and 65 <= tokens <= 160
 
