@@ -268,6 +268,15 @@ def test_gradient_of_the_orthogonality_penalty_twice():
     torch.testing.assert_close(torch.func.grad(orthogonality)(weight), *torch.autograd.grad(parts, weight))
 
 
+def test_the_orthogonality_penalty_under_autocast_is_that_without():
+    weight = torch.randn(2, 3, 5, requires_grad=True)
+    (expected,) = torch.autograd.grad(orthogonality(weight), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = orthogonality(weight)
+    assert found.dtype == torch.float32
+    assert torch.equal(*torch.autograd.grad(found, weight), expected)
+
+
 def test_bad_input():
     with pytest.raises(SettingError, match=r"scale='papr'.*Expected one of 'paper'"):
         SVDA(scale="papr")

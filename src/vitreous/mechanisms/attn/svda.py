@@ -119,7 +119,8 @@ def orthogonality(weight: Tensor) -> Tensor:
     """mean[(W W^T - I)^2] over the A^2 entries, summed over the W (..., A, D) of all heads together; a scalar, 0 or more."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return excess(weight).square().sum() / weight.shape[-2] ** 2
-    return Orthogonality.apply(weight)
+    with torch.autocast(weight.device.type, enabled=False):  # the way back multiplies what this way has stored
+        return Orthogonality.apply(weight)
 
 
 def excess(weight: Tensor) -> Tensor:
