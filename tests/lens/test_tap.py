@@ -357,6 +357,45 @@ def test_a_module_called_twice_is_told_apart_by_number():
     assert ends[-1] == ("", 0)
 
 
+def test_only_the_named_ends_are_told_of_and_nothing_else_changes():
+    """Named are a leaf of PyTorch, which has hooks for that alone, and a block."""
+    model, everything, named = vit(), [], []
+    whole = seen(model, leave=lambda *end: everything.append(end))[1]
+    before = residue(model)
+    few = seen(model, leave=lambda *end: named.append(end), ends={"blocks.1.attn.qkv", "blocks.0"})[1]
+    assert residue(model) == before
+    assert [end[:2] for end in named] == [("blocks.0", 0), ("blocks.1.attn.qkv", 0)]
+    outputs = {end[:2]: end[2] for end in everything}
+    assert {"", "blocks.0", "blocks.1.attn.qkv", "blocks.2.attn", "head"} <= {name for name, _ in outputs}
+    for name, number, output in named:
+        assert torch.equal(output, outputs[name, number])
+    assert [call["key"] for call in few] == [call["key"] for call in whole]
+    assert all(torch.equal(a["map"], b["map"]) for a, b in zip(few, whole, strict=True))
+
+
+def test_calls_with_the_same_places_share_one_layout():
+    layouts = trace(vit(), images())
+    found = [layouts.get((f"blocks.{i}.attn", 0)) for i in range(3)]
+    assert found[0] is not None
+    assert found[1] is found[0]
+    assert found[2] is found[0]
+    assert found[0].keys is found[0].queries
+
+
+def test_calls_with_other_places_do_not_share():
+    """Between a plain block and the next, half the tokens are left out, and in the last two turned round."""
+    model = vit(depth=4)
+    model.blocks[1].register_forward_pre_hook(lambda module, args: (args[0][:, :9],))
+    model.blocks[2].register_forward_pre_hook(lambda module, args: (args[0].flip(1),))
+    layouts = trace(model, images())
+    first, half, turned, last = (layouts.get((f"blocks.{i}.attn", 0)) for i in range(4))
+    assert first.queries.shape[1] == 17
+    torch.testing.assert_close(half.queries, first.queries[:, :9], equal_nan=True)
+    torch.testing.assert_close(turned.queries, half.queries.flip(1), equal_nan=True)
+    assert last is turned
+    assert turned is not half
+
+
 def test_outputs_of_modules_and_their_layouts():
     model, outputs = vit(), {}
     layouts = trace(model, images())
