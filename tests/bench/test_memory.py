@@ -55,13 +55,16 @@ def test_the_process_beside_answers_for_every_arm():
 
 @LINUX
 @pytest.mark.forks
-def test_an_arm_that_the_system_ends_is_out_of_memory(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "resident", lambda arm, cell: os.kill(os.getpid(), signal.SIGKILL))
+@pytest.mark.parametrize(
+    ("end", "said"), [(signal.SIGKILL, OUT), (signal.SIGUSR1, f"not measured: the process ended with {-signal.SIGUSR1}")]
+)
+def test_an_arm_that_the_system_ends_is_out_of_memory(end, said, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "resident", lambda arm, cell: os.kill(os.getpid(), end))
     arm, cell = {"name": "a", "source": "b", "grafts": [], "model_kwargs": []}, {"mode": "inference", "batch": 1, "size": 8}
     line = json.dumps({"arm": arm, "cell": cell})
     monkeypatch.setattr(memory.sys, "stdin", [line])
     memory.serve(1)
-    assert capsys.readouterr().out == '{"peak": "out of memory"}\n'
+    assert capsys.readouterr().out == json.dumps({"peak": said}) + "\n"
 
 
 def test_errors_that_say_that_memory_ran_out():

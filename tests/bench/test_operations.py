@@ -179,6 +179,17 @@ def test_a_graft_is_counted_with_its_decompositions():
     assert after.total != before.total
 
 
-def test_what_has_no_formula_is_named():
-    found = operations(lambda: torch.linalg.eig(torch.rand(4, 4)))
-    assert (found.total, found.uncounted) == (0, ("aten.linalg_eig",))
+@pytest.mark.parametrize(
+    ("act", "named"),
+    [
+        (lambda x: torch.linalg.eig(x[0]), ("aten.linalg_eig",)),
+        (lambda x: torch.cdist(x, x), ("aten._cdist_forward",)),
+        (lambda x: torch.geqrf(x), ("aten.geqrf",)),
+        (lambda x: torch.addbmm(x[0], x, x), ("aten.addbmm",)),
+        (lambda x: F.bilinear(x, x, x), ("aten._trilinear",)),
+        (lambda x: nn.LSTM(4, 3)(x), ("aten.mkldnn_rnn_layer",)),
+    ],
+)
+def test_what_has_no_formula_is_named(act, named):
+    found = operations(lambda: act(torch.rand(4, 4, 4)))
+    assert (found.total, found.uncounted) == (0, named)

@@ -70,6 +70,25 @@ def test_a_training_call_is_a_step_of_adamw_and_inference_changes_nothing():
     assert sum(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()) > 20
 
 
+def test_training_pays_for_the_penalties_of_grafts():
+    """A weight whose gradient comes from a penalty alone."""
+    model = Arm("a", "test_vit").build()
+    model.free = torch.nn.Linear(2, 2)
+    model.free.penalties = lambda: {"length": model.free.weight.square().sum()}
+    with torch.no_grad():
+        expected = 2 * model.free.weight.clone()
+    Cell("training", 2, 160).act(model)()
+    assert torch.equal(model.free.weight.grad, expected)
+
+
+def test_names_and_reasons_are_shown_as_they_are():
+    row = {"arm": "runs/[/x] [bold]a", "failed": "cannot run: Error: [/y]"}
+    text = io.StringIO()
+    Console(file=text, width=120).print(run.table([row], [], Cell("inference", 1, 160)))
+    assert row["arm"] in text.getvalue()
+    assert row["failed"] in text.getvalue()
+
+
 def test_bf16_runs_the_forward_pass_in_bfloat16():
     seen = []
     model = Arm("a", "test_vit").build()
@@ -81,7 +100,8 @@ def test_bf16_runs_the_forward_pass_in_bfloat16():
 
 def test_a_bench_from_words(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = "bench test_vit --graft svda --against test_vit2 --batch 1 2 --mode inference training --rounds 4 --device cpu"
+    words = "bench test_vit --graft svda --against test_vit2 --batch 1 2 --mode inference training --rounds 16"
+    words += " --image-size 32 --device cpu"
     assert main(words.split()) == 0
     found = json.loads((tmp_path / "bench/test_vit/bench.json").read_text())
     assert [(row["mode"], row["batch"]) for row in found["rows"][::3]] == [
@@ -91,7 +111,7 @@ def test_a_bench_from_words(tmp_path, monkeypatch, capsys):
     assert len(found["ratios"]) == 8
     for row in found["rows"]:
         assert row["failed"] is None
-        assert len(row["seconds"]) == 4
+        assert len(row["seconds"]) == 16
         assert row["latency"]["low"] <= row["latency"]["median"] <= row["latency"]["high"]
         assert row["images_per_second"] == pytest.approx(row["batch"] / row["latency"]["median"])
         assert row["uncounted"] == []
@@ -103,7 +123,7 @@ def test_a_bench_from_words(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "test_vit + svda" in said
     assert "Report: bench/test_vit/report.html" in said
-    bench(BenchSettings("test_vit", batch=(1,), rounds=4, device="cpu"))
+    bench(BenchSettings("test_vit", batch=(1,), rounds=16, device="cpu"))
     assert (tmp_path / "bench/test_vit-2/bench.json").is_file()
 
 
@@ -113,7 +133,7 @@ def test_a_compiled_bench(tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda model, **how: compiled.append(model) or compiling(model, backend="eager", **how)
     )
-    bench(BenchSettings("test_vit", batch=(1,), rounds=4, device="cpu", compile=True, out=str(tmp_path / "out")))
+    bench(BenchSettings("test_vit", batch=(1,), rounds=16, device="cpu", compile=True, out=str(tmp_path / "out")))
     row = json.loads((tmp_path / "out/bench.json").read_text())["rows"][0]
     assert len(compiled) == 1
     assert "compiled" in row["peak_mib"]
@@ -135,7 +155,7 @@ class Scarce:
 
 def test_what_runs_out_of_memory_has_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "Residents", Scarce)
-    settings = BenchSettings("test_vit", graft=("svda",), batch=(2, 1), rounds=4, device="cpu", out=str(tmp_path / "out"))
+    settings = BenchSettings("test_vit", graft=("svda",), batch=(2, 1), rounds=16, device="cpu", out=str(tmp_path / "out"))
     text = io.StringIO()
     bench(settings, Console(file=text, width=120))
     found = json.loads((tmp_path / "out/bench.json").read_text())
@@ -186,7 +206,7 @@ def test_other_errors_are_not_hidden(monkeypatch):
         ("test_vit --against test_vti", UnknownName, "test_vti"),
         ("test_vit --graft svdaa", UnknownName, "Did you mean 'svda'"),
         ("test_vit --device meta", SettingError, "Expected cpu or cuda"),
-        ("test_vit --rounds 3", SettingError, "--rounds 3. Expected 4"),
+        ("test_vit --rounds 15", SettingError, "--rounds 15. Expected 16"),
         ("test_vit --batch 0", SettingError, "--batch 0. Expected 1"),
         ("test_vit --image-size 0", SettingError, "--image-size 0"),
         ("test_vit --model-kwargs depth", SettingError, "--model-kwargs depth"),
@@ -222,7 +242,7 @@ def test_what_does_not_fit_leaves_nothing(words, said, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert main(["bench", *words.split(), "--device", "cpu", "--rounds", "4"]) == 2
+    assert main(["bench", *words.split(), "--device", "cpu", "--rounds", "16"]) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]

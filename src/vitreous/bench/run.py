@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from timm.models import get_model_input_config
@@ -120,9 +121,8 @@ def measure(
         if out_of_memory(error):
             return [row | {"failed": row["failed"] or "out of memory beside the others"} for row in rows]
         if cell.compile:
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
             raise SettingError(
-                f"torch.compile fails: {reason}. Expected models it can compile. Leave out --compile."
+                f"torch.compile fails: {brief(error)}. Expected models it can compile. Leave out --compile."
             ) from error
         raise
     for row in rows:
@@ -182,18 +182,18 @@ def table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]], cell
     sheet.add_column("it is")
     for row in rows:
         if row["failed"]:
-            sheet.add_row(row["arm"], row["failed"])
+            sheet.add_row(escape(row["arm"]), escape(row["failed"]))
             continue
         found = said.get(row["arm"])
         words = f"{found['median']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if found else ""
         peak = row["peak_mib"]
         sheet.add_row(
-            row["arm"],
+            escape(row["arm"]),
             f"{1000 * row['latency']['median']:.4g}",
             f"{row['images_per_second']:.4g}",
             "–" if isinstance(peak, str) else f"{peak:.0f}",
             ("over " if row["uncounted"] else "") + f"{row['operations'] / 1e9:.3f}",
-            words.replace("[", r"\["),
+            escape(words),
             found["verdict"] if found else "",
         )
     return sheet

@@ -12,6 +12,7 @@ import tyro
 from tyro import conf
 
 from vitreous.bench.arms import Arm, Cell
+from vitreous.bench.timing import ENOUGH
 from vitreous.errors import SettingError
 from vitreous.mechanism import parse
 from vitreous.train import checkpoint, network
@@ -38,7 +39,7 @@ class Comparison:
     against: tuple[str, ...] = ()
     """Other models to compare with: names of timm's, or model folders. Grafts are compared with the plain model anyway."""
     mode: tuple[Literal["inference", "training"], ...] = ("inference",)
-    """inference: a forward pass. training: forward, loss, backward and AdamW step."""
+    """inference: a forward pass. training: forward, loss with grafts' penalties, backward, AdamW."""
     batch: tuple[int, ...] = (16,)
     """Images per call, one or several numbers."""
     image_size: tuple[int, ...] = ()
@@ -48,7 +49,7 @@ class Comparison:
     compile: bool = False
     """Compile every model with torch.compile."""
     rounds: int = 60
-    """Rounds of one call per model. The interval narrows with their square root."""
+    """Rounds of one call per model, 16 or more. The interval narrows with their square root."""
     model_kwargs: tuple[str, ...] = ()
     """MODEL's own arguments: name=value ..., such as depth=6."""
     foreign: bool = False
@@ -69,7 +70,7 @@ class BenchSettings(Comparison):
     model: str
 
     def __post_init__(self):
-        for name, low in (("rounds", 4), ("batch", 1), ("image_size", 1)):
+        for name, low in (("rounds", ENOUGH), ("batch", 1), ("image_size", 1)):
             values = getattr(self, name)
             for value in (values,) if name == "rounds" else values:
                 if not low <= value <= 1_000_000:
