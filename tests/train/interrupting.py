@@ -1,11 +1,13 @@
-"""Runs in a process of their own that die, stop or fill the disk at a chosen moment, and what must be equal afterwards."""
+"""Runs in processes of their own that die, stop or fill the disk at a chosen moment, and what must be equal afterwards."""
 
 from __future__ import annotations
 
 import os
 import resource
 import signal
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +25,42 @@ APART = ("run.json", "summary.md", "metrics.jsonl", "report.html")  # with times
 
 def in_child(work: Callable[[], Any]) -> int:
     """Run in a forked process; returns its exit code, or the signal that killed it as a negative number."""
+    return os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1])
+
+
+def in_team(work: Callable[[int], Any], size: int = 2, seconds: float = 60) -> list[int]:
+    """Run `work(rank)` in so many forked processes that find themselves as if torchrun had started them; their exit codes.
+
+    Those that are not done in time are killed.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+
+    def launched(rank: int) -> None:
+        os.environ.update({name: str(value) for name, value in ({"RANK": rank, "LOCAL_RANK": rank} | common).items()})
+        work(rank)
+
+    left = {forked(lambda rank=rank: launched(rank)): rank for rank in range(size)}
+    codes, end = [0] * size, time.monotonic() + seconds
+    while left:
+        for child in list(left):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[left.pop(child)] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return codes
+
+
+def forked(work: Callable[[], Any]) -> int:
+    """The number of a forked process that does this and ends with the exit code that a program would have."""
     sys.stdout.flush()
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
     code = 70
     try:
         torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from vitreous.train import load, loop, train
 from vitreous.train.lock import locked
 from vitreous.train.resuming import resume
 from vitreous.train.run import read_metrics
+from vitreous.train.state import read_state, write_state
 
 pytestmark = pytest.mark.forks
 
@@ -309,6 +310,25 @@ def test_changed_settings_are_refused_unless_allowed(settings, quiet, tmp_path, 
         resume(folder, console=quiet)
     resume(folder, allow_changes=True, console=quiet)
     assert [line["epoch"] for line in read_metrics(folder)] == [1, 2]
+
+
+@pytest.mark.parametrize(("value", "refused"), [("none", False), ("auto", True)])
+def test_a_setting_that_the_record_did_not_know_counts_as_its_default(settings, quiet, tmp_path, monkeypatch, value, refused):
+    """The run was begun before --recipe and --class-weights; one of both records learned of it since."""
+    folder = stopped(settings, quiet, tmp_path / "run", monkeypatch)
+    record = json.loads((folder / "run.json").read_text())
+    del record["settings"]["recipe"], record["settings"]["class_weights"]
+    (folder / "run.json").write_text(json.dumps(record))
+    for path in (folder / "state").iterdir():
+        state = read_state(path)
+        del state["settings"]["class_weights"]
+        state["settings"]["recipe"] = value
+        write_state(path, state)
+    if refused:
+        with pytest.raises(SettingError, match="recipe: auto, now none"):
+            resume(folder, console=quiet)
+    else:
+        resume(folder, console=quiet)
 
 
 def test_other_versions_are_refused(settings, quiet, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vitreous.data.decoding import Source
 from vitreous.errors import SettingError
 from vitreous.train.prepare import Job
 from vitreous.train.run import machine, versions
+from vitreous.train.settings import TrainSettings
 
 COLUMNS = ["set", "name", "label", "content"]
 FREE = ("out", "workers", "tracker", "save_every", "rollbacks", "rollback_lr", "seeds")  # settings that do not change a step
@@ -74,9 +76,14 @@ def since(record: dict[str, Any], found: dict[str, Any] | None, job: Job, facts:
     for name in ("platform", "processor", "cuda"):
         differences += between({name: record["machine"].get(name)}, {name: present[name]})
     if found is not None:
-        before, now = ({k: v for k, v in s.items() if k not in FREE} for s in (found["settings"], record["settings"]))
-        differences += between(before, now)
+        differences += between(bearing(found["settings"]), bearing(record["settings"]))
     return differences
+
+
+def bearing(settings: dict[str, Any]) -> dict[str, Any]:
+    """The recorded settings that bear on a step; one that the version of the record did not know yet has its default."""
+    known = asdict(TrainSettings(data=""))
+    return {name: value for name, value in (known | settings).items() if name not in FREE}
 
 
 def between_manifests(before: Rows, now: Rows) -> list[str]:

@@ -208,10 +208,10 @@ def other(folder: Path, asked: dict[str, Any]) -> list[str] | None:
     """What differs between the study in a folder and the one asked for, in words; None if there is none."""
     if not (folder / NAME).is_file():
         return None
-    record, free = checkpoint.read_json(folder / NAME), changes.FREE
+    record = checkpoint.read_json(folder / NAME)
 
     def compared(found: dict[str, Any]) -> dict[str, Any]:
-        settings = {name: value for name, value in dict(found.get("settings", {})).items() if name not in free}
+        settings = changes.bearing(dict(found.get("settings", {})))
         return {"arms": found.get("arms"), "seeds": found.get("seeds"), "settings": settings}
 
     return changes.between(compared(record), compared(asked))
