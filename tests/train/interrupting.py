@@ -13,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 
-from vitreous.train import checkpoint, loop
+from vitreous.train import checkpoint, loop, resuming
+from vitreous.train.prepare import prepare
 from vitreous.train.run import Run, read_metrics
 
+NAN = float("nan")
 TIMED = ("seconds", "images_per_second")
 APART = ("run.json", "summary.md", "metrics.jsonl", "report.html")  # with times in them
 
@@ -78,6 +81,43 @@ def forked(work: Callable[[], Any]) -> int:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, update: int, act: Callable[[], Any]) -> None:
+    """Do something in the middle of an update."""
+    original = loop.step_gradients
+
+    def struck(job, *batch):
+        if job.updates + 1 == update:
+            act()
+        return original(job, *batch)
+
+    monkeypatch.setattr(loop, "step_gradients", struck)
+
+
+def breaking(monkeypatch, change, at=(5,)):
+    """Let `change(job)`, at the start of these updates, break the model for as long as they last."""
+    for module in (loop, resuming):
+
+        def prepared(settings, *others, **options):
+            job = prepare(settings, *others, **options)
+            change(job, lambda: job.updates + 1 in at and job.model.training)
+            return job
+
+        monkeypatch.setattr(module, "prepare", prepared)
+
+
+def output(name, value):
+    """Put a value into the output of a module."""
+
+    def change(job, now):
+        def hook(module, inputs, out):
+            return out.clone().index_fill_(0, torch.tensor([1]), value) if now() else None
+
+        for model in filter(None, (job.model, job.whole)):
+            model.get_submodule(name).register_forward_hook(hook)
+
+    return change
 
 
 class Moments:

@@ -1,4 +1,4 @@
-"""Two processes over gloo, started by torchrun, do what one does; one that is killed ends the other, and the run goes on."""
+"""Two processes over gloo do what one does, whatever happens to one of them; most are forked here, some torchrun starts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from data.test_named import make_fashion
 from train.conftest import SMALL
+from train.interrupting import NAN, at_step, breaking, differing, in_team, output
 from vitreous.cli import main
-from vitreous.errors import SettingError
-from vitreous.team import Team
-from vitreous.train import TrainSettings, train
+from vitreous.data import named
+from vitreous.errors import DataError, SettingError
+from vitreous.team import Team, connected
+from vitreous.train import TrainSettings, inputs, train
 from vitreous.train.distributed import check_team
-from vitreous.train.inputs import Order, cut, rejoined
+from vitreous.train.inputs import Order, Prepared, cut, rejoined
 from vitreous.train.run import read_metrics, read_rows
+from vitreous.train.sharding import check_optimizer
+from vitreous.train.state import read_state
 
 DATA = "cutouts:train=41,test=40,size=16"
 RECIPE = f"train {DATA} --model-kwargs {' '.join(SMALL)} --batch-size 16 --epochs 2 --lr 2e-3 --device cpu"
@@ -31,19 +36,22 @@ LONG = f"{WITH_PENALTIES} --epochs 8 --save-every 2"
 WITHOUT = f"{RECIPE} --graft svda:orthogonality=0,entropy=0 --clip-grad 1 --model-ema 0.9 --mixup 0.3 --cutmix 0.5"
 
 
-def team(words: str, **options) -> subprocess.Popen:
+def torchrun(words: str) -> subprocess.Popen:
     """`torchrun --nproc-per-node 2 -m vitreous WORDS`, begun."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vitreous"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*start, *words.split()], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes, **options)
+    return subprocess.Popen([*start, *words.split()], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
-def done(words: str, code: int = 0) -> str:
-    """What two processes say that end with this code."""
-    process = team(words)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == code, said
-    return said
+def done(words: str, size: int = 2, codes: set[int] = frozenset({0}), change=lambda rank, patch: None) -> None:
+    """`vitreous WORDS` in so many processes, which must end with these codes. change: what is done to each before."""
+
+    def work(rank: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            change(rank, patch)
+            sys.exit(main(words.split()))
+
+    assert set(in_team(work, size)) == codes
 
 
 def differences(a, b) -> float:
@@ -90,37 +98,184 @@ def test_one_process_in_parts_or_with_checkpointing_takes_the_same_steps(alone, 
     alike(folder, alone(WITH_PENALTIES))
 
 
-def test_two_processes_equal_one_with_penalties_and_an_uneven_last_batch(alone, tmp_path):
+@pytest.mark.forks
+def test_two_processes_equal_one_with_penalties_and_an_uneven_last_batch(alone, tmp_path, capfd):
     """41 images: the last batch of nine is cut into four and five; the penalties are those of one process."""
-    folder = tmp_path / "run"
-    said = done(f"{WITH_PENALTIES} --out {folder}")
-    alike(folder, alone(WITH_PENALTIES))
-    assert said.count("epoch 2/2") == 1
+    folder, one = tmp_path / "run", alone(WITH_PENALTIES)
+    capfd.readouterr()
+    done(f"{WITH_PENALTIES} --out {folder}")
+    alike(folder, one)
+    assert capfd.readouterr().out.count("epoch 2/2") == 1
     assert json.loads((folder / "run.json").read_text())["processes"] == 2
     assert "svda_orthogonality" in read_metrics(folder)[-1]["losses"]
 
 
+@pytest.mark.forks
 def test_two_processes_mix_in_parts_and_check_points_as_one(alone, tmp_path):
     folder = tmp_path / "run"
     done(f"{WITHOUT} --accumulate 2 --checkpointing --out {folder}")
     alike(folder, alone(WITHOUT))
 
 
-def test_a_sharded_model_takes_the_same_steps_and_goes_on(alone, tmp_path):
-    folder = tmp_path / "run"
-    done(f"{WITHOUT} --shard --accumulate 2 --out {folder}")
-    alike(folder, alone(WITHOUT))
+@pytest.mark.forks
+def test_five_processes_have_fewer_images_than_processes_in_the_last_batch(alone, tmp_path):
+    """41 images in batches of eight: the last one has one image, and four processes have none.
+
+    By SGD: where a gradient is nearly zero, AdamW's first steps make much of the rounding of five sums.
+    """
+    words, folder = f"{WITH_PENALTIES} --batch-size 8 --epochs 1 --accumulate 2 --opt sgd --lr 0.1", tmp_path / "run"
+    done(f"{words} --out {folder}", size=5)
+    alike(folder, alone(words))
 
 
-def test_sharding_is_refused_with_penalties_and_said_once(tmp_path):
-    said = done(f"{RECIPE} --graft svda --shard --out {tmp_path / 'run'}", code=1)
-    assert said.count("error: Found --shard and grafts with penalties (svda_entropy, svda_orthogonality)") == 1
-    assert not (tmp_path / "run").exists()
-
-
+@pytest.mark.forks
 def test_bfloat16_runs_in_two_processes(tmp_path):
     done(f"{RECIPE} --epochs 1 --graft svda --amp --out {tmp_path / 'run'}")
     assert np.isfinite(read_metrics(tmp_path / "run")[0]["losses"]["total"])
+
+
+# -- spread weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.forks
+def test_a_sharded_model_takes_the_same_steps_and_goes_on(alone, tmp_path, capfd):
+    """Stopped in the middle of the second epoch; resumed it ends where one process and the uninterrupted run end."""
+    words, whole, folder = f"{WITHOUT} --shard --accumulate 3", tmp_path / "whole", tmp_path / "run"
+    done(f"{words} --out {whole}")
+    alike(whole, alone(WITHOUT))
+    told = lambda rank, patch: at_step(patch, 3, lambda: rank and os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    done(f"{words} --out {folder}", codes={143}, change=told)
+    assert max(path.name for path in (folder / "state").iterdir()) == "000000003.safetensors"
+    capfd.readouterr()
+    done(f"resume {folder}")
+    assert "after 3 updates, in epoch 2 of 2" in capfd.readouterr().out.replace("\n", " ")
+    assert differences(folder, whole) < 1e-6
+    alike(folder, alone(WITHOUT))
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--graft svda", "Found --shard and grafts with penalties (svda_entropy, svda_orthogonality)"),
+        ("--opt muon", "Found --shard with --opt muon; its step with spread weights is another one"),
+        ("--opt novograd", "Found --shard with --opt novograd; it cannot work with spread weights"),
+    ],
+)
+def test_sharding_is_refused_with_a_reason_that_is_said_once(tmp_path, capfd, more, said):
+    done(f"{RECIPE} {more} --shard --out {tmp_path / 'run'}", codes={2})
+    err = capfd.readouterr().err
+    assert err.count("error:") == 1
+    assert said in err.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.forks
+def test_optimizers_that_treat_each_weight_by_itself_are_taken():
+    def work(rank):
+        with connected(torch.device("cpu")):
+            for name in ("adamw", "sgd", "lion", "lamb", "adan"):
+                check_optimizer(name, torch.device("cpu"), 2)
+
+    assert in_team(work) == [0, 0]
+
+
+# -- steps that are not finite, images that are not there ----------------------------------------------------------
+
+
+def not_a_number_in_the_second(rank, patch):
+    """The fourth update breaks in one process alone."""
+    if rank == 1:
+        breaking(patch, output("blocks.1.mlp.fc1", NAN), at=(4,))
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("more", ["--graft svda", "--shard"])
+def test_processes_stop_together_before_a_step_that_is_not_finite_in_one(tmp_path, capfd, more):
+    folder = tmp_path / "run"
+    done(f"{RECIPE} {more} --save-every 1 --out {folder}", codes={2}, change=not_a_number_in_the_second)
+    said = capfd.readouterr().err.replace("\n", " ")
+    assert said.count("error:") == 1
+    assert "at step 4, in epoch 2" in said
+    assert "it begins with the output of blocks.1.mlp.fc1 (Linear)" in said
+    state = read_state(folder / "state/000000003.safetensors")
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert len(read_state(folder / "not-finite.safetensors")["batch"][1]) == 16  # the parts of both
+
+
+@pytest.mark.forks
+def test_processes_go_back_together_and_leave_the_step_out(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = f"{WITH_PENALTIES} --rollbacks 1 --out"
+    with pytest.MonkeyPatch.context() as patch:
+        not_a_number_in_the_second(1, patch)
+        assert main([*words.split(), str(one)]) == 0
+    done(f"{words} {two}", change=not_a_number_in_the_second)
+    assert (two / "not-finite.safetensors").exists()
+    alike(two, one)
+
+
+def losing(part):
+    """`change(rank, patch)`: images of the first batch, once begun, cannot be read: those of that process, of two."""
+    order = Order(41, 16, shuffle=True)
+    order.epoch = 1
+    rows = next(iter(order))[1]
+    gone = {int(i) for rank in part for i in cut(rows, Team(rank, 2))}
+
+    def change(rank, patch):
+        attempt = Prepared.attempt
+
+        def made(batches, epoch, indices):
+            found, lost = attempt(batches, epoch, [i for i in indices if not (epoch == 1 and i in gone)])
+            return found, lost | {i: "it is gone" for i in indices if epoch == 1 and i in gone}
+
+        patch.setattr(Prepared, "attempt", made)
+        patch.setattr(inputs, "PAUSE", 0)
+
+    return change
+
+
+@pytest.mark.forks
+def test_a_process_that_lost_its_whole_part_of_a_batch_goes_on(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    with pytest.MonkeyPatch.context() as patch:
+        losing([1])(0, patch)
+        assert main([*WITH_PENALTIES.split(), "--out", str(one)]) == 0
+    done(f"{WITH_PENALTIES} --out {two}", change=losing([1]))
+    alike(two, one)
+    assert sorted(read_rows(one / "quarantine.csv")) == sorted(read_rows(two / "quarantine.csv"))
+    assert len(read_rows(two / "quarantine.csv")) == 8
+
+
+@pytest.mark.forks
+def test_processes_that_lost_all_of_a_batch_end_with_a_reason(tmp_path, capfd):
+    done(f"{WITH_PENALTIES} --out {tmp_path / 'run'}", codes={2}, change=losing([0, 1]))
+    said = capfd.readouterr().err.replace("\n", " ")
+    assert said.count("error:") == 1
+    assert "Found 8 images that can no longer be read, all of a batch among them" in said
+    assert "it is gone" in said
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_process_downloads_for_all(tmp_path, capfd, fails):
+    calls, place = tmp_path / "calls", tmp_path / "fashion"
+
+    def change(rank, patch):
+        def download(reader, root):
+            with calls.open("a") as file:
+                file.write(f"{rank} ")
+            if fails:
+                raise DataError("Found no way to download.")
+            time.sleep(0.3)  # those that do not wait find nothing
+            make_fashion(root)
+
+        patch.setattr(named, "_download", download)
+
+    words = f"train fashion-mnist:{place} --download --model-kwargs {' '.join(SMALL)} --epochs 1 --batch-size 8 --device cpu"
+    done(f"{words} --out {tmp_path / 'run'}", codes={2 if fails else 0}, change=change)
+    assert calls.read_text() == "0 "
+    assert capfd.readouterr().err.count("error:") == fails
 
 
 # -- killed, told to stop ------------------------------------------------------------------------------------------
@@ -131,32 +286,36 @@ def children(process: subprocess.Popen) -> list[int]:
         return [int(word) for word in file.read().split()]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a longer run of two processes that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    done(f"{LONG} --out {folder}")
-    return folder
-
-
+@pytest.mark.forks
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds its processes in /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_end(whole, tmp_path, number):
-    folder = tmp_path / "run"
-    process = team(f"{LONG} --out {folder}")
+def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_end(tmp_path):
+    """Started by torchrun; resumed in forked processes; the same bytes as a run that nothing stopped."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    process = torchrun(f"{LONG} --out {folder}")
     while len(read_metrics(folder)) < 2:
         assert process.poll() is None
         time.sleep(0.02)
-    os.kill(children(process)[1], number)
+    os.kill(children(process)[1], signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert "vitreous/train/loop.py" not in said  # torchrun shows a traceback of its own, we none
     assert list((folder / "state").glob("*.safetensors"))
-    if number == signal.SIGKILL:
-        assert main(["resume", str(folder)]) == 2  # one process would not end as two
+    assert main(["resume", str(folder)]) == 2  # one process would not end as two
     done(f"resume {folder}")
-    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    done(f"{LONG} --out {whole}")
+    assert differing(folder, whole) == []
     assert not (folder / "state").exists()
+
+
+@pytest.mark.forks
+def test_a_signal_to_one_process_ends_all_after_the_same_step(alone, tmp_path):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    told = lambda rank, patch: at_step(patch, 2, lambda: rank and os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    done(f"{WITH_PENALTIES} --out {folder}", codes={143}, change=told)
+    assert max(path.name for path in (folder / "state").iterdir()) == "000000002.safetensors"
+    done(f"resume {folder}")
+    done(f"{WITH_PENALTIES} --out {whole}")
+    assert differing(folder, whole) == []
 
 
 def test_other_numbers_of_processes_are_refused_unless_allowed(tmp_path, capsys, monkeypatch):
@@ -174,6 +333,7 @@ def test_other_numbers_of_processes_are_refused_unless_allowed(tmp_path, capsys,
 # -- look ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.forks
 def test_a_look_of_two_processes_is_that_of_one(tmp_path):
     photos, draw = tmp_path / "photos", np.random.default_rng(0)
     photos.mkdir()

@@ -6,20 +6,16 @@ import signal
 import pytest
 import torch
 
-from train.interrupting import die, differing, in_child
+from train.interrupting import NAN, breaking, die, differing, in_child, output
 from vitreous.cli import main
 from vitreous.errors import DataError
-from vitreous.train import load, loop, resuming, train
+from vitreous.train import load, loop, train
 from vitreous.train.objectives import step_losses
-from vitreous.train.prepare import prepare
 from vitreous.train.resuming import replay, resume
 from vitreous.train.run import read_metrics
 from vitreous.train.state import NotFinite, read_state
 
 pytestmark = pytest.mark.forks
-
-NAN = float("nan")
-
 
 class BadGradient(torch.autograd.Function):
     @staticmethod
@@ -29,30 +25,6 @@ class BadGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * NAN
-
-
-def breaking(monkeypatch, change, at=(5,)):
-    """Let `change(job)`, at the start of these updates, break the model for as long as they last."""
-    for module in (loop, resuming):
-
-        def prepared(settings, *others, **options):
-            job = prepare(settings, *others, **options)
-            change(job, lambda: job.updates + 1 in at and job.model.training)
-            return job
-
-        monkeypatch.setattr(module, "prepare", prepared)
-
-
-def output(name, value):
-    """Put a value into the output of a module."""
-
-    def change(job, now):
-        def hook(module, inputs, out):
-            return out.clone().index_fill_(0, torch.tensor([1]), value) if now() else None
-
-        job.model.get_submodule(name).register_forward_hook(hook)
-
-    return change
 
 
 def gradient(name):

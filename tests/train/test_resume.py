@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from train.interrupting import Moments, die, differing, in_child, limit_files
+from train.interrupting import Moments, at_step, die, differing, in_child, limit_files
 from vitreous.cli import main
 from vitreous.errors import DataError, SettingError
 from vitreous.train import load, loop, train
@@ -58,18 +58,6 @@ def whole(tmp_path_factory):
 def begin(settings, quiet, folder, **changes):
     """The run of `whole`, to be interrupted, in its own folder."""
     return lambda: train(settings(**{**RECIPE, **changes}, out=str(folder)), quiet)
-
-
-def at_step(monkeypatch, update, act):
-    """Do something in the middle of an update."""
-    original = loop.step_gradients
-
-    def struck(job, *batch):
-        if job.updates + 1 == update:
-            act()
-        return original(job, *batch)
-
-    monkeypatch.setattr(loop, "step_gradients", struck)
 
 
 # -- killed --------------------------------------------------------------------------------------------------------

@@ -70,10 +70,15 @@ def step_gradients(job: Job, images: Tensor, labels: Tensor) -> tuple[dict[str, 
     """
     here, size = len(images), job.team.size
     count = job.team.count(here)
+    if not count:
+        with job.team.together():
+            job.train.refuse_lost()
     if not here:
         images, labels = stand_in(job)
     images, labels = objectives.mixed(job, images, labels)
-    pieces = list(zip(images.chunk(job.settings.accumulate), labels.chunk(job.settings.accumulate), strict=True))
+    if (parts := job.settings.accumulate) > 1:
+        parts = min(parts, -job.team.most(-len(images)))  # as many in each process: with --shard they meet in every one
+    pieces = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
     mean, terms = torch.zeros((), device=job.device), {}
     for number, (x, y) in enumerate(pieces, start=1):
         with joining(job.network, last := number == len(pieces)):

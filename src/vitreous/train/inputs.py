@@ -310,12 +310,18 @@ class Loader:
         """Remember what was lost; raise DataError if that is no longer to be borne."""
         self.lost |= lost
         self.missing |= set(lost)
-        if lost and (self.strict or not left):
+        shared = self.order.shuffle and self.order.team.size > 1  # other processes may have some of the batch
+        if lost and (self.strict or not (left or shared)):
+            self.refuse_lost(lost, "" if left else ", all of a batch")
+
+    def refuse_lost(self, lost: dict[int, str] | None = None, whole: str = ", all of a batch among them") -> None:
+        """Raise DataError for lost images (all of this process, if not given); nothing if there are none."""
+        lost = self.lost if lost is None else lost
+        if lost:
             i, reason = next(iter(lost.items()))
-            many = f"{len(lost)} images that can no longer be read" + ("" if left else ", all of a batch")
             raise DataError(
-                f"Found {many}, the first {self.name(i)!r} ({reason}). Expected them where they were at the start. See that "
-                "the files are back, then resume the run."
+                f"Found {len(lost)} images that can no longer be read{whole}, the first {self.name(i)!r} ({reason}). Expected "
+                "them where they were at the start. See that the files are back, then resume the run."
             )
 
     def name(self, i: int) -> str:

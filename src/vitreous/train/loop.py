@@ -30,7 +30,7 @@ from vitreous.train.live import Shown, speaker
 from vitreous.train.lock import locked
 from vitreous.train.losses import gather_lost, write_quarantine
 from vitreous.train.objectives import set_progress
-from vitreous.train.prepare import Job, facts, prepare
+from vitreous.train.prepare import Job, facts, fetch, prepare
 from vitreous.train.run import Run, choose_folder, read_metrics, taken
 from vitreous.train.settings import TrainSettings
 from vitreous.train.sharding import whole
@@ -69,6 +69,7 @@ def train_once(
 ) -> None:
     """One run with one seed, into a folder; seeds: of all runs that it is one of."""
     say = speaker(console)
+    fetch(settings, team)
     with ExitStack() as held:
         with team.together():
             job = prepare(settings, console, team)

@@ -32,7 +32,7 @@ from vitreous.train.distributed import network as network_of
 from vitreous.train.inputs import Inputs, Loader, loader
 from vitreous.train.objectives import classification_loss, mixing
 from vitreous.train.settings import TrainSettings
-from vitreous.train.sharding import put_together, shard
+from vitreous.train.sharding import check_optimizer, put_together, shard
 from vitreous.train.state import Place, seed_apart
 from vitreous.train.trackers import Followers
 
@@ -118,8 +118,9 @@ def prepare(settings: TrainSettings, console: Console | None = None, team: Team 
     set_checkpointing(model, settings)
     ema = None if settings.model_ema is None else ModelEmaV3(model, settings.model_ema, use_warmup=True)
     whole = copy.deepcopy(model) if settings.shard else None
-    for spreading in (model, ema and ema.module) if settings.shard else ():
-        if spreading is not None:
+    if settings.shard:
+        check_optimizer(settings.opt, device, team.size)
+        for spreading in (model, ema.module) if ema else (model,):
             shard(spreading, device, team.size)
     optimizer = optim.optimizer(model, settings)
     job = Job(
@@ -149,6 +150,12 @@ def prepare(settings: TrainSettings, console: Console | None = None, team: Team 
     random_seed(settings.seed)  # dropout, mixup and augmentation draw alike in every arm
     seed_apart(job)
     return job
+
+
+def fetch(settings: TrainSettings, team: Team) -> None:
+    """Let the first of several processes download named data, if so told, before the others look for them."""
+    if settings.download and team.size > 1:
+        team.first_does(lambda: open_data(settings.data, download=True).name)
 
 
 def data_and_model(settings: TrainSettings, console: Console | None = None) -> tuple[Data, Inputs, nn.Module, list[str]]:

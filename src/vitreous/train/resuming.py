@@ -18,7 +18,7 @@ from vitreous.team import ALONE, Team, connected
 from vitreous.train import changes, checkpoint, faults, patience, summary
 from vitreous.train.lock import locked
 from vitreous.train.loop import go_on, speaker, train_once
-from vitreous.train.prepare import facts, prepare
+from vitreous.train.prepare import facts, fetch, prepare
 from vitreous.train.run import Run, read_metrics, read_rows
 from vitreous.train.settings import Repeated, TrainSettings
 from vitreous.train.state import restore
@@ -141,6 +141,7 @@ def resume_once(
             return
         torch.set_num_threads(record["machine"]["threads"])  # sums in the same order
         found = team.first_does(lambda: run.states.load(say))
+        fetch(settings, team)
         with team.together():
             job = prepare(settings, console, team)
             if team.first:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from vitreous.errors import SettingError
 from vitreous.train.objectives import penalties
@@ -28,6 +29,53 @@ def shard(model: nn.Module, device: torch.device, size: int) -> None:
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else a pass without a backward leaves it whole
+
+
+def check_optimizer(name: str, device: torch.device, size: int) -> None:
+    """Raise SettingError unless timm's optimizer steps with spread weights as with whole ones, and so after a restart.
+
+    It is tried on a small layer: what it keeps and computes shows in a step only. Every process must ask.
+    """
+    mesh, draw = init_device_mesh(device.type, (size,)), torch.Generator().manual_seed(0)
+    first, *gradients = ([torch.randn(shape, generator=draw).to(device) for shape in ((144, 136), (144,))] for _ in range(4))
+
+    def begun(values: list[Tensor]) -> torch.optim.Optimizer:
+        return create_optimizer_v2([nn.Parameter(value) for value in values], opt=name, lr=0.01, weight_decay=0.0)
+
+    def step(optimizer: torch.optim.Optimizer, values: list[Tensor]) -> None:
+        for parameter, value in zip(parameters(optimizer), values, strict=True):
+            parameter.grad = spread(value, parameter)
+        optimizer.step()
+
+    def cut(values: list[Tensor]) -> list[Tensor]:
+        return [distribute_tensor(value, mesh, [Shard(0)]) for value in values]
+
+    plain = begun([value.clone() for value in first])
+    for some in gradients:
+        step(plain, some)
+    try:
+        there = begun(cut(first))
+        for some in gradients[:-1]:
+            step(there, some)
+        here = begun(cut([whole(p.detach()) for p in parameters(there)]))
+        here.load_state_dict(gathered(there.state_dict()))
+        spread_state(here)
+        step(here, gradients[-1])
+        pairs = zip(parameters(plain), parameters(here), strict=True)
+        worst = max((one - whole(other)).abs().max().item() for one, other in pairs)
+        wrong = "" if worst < 1e-5 else f"its step with spread weights is another one, by {worst:.1g}"
+    except Exception as error:  # of some hundred optimizers, each fails in a way of its own
+        wrong = f"it cannot work with spread weights: {str(error).partition(chr(10))[0][:100] or type(error).__name__}"
+    if wrong:
+        raise SettingError(
+            f"Found --shard with --opt {name}; {wrong}. Expected an optimizer that treats each weight by itself, such as "
+            "adamw, sgd or lion. Choose one of these, or leave --shard out."
+        )
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All that an optimizer steps, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def whole(tensor: Tensor) -> Tensor:
