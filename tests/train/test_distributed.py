@@ -160,6 +160,7 @@ def test_a_sharded_model_takes_the_same_steps_and_goes_on(alone, tmp_path, capfd
         ("--graft svda", "Found --shard and grafts with penalties (svda_entropy, svda_orthogonality)"),
         ("--opt muon", "Found --shard with --opt muon; its step with spread weights is another one"),
         ("--opt novograd", "Found --shard with --opt novograd; it cannot work with spread weights"),
+        ("--opt adafactor", "Found --shard with --opt adafactor; it cannot work with spread weights"),  # after a restart
     ],
 )
 def test_sharding_is_refused_with_a_reason_that_is_said_once(tmp_path, capfd, more, said):
