@@ -68,7 +68,7 @@ def part(name: str, files: dict[str, dict[str, Any]]) -> str:
 def measured_on(result: dict[str, Any]) -> str:
     """One line: command, commit, device, machine and versions."""
     machine = result["machine"]
-    commits = ", ".join(dict.fromkeys([row.get("commit", result["commit"]) for row in result["rows"]]))
+    commits = ", ".join(dict.fromkeys(one for row in result["rows"] for one in row.get("commit", result["commit"]).split(", ")))
     device = f"CPU, {result['threads']} threads" if result["device"] == "cpu" else result["device"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "timm") if name in machine)
     return f"`{result['command']}`; commit {commits}; {device}; {machine['processor']}, {machine['cores']} cores; {versions}."

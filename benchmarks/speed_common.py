@@ -58,6 +58,12 @@ class Results:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "threads": torch.get_num_threads(),
         }
+        same = ("machine", "device", "threads")
+        if self.path.exists() and [stored.get(name) for name in same] != [self.facts[name] for name in same]:
+            raise SystemExit(
+                f"Found {self.path} from another machine, version or number of threads. Expected the same for all rounds of a "
+                "result. Move that file away to measure anew."
+            )
         self.rows = stored["rows"]
         self.means: list[dict] = []
 
@@ -92,7 +98,8 @@ class Results:
             row["ours"], row["base"] = list(arms)[:2]
             for name, values in timed.items():
                 row["seconds"].setdefault(name, []).extend(float(f"{value:.5g}") for value in values)
-            row["commit"] = self.facts["commit"]
+            commits = row["commit"].split(", ") if "commit" in row else []
+            row["commit"] = ", ".join(dict.fromkeys([*commits, self.facts["commit"]]))
             done += len(next(iter(timed.values())))
             self.write()
         if arms:

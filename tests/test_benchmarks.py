@@ -128,6 +128,21 @@ def test_rows_are_stored_part_by_part_and_not_timed_again(tmp_path, options, mon
     assert f"A, b: {again.median:.3f} [" in capsys.readouterr().out
 
 
+def test_rounds_of_two_commits_name_both_and_of_two_machines_are_refused(tmp_path, options, monkeypatch):
+    fine = {"ours": lambda: None, "plain": lambda: None}
+    for number, name in enumerate(("abc1234", "def5678", "def5678"), 1):
+        monkeypatch.setattr(speed_common, "commit", lambda name=name: name)
+        (tmp_path / "speed_of_it").mkdir(exist_ok=True)
+        found = speed_common.Results(tmp_path / "speed_of_it", options).row("A", "b", lambda: fine, count=4 * number)
+    assert found["commit"] == "abc1234, def5678"
+    assert "commit abc1234, def5678; CPU" in page.page(tmp_path)
+    before = (tmp_path / "speed_of_it" / "result.json").read_bytes()
+    monkeypatch.setattr(speed_common, "machine", lambda: {"processor": "Another"})
+    with pytest.raises(SystemExit, match="from another machine, version or number of threads"):
+        speed_common.Results(tmp_path / "speed_of_it", options)
+    assert (tmp_path / "speed_of_it" / "result.json").read_bytes() == before
+
+
 def test_facts_of_a_result(tmp_path, options):
     facts = speed_common.Results(tmp_path, options).facts
     assert facts["command"] == "python benchmarks/some/run.py"

@@ -11,18 +11,14 @@ a time, so an interrupted run goes on.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import timm
-import torch
-from torch.nn import functional as F
-
-from vitreous import graft
-from vitreous.train.objectives import penalties
+from vitreous.bench.arms import Arm, Cell
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -30,36 +26,12 @@ from speed_common import Results, arguments  # noqa: E402
 
 ROUNDS = 60
 MODELS = {"ViT-Ti/16": "vit_tiny_patch16_224", "ViT-S/16": "vit_small_patch16_224"}
-LIMITS = {"training step": 1.05, "inference": 1.03}
+LIMITS = {"training": ("training step", 1.05), "inference": ("inference", 1.03)}
 
 
-def act(name: str, batch: int, work: str, device: str, compiled: bool, svda: bool) -> Callable[[], object]:
-    """One training step, or one pass without gradients, of the plain or grafted model."""
-    torch.manual_seed(0)
-    host = timm.create_model(name).train(work == "training step")
-    if svda:
-        graft(host, "svda")
-    host = host.to(device)
-    images = torch.randn(batch, 3, 224, 224, device=device)
-    labels = torch.randint(0, 1000, (batch,), device=device)
-    forward = torch.compile(host) if compiled else host
-    optimizer = torch.optim.AdamW(host.parameters(), lr=1e-4)
-
-    def step() -> None:
-        loss = F.cross_entropy(forward(images), labels) + sum(penalties(host).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    def infer() -> None:
-        with torch.no_grad():
-            forward(images)
-
-    return step if work == "training step" else infer
-
-
-def both(*words) -> dict[str, Callable[[], object]]:
-    return {"svda": act(*words, svda=True), "plain": act(*words, svda=False)}
+def both(name: str, cell: Cell) -> dict[str, Callable[[], object]]:
+    """One training step, or one pass without gradients, of the grafted and the plain model."""
+    return {arm.name: cell.act(arm.build(cell.size)) for arm in (Arm("svda", name, ("svda",)), Arm("plain", name))}
 
 
 def main() -> None:
@@ -71,17 +43,17 @@ def main() -> None:
     )
     part = "compiled" if options.compile else "result" if options.threads > 1 else "one-thread"
     results, end = Results(HERE, options, part=part), time.monotonic() + 60 * options.minutes
-    cells = [(work, model, batch) for batch in (16, 64) for model in MODELS for work in LIMITS]
-    for work, model, batch in cells:
-        cell = f"{model}, batch {batch}"
-        if options.cell not in f"{cell}, {work}":
+    for batch, model, mode in itertools.product((16, 64), MODELS, LIMITS):
+        (work, limit), name = LIMITS[mode], f"{model}, batch {batch}"
+        if options.cell not in f"{name}, {work}":
             continue
+        cell = Cell(mode, batch, 224, device=options.device, compile=options.compile)
+        limit = 1.02 if options.compile else limit
         for count in range(4, ROUNDS + 1, 4):
             if time.monotonic() > end:
                 return
-            built = partial(both, MODELS[model], batch, work, options.device, options.compile)
-            limit = 1.02 if options.compile else LIMITS[work]
-            results.row(f"SVDA {work}", cell, built, count=count, limit=limit, slack=0.01, warmup=2)
+            built = partial(both, MODELS[model], cell)
+            results.row(f"SVDA {work}", name, built, count=count, limit=limit, slack=0.01, warmup=2)
 
 
 if __name__ == "__main__":
