@@ -1,7 +1,10 @@
 """Steps that are not finite: stopped before they are taken, kept, run again, named; and left out, if that was asked for."""
 
+import copy
 import json
 import signal
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ import torch
 from train.interrupting import NAN, breaking, die, differing, in_child, output
 from vitreous.cli import main
 from vitreous.errors import DataError
-from vitreous.train import load, loop, train
+from vitreous.train import faults, load, loop, train
 from vitreous.train.objectives import step_losses
+from vitreous.train.prepare import prepare
 from vitreous.train.resuming import replay, resume
 from vitreous.train.run import read_metrics
 from vitreous.train.state import NotFinite, read_state
@@ -156,6 +160,50 @@ def test_it_goes_back_no_more_often_than_told(settings, quiet, monkeypatch, tmp_
         train(settings(rollbacks=1), quiet)
     resume(tmp_path / "run", console=quiet, rollbacks=2)
     assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_damaged_state_is_written_again_after_a_return(settings, quiet, monkeypatch, tmp_path):
+    newest, there = tmp_path / "run/state/000000004.safetensors", []
+
+    def damage(job, now):
+        def hook(module, inputs, out):
+            if now():
+                newest.write_bytes(b"damaged")
+                return out * NAN
+            return None
+
+        job.model.get_submodule("blocks.0.mlp").register_forward_hook(hook)
+
+    breaking(monkeypatch, damage)
+    original = loop.take_step
+
+    def noted(job, *others):
+        original(job, *others)
+        there.append((job.updates + 1, newest.exists()))
+
+    monkeypatch.setattr(loop, "take_step", noted)
+    train(settings(rollbacks=1, save_every=1, batch_size=8), quiet)
+    assert there[:6] == [(1, False), (2, False), (3, False), (4, False), (4, False), (6, True)]
+
+
+def test_what_an_earlier_search_left_is_not_found_again(settings):
+    """In a copy of the model that is no optimizer's, as of one that is spread over processes."""
+    job = prepare(settings())
+    alone = replace(job, model=copy.deepcopy(job.model))
+    alone.model.head.weight.grad = torch.full_like(alone.model.head.weight, NAN)
+    assert faults.diagnose(alone, next(iter(job.train))) is None
+
+
+def test_a_step_of_a_spread_run_is_replayed_by_one_process_and_told_to_nobody(settings, quiet, monkeypatch, tmp_path):
+    breaking(monkeypatch, output("blocks.1.mlp.fc1", NAN))
+    with pytest.raises(NotFinite):
+        train(settings(), quiet)
+    path = tmp_path / "run/run.json"
+    record = json.loads(path.read_text())
+    record["settings"] |= {"shard": True, "tracker": ["tensorboard"]}
+    path.write_text(json.dumps(record))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert replay(path.parent, quiet) == "the output of blocks.1.mlp.fc1 (Linear)"
 
 
 def test_weights_that_a_step_made_infinite_are_not_saved(settings, quiet, monkeypatch, tmp_path):

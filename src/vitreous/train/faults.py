@@ -62,7 +62,7 @@ def diagnose(job: Job, batch: Batch, rng: dict[str, Any] | None = None) -> str |
                 return f"the weights themselves, {name}"
         return first_in_step(job, images, labels)
     finally:
-        job.optimizer.zero_grad(set_to_none=True)
+        job.model.zero_grad(set_to_none=True)
         set_random_states(present, job.device)
 
 
@@ -79,7 +79,7 @@ def find_origin(job: Job, batch: Batch, rng: dict[str, Any]) -> str | None:
 def first_in_step(job: Job, images: Tensor, labels: Tensor) -> str | None:
     """The first module whose output is not finite; else the loss; else the first whose gradient is not."""
     job.model.train()
-    job.optimizer.zero_grad(set_to_none=True)
+    job.model.zero_grad(set_to_none=True)
     with watched(job.model) as (outputs, gradients):
         parts = step_losses(job, images, labels)
         if outputs:

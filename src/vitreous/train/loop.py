@@ -316,6 +316,7 @@ def roll_back(job: Job, run: Run, error: NotFinite, say: Callable[[str], Any]) -
     if error.update is None or len(left_out) > job.settings.rollbacks or len(left_out) >= len(job.train):
         job.team.fail(error)
     restore(job, job.team.first_does(lambda: run.states.load(say)))
+    run.states.latest = job.updates  # a newer one was damaged, and will be written again
     job.place.left_out = left_out
     set_rate(job)
     if job.team.first:

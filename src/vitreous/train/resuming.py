@@ -103,7 +103,7 @@ def resume_seeds(folder: Path, allow_changes: bool, console: Console, changed: d
     settings = recorded_settings(record, changed)
     runs = [folder / f"seed-{seed}" for seed in seeds]
     for seed, path in zip(seeds, runs, strict=True):
-        if (path / "run.json").is_file():
+        if team.first_does((path / "run.json").is_file):
             resume_once(path, allow_changes, console, changed, team)
         else:
             train_once(replace(settings, seed=seed), path, console, seeds, team)
@@ -167,7 +167,8 @@ def replay(folder: str | Path, console: Console | None = None) -> str | None:
         raise no_run(folder)
     record = checkpoint.read_json(folder / "run.json")
     torch.set_num_threads(record["machine"]["threads"])
-    job = prepare(recorded_settings(record, {}), console)
+    alone = {"shard": False, "tracker": ()}  # the record is of whole weights, and nobody is told
+    job = prepare(recorded_settings(record, alone), console)
     batch = faults.load(job, folder)
     origin = faults.diagnose(job, batch)
     place = f"Update {job.updates + 1}, in epoch {job.place.epoch}"
