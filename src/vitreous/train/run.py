@@ -143,9 +143,10 @@ def read_rows(path: Path) -> list[tuple[str, ...]]:
 
 
 def command_line() -> str:
-    """What was typed, as far as it was `vitreous`; else that it came from Python."""
-    name = Path(sys.argv[0]).name
-    return shlex.join(["vitreous", *sys.argv[1:]]) if name in ("vitreous", "vitreous.exe") else "from Python"
+    """What was typed, as far as it was `vitreous` or `python -m vitreous`; else that it came from Python."""
+    *_, folder, name = "", "", *Path(sys.argv[0]).parts
+    ours = name in ("vitreous", "vitreous.exe") or (folder, name) == ("vitreous", "__main__.py")
+    return shlex.join(["vitreous", *sys.argv[1:]]) if ours else "from Python"
 
 
 def versions() -> dict[str, str]:
