@@ -27,6 +27,10 @@ class Broken(Mine):
     def log(self, epoch, values):
         raise OSError("no such server")
 
+class Offline:
+    def __init__(self):
+        raise RuntimeError("not logged in")
+
 class Half:
     def start(self, folder, facts, epoch):
         pass
@@ -89,6 +93,7 @@ def test_one_that_fails_is_reported_and_the_run_goes_on(settings, mine, capsys):
         ("tensorbord", UnknownName, "Did you mean 'tensorboard'"),
         ("no_such_package.Class", SettingError, "No module named"),
         ("json.NoSuch", SettingError, "NoSuch"),
+        ("tracking_of_mine.Offline", SettingError, r"RuntimeError: not logged in.*Check the name"),
         ("tracking_of_mine.Half", SettingError, "without log, finish"),
     ],
 )

@@ -70,10 +70,10 @@ def make(name: str) -> Tracker:
     module, _, cls = name.rpartition(".")
     try:
         tracker = getattr(importlib.import_module(module), cls)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever its module and class may raise
         raise SettingError(
-            f"Found --tracker {name}, which cannot be made ({error}). Expected package.module.Class of an installed package, "
-            "made without arguments. Check the name."
+            f"Found --tracker {name}, which cannot be made ({type(error).__name__}: {error}). Expected package.module.Class of "
+            "an installed package, made without arguments. Check the name."
         ) from error
     lacking = [method for method in ("start", "log", "finish") if not callable(getattr(tracker, method, None))]
     if lacking:
