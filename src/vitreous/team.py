@@ -41,8 +41,8 @@ class Team:
         return self.rank == 0
 
     def console(self, console: Console) -> Console:
-        """The console; for all processes but the first one that shows nothing."""
-        return console if self.first else Console(quiet=True)
+        """The console; for all processes but the first one that shows nothing, nor takes over a terminal."""
+        return console if self.first else Console(quiet=True, force_terminal=False)
 
     def device(self, device: torch.device) -> torch.device:
         """This process's own device of that type. Raises SettingError where there are too few, or one was chosen for all."""
