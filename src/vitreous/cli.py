@@ -114,6 +114,11 @@ def resume(words: list[str]) -> None:
 
     folder, allow_changes, changed = resume_words(words)
     if (Path(folder) / "study.json").is_file():
+        if allow_changes or any(value is not None for value in changed.values()):
+            raise SettingError(
+                f"Found options for the study in {folder}. Expected none: its runs go on as they were begun. Leave them out, "
+                "or resume one of its runs with them."
+            )
         report_study(again(Path(folder)))
     else:
         report(resume(folder, allow_changes, **changed))

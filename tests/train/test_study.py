@@ -124,6 +124,10 @@ def test_the_command(given, quiet, tmp_path, capsys):
     assert main(["study", *words, str(folder)]) == 0
     assert f"Report: {folder}/report.html" in capsys.readouterr().out
     assert main(["resume", str(folder)]) == 0
+    capsys.readouterr()
+    for words in (["--workers", "1"], ["--allow-changes"], ["--tracker", "tensorboard"]):
+        assert main(["resume", str(folder), *words]) == 2
+        assert capsys.readouterr().err.startswith("error: Found options for the study")
     (folder / "study.json").write_text("{}")
     assert main(["resume", str(folder)]) == 2
 
