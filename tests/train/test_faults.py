@@ -21,6 +21,7 @@ from vitreous.train.state import NotFinite, read_state
 
 pytestmark = pytest.mark.forks
 
+
 class BadGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
