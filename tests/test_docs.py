@@ -16,6 +16,7 @@ import pytest
 import vitreous
 from test_cards import SECTIONS
 from vitreous.bench.settings import from_words as bench_words
+from vitreous.train.resuming import resume_words
 from vitreous.train.settings import from_words
 from vitreous.train.study import arm_grafts, study_words
 
@@ -60,6 +61,10 @@ def test_python_runs_and_its_tests_pass(page, tmp_path, monkeypatch):
 def test_commands_and_links(page):
     for line in "".join(blocks(page, "sh")).splitlines():
         words = shlex.split(line)
+        if words[:1] == ["torchrun"]:
+            words = words[words.index("vitreous") :]
+        if words[:2] == ["vitreous", "resume"]:
+            assert resume_words(words[2:])[0]
         if words[:2] == ["vitreous", "train"]:
             assert from_words(words[2:]).data
         if words[:2] == ["vitreous", "study"]:
