@@ -2,8 +2,8 @@
 
     python benchmarks/look_cost/run.py ../shared/data        about 10 minutes on two cores
 
-Seconds: the real ViT-Tiny/16, 224 x 224 photographs, one thread; the arms take turns (plain, pass, five, ...), median over the
-rounds of the ratio to the plain pass of the same round, with its 95 % bootstrap interval. Arms:
+Seconds: the real ViT-Tiny/16, 224 x 224 photographs, one thread; the arms take turns, every second round in reverse
+order; median over pairs of rounds of the ratio to the plain pass, with its 95 % bootstrap interval. Arms:
 
     plain        model(images)
     pass         every attention captured and checked, nothing measured
@@ -13,7 +13,7 @@ rounds of the ratio to the plain pass of the same round, with its 95 % bootstrap
     robustness   five, and robustness: a noisy copy of each image is in the batch
 
 Memory: peak resident GiB of a process of its own with one 1024 x 1024 image (4,097 tokens, 12 layers), alone and beside a
-process that keeps a core busy. Finished parts of result.json are not done again.
+process that keeps a core busy. Finished parts of result.json are not done again, unless they are of another commit.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from vitreous.bench.timing import interval, ratio, rounds
 from vitreous.lens.measures import Measures, perturbed
 from vitreous.lens.tap import trace, watch
 
@@ -66,20 +67,6 @@ def arms_of(model: torch.nn.Module, images: torch.Tensor) -> dict[str, Callable[
     }
 
 
-def seconds(act: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    act()
-    return round(time.perf_counter() - started, 5)
-
-
-def interval(values: torch.Tensor) -> tuple[float, float, float]:
-    """Median, and its 95 % bootstrap interval over rounds."""
-    generator = torch.Generator().manual_seed(0)
-    draws = values[torch.randint(len(values), (2000, len(values)), generator=generator)].quantile(0.5, dim=1)
-    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return values.quantile(0.5).item(), low.item(), high.item()
-
-
 def peak(data: Path, arm: str) -> None:
     """Print the peak resident memory of this process, in GiB, after one pass over one large image."""
     model, image = vit_tiny(data, img_size=1024), torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
@@ -104,15 +91,16 @@ def peak_apart(data: Path, arm: str, busy: bool) -> float:
 
 def main(data: Path) -> None:
     file = HERE / "result.json"
-    result = json.loads(file.read_text()) if file.exists() else {"seconds": {}, "memory": {}}
+    result = json.loads(file.read_text()) if file.exists() else {}
+    if result.get("commit") != commit():  # times of other code are no part of this result
+        result = {"seconds": {}, "memory": {}}
     model = vit_tiny(data)
     for batch in BATCHES:
         rows = result["seconds"].setdefault(str(batch), [])
         arms = arms_of(model, photographs(data, batch))
-        for act in arms.values():
-            act()
-        while len(rows) < ROUNDS:
-            rows.append({name: seconds(act) for name, act in arms.items()})
+        if len(rows) < ROUNDS:
+            timed = rounds(arms, ROUNDS - len(rows))
+            rows.extend({name: float(f"{timed[name][i]:.5g}") for name in ARMS} for i in range(ROUNDS - len(rows)))
         write(file, {**result, **facts(), "rows": limits(result)})
     for busy in (False, True):
         for arm in MEMORY:
@@ -160,12 +148,13 @@ def table(result: dict) -> str:
         "|---|---|---|---|---|",
     ]
     for batch, rows in result["seconds"].items():
-        columns = {arm: torch.tensor([row[arm] for row in rows], dtype=torch.float64) for arm in ARMS}
+        columns = {arm: np.array([row[arm] for row in rows]) for arm in ARMS}
         for arm, values in columns.items():
-            middle, low, high = interval(values / columns["plain"])
+            found = ratio(values, columns["plain"])
             extra = interval((values - columns["pass"]) / columns["plain"])
             over = "" if arm in ("plain", "pass") else f"{extra[0]:.2f} [{extra[1]:.2f}, {extra[2]:.2f}]"
-            lines.append(f"| {batch} | {arm} | {values.median():.4f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {over} |")
+            said = f"{found.median:.2f} [{found.low:.2f}, {found.high:.2f}]"
+            lines.append(f"| {batch} | {arm} | {np.median(values):.4f} | {said} | {over} |")
     lines += ["", "Peak resident GiB with one image of 1024 x 1024, process by process.", ""]
     lines += ["| arm | idle | busy |", "|---|---|---|"]
     for arm in MEMORY:
