@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from timm.data import create_transform
 
-from vitreous.data import ArraySet, open_data
+from vitreous.data import ArraySet, OpenOnce, open_data, quarantine
 from vitreous.data.sets import balanced, pixel_statistics
 from vitreous.errors import DataError, SettingError, UnknownName, VitreousError
 
@@ -29,6 +29,24 @@ def test_cutouts_with_options():
     np.testing.assert_array_equal(again.train.images, data.train.images)
     other = open_data("cutouts:size=24,classes=4,train=40,test=8,correlation=0.5", seed=8)
     assert not np.array_equal(other.train.images, data.train.images)
+
+
+@pytest.mark.parametrize("options", [{}, {"image_size": 12}])
+def test_opened_once_it_is_for_each_seed_what_it_would_have_been(photos, monkeypatch, options):
+    decoded, examined = [], quarantine.examined
+    monkeypatch.setattr(quarantine, "examined", lambda *given: (decoded.append(given[1]), examined(*given))[1])
+    opening = OpenOnce()
+    for seed, limit in [(0, 4), (1, 4), (2, None), (3, 2)]:
+        once = opening(str(photos), seed=seed, limit=limit, **options)
+        assert len(decoded) == len(set(decoded)) == 16
+        found = open_data(str(photos), seed=seed, limit=limit, **options)
+        del decoded[16:]
+        assert once.train.names == found.train.names
+        assert (once.image_size, once.mean, once.quarantined) == (found.image_size, found.mean, found.quarantined)
+    made = "cutouts:size=16,train=12,test=4"
+    for seed in (0, 1, 1):
+        np.testing.assert_array_equal(opening(made, seed=seed).train.images, open_data(made, seed=seed).train.images)
+    assert opening(str(photos), image_size=24).image_size == (24, 24)
 
 
 def test_a_folder_by_its_path(photos):

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from data.made import tree, write
 from train.conftest import SMALL
 from train.interrupting import Moments, differing, in_child
 from vitreous.cli import main
+from vitreous.data import quarantine
 from vitreous.errors import SettingError, UnknownName, VitreousError
+from vitreous.train import train
 from vitreous.train.run import read_metrics, read_table
 from vitreous.train.study import again, choose, plan, study, study_words
 
@@ -28,6 +31,21 @@ def given(settings, tmp_path):
 
 def results(folder):
     return json.loads((folder / "study.json").read_text())["results"]
+
+
+def test_files_are_decoded_once_for_all_runs(settings, quiet, tmp_path, monkeypatch):
+    """And each run is what it is on its own: with its seed's images of a limit."""
+    photos = write(tmp_path / "photos", tree())
+    decoded, examined = [], quarantine.examined
+    monkeypatch.setattr(quarantine, "examined", lambda *given: (decoded.append(given[1]), examined(*given))[1])
+    small = dict(data=str(photos), image_size=16, epochs=1, batch_size=4, limit=6)
+    folder = study(settings(**small, seeds=2, out=str(tmp_path / "study")), ARMS, quiet)
+    assert len(decoded) == len(set(decoded)) == 16
+    seeds = train(settings(**small, seeds=2, out=str(tmp_path / "seeds")), quiet)
+    assert len(decoded) == 32
+    alone = train(settings(**small, seed=1, out=str(tmp_path / "alone")), quiet)
+    assert len(decoded) == 48
+    assert differing(alone, seeds / "seed-1") == differing(alone, folder / "plain-seed-1") == []
 
 
 @pytest.mark.forks

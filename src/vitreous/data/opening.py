@@ -74,6 +74,26 @@ def open_data(
     return data if limit is None else data.limited(limit, seed)
 
 
+class OpenOnce:
+    """`open_data` for the runs of one command: what it opened last is not opened again, though each seed limits it anew.
+
+    So the files of a folder are decoded, to see whether they can be read, once and not by every run.
+    """
+
+    def __init__(self):
+        self.asked: tuple | None = None
+        self.data: Data | None = None
+
+    def __call__(
+        self, spec: str, *, seed: int = 0, limit: int | None = None, progress: Progress | None = None, **options
+    ) -> Data:
+        asked = (str(spec), seed if str(spec).partition(":")[0] == "cutouts" else None, options)  # made by the seed
+        if asked != self.asked:
+            self.data = open_data(spec, seed=seed, progress=progress, **options)
+            self.asked = asked
+        return self.data if limit is None else self.data.limited(limit, seed)
+
+
 def _options(text: str, given: dict) -> dict:
     """Text such as "size=64,correlation=0.8" as keyword arguments of `cutouts`, of the type of their defaults."""
     known = {name: p.default for name, p in inspect.signature(cutouts).parameters.items() if name != "seed"}

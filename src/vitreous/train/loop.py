@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreous.data import Data, OpenOnce, open_data
 from vitreous.errors import HostError, NotReached
 from vitreous.grafting import new_parameters
 from vitreous.lens.look import look
@@ -56,23 +57,28 @@ def train_seeds(settings: TrainSettings, console: Console, team: Team) -> Path:
     if settings.seeds == 1:
         train_once(settings, folder, console, team=team)
         return folder
-    seeds = range(settings.seed, settings.seed + settings.seeds)
+    seeds, opening = range(settings.seed, settings.seed + settings.seeds), OpenOnce()
     for seed in seeds:
-        train_once(replace(settings, seed=seed, seeds=1), folder / f"seed-{seed}", console, seeds, team)
+        train_once(replace(settings, seed=seed, seeds=1), folder / f"seed-{seed}", console, seeds, team, opening)
     if team.first:
         summary.write_seeds(folder, [folder / f"seed-{seed}" for seed in seeds])
     return folder
 
 
 def train_once(
-    settings: TrainSettings, folder: Path, console: Console, seeds: range = range(0), team: Team = ALONE
+    settings: TrainSettings,
+    folder: Path,
+    console: Console,
+    seeds: range = range(0),
+    team: Team = ALONE,
+    opening: Callable[..., Data] = open_data,
 ) -> None:
-    """One run with one seed, into a folder; seeds: of all runs that it is one of."""
+    """One run with one seed, into a folder; seeds: of all runs that it is one of; opening: as `prepare` takes it."""
     say = speaker(console)
     fetch(settings, team)
     with ExitStack() as held:
         with team.together():
-            job = prepare(settings, console, team)
+            job = prepare(settings, console, team, opening)
             run = Run(folder, made=team.first)
             if team.first:
                 held.enter_context(locked(folder, say))

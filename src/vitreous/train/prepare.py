@@ -89,14 +89,16 @@ class Job:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp)
 
 
-def prepare(settings: TrainSettings, console: Console | None = None, team: Team = ALONE) -> Job:
+def prepare(
+    settings: TrainSettings, console: Console | None = None, team: Team = ALONE, opening: Callable[..., Data] = open_data
+) -> Job:
     """Open the data, build the model, graft, choose what learns; raises VitreousError if they do not fit together.
 
-    console: where it is shown how far the reading of files is.
+    console: where it is shown how far the reading of files is. opening: `open_data`, or an `OpenOnce` for several runs.
     """
     device = team.device(settings.torch_device())
     followers = Followers(settings.tracker if team.first else ())
-    data, inputs, model, remarks = data_and_model(settings, console)
+    data, inputs, model, remarks = data_and_model(settings, console, opening)
     settings, recipe = recipes.resolve(settings, from_weights(settings), len(data.train))
     check_team(settings, team.size)
     remarks += recipes.remarks(recipe) if recipe else []
@@ -158,7 +160,9 @@ def fetch(settings: TrainSettings, team: Team) -> None:
         team.first_does(lambda: open_data(settings.data, download=True).name)
 
 
-def data_and_model(settings: TrainSettings, console: Console | None = None) -> tuple[Data, Inputs, nn.Module, list[str]]:
+def data_and_model(
+    settings: TrainSettings, console: Console | None = None, opening: Callable[..., Data] = open_data
+) -> tuple[Data, Inputs, nn.Module, list[str]]:
     """Data and a model for them, in agreement about classes, channels and image size; and what was done for that."""
     folder = checkpoint.is_folder(settings.model)
     if folder and (settings.weights or settings.pretrained):
@@ -177,7 +181,7 @@ def data_and_model(settings: TrainSettings, console: Console | None = None) -> t
     model = start() if loaded else None  # before the data: weights that do not fit are soon found
     own = get_model_input_config(model)["input_size"][1:] if loaded else network.own_size(settings.model)
     with reading_files(console) as progress:
-        data = open_data(
+        data = opening(
             settings.data,
             image_size=settings.image_size or (max(own) if loaded else None),
             seed=settings.seed,

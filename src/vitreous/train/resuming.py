@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from tyro import conf
 
+from vitreous.data import Data, OpenOnce, open_data
 from vitreous.errors import DataError
 from vitreous.team import ALONE, Team, connected
 from vitreous.train import changes, checkpoint, faults, patience, summary
@@ -101,12 +102,12 @@ def resume_seeds(folder: Path, allow_changes: bool, console: Console, changed: d
     record = checkpoint.read_json(begun(folder)[0])
     seeds = range(*(record.get("seeds") or (0, 0)))
     settings = recorded_settings(record, changed)
-    runs = [folder / f"seed-{seed}" for seed in seeds]
+    runs, opening = [folder / f"seed-{seed}" for seed in seeds], OpenOnce()
     for seed, path in zip(seeds, runs, strict=True):
         if team.first_does((path / "run.json").is_file):
-            resume_once(path, allow_changes, console, changed, team)
+            resume_once(path, allow_changes, console, changed, team, opening)
         else:
-            train_once(replace(settings, seed=seed), path, console, seeds, team)
+            train_once(replace(settings, seed=seed), path, console, seeds, team, opening)
     if team.first:
         summary.write_seeds(folder, runs)
     return folder
@@ -126,9 +127,14 @@ def recorded_device(folder: Path) -> torch.device:
 
 
 def resume_once(
-    folder: Path, allow_changes: bool, console: Console, changed: dict[str, Any], team: Team = ALONE
+    folder: Path,
+    allow_changes: bool,
+    console: Console,
+    changed: dict[str, Any],
+    team: Team = ALONE,
+    opening: Callable[..., Data] = open_data,
 ) -> None:
-    """Go on with the run of one seed; does nothing if it is finished."""
+    """Go on with the run of one seed; does nothing if it is finished. opening: as `prepare` takes it."""
     run, say = Run(folder), speaker(console)
     with ExitStack() as held:
         with team.together():
@@ -143,7 +149,7 @@ def resume_once(
         found = team.first_does(lambda: run.states.load(say))
         fetch(settings, team)
         with team.together():
-            job = prepare(settings, console, team)
+            job = prepare(settings, console, team, opening)
             if team.first:
                 rows = read_rows(folder / "manifest.csv")
                 changes.refuse(changes.since(record, found, job, facts(job), rows), allow_changes, say)

@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 from tyro import conf
 
+from vitreous.data import OpenOnce
 from vitreous.errors import DataError, SettingError
 from vitreous.files import write_text
 from vitreous.grafting import graft
@@ -90,7 +91,7 @@ def study(settings: TrainSettings, arms: Sequence[str], console: Console | None 
 
 def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], console: Console, team: Team) -> Path:
     """`study`, by a team of processes."""
-    asked, say = plan(settings, grafts), speaker(console)
+    asked, say, opening = plan(settings, grafts), speaker(console), OpenOnce()
     folder = team.first_does(lambda: choose(settings, asked))
     with ExitStack() as held:
         with team.together():
@@ -98,24 +99,30 @@ def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], cons
                 with writing(folder):
                     folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(folder, say))
-                begin(settings, grafts, asked, folder, console)
+                begin(settings, grafts, asked, folder, console, opening)
         runs = run_folders(folder, asked)
         for k, seed in enumerate(asked["seeds"]):
             for name, some in grafts.items():
                 say(f"\nArm {name}, seed {seed}")
-                train_or_go_on(replace(settings, graft=some, seed=seed, seeds=1, out=None), runs[name][k], console, team)
+                own = replace(settings, graft=some, seed=seed, seeds=1, out=None)
+                train_or_go_on(own, runs[name][k], console, team, opening)
         if team.first:
             conclude(folder, settings.data, runs, say)
     return folder
 
 
 def begin(
-    settings: TrainSettings, grafts: dict[str, tuple[str, ...]], asked: dict[str, Any], folder: Path, console: Console
+    settings: TrainSettings,
+    grafts: dict[str, tuple[str, ...]],
+    asked: dict[str, Any],
+    folder: Path,
+    console: Console,
+    opening: OpenOnce,
 ) -> None:
     """Write study.json, unless it is there. Raises before that if data, model or one of the arms do not fit together."""
     if (folder / NAME).is_file():
         return
-    model = data_and_model(settings, console)[2]
+    model = data_and_model(settings, console, opening)[2]
     for some in grafts.values():
         graft(copy.deepcopy(model), *(parse(text, foreign=True) for text in some))
     with writing(folder):
@@ -227,12 +234,12 @@ def first_runs(folder: Path) -> list[Path]:
     return [runs[0] for runs in run_folders(folder, checkpoint.read_json(folder / NAME)).values()]
 
 
-def train_or_go_on(settings: TrainSettings, folder: Path, console: Console, team: Team) -> None:
+def train_or_go_on(settings: TrainSettings, folder: Path, console: Console, team: Team, opening: OpenOnce) -> None:
     """One run: from its start, from where it was stopped, or nothing where it is finished."""
     if team.first_does((folder / "run.json").is_file):
-        resume_once(folder, False, console, {"tracker": settings.tracker}, team)
+        resume_once(folder, False, console, {"tracker": settings.tracker}, team, opening)
     else:
-        train_once(settings, folder, console, team=team)
+        train_once(settings, folder, console, team=team, opening=opening)
 
 
 def save(folder: Path, record: dict[str, Any]) -> None:
