@@ -20,10 +20,11 @@ HERE = Path(__file__).parent
 HEAD = """\
 # Speed
 
-Made by `python benchmarks/page.py` from the stored seconds; edit nothing here. Models take turns in one process, one call of
-each per round, every second round in reverse order. A ratio is the median over pairs of rounds, in brackets its 95 %
-bootstrap interval. A limit counts as **met** if the whole interval keeps it (within the slack that is named), as **open** if
-the interval reaches beyond it, as **falls short** if all of the interval lies beyond.
+Made by `python benchmarks/page.py` from the stored seconds; edit nothing here. Models take turns in one process, one call
+of each per round, every second round in reverse order. A ratio is the median over pairs of rounds, in brackets its 95 %
+bootstrap interval, which is too narrow where there are fewer than 16 rounds. A limit counts as **met** if the whole
+interval keeps it (within the slack that is named), as **open** if the interval reaches beyond it, as **falls short** if all
+of the interval lies beyond.
 """
 
 
