@@ -203,23 +203,22 @@ def _by_range(
 
     Vectors lie in rows here, y (B, k, N) and b (B, k, D): a product of few rows with x reads x as it lies in memory.
     """
-    y = _conditioned(torch.bmm(x, omega.expand(x.shape[0], -1, -1)).mT, products)
+    y = _orthonormal(torch.bmm(x, omega.expand(x.shape[0], -1, -1)).mT, products)
     before = torch.zeros_like(y)
     for step in range(power):
         before, b = y, torch.bmm(y, x)  # (B, k, D)
-        factor = _whitener(b, products)
-        turned = torch.bmm(x, _within_span(factor, b).mT).mT  # (B, k, N)
+        factor = _whitener(b.detach().double(), products)
+        turned = torch.bmm(x, _within_span(factor.to(b.dtype), b).mT).mT  # (B, k, N)
         if shifted and step:  # take half the least |X^T y|^2, which is at most s_k^2 / 2, off the spectrum of X X^T
             half = 0.5 * b.square().sum(2).amin(1)
             turned = turned - torch.bmm(factor.mT.to(y.dtype) * half[:, None, None], y)
-        y = _conditioned(turned, products)
+        y = _orthonormal(turned, products)
     b = torch.bmm(y, x)
-    basis = _whitener(y, products)  # what float32 left to do: basis^T y is orthonormal to the last digit
-    inner = torch.bmm(torch.bmm(basis.mT, _gram(b)), basis)
+    inner = _gram(b)
     finite, k = _finite(inner), y.shape[1]
     count = k if torch.is_grad_enabled() else min(rank + 1, k)  # the backward pass needs all vectors
     values, vectors = _eigen(_zero_unless(finite, inner), count if products else None)
-    s, c, inverse = _roots(values, torch.bmm(basis, vectors), rank)
+    s, c, inverse = _roots(values, vectors, rank)
     u, v = torch.bmm(c.mT.to(x.dtype), y), torch.bmm((c * inverse).mT.to(x.dtype), b)  # (B, r, N), (B, r, D)
     s = s.to(x.dtype)
     with torch.no_grad():
@@ -230,9 +229,10 @@ def _by_range(
     return u.mT, s, v.mT, residual, finite
 
 
-def _conditioned(y: Tensor, products: bool) -> Tensor:
-    """y (B, k, N), its rows made orthonormal, dependent ones zero."""
-    return _within_span(_whitener(y, products), y)
+def _orthonormal(y: Tensor, products: bool) -> Tensor:
+    """y (B, k, N), its rows made orthonormal to the rounding of its dtype, dependent ones zero."""
+    wide = y.double()
+    return _within_span(_whitener(wide.detach(), products), wide).to(y.dtype)
 
 
 def _within_span(factor: Tensor, y: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def _within_span(factor: Tensor, y: Tensor) -> Tensor:
     The outcome depends on the span of y alone, so the factor is a constant to the gradient, and gradients within the span,
     which are zero but for rounding, are taken out before that factor magnifies them.
     """
-    q = torch.bmm(factor.mT.to(y.dtype), y)
+    q = torch.bmm(factor.mT, y)
     if not q.requires_grad:
         return q
     within = torch.bmm(q, q.detach().mT)
@@ -250,12 +250,12 @@ def _within_span(factor: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _whitener(y: Tensor, products: bool) -> Tensor:
-    """T (B, k, k), float64, with T^T y orthonormal; zero columns where rows of y (B, k, N) depend on earlier ones.
+    """T (B, k, k) with T^T y orthonormal, of y float64; zero columns where rows of y (B, k, N) depend on earlier ones.
 
     The shift exceeds the rounding of the factorisation, so that no pivot is negative (shifted Cholesky-QR: Fukaya et al.
     2020, arXiv 1809.11085); a pivot near the shift is noise, and so is all of a y below TINY.
     """
-    gram, k = _gram(y), y.shape[1]
+    gram, k = torch.bmm(y, y.mT), y.shape[1]
     eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
     trace = gram.diagonal(dim1=1, dim2=2).sum(1)
     shift = (trace * (4 * k * k * torch.finfo(gram.dtype).eps) + TINY)[:, None]  # (B, 1)
