@@ -93,6 +93,7 @@ class Views(Sequence[View]):
         return View(self.name(i), x, self.picture(x), mask, image.width, image.height, int(self.images.labels[i]))
 
     def readable(self, i: int) -> bool:
+        """Whether image i can be shown, found out by reading it."""
         try:
             self[i]
         except DataError:
