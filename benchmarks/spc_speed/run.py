@@ -16,11 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import timm
-import torch
-from torch.nn import functional as F
-
-from vitreous import graft
+from vitreous.bench.arms import Arm, Cell
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -37,29 +33,9 @@ CELLS = (
 )
 
 
-def act(name: str, mechanism: str | None, training: bool, device: str) -> Callable[[], object]:
-    torch.manual_seed(0)
-    model = timm.create_model(name)
-    if mechanism is not None:
-        graft(model, mechanism)
-    model = model.to(device).train(training)
-    images, labels = torch.randn(BATCH, 3, 224, 224, device=device), torch.randint(0, 1000, (BATCH,), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    def infer() -> None:
-        with torch.no_grad():
-            model(images)
-
-    return step if training else infer
-
-
-def both(name: str, mechanism: str, training: bool, device: str) -> dict[str, Callable[[], object]]:
-    return {"spc": act(name, mechanism, training, device), "plain": act(name, None, training, device)}
+def both(name: str, mechanism: str, cell: Cell) -> dict[str, Callable[[], object]]:
+    """One pass without gradients, or one training step, of the grafted and the plain model."""
+    return {arm.name: cell.act(arm.build(cell.size)) for arm in (Arm("spc", name, (mechanism,)), Arm("plain", name))}
 
 
 def main() -> None:
@@ -68,11 +44,11 @@ def main() -> None:
     for cell, name, mechanism, infer, step, infer_rounds, step_rounds in CELLS:
         if options.only not in cell:
             continue
-        for claim, training, limit, count in (
-            ("SPC inference", False, infer, infer_rounds),
-            ("SPC training step", True, step, step_rounds),
+        for claim, mode, limit, count in (
+            ("SPC inference", "inference", infer, infer_rounds),
+            ("SPC training step", "training", step, step_rounds),
         ):
-            build = partial(both, name, mechanism, training, options.device)
+            build = partial(both, name, mechanism, Cell(mode, BATCH, 224, device=options.device))
             results.row(claim, f"{cell}, batch {BATCH}", build, count=count, limit=limit, slack=0.01, warmup=2)
 
 

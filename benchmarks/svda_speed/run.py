@@ -26,6 +26,10 @@ from speed_common import Results, arguments  # noqa: E402
 
 ROUNDS = 60
 MODELS = {"ViT-Ti/16": "vit_tiny_patch16_224", "ViT-S/16": "vit_small_patch16_224"}
+REASON = (
+    "Unit rows are passes over memory of their own: in ViT-Ti at batch 16 they add 0.5 to 0.7 ms to the 5.6 ms of an attention "
+    "forward, and more backwards. Products shrink with the square of the width, these with the width."
+)
 LIMITS = {"training": ("training step", 1.05), "inference": ("inference", 1.03)}
 
 
@@ -53,7 +57,7 @@ def main() -> None:
             if time.monotonic() > end:
                 return
             built = partial(both, MODELS[model], cell)
-            results.row(f"SVDA {work}", name, built, count=count, limit=limit, slack=0.01, warmup=2)
+            results.row(f"SVDA {work}", name, built, count=count, limit=limit, slack=0.01, reason=REASON, warmup=2)
 
 
 if __name__ == "__main__":

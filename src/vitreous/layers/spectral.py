@@ -105,7 +105,7 @@ def leading_subspace(
     with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(through):
         x, omega = _at_least_float32(x), None
         if method != "exact":
-            omega = _fixed_sketch(d, k, x.device, x.dtype) if sketch is None else sketch.to(x)
+            omega = _fixed_sketch(d, k, x) if sketch is None else sketch.to(x)
         if through:  # masking the outcome stops no NaN backwards
             sound = _finite(x) if omega is None else _finite(x) & _finite(omega)
             x, omega = _zero_unless(sound, x), omega if omega is None else _zero_unless(sound, omega.expand(x.shape[0], d, k))
@@ -414,11 +414,11 @@ def _kept_sketch(d: int, k: int, device: torch.device, dtype: torch.dtype) -> Te
     return torch.tensor(_gaussian(d, k), device=device, dtype=dtype)
 
 
-def _fixed_sketch(d: int, k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The default sketch (d, k), kept on the device between calls."""
-    if torch.compiler.is_compiling():
-        return _constant_sketch(d, k).to(device, dtype)
-    return _kept_sketch(d, k, device, dtype)
+def _fixed_sketch(d: int, k: int, x: Tensor) -> Tensor:
+    """The default sketch (d, k) in x's dtype and on its device, where it stays between calls."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):  # a fake x would leave a fake in the cache
+        return _constant_sketch(d, k).to(x)
+    return _kept_sketch(d, k, x.device, x.dtype)
 
 
 def _fits(shape: torch.Size, b: int, n: int) -> bool:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from vitreous.errors import SettingError
+from vitreous.team import Lost, naming_the_lost
 from vitreous.train.objectives import penalties
 
 
@@ -53,7 +54,8 @@ def check_optimizer(name: str, device: torch.device, size: int) -> None:
     plain = begun([value.clone() for value in first])
     for some in gradients:
         step(plain, some)
-    try:
+    def twice() -> str:
+        """Whether steps with spread weights, one after a restart, are those with whole ones; else in what not."""
         there = begun(cut(first))
         for some in gradients[:-1]:
             step(there, some)
@@ -63,7 +65,13 @@ def check_optimizer(name: str, device: torch.device, size: int) -> None:
         step(here, gradients[-1])
         pairs = zip(parameters(plain), parameters(here), strict=True)
         worst = max((one - whole(other)).abs().max().item() for one, other in pairs)
-        wrong = "" if worst < 1e-5 else f"its step with spread weights is another one, by {worst:.1g}"
+        return "" if worst < 1e-5 else f"its step with spread weights is another one, by {worst:.1g}"
+
+    try:
+        with naming_the_lost():
+            wrong = twice()
+    except Lost:
+        raise
     except Exception as error:  # of some hundred optimizers, each fails in a way of its own
         wrong = f"it cannot work with spread weights: {str(error).partition(chr(10))[0][:100] or type(error).__name__}"
     if wrong:

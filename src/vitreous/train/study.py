@@ -149,12 +149,13 @@ def again(folder: Path, console: Console | None = None) -> Path:
     try:
         settings = recorded_settings(record, {})
         seeds, arms = record["seeds"], [arm["name"] for arm in record["arms"]]
-        return study(replace(settings, seed=seeds[0], seeds=len(seeds), out=str(folder)), arms, console)
+        settings = replace(settings, seed=seeds[0], seeds=len(seeds), out=str(folder))
     except (KeyError, TypeError, IndexError) as error:
         raise DataError(
             f"Found a {NAME} in {folder} that cannot be read ({error!r}). Expected one that `vitreous study` wrote. Give the "
             "command of the study again with a new --out."
         ) from error
+    return study(settings, arms, console)
 
 
 def arm_grafts(settings: TrainSettings, arms: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -218,7 +219,8 @@ def other(folder: Path, asked: dict[str, Any]) -> list[str] | None:
     record = checkpoint.read_json(folder / NAME)
 
     def compared(found: dict[str, Any]) -> dict[str, Any]:
-        settings = changes.bearing(dict(found.get("settings", {})))
+        settings = found.get("settings")
+        settings = changes.bearing(settings) if isinstance(settings, dict) else {}
         return {"arms": found.get("arms"), "seeds": found.get("seeds"), "settings": settings}
 
     return changes.between(compared(record), compared(asked))
@@ -237,7 +239,8 @@ def first_runs(folder: Path) -> list[Path]:
 def train_or_go_on(settings: TrainSettings, folder: Path, console: Console, team: Team, opening: OpenOnce) -> None:
     """One run: from its start, from where it was stopped, or nothing where it is finished."""
     if team.first_does((folder / "run.json").is_file):
-        resume_once(folder, False, console, {"tracker": settings.tracker}, team, opening)
+        free = {name: getattr(settings, name) for name in changes.FREE if name not in OWN}
+        resume_once(folder, False, console, free, team, opening)
     else:
         train_once(settings, folder, console, team=team, opening=opening)
 
