@@ -21,12 +21,12 @@ from vitreous.errors import DataError
 from vitreous.train import TrainSettings, inputs, save
 from vitreous.train.prepare import prepare
 
-WAIT = 0.2
+WAIT = 0.5
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """A fifth of a second in place of a minute; pipes, at which a reader waits for a writer, stand for a drive that hangs."""
+    """Half a second in place of a minute; pipes, at which a reader waits for a writer, stand for a drive that hangs."""
     monkeypatch.setattr(waiting, "PATIENCE", WAIT)
     monkeypatch.setattr(waiting, "STALLED", [])
     monkeypatch.setattr(inputs, "PAUSE", 0.0)
@@ -56,7 +56,7 @@ def test_one_file_without_an_answer_is_left_behind(tmp_path):
 def test_a_late_answer_is_not_taken_for_the_next(tmp_path):
     made.write(tmp_path, {"next.png": b"next"})
     hang(tmp_path, "late.png")
-    with pytest.raises(Unreadable, match=r"'late\.png', which cannot be read .no answer within 0\.2 s."):
+    with pytest.raises(Unreadable, match=r"'late\.png', which cannot be read .no answer within 0\.5 s."):
         contents(tmp_path / "late.png", "late.png")
     (tmp_path / "late.png").write_bytes(b"late")  # the reader that was left behind gets it now
     assert contents(tmp_path / "next.png", "next.png") == b"next"
@@ -99,7 +99,7 @@ def test_data_check_lists_it_and_ends_where_the_drive_is_gone(tmp_path, capsys):
     hang(folder, *(f"train/dog/{i}.png" for i in range(4)))
     assert main(["data", "check", str(folder)]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: Found no answer within 0.2 s from 'train/dog/")
+    assert said.startswith(f"error: Found no answer within {WAIT} s from 'train/")
     assert "Traceback" not in said
 
 

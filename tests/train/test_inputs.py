@@ -240,6 +240,36 @@ def test_a_worker_that_is_killed_is_replaced_once(tmp_path, deaths, monkeypatch)
         assert all(torch.equal(a, b) for x, y in zip(batches, expected, strict=True) for a, b in zip(x, y, strict=True))
 
 
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, ConnectionRefusedError, FileNotFoundError])
+def test_a_worker_that_is_killed_while_it_hands_over_is_replaced(images, error, monkeypatch):
+    """What the receiver meets where the sender of a batch is gone before its memory was passed on."""
+    kind = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    receive, times = kind._try_get_data, []
+
+    def interrupted(self, *args):
+        times.append(self)
+        if len(times) == 2:
+            raise error
+        return receive(self, *args)
+
+    monkeypatch.setattr(kind, "_try_get_data", interrupted)
+    expected = list(loader(images, OWN, 2, aug="crop", shuffle=True, seed=2))
+    batches = list(loader(images, OWN, 2, aug="crop", shuffle=True, seed=2, workers=2))
+    assert times[0] is not times[-1]
+    assert all(torch.equal(a, b) for x, y in zip(batches, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, EOFError, FileNotFoundError])
+def test_what_a_worker_stumbles_on_is_not_taken_for_its_death(error, monkeypatch):
+    def broken(self, i):
+        raise error("of its own")
+
+    monkeypatch.setattr(Cutouts, "image", broken)
+    batches = loader(Cutouts(4, size=16), Inputs((3, 16, 16), (0, 0, 0), (1, 1, 1)), 2, aug="crop", workers=1)
+    with pytest.raises(error, match="of its own"):
+        next(iter(batches))
+
+
 def test_posterize_may_be_asked_for_no_bits_at_all():
     """As timm asks at the highest magnitude, where Pillow 13 raises."""
     image = Image.fromarray(np.full((4, 4, 3), 200, np.uint8))

@@ -292,8 +292,8 @@ class Loader:
         while at < len(self):
             try:
                 images, labels, lost = next(batches)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not (self.workers and tells_of_a_death(error)):
                     raise
                 kill(batches._workers)
                 if killed:
@@ -328,6 +328,15 @@ class Loader:
         """The name of an image, or its number where it has none."""
         names = getattr(self.images, "names", None)
         return names[i] if names else f"image {i}"
+
+
+def tells_of_a_death(error: Exception) -> bool:
+    """Whether this was raised because a worker process is gone, and not by what it was doing."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error)
+    if "in DataLoader worker process" in str(error):  # what it stumbled on, sent here
+        return False
+    return isinstance(error, (EOFError, ConnectionError, FileNotFoundError))  # it died before it handed over a batch's memory
 
 
 def kill(workers: list[Process]) -> None:
