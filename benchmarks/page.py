@@ -59,6 +59,7 @@ def part(name: str, files: dict[str, dict[str, Any]]) -> str:
                 "",
                 *table(rows, means),
                 "",
+                *([result["notes"][claim], ""] if claim in result.get("notes", {}) else []),
             ]
     if not any(result["device"] != "cpu" for result in files.values()):
         command = next(iter(files.values()))["command"]

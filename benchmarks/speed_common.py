@@ -66,6 +66,7 @@ class Results:
             )
         self.rows = stored["rows"]
         self.means: list[dict] = []
+        self.notes: dict[str, str] = {}
 
     def row(
         self,
@@ -113,10 +114,15 @@ class Results:
         self.means.append({"claim": claim, "limit": limit, "goal": goal, "slack": slack, "reason": reason})
         self.write()
 
+    def note(self, claim: str, sentence: str) -> None:
+        """Say under the table of a claim what its times do not."""
+        self.notes[claim] = sentence
+        self.write()
+
     def write(self) -> None:
         part = self.path.with_suffix(".part")
-        means = {"means": self.means} if self.means else {}
-        part.write_text(json.dumps({**self.facts, **means, "rows": self.rows}, indent=1) + "\n")
+        more = {name: values for name, values in (("means", self.means), ("notes", self.notes)) if values}
+        part.write_text(json.dumps({**self.facts, **more, "rows": self.rows}, indent=1) + "\n")
         part.replace(self.path)
 
 

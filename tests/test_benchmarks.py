@@ -65,6 +65,11 @@ def test_what_is_met_and_what_falls_short_with_its_reason(tmp_path):
     assert "**The GPU half is open**: it was never run. `python run.py --device cuda` measures it." in text
 
 
+def test_what_times_do_not_say_stands_under_their_table(tmp_path):
+    text = written(tmp_path, [row(1.0), row(1.0, claim="B")], notes={"B": "Both are right."})
+    assert text.index("### A step") < text.index("### B") < text.index("Both are right.")
+
+
 def test_an_interval_that_reaches_beyond_the_limit_is_open(tmp_path):
     seconds = [1.0, 1.0, 1.1, 1.1] * 4 + [1.3, 1.3, 1.0, 1.0]
     text = written(tmp_path, [row(1, seconds={"ours": seconds, "plain": [1.0] * 20}, slack=0.0)])

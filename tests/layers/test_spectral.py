@@ -121,6 +121,16 @@ def test_more_power_is_more_accurate_and_residual_tells_so():
         assert (error <= bound + 1e-5).all()
 
 
+def test_without_extra_columns_no_step_is_shifted():
+    """A shift near s_1^2 / 2 would slow a sketch of one column down."""
+    x, u, _ = planted((8, 100, 120), "1/i")
+    plain, shifted = (leading_subspace(x, 1, oversample=extra, power=4, method="cholesky_qr") for extra in (0, 4))
+    through = leading_subspace(x.clone().requires_grad_(), 1, oversample=0, power=4, method="cholesky_qr", gradient="through")
+    assert torch.allclose(plain.U, through.U, atol=1e-5)
+    assert angle(plain.U, u[:, :, :1]).mean() < 0.02
+    assert angle(shifted.U, u[:, :, :1]).mean() < 1e-4
+
+
 def test_a_wide_range_of_values_survives_float32():
     s = 10.0 ** -torch.arange(0, 8, dtype=torch.float64)
     x, u, _ = planted((2, 60, 8), s)

@@ -7,7 +7,7 @@ Letters: B batch, N tokens, D width, R rank asked for, k = R + oversample (width
     exact                    the Gram matrix of the smaller side, m x m
     cholesky_qr, products    Y = X Omega; `power` times Y <- (X X^T - a I) Y; then Rayleigh-Ritz on span(Y), k x k
                              (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1; shifts a as in Feng,
-                             Yu, Xie, Tang 2024, arXiv 2404.09276: from the second step on, half the least eigenvalue seen)
+                             Yu, Xie, Tang 2024, arXiv 2404.09276: from the second step on, half the least |X^T y|^2)
 
 No tall matrix meets a Householder QR or an SVD. Only span(Y) matters for the outcome, so between the half steps Y is
 conditioned by any k x k factor of its Gram matrix. All k x k and m x m algebra is float64, where squaring the condition
@@ -87,7 +87,7 @@ def leading_subspace(
         share their vectors); "auto": gram_schmidt while exporting, exact where a sketch would leave nothing out, else
         cholesky_qr.
     oversample, power: extra sketch columns and power steps; "exact" needs neither, nor a sketch. From the second step on
-        they are shifted, which halves the error on slowly falling spectra, unless gradient="through".
+        they are shifted, which halves the error on slowly falling spectra, unless gradient="through" or without extra columns.
     sketch: (D, k) or (B, D, k), k >= min(rank, N, D); None is a fixed Gaussian, the same on every device, that leaves
         the global random state alone. It sits on the feature side: permuted tokens permute U and keep V.
     sign: a number per token, (N,) or (B, N), with which every u_i shall correlate; None uses their sum (`signs`).
@@ -112,7 +112,7 @@ def leading_subspace(
         if omega is None:
             u, s, v, residual, finite = _by_gram(x, rank)
         else:
-            products, shifted = method == "gram_schmidt", gradient == "detach"
+            products, shifted = method == "gram_schmidt", gradient == "detach" and k > rank  # at k = rank it may take from s_R
             u, s, v, residual, finite = _by_range(x, rank, omega, power, products=products, shifted=shifted)
         finite = finite & sound if through else finite
         u, s, v, residual = (_zero_unless(finite, t) for t in (u, s, v, residual))
@@ -209,7 +209,7 @@ def _by_range(
         before, b = y, torch.bmm(y, x)  # (B, k, D)
         factor = _whitener(b.detach().double(), products)
         turned = torch.bmm(x, _within_span(factor.to(b.dtype), b).mT).mT  # (B, k, N)
-        if shifted and step:  # take half the least |X^T y|^2, which is at most s_k^2 / 2, off the spectrum of X X^T
+        if shifted and step:  # the least |X^T y|^2 is about s_k^2: take half of it off the spectrum of X X^T
             half = 0.5 * b.square().sum(2).amin(1)
             turned = turned - torch.bmm(factor.mT.to(y.dtype) * half[:, None, None], y)
         y = _orthonormal(turned, products)
