@@ -20,7 +20,11 @@ from torch import Tensor
 from vitreous.errors import SettingError, VitreousError
 
 T = TypeVar("T")
-GONE = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "nccl", "gloo", "tcpstore")  # torch's words
+GONE = (  # what gloo, NCCL and torch's store say, in lower case; their own faults, such as no memory, have other words
+    "closed by peer", "likely closed", "reset by peer", "connection refused", "broken pipe", "pair closure", "remote peer",
+    "remote process exit", "communicator was aborted", "timed out", "timeout after", "nccl timeout", "operation timeout",
+    "socket timeout", "connect timeout",
+)  # fmt: skip
 
 
 class Lost(VitreousError):
@@ -177,12 +181,13 @@ def naming_the_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error).strip().partition("\n")[0]
-        if not dist.is_initialized() or not any(word in text.lower() for word in GONE):
+        size = dist.get_world_size() if dist.is_initialized() else launched().size
+        if size == 1 or not any(word in str(error).lower() for word in GONE):
             raise
+        text = str(error).strip().partition("\n")[0]
         raise Lost(
             f"Found another process of this job gone, or silent for too long ({text[:150]}). Expected all "
-            f"{dist.get_world_size()} to work together. Its own message is above, if it had one; a killed one has none, and "
+            f"{size} to work together. Its own message is above, if it had one; a killed one has none, and "
             "torchrun names it below. Start the same number again: `torchrun ... vitreous resume RUN` after train, the same "
             "--out for look."
         ) from error

@@ -37,6 +37,12 @@ def test_order_does_not_matter(pictures):
     assert {bytes(x) for x in one.tests[HELD_OUT].images} == {bytes(x) for x in two.tests[HELD_OUT].images}
 
 
+def test_progress_is_told(pictures):
+    told = []
+    hold_out(made(pictures, [0] * 60), 0.1, lambda done, of: told.append((done, of)))
+    assert told == [(k + 1, 60) for k in range(60)]
+
+
 def test_copies_stay_on_one_side(pictures):
     doubled = np.concatenate([pictures, pictures])
     found = hold_out(made(doubled, [0] * 120), 0.3)

@@ -146,6 +146,6 @@ def test_names_do_no_harm_in_a_table_or_on_a_terminal():
         "'=cmd|'/C calc'!A0", "'+1", "'-1", "'@x", "' =1", "a=1",
     ]  # fmt: skip
     bad = Quarantined("train/=1/\x1b]0;x\x07.png", "=1", "train", "why")
-    assert bad.cells() == [r"train/=1/\x1b]0;x\x07.png", "'=1", "train", "why"]
+    assert bad.cells() == (r"train/=1/\x1b]0;x\x07.png", "'=1", "train", "why")
     assert len(bad.cells()) == len(COLUMNS)
     assert not any("\x1b" in line for line in lines([bad], Counter({("train", "=1"): 3})))

@@ -5,6 +5,7 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from train.interrupting import NAN, breaking, output
 from vitreous.errors import SettingError, UnknownName, VitreousError
 from vitreous.train import train
 from vitreous.train.resuming import recorded_settings, resume, resume_words
@@ -70,6 +71,19 @@ def test_epochs_that_are_done_again_are_there_once(settings, quiet, monkeypatch)
     folder = resume(settings().out, console=quiet)
     found = scalars(folder)["losses/total"]
     assert [step for step, _ in found] == [1, 2, 3, 4]
+    assert [value for _, value in found] == pytest.approx([line["losses"]["total"] for line in read_metrics(folder)], rel=1e-6)
+
+
+def test_epochs_that_a_return_within_a_run_does_again_are_there_once(settings, quiet, mine, monkeypatch):
+    """The state before a finite step is that after the first epoch, which is then finished a second time."""
+    breaking(monkeypatch, output("blocks.0.mlp", NAN), at=(5,))
+    folder = train(settings(rollbacks=1, tracker=("tensorboard", mine + "Mine")), quiet)
+    told = sys.modules["tracking_of_mine"].told
+    assert [event[0] for event in told] == ["start", "log", "finish", "start", "log", "log", "finish"]
+    assert [event[-1] for event in told if event[0] == "start"] == [1, 1]
+    assert [event[1] for event in told if event[0] == "log"] == [1, 1, 2]
+    found = scalars(folder)["losses/total"]
+    assert [step for step, _ in found] == [1, 2]
     assert [value for _, value in found] == pytest.approx([line["losses"]["total"] for line in read_metrics(folder)], rel=1e-6)
 
 

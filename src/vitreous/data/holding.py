@@ -9,21 +9,23 @@ import numpy as np
 
 from vitreous.data.decoding import contents
 from vitreous.data.listing import FileSet, lowest
+from vitreous.data.quarantine import Progress
 from vitreous.data.sets import Data, ImageSet
 from vitreous.errors import DataError
 
 HELD_OUT = "held-out"  # the set's name among the tests
 
 
-def hold_out(data: Data, share: float) -> Data:
+def hold_out(data: Data, share: float, progress: Progress | None = None) -> Data:
     """The same data with a share of each class's training images, 0 to 1, as the first of the tests, "held-out".
 
     Those with the lowest digests of their contents: the same images give the same split, whatever their names and order, and
-    copies of an image in one class stay on one side. A class of one distinct image keeps it.
+    copies of an image in one class stay on one side. A class of one distinct image keeps it. progress: told (images read,
+    images in all).
 
     Raises DataError if nothing can be set aside.
     """
-    digests = digests_of(data.train)
+    digests = digests_of(data.train, progress)
     chosen = np.zeros(len(data.train), bool)
     for label in np.unique(data.train.labels):
         members = np.flatnonzero(data.train.labels == label)
@@ -39,10 +41,15 @@ def hold_out(data: Data, share: float) -> Data:
     return replace(data, train=data.train.subset(np.flatnonzero(~chosen)), tests=tests)
 
 
-def digests_of(images: ImageSet) -> list[str]:
+def digests_of(images: ImageSet, progress: Progress | None = None) -> list[str]:
     """SHA-256 of each image: of its file where it has one, else of its pixels."""
     if isinstance(images, FileSet):
         found = (contents(source, name) for source, name in zip(images.sources, images.names, strict=True))
     else:
         found = (np.asarray(images.image(i)).tobytes() for i in range(len(images)))
-    return [hashlib.sha256(content).hexdigest() for content in found]
+    digests: list[str] = []
+    for content in found:
+        digests.append(hashlib.sha256(content).hexdigest())
+        if progress is not None:
+            progress(len(digests), len(images))
+    return digests

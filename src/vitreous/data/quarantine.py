@@ -38,9 +38,9 @@ class Quarantined:
     split: str
     reason: str
 
-    def cells(self) -> list[str]:
+    def cells(self) -> tuple[str, ...]:
         """One line of quarantine.csv, in the order of COLUMNS."""
-        return [cell(value) for value in (self.file, self.label, self.split, self.reason)]
+        return tuple(cell(value) for value in (self.file, self.label, self.split, self.reason))
 
 
 @dataclass(frozen=True)

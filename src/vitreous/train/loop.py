@@ -327,6 +327,7 @@ def roll_back(job: Job, run: Run, error: NotFinite, say: Callable[[str], Any]) -
     set_rate(job)
     if job.team.first:
         run.rewind(job.place.epoch, begun=job.updates > 0)
+        job.followers.back_to(job.place.epoch)
     if not job.updates:
         job.collect()
         read(job, run, 0)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-
 from vitreous.data.problems import shown
 from vitreous.data.quarantine import COLUMNS, Quarantined
 from vitreous.train.prepare import Job
-from vitreous.train.run import Run
+from vitreous.train.run import Run, read_rows
 
 FILE = "quarantine.csv"
 
@@ -31,10 +29,7 @@ def gather_lost(job: Job) -> None:
 
 def write_quarantine(job: Job, run: Run) -> list[str]:
     """Add to quarantine.csv what is not in it yet; returns a line to say of images lost since the start, if any is new."""
-    path, known = run.folder / FILE, []
-    if path.exists():
-        with open(path, encoding="utf-8", newline="") as file:
-            known = list(csv.reader(file))[1:]
+    known = read_rows(run.folder / FILE)
     late = [bad for bad in lost(job) if bad.cells() not in known]
     rows = [bad.cells() for bad in job.data.quarantined]
     new = [row for row in rows if row not in known] + [bad.cells() for bad in late]

@@ -73,6 +73,7 @@ class Job:
 
     @property
     def averaged(self) -> nn.Module:
+        """The moving average of the weights where one is kept, else the model that learns; its weights may be spread."""
         return self.model if self.ema is None else self.ema.module
 
     def collect(self) -> None:
@@ -191,7 +192,7 @@ def data_and_model(
             outside=settings.outside,
             progress=progress,
         )
-        data = hold_out(data, settings.hold_out) if settings.hold_out else data
+        data = hold_out(data, settings.hold_out, progress) if settings.hold_out else data
     in_memory = isinstance(data.train, ArraySet)  # all of one size, which a new network can take
     size = data.image_size if settings.image_size or loaded or in_memory else own
     if loaded and get_model_input_config(model)["input_size"][0] == data.channels:
@@ -220,7 +221,7 @@ def from_weights(settings: TrainSettings) -> bool:
 
 @contextmanager
 def reading_files(console: Console | None) -> Iterator[Callable[[int, int], None]]:
-    """Shows on a terminal how many files have been decoded."""
+    """Shows on a terminal how many files have been read."""
     quiet = console is None or not console.is_terminal
     with Progress(console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("reading files", total=None)

@@ -20,17 +20,20 @@ class Tracker(Protocol):
     """What is made without arguments, told where a run is, and then told its numbers."""
 
     def start(self, folder: Path, facts: dict[str, Any], epoch: int) -> None:
-        """Before the first epoch. facts: the run's run.json. epoch: the one that comes next; what was told of it is void."""
+        """Before the first epoch, and again, after `finish`, when the run goes back to an earlier state.
+
+        facts: the run's run.json. epoch: the one that comes next; what was told of it and of later ones is void.
+        """
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         """After each epoch: its numbers by name, such as "losses/total" and "tests/test/accuracy"."""
 
     def finish(self) -> None:
-        """At the end, however it ends, unless the process is killed."""
+        """At the end, however it ends, unless the process is killed; and before the run goes back to an earlier state."""
 
 
 class TensorBoard:
-    """Event files for TensorBoard. Epochs that a resumed run does again are marked as void in the older file."""
+    """Event files for TensorBoard. Epochs that are done again are marked as void in the older file."""
 
     def __init__(self):
         try:
@@ -90,18 +93,27 @@ class Followers:
     def __init__(self, names: Sequence[str]):
         self.trackers = {name: make(name) for name in names}
         self.say: Callable[[str], Any] = str
+        self.folder: Path | None = None
 
     @contextmanager
     def of(self, folder: Path, epoch: int, say: Callable[[str], Any]) -> Iterator[None]:
         """Told of the run in a folder from this epoch on, while it is entered. say: how a failure is reported."""
-        self.say = say
-        if self.trackers:
-            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            self.tell("start", folder, facts, epoch)
+        self.say, self.folder = say, folder
+        self.begin(epoch)
         try:
             yield
         finally:
             self.tell("finish")
+
+    def begin(self, epoch: int) -> None:
+        if self.trackers:
+            facts = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            self.tell("start", self.folder, facts, epoch)
+
+    def back_to(self, epoch: int) -> None:
+        """The run that they are told of does this epoch and later ones again."""
+        self.tell("finish")
+        self.begin(epoch)
 
     def log(self, metrics: dict[str, Any]) -> None:
         self.tell("log", metrics["epoch"], flat(metrics))
