@@ -65,9 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VitreousError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Interrupted. What was finished is in the folder.", file=sys.stderr)
-        print("To go on: `vitreous resume RUN` after train, the same --out for look.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        if not stopped.args:  # else the command has said how to go on
+            print("Interrupted. What was finished is in the folder.", file=sys.stderr)
+            print("To go on: `vitreous resume RUN` after train, the same --out for look.", file=sys.stderr)
         return 130
     except SystemExit as done:  # tyro's help (0) and its complaints (2)
         return int(done.code or 0)
@@ -110,10 +111,11 @@ def train(words: list[str]) -> None:
 
 def resume(words: list[str]) -> None:
     from vitreous.train.resuming import resume, resume_words
+    from vitreous.train.run import STUDY
     from vitreous.train.study import again
 
     folder, allow_changes, changed = resume_words(words)
-    if (Path(folder) / "study.json").is_file():
+    if (Path(folder) / STUDY).is_file():
         if allow_changes or any(value is not None for value in changed.values()):
             raise SettingError(
                 f"Found options for the study in {folder}. Expected none: its runs go on as they were begun. Leave them out, "

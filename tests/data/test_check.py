@@ -8,6 +8,7 @@ import pytest
 from data import made
 from vitreous.cli import main
 from vitreous.data.check import check_data
+from vitreous.errors import DataError
 
 
 def found(spec, **options):
@@ -106,3 +107,9 @@ def test_names_cannot_write_to_the_terminal(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "\x1b]0" not in out
     assert r"train/cat/\x1b]0;owned\x07[red].png" in out
+
+
+def test_a_table_of_bad_lines_alone_says_what_is_bad_about_them(tmp_path):
+    (tmp_path / "table.csv").write_text("file,label\n/etc/hosts,a\n../x.png,b\n")
+    with pytest.raises(DataError, match=r"no image with a class .*line 2 .*'/etc/hosts', which leads out of the table"):
+        check_data(str(tmp_path / "table.csv"))

@@ -19,6 +19,7 @@ from vitreous.train.lock import locked
 from vitreous.train.resuming import resume
 from vitreous.train.run import read_metrics
 from vitreous.train.state import read_state, write_state
+from vitreous.train.study import study
 
 pytestmark = pytest.mark.forks
 
@@ -365,3 +366,30 @@ def test_saved_weights_are_those_that_are_resumed(settings, quiet, tmp_path, who
     trained = load(whole[1]).state_dict()
     assert all(torch.isfinite(value).all() for value in trained.values())
     assert len(read_metrics(whole[1])) == 2
+
+
+@pytest.mark.parametrize("words", ["--lr 1e-3", "--batch-size=4", "--epochs 3 --workers 1"])
+def test_a_setting_that_a_begun_run_keeps_is_named(words, capsys):
+    assert main(["resume", "run", *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert f"Found {words.split()[0].partition('=')[0]} for a run that has begun" in said
+    assert "vitreous train DATA --model RUN" in said
+
+
+def test_told_to_stop_it_names_the_folder_that_holds_all_that_is_left(settings, quiet, tmp_path, monkeypatch):
+    """Of one run its own; of several seeds, and of a study, the one around it; in the words of the KeyboardInterrupt."""
+
+    def stopped(work):
+        with monkeypatch.context() as patch:
+            at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt) as error:
+                work()
+        return str(error.value).rpartition("vitreous resume ")[2]
+
+    small = dict(data=RECIPE["data"], epochs=1, batch_size=8)
+    one, seeds, arms = (str(tmp_path / name) for name in ("one", "seeds", "arms"))
+    assert stopped(lambda: train(settings(**small, out=one), quiet)) == one
+    assert stopped(lambda: train(settings(**small, seeds=2, out=seeds), quiet)) == seeds
+    assert stopped(lambda: study(settings(**small, seeds=2, out=arms), ("plain", "svda"), quiet)) == arms
+    resume(seeds, console=quiet)
+    assert (tmp_path / "seeds/seed-1/summary.md").is_file()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,7 @@ def test_mistakes_are_named_before_anything_is_trained(given, quiet, tmp_path, a
         study(given(**changes), arms, quiet)
     assert not list(tmp_path.rglob("run.json"))
     assert not list(tmp_path.rglob("study.json"))
+    assert not Path(given().out).exists()
 
 
 def test_default_folders_are_found_again(given, tmp_path, monkeypatch):

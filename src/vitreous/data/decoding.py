@@ -23,8 +23,7 @@ ASPECT = 200  # longest side over shortest: brought to 518 pixels, such an image
 BYTES = 1 << 30  # of one file: more than 64 megapixels of any format read here
 OPENING = threading.Lock()  # warnings are caught for the whole process, so that only one thread at a time may do it
 
-# What Pillow raises on damaged files; DecompressionBombError is not an OSError.
-BROKEN = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError)
+BROKEN = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error)  # what Pillow raises on damaged files
 
 
 
@@ -126,8 +125,8 @@ def opened(raw: bytes) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow only warns below twice its own limit
         try:
             image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        except Image.DecompressionBombWarning as warning:
-            raise ValueError(str(warning)) from warning
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(f"it has more pixels than the limit of {min(PIXELS, Image.MAX_IMAGE_PIXELS):,}") from error
     if image.width * image.height > PIXELS:
         raise ValueError(f"it has {image.width} x {image.height} pixels, the limit is {PIXELS:,} in all")
     if max(image.size) > ASPECT * min(image.size):

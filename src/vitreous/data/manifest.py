@@ -27,15 +27,15 @@ def list_table(path: Path, *, outside: bool = False, report: Report = raised) ->
     """
     listing = Listing(path.stem, {}, {}, {})
     boxes: dict[str, list[Box]] = {}
-    for line, row in rows(path):
+    if not (lines := rows(path)):
+        raise DataError(f"Found no image in {str(path)!r}; expected a line for each, below file,label. Check the table.")
+    for line, row in lines:
         try:
             take(row, path.parent, outside, listing, boxes)
         except ValueError as error:
             problem = DataError(f"Found line {line} of {str(path)!r}: {error}")
             problem.__cause__ = error
             report("table", f"line {line}", problem)
-    if not listing.files:
-        raise DataError(f"Found no image in {str(path)!r}; expected a line for each, below file,label. Check the table.")
     listing.foregrounds |= boxes
     if not any(listing.parts.values()):
         listing.parts = None

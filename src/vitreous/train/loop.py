@@ -32,7 +32,7 @@ from vitreous.train.lock import locked
 from vitreous.train.losses import gather_lost, write_quarantine
 from vitreous.train.objectives import set_progress
 from vitreous.train.prepare import Job, facts, fetch, prepare
-from vitreous.train.run import Run, choose_folder, read_metrics, taken
+from vitreous.train.run import Run, choose_folder, read_metrics, taken, to_resume
 from vitreous.train.settings import TrainSettings
 from vitreous.train.sharding import whole
 from vitreous.train.signals import Stopping
@@ -104,7 +104,7 @@ def go_on(job: Job, run: Run, console: Console) -> None:
     """Train from where the job is, to the end."""
     say, first = speaker(console), job.place.epoch
     followed, shown = job.followers.of(run.folder, first, say), Shown(console, job.settings.epochs)
-    with Stopping(run.folder, say) as stopping, naming_the_lost(), followed, shown:
+    with Stopping(to_resume(run.folder), say) as stopping, naming_the_lost(), followed, shown:
         if not job.updates:
             job.collect()
             read(job, run, 0)

@@ -120,9 +120,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         check_archive(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or hostile file can raise is not foreseeable
-        reason = str(error).strip().partition("\n")[0]
+        # torch advises to turn weights_only off: its line is left out
+        said = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+        reason = said[0].strip().rstrip(".")[:200] if said else "no reason given"
         raise DataError(
-            f"Found {path}, which cannot be read safely: {type(error).__name__}: {reason[:200]} Expected a whole "
+            f"Found {path}, which cannot be read safely: {type(error).__name__}: {reason}. Expected a whole "
             ".safetensors file, or a pickle of tensors alone. Get it again, or convert it."
         ) from error
     for key in ("state_dict", "model"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from tyro import conf
 
 from vitreous.data import Data, OpenOnce, open_data
-from vitreous.errors import DataError
+from vitreous.errors import DataError, SettingError
 from vitreous.team import ALONE, Team, connected
 from vitreous.train import changes, checkpoint, faults, patience, summary
 from vitreous.train.lock import locked
@@ -62,7 +62,18 @@ class Changed:
 
 
 def resume_words(words: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
-    """The folder, whether changes are allowed, and the other settings that a command line asks for."""
+    """The folder, whether changes are allowed, and the other settings that a command line asks for.
+
+    Raises SettingError for a setting of training that a begun run keeps.
+    """
+    kept = {f"--{field.name.replace('_', '-')}" for field in fields(TrainSettings)}
+    kept -= {f"--{field.name.replace('_', '-')}" for field in fields(Changed)}
+    for word in words:
+        if (name := word.partition("=")[0]) in kept:
+            raise SettingError(
+                f"Found {name} for a run that has begun. Expected it to keep its settings, so that it ends as it would have. "
+                f"Leave {name} out; or train further what it has come to: `vitreous train DATA --model RUN {name} ...`."
+            )
 
     def read(run: Folder, changed: conf.OmitArgPrefixes[Changed] = Changed()) -> tuple[str, Changed]:
         return run, changed

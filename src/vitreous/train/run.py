@@ -36,6 +36,7 @@ from vitreous.files import write_text
 from vitreous.train.state import States
 
 FORMAT = 1
+STUDY = "study.json"  # what makes the folder around some runs a study (`train.study`)
 PACKAGES = ("vitreous", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
 
 
@@ -119,6 +120,12 @@ class Run:
     def text(self, name: str, content: str) -> None:
         """Write a text file, at once or not at all."""
         write_text(self.folder / name, content)
+
+
+def to_resume(folder: Path) -> Path:
+    """What to give to `vitreous resume`: the run folder, or the one around it of several seeds, or of a study."""
+    several = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("seeds")
+    return folder.parent if several or (folder.parent / STUDY).is_file() else folder
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

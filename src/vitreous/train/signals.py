@@ -17,6 +17,7 @@ TOLD = (signal.SIGTERM, signal.SIGINT)
 class Stopping:
     """While it is entered, signals are noted, and `end` ends the run by them. A second Ctrl-C ends it at once.
 
+    folder: what `vitreous resume` is to be given afterwards, and `say` is told.
     Only the main thread of a program hears signals; in another one this does nothing.
     """
 
@@ -50,14 +51,15 @@ class Stopping:
     def end(self, team: Team = ALONE) -> None:
         """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing. The state is saved by now.
 
-        A team ends together: every process of it must ask.
+        Says how to go on; the KeyboardInterrupt has that as its text. A team ends together: every process of it must ask.
         """
         self.heard = team.most(self.heard or 0) or None
         if self.heard is None:
             return
-        self.say(f"Stopped as told; the state is saved. To go on: vitreous resume {self.folder}")
+        said = f"Stopped as told; the state is saved. To go on: vitreous resume {self.folder}"
+        self.say(said)
         if self.heard == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(said)
         raise SystemExit(128 + self.heard)
 
 

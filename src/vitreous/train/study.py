@@ -34,12 +34,11 @@ from vitreous.train.lock import locked
 from vitreous.train.loop import speaker, train_once
 from vitreous.train.prepare import data_and_model
 from vitreous.train.resuming import recorded_settings, resume_once
-from vitreous.train.run import command_line, taken
+from vitreous.train.run import STUDY, command_line, taken
 from vitreous.train.settings import DATA, Images, Network, Optimisation, Repeated, Running, TrainSettings
 from vitreous.train.state import writing
 
 FORMAT = 1
-NAME = "study.json"
 OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run
 HELP = """\
 Train arms that differ in their grafts alone, with the same seeds, data, order and recipe, and compare them with the first arm
@@ -96,10 +95,13 @@ def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], cons
     with ExitStack() as held:
         with team.together():
             if team.first:
+                if not (folder / STUDY).is_file():
+                    check_arms(settings, grafts, console, opening)
                 with writing(folder):
                     folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(folder, say))
-                begin(settings, grafts, asked, folder, console, opening)
+                    held.enter_context(locked(folder, say))
+                    if not (folder / STUDY).is_file():
+                        save(folder, {"format": FORMAT, "command": command_line()} | asked)
         runs = run_folders(folder, asked)
         for k, seed in enumerate(asked["seeds"]):
             for name, some in grafts.items():
@@ -111,22 +113,11 @@ def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], cons
     return folder
 
 
-def begin(
-    settings: TrainSettings,
-    grafts: dict[str, tuple[str, ...]],
-    asked: dict[str, Any],
-    folder: Path,
-    console: Console,
-    opening: OpenOnce,
-) -> None:
-    """Write study.json, unless it is there. Raises before that if data, model or one of the arms do not fit together."""
-    if (folder / NAME).is_file():
-        return
+def check_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], console: Console, opening: OpenOnce) -> None:
+    """Raise VitreousError if data, model or one of the arms do not fit together."""
     model = data_and_model(settings, console, opening)[2]
     for some in grafts.values():
         graft(copy.deepcopy(model), *(parse(text, foreign=True) for text in some))
-    with writing(folder):
-        save(folder, {"format": FORMAT, "command": command_line()} | asked)
 
 
 def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable[[str], Any]) -> None:
@@ -135,7 +126,7 @@ def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable
     title = f"# {' against '.join(runs)} on {data}\n" if len(runs) == 2 else f"# {len(runs)} arms on {data}\n"
     listed = [f"- {name}: " + ", ".join(f"`{run.name}`" for run in some) for name, some in runs.items()]
     with writing(folder):
-        save(folder, checkpoint.read_json(folder / NAME) | {"results": results})
+        save(folder, checkpoint.read_json(folder / STUDY) | {"results": results})
         write_text(folder / "summary.md", "\n".join([title, *comparing.tables(results), *listed, ""]))
     for test, found in results["tests"].items():
         for name, other in found["differences"].items():
@@ -145,14 +136,14 @@ def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable
 
 def again(folder: Path, console: Console | None = None) -> Path:
     """Go on with the study in a folder. Raises DataError if its record cannot be read."""
-    record = checkpoint.read_json(folder / NAME)
+    record = checkpoint.read_json(folder / STUDY)
     try:
         settings = recorded_settings(record, {})
         seeds, arms = record["seeds"], [arm["name"] for arm in record["arms"]]
         settings = replace(settings, seed=seeds[0], seeds=len(seeds), out=str(folder))
     except (KeyError, TypeError, IndexError) as error:
         raise DataError(
-            f"Found a {NAME} in {folder} that cannot be read ({error!r}). Expected one that `vitreous study` wrote. Give the "
+            f"Found a {STUDY} in {folder} that cannot be read ({error!r}). Expected one that `vitreous study` wrote. Give the "
             "command of the study again with a new --out."
         ) from error
     return study(settings, arms, console)
@@ -214,9 +205,9 @@ def choose(settings: TrainSettings, asked: dict[str, Any]) -> Path:
 
 def other(folder: Path, asked: dict[str, Any]) -> list[str] | None:
     """What differs between the study in a folder and the one asked for, in words; None if there is none."""
-    if not (folder / NAME).is_file():
+    if not (folder / STUDY).is_file():
         return None
-    record = checkpoint.read_json(folder / NAME)
+    record = checkpoint.read_json(folder / STUDY)
 
     def compared(found: dict[str, Any]) -> dict[str, Any]:
         settings = found.get("settings")
@@ -233,7 +224,7 @@ def run_folders(folder: Path, asked: dict[str, Any]) -> dict[str, list[Path]]:
 
 def first_runs(folder: Path) -> list[Path]:
     """The run of each arm with the first seed, to be shown side by side."""
-    return [runs[0] for runs in run_folders(folder, checkpoint.read_json(folder / NAME)).values()]
+    return [runs[0] for runs in run_folders(folder, checkpoint.read_json(folder / STUDY)).values()]
 
 
 def train_or_go_on(settings: TrainSettings, folder: Path, console: Console, team: Team, opening: OpenOnce) -> None:
@@ -246,4 +237,4 @@ def train_or_go_on(settings: TrainSettings, folder: Path, console: Console, team
 
 
 def save(folder: Path, record: dict[str, Any]) -> None:
-    write_text(folder / NAME, json.dumps(record, indent=2) + "\n")
+    write_text(folder / STUDY, json.dumps(record, indent=2) + "\n")
