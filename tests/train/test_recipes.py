@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from torch import nn
 
 from vitreous.errors import SettingError, UnknownName
-from vitreous.train import TrainSettings, recipes, train
+from vitreous.train import TrainSettings, load, recipes, train
 from vitreous.train.prepare import prepare
 from vitreous.train.resuming import recorded_settings
 from vitreous.train.run import read_metrics
@@ -96,3 +97,25 @@ def test_the_strong_recipe_takes_grey_images_too(settings, quiet, tmp_path, chan
         Image.fromarray(x[..., 0] if channels == 1 else x).save(path)
     folder = train(settings(data=str(tmp_path / "photos"), image_size=16, recipe="scratch", epochs=1, batch_size=8), quiet)
     assert np.isfinite(read_metrics(folder)[0]["losses"]["total"])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_recipe_lets_a_new_classifier_on_trained_weights_start_without_an_opinion(settings, quiet, tmp_path, channels):
+    """Its first loss is that of a guess, log of the classes. One for the same classes, or without a recipe, is left alone."""
+    first = train(settings(epochs=1, out=str(tmp_path / "first")), quiet)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, channels), np.uint8)
+    known = {"x_train": pixels, "x_test": pixels, "classes": ["a", "b", "c"]}
+    np.savez(tmp_path / "other.npz", **known, y_train=np.arange(12) % 3, y_test=np.arange(12) % 3)
+    onward = dict(data=str(tmp_path / "other.npz"), model=str(first), model_kwargs=(), epochs=1)
+    plain, job = prepare(settings(**onward)), prepare(settings(**onward, recipe="finetune-small"))
+    assert job.model.head.weight.abs().max() < 1e-4
+    assert not job.model.head.bias.any()
+    assert plain.model.head.weight.abs().max() > 1e-2
+    body = {name: value for name, value in job.model.state_dict().items() if not name.startswith("head.")}
+    assert all(value.equal(plain.model.state_dict()[name]) for name, value in body.items())
+    images, labels = next(iter(job.train))
+    assert nn.functional.cross_entropy(job.model.eval()(images), labels).item() == pytest.approx(np.log(3), abs=1e-3)
+    assert any("starts near 0" in remark for remark in job.remarks)
+    assert not any("starts near 0" in remark for remark in plain.remarks)
+    same = prepare(settings(model=str(first), model_kwargs=(), recipe="finetune-small"))
+    assert same.model.head.weight.equal(load(first).head.weight)

@@ -53,10 +53,8 @@ def create(
 
 def adapt(model: nn.Module, classes: Sequence[str], image_size: tuple[int, int] | None) -> nn.Module:
     """Give a loaded model a new classifier and another image size, where they differ from what it has."""
-    if classes:
-        known = model.pretrained_cfg.get("label_names")
-        if model.num_classes != len(classes) or (known and list(known) != list(classes)):
-            model.reset_classifier(len(classes))
+    if classes and not tells_apart(model, classes):
+        model.reset_classifier(len(classes))
     present = get_model_input_config(model)
     if image_size and tuple(image_size) != present["input_size"][1:]:
         if hasattr(model, "set_input_size"):
@@ -67,6 +65,12 @@ def adapt(model: nn.Module, classes: Sequence[str], image_size: tuple[int, int] 
                 f" {type(model).__name__} cannot change its size. Give that as --image-size."
             )
     return model.eval()
+
+
+def tells_apart(model: nn.Module, classes: Sequence[str]) -> bool:
+    """Whether the classifier of a loaded model is for these classes, as far as it has names for them."""
+    known = model.pretrained_cfg.get("label_names")
+    return model.num_classes == len(classes) and (not known or list(known) == list(classes))
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

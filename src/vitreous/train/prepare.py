@@ -195,10 +195,13 @@ def data_and_model(
         data = hold_out(data, settings.hold_out, progress) if settings.hold_out else data
     in_memory = isinstance(data.train, ArraySet)  # all of one size, which a new network can take
     size = data.image_size if settings.image_size or loaded or in_memory else own
+    quiet = loaded and settings.recipe != "none" and not network.tells_apart(model, data.classes)
     if loaded and get_model_input_config(model)["input_size"][0] == data.channels:
         network.adapt(model, data.classes, size)
     else:
         model = start(classes=data.classes, channels=data.channels, image_size=size)
+    if quiet:
+        recipes.quiet_classifier(model)
     check_patches(model, size)
     inputs = inputs_of(model, data, loaded)
     source = settings.model if folder else settings.weights or ("timm" if settings.pretrained else None)
@@ -209,7 +212,8 @@ def data_and_model(
         *data.remarks,
         f"Model: {settings.model}, " + (f"weights from {source}" if source else "from scratch") + f"; {width} x {height} px"
         + (f" in {model.patch_embed.num_patches} patches" if hasattr(model, "patch_embed") else "")
-        + f", {'the data' if inputs.mean == tuple(data.mean) else 'the model'}'s normalisation.",
+        + f", {'the data' if inputs.mean == tuple(data.mean) else 'the model'}'s normalisation"
+        + (", a new classifier that starts near 0 (MAE)." if quiet else "."),
     ]  # fmt: skip
     return data, inputs, model, remarks
 

@@ -30,6 +30,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from vitreous.errors import SettingError
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 SMALL = 10_000  # training images, below which a set counts as small
 BASE = 256  # images for which a recipe's learning rate is meant
+HEAD = 2e-5  # deviation of the weights of a new classifier on trained features: MAE
 STRONG = "rand-m9-mstd0.5-inc1"
 PLAIN = {
     "epochs": 10, "lr": 5e-4, "warmup_epochs": 0.0, "layer_decay": None, "drop_path": 0.0, "clip_grad": None,
@@ -135,6 +138,19 @@ def scaled(name: str, value: Any, source: str, settings: TrainSettings, found: V
     if name == "warmup_epochs":
         return round(value * found["epochs"][0], 3), source
     return value, source
+
+
+def quiet_classifier(model: nn.Module) -> None:
+    """Let a new classifier on trained features start near 0, as MAE's code does: it begins without an opinion to unlearn.
+
+    Features of trained networks are large; torch's own start makes of them a loss far above that of a guess.
+    """
+    found = model.get_classifier()
+    for layer in found if isinstance(found, tuple) else (found,):
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=HEAD)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def drop_path(settings: TrainSettings) -> float:
