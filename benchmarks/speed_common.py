@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,7 +55,7 @@ class Results:
         self.facts = {
             "machine": machine(),
             "commit": commit(),
-            "command": " ".join(["python", str(script), *sys.argv[1:]]),
+            "command": " ".join(["python", str(script), *map(from_here, sys.argv[1:])]),
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "threads": torch.get_num_threads(),
         }
@@ -124,6 +125,11 @@ class Results:
         more = {name: values for name, values in (("means", self.means), ("notes", self.notes)) if values}
         part.write_text(json.dumps({**self.facts, **more, "rows": self.rows}, indent=1) + "\n")
         part.replace(self.path)
+
+
+def from_here(word: str) -> str:
+    """An absolute path as seen from the project, for a record that says nothing of the machine's folders; else the word."""
+    return os.path.relpath(word, HERE.parent) if os.path.isabs(word) else word
 
 
 def commit() -> str:

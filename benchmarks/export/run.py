@@ -5,11 +5,12 @@
 Each model goes through `vitreous.shipping.exporting.export`, which proves that the file gives the logits of the model; the
 largest difference is in the row. Then onnxruntime runs the files in turns, two threads. Limits: SVDA at most 1.03 of plain;
 SPC, 8 to 4 vectors after 11 blocks, at most 1.04 for ViT-Ti/16 and 1.02 for ViT-B/16. Weights are random: they do not change
-the work.
+the work. `--device cuda` needs the package onnxruntime-gpu in place of onnxruntime.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -47,23 +48,28 @@ def exported(name: str, mechanism: str | None, file: Path) -> float:
     return export(model, file, "onnx")["parity"]["largest"]
 
 
-def runner(file: Path, batch: int, threads: int) -> Callable[[], object]:
+def runner(file: Path, batch: int, options: argparse.Namespace) -> Callable[[], object]:
     """One pass of a batch of seeded noise through the file."""
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+    settings.intra_op_num_threads = options.threads
+    provider = "CPUExecutionProvider" if options.device == "cpu" else "CUDAExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise SystemExit(f"Found an onnxruntime without {provider}. Expected the package onnxruntime-gpu. Install it.")
+    session = onnxruntime.InferenceSession(file, settings, providers=[provider])
     images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)).numpy()
     name = session.get_inputs()[0].name
     return lambda: session.run(None, {name: images})
 
 
-def arms(folder: Path, name: str, mechanism: str, settings: tuple[int, int], found: dict[str, float]) -> dict[str, Callable]:
+def arms(
+    folder: Path, name: str, mechanism: str, batch: int, options: argparse.Namespace, found: dict[str, float]
+) -> dict[str, Callable[[], object]]:
     """Both files of a row, written and opened; what they differ by from their models goes to `found`."""
     made = {}
     for word, text in (("graft", mechanism), ("plain", None)):
         file = folder / f"{name}-{mechanism.partition(':')[0]}-{word}.onnx"
         found[f"parity of {word}"] = exported(name, text, file)
-        made[word] = runner(file, *settings)
+        made[word] = runner(file, batch, options)
     return made
 
 
@@ -77,7 +83,7 @@ def main() -> None:
         if options.only not in cell:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            build = partial(arms, Path(folder), name, GRAFTS[words], (batch, options.threads), found)
+            build = partial(arms, Path(folder), name, GRAFTS[words], batch, options, found)
             row = results.row(f"{words} in onnxruntime", cell, build, count=options.rounds, limit=limit, slack=0.01)
         row["more"] |= found
         results.write()
