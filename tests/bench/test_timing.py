@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import platform
+import resource
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from vitreous.bench import timing
 from vitreous.bench.timing import ENOUGH, Ratio, interval, order, ratio, rounds
@@ -174,3 +177,17 @@ def test_lasting_noise_widens_the_interval():
 def test_interval_of_equal_values_has_no_width():
     assert interval([2.0, 2.0, 2.0]) == (2.0,) * 5
     assert interval([2.0]) == (2.0,) * 5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_rounds_find_the_memory_that_the_last_one_freed():
+    """By default 64 MiB are given back when they are freed, and every page of the next ones is a fault."""
+    faults = []
+
+    def act() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(2**24).add_(1)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    rounds({"one": act}, 4, warmup=2)
+    assert max(faults[2:]) < 2**26 // resource.getpagesize() / 10
