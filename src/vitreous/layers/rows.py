@@ -9,14 +9,13 @@ compiler fuses, and which `torch.func`, exporters and whoever watches calls can 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-12  # a shorter row is divided by this: zero rows stay zero
+FAR = 1e30  # factor and length of rows, the values, whose gradient stays what it is: r <r, g> / n^2 is 0, and no denormal
 PART = 2**20  # bytes of queries, keys and values per thread that are worked on at a time: half of a usual second cache
 
 
@@ -70,41 +69,32 @@ class UnitRows(Function):
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
         packed, inverse, weight = ctx.saved_tensors
-        grad, grad_weight = torch.empty_like(packed), torch.zeros_like(weight)
-        given = (d.transpose(1, 2) for d in (dq, dk, dv))  # (B, N, H, K) each
-        heads, tokens = packed.shape[3], packed.shape[1]
-        for dq, dk, dv, rows, inv, out in parts(packed, *given, packed[:, :, :2], inverse, grad):
-            torch.mul(dq, inv[:, :, 0], out=out[:, :, 0])
-            torch.mul(dk, inv[:, :, 1], out=out[:, :, 1])
-            out[:, :, 2] = dv
-            lengths = inv[:, :, 0].reciprocal().flatten(0, 1).permute(1, 2, 0)  # (H, 1, n N)
-            product = rows * out[:, :, :2]  # (n, N, 2, H, K)
-            columns = product[:, :, 0].view(len(dq) * tokens, heads, -1).transpose(0, 1)  # (H, n N, K)
-            grad_weight += torch.bmm(lengths, columns)[:, 0]
-            product[:, :, 0].mul_(weight)
-            out[:, :, 0].mul_(weight)
-            out[:, :, :2].addcmul_(rows, product.sum(-1, keepdim=True), value=-1)
-        return grad, grad_weight
+        dq, dk, dv = (d.transpose(1, 2) for d in (dq, dk, dv))  # (B, N, H, K) each
+        grad_weight = (packed[:, :, 0] * dq).sum((0, 1))
+        given = torch.empty_like(packed)
+        torch.mul(dq, weight, out=given[:, :, 0])
+        given[:, :, 1], given[:, :, 2] = dk, dv
+        lengths = torch.ones_like(inverse)
+        lengths[:, :, 2] = FAR
+        # Weight norm's gradient in one kernel: f / n (g - r <r, g> / n^2) for rows r of length n and a factor f.
+        rows, given, lengths, factors = (t.view(-1, t.shape[-1]) for t in (packed, given, lengths, inverse))
+        grad, _ = torch.ops.aten._weight_norm_interface_backward(given, rows, factors, lengths, 0)
+        return grad.view_as(packed), grad_weight
 
 
 def normalize_parts(packed: Tensor, weight: Tensor, q: Tensor) -> Tensor:
     """Make queries and keys of packed (B, N, 3, H, K) unit rows, and write queries * weight to q (B, N, H, K).
 
-    Returns the inverse lengths (B, N, 2, H, 1).
+    Returns the inverse lengths (B, N, 3, H, 1), FAR for the values.
     """
-    inverse = packed.new_empty(*packed.shape[:2], 2, packed.shape[3], 1)
-    for rows, inv, out in parts(packed, packed[:, :, :2], inverse, q):
+    inverse = packed.new_full((*packed.shape[:-1], 1), FAR)
+    image = max(1, packed[0].numel() * packed.element_size()) if len(packed) else 1
+    count = max(1, PART * torch.get_num_threads() // image)
+    for rows, inv, out in zip(*(t.split(count) for t in (packed[:, :, :2], inverse[:, :, :2], q)), strict=True):
         torch.linalg.vector_norm(rows, dim=-1, keepdim=True, out=inv).clamp_min_(EPS).reciprocal_()
         rows.mul_(inv)
         torch.mul(rows[:, :, 0], weight, out=out)
     return inverse
-
-
-def parts(packed: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors (B, ...) a few images at a time, so many that theirs of packed fill PART bytes per thread."""
-    image = max(1, packed[0].numel() * packed.element_size()) if len(packed) else 1
-    count = max(1, PART * torch.get_num_threads() // image)
-    return zip(*(tensor.split(count) for tensor in tensors), strict=True)
 
 
 def heads_first(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
