@@ -62,7 +62,7 @@ def part(name: str, files: dict[str, dict[str, Any]]) -> str:
                 *([result["notes"][claim], ""] if claim in result.get("notes", {}) else []),
             ]
     if not any(result["device"] != "cpu" for result in files.values()):
-        command = next(iter(files.values()))["command"]
+        command = files.get("result.json", next(iter(files.values())))["command"]
         lines += [f"**The GPU half is open**: it was never run. `{command} --device cuda` measures it.", ""]
     return "\n".join(lines)
 

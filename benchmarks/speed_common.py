@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Results:
         self.facts = {
             "machine": machine(),
             "commit": commit(),
-            "command": " ".join(["python", str(script), *map(from_here, sys.argv[1:])]),
+            "command": shlex.join(["python", str(script), *map(from_here, sys.argv[1:])]),
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "threads": torch.get_num_threads(),
         }
