@@ -6,13 +6,13 @@ import gc
 import itertools
 import math
 import platform
-import resource
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 from vitreous.bench import timing
 from vitreous.bench.timing import ENOUGH, Ratio, interval, order, ratio, rounds
@@ -179,15 +179,27 @@ def test_interval_of_equal_values_has_no_width():
     assert interval([2.0]) == (2.0,) * 5
 
 
+FAULTS = """
+import resource, statistics, torch
+from vitreous.bench.timing import rounds
+
+faults = []
+
+def act():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24).add_(1)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+rounds({"one": act}, 12)
+print(statistics.median(faults[3:]) / (2**26 // resource.getpagesize()))  # small ones beside it may still split a block
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
 def test_rounds_find_the_memory_that_the_last_one_freed():
-    """By default 64 MiB are given back when they are freed, and every page of the next ones is a fault."""
-    faults = []
+    """By default 64 MiB are given back when they are freed, and every page of the next ones is a fault.
 
-    def act() -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.zeros(2**24).add_(1)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-
-    rounds({"one": act}, 4, warmup=2)
-    assert max(faults[2:]) < 2**26 // resource.getpagesize() / 10
+    In a process of its own: glibc gives threads beside the main one, where tests may run, no such blocks to keep.
+    """
+    found = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True).stdout
+    assert float(found) < 0.1
