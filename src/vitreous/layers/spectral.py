@@ -203,15 +203,17 @@ def _by_range(
 
     Vectors lie in rows here, y (B, k, N) and b (B, k, D): a product of few rows with x reads x as it lies in memory.
     """
-    y = _orthonormal(torch.bmm(x, omega.expand(x.shape[0], -1, -1)).mT, products)
+    y = torch.bmm(x, omega.expand(x.shape[0], -1, -1)).mT
+    if power < 2:  # else its span goes through a conditioned step, and comes to no harm
+        y = _orthonormal(y, products)
     before = torch.zeros_like(y)
     for step in range(power):
         before, b = y, torch.bmm(y, x)  # (B, k, D)
         factor = _whitener(b.detach().double(), products)
         turned = torch.bmm(x, _within_span(factor.to(b.dtype), b).mT).mT  # (B, k, N)
         if shifted and step:  # the least |X^T y|^2 is about s_k^2: take half of it off the spectrum of X X^T
-            half = 0.5 * b.square().sum(2).amin(1)
-            turned = turned - torch.bmm(factor.mT.to(y.dtype) * half[:, None, None], y)
+            least = torch.linalg.vector_norm(b, dim=2).amin(1).square()
+            turned = torch.baddbmm(turned, factor.mT.to(y.dtype) * least[:, None, None], y, alpha=-0.5)
         y = _orthonormal(turned, products)
     b = torch.bmm(y, x)
     inner = _gram(b)
@@ -255,10 +257,10 @@ def _whitener(y: Tensor, products: bool) -> Tensor:
     The shift exceeds the rounding of the factorisation, so that no pivot is negative (shifted Cholesky-QR: Fukaya et al.
     2020, arXiv 1809.11085); a pivot near the shift is noise, and so is all of a y below TINY.
     """
-    gram, k = torch.bmm(y, y.mT), y.shape[1]
-    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    trace = gram.diagonal(dim1=1, dim2=2).sum(1)
-    shift = (trace * (4 * k * k * torch.finfo(gram.dtype).eps) + TINY)[:, None]  # (B, 1)
+    k = y.shape[1]
+    eye = torch.eye(k, dtype=y.dtype, device=y.device)
+    gram = torch.baddbmm(TINY * eye, y, y.mT)
+    shift = gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) * (4 * k * k * torch.finfo(y.dtype).eps)  # (B, 1)
     gram = torch.addcmul(gram, shift[:, None], eye)
     if products:
         inverse, pivots = _eliminated(gram)
@@ -369,7 +371,7 @@ def _gaps(s: Tensor, rank: int, x: Tensor, complete: bool) -> Tensor:
         beyond = (x.square().sum((1, 2)) - s.square().sum(1)).clamp_min(0.0).sqrt()
         s = torch.cat([s, torch.minimum(beyond, s[:, -1])[:, None]], dim=1)
     left, right = s[:, :rank], s[:, 1 : rank + 1]
-    return torch.where(left > 0, (left - right) / torch.where(left > 0, left, 1.0), 0.0).clamp_min(0.0)
+    return (left - right).clamp_min(0.0) / left.clamp_min(TINY**0.5)
 
 
 def _padded(t: Tensor, width: int) -> Tensor:
@@ -385,7 +387,7 @@ def _zero_unless(finite: Tensor, t: Tensor) -> Tensor:
 def _finite(t: Tensor) -> Tensor:
     """(B,) bool: no NaN or Inf in t (B, ...); (1,) for a sketch (D, k) of all samples."""
     t = t.detach()
-    return torch.linalg.vector_norm(t if t.ndim == 3 else t[None], ord=torch.inf, dim=(1, 2)).isfinite()
+    return torch.linalg.vector_norm(t if t.ndim == 3 else t[None], ord=torch.inf, dim=(1, 2)) < torch.inf
 
 
 def _gram(y: Tensor) -> Tensor:
