@@ -9,9 +9,10 @@ Letters: B batch, N tokens, D width, R rank asked for, k = R + oversample (width
                              (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1; shifts a as in Feng,
                              Yu, Xie, Tang 2024, arXiv 2404.09276: from the second step on, half the least |X^T y|^2)
 
-No tall matrix meets a Householder QR or an SVD. Only span(Y) matters for the outcome, so between the half steps Y is
-conditioned by any k x k factor of its Gram matrix. All k x k and m x m algebra is float64, where squaring the condition
-number does float32 data no harm: one shifted Cholesky factor, which cannot fail, replaces a ladder of retries.
+No tall matrix meets a Householder QR or an SVD. Only span(Y) matters for the outcome, so after each step Y is conditioned
+by a k x k factor of its Gram matrix; once that is done its rows are graded, and the two products of a step lose little.
+All k x k and m x m algebra is float64, where squaring the condition number does float32 data no harm: one shifted Cholesky
+factor, which cannot fail, replaces a ladder of retries.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def leading_subspace(
             products, shifted = method == "gram_schmidt", gradient == "detach" and k > rank  # at k = rank it may take from s_R
             u, s, v, residual, finite = _by_range(x, rank, omega, power, products=products, shifted=shifted)
         finite = finite & sound if through else finite
-        u, s, v, residual = (_zero_unless(finite, t) for t in (u, s, v, residual))
+        u, v, residual = (_zero_unless(finite, t) for t in (u, v, residual))  # s is zero there
         with torch.no_grad():
             factor, confidence = signs(u, sign)
         u, v = u * factor[:, None], v * factor[:, None]
@@ -203,18 +204,16 @@ def _by_range(
 
     Vectors lie in rows here, y (B, k, N) and b (B, k, D): a product of few rows with x reads x as it lies in memory.
     """
-    y = torch.bmm(x, omega.expand(x.shape[0], -1, -1)).mT
-    if power < 2:  # else its span goes through a conditioned step, and comes to no harm
-        y = _orthonormal(y, products)
+    y = _orthonormal(torch.bmm(x, omega.expand(x.shape[0], -1, -1)).mT, products)
     before = torch.zeros_like(y)
     for step in range(power):
         before, b = y, torch.bmm(y, x)  # (B, k, D)
-        factor = _whitener(b.detach().double(), products)
-        turned = torch.bmm(x, _within_span(factor.to(b.dtype), b).mT).mT  # (B, k, N)
+        lengths = torch.linalg.vector_norm(b.detach(), dim=2, keepdim=True).clamp_min(TINY**0.5)
+        y = torch.bmm(x, (b / lengths).mT).mT
         if shifted and step:  # the least |X^T y|^2 is about s_k^2: take half of it off the spectrum of X X^T
-            least = torch.linalg.vector_norm(b, dim=2).amin(1).square()
-            turned = torch.baddbmm(turned, factor.mT.to(y.dtype) * least[:, None, None], y, alpha=-0.5)
-        y = _orthonormal(turned, products)
+            least = lengths.amin(1, keepdim=True)
+            y = torch.addcmul(y, least * (least / lengths), before, value=-0.5)
+        y = _orthonormal(y, products)
     b = torch.bmm(y, x)
     inner = _gram(b)
     finite, k = _finite(inner), y.shape[1]
@@ -232,42 +231,38 @@ def _by_range(
 
 
 def _orthonormal(y: Tensor, products: bool) -> Tensor:
-    """y (B, k, N), its rows made orthonormal to the rounding of its dtype, dependent ones zero."""
-    wide = y.double()
-    return _within_span(_whitener(wide.detach(), products), wide).to(y.dtype)
+    """y (B, k, N), its rows made orthonormal to the rounding of its dtype, dependent ones zero.
 
-
-def _within_span(factor: Tensor, y: Tensor) -> Tensor:
-    """factor^T y, for a factor (B, k, k) that makes the rows of y (B, k, N) orthonormal.
-
-    The outcome depends on the span of y alone, so the factor is a constant to the gradient, and gradients within the span,
-    which are zero but for rounding, are taken out before that factor magnifies them.
+    The outcome depends on the span of y alone, so the whitener is a constant to the gradient, and gradients within the span,
+    which are zero but for rounding, are taken out before the whitener magnifies them.
     """
-    q = torch.bmm(factor.mT, y)
-    if not q.requires_grad:
-        return q
-    within = torch.bmm(q, q.detach().mT)
-    return q - torch.bmm(within - within.detach(), q.detach())
+    wide = y.double()
+    q = torch.bmm(_whitener(wide.detach(), products), wide)
+    if q.requires_grad:
+        within = torch.bmm(q, q.detach().mT)
+        q = q - torch.bmm(within - within.detach(), q.detach())
+    return q.to(y.dtype)
 
 
 @torch.no_grad()
 def _whitener(y: Tensor, products: bool) -> Tensor:
-    """T (B, k, k) with T^T y orthonormal, of y float64; zero columns where rows of y (B, k, N) depend on earlier ones.
+    """T (B, k, k) with T y orthonormal, of y float64; zero rows where rows of y (B, k, N) depend on earlier ones.
 
     The shift exceeds the rounding of the factorisation, so that no pivot is negative (shifted Cholesky-QR: Fukaya et al.
-    2020, arXiv 1809.11085); a pivot near the shift is noise, and so is all of a y below TINY.
+    2020, arXiv 1809.11085); each row has its own, a share of its square, so that short rows are none the less exact. A pivot
+    near the shift is noise.
     """
     k = y.shape[1]
     eye = torch.eye(k, dtype=y.dtype, device=y.device)
     gram = torch.baddbmm(TINY * eye, y, y.mT)
-    shift = gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) * (4 * k * k * torch.finfo(y.dtype).eps)  # (B, 1)
+    shift = gram.diagonal(dim1=1, dim2=2) * (4 * k * k * torch.finfo(y.dtype).eps)  # (B, k)
     gram = torch.addcmul(gram, shift[:, None], eye)
     if products:
         inverse, pivots = _eliminated(gram)
     else:
         factor = torch.linalg.cholesky_ex(gram).L
         inverse, pivots = torch.linalg.solve_triangular(factor, eye, upper=False), factor.diagonal(dim1=1, dim2=2).square()
-    return (inverse * (pivots > 4 * shift)[:, :, None]).mT
+    return inverse * (pivots > 4 * shift)[:, :, None]
 
 
 def _eliminated(gram: Tensor) -> tuple[Tensor, Tensor]:
