@@ -37,9 +37,9 @@ def rounding(s: Tensor, rank: int) -> Tensor:
     return EPS * (8 + 2 * s[:, 0] / (s[:, rank - 1] - s[:, rank]))
 
 
-def textbook(x: Tensor, sketch: Tensor, rank: int, power: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1, with a Householder QR in each half step, in float64."""
-    x = x.double()
+def textbook(x: Tensor, sketch: Tensor, rank: int, power: int, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1, with a Householder QR in each half step."""
+    x, sketch = x.to(dtype), sketch.to(dtype)
     y, _ = torch.linalg.qr(x @ sketch)
     for _ in range(power):
         half, _ = torch.linalg.qr(x.mT @ y)
@@ -145,6 +145,33 @@ def test_no_larger_an_angle_than_svd_lowrank(n, d):
         ours, peer = (torch.stack(angles).mean(0).exp() for angles in (ours, peer))
         assert (ours <= 1.3 * peer).all()
         assert ours.log().mean() < peer.log().mean()  # over the three spectra
+
+
+CLIFFS = {  # of the i-th singular value, below a few large ones: far down, but above NOISE
+    "1e-4": lambda i: torch.where(i > 2, 1e-4, 1.0) / i,
+    "1e-5": lambda i: torch.where(i > 1, 1e-5, 1.0) * i**-0.5,
+    "powers of e": lambda i: torch.exp(1 - i),
+}
+
+
+@pytest.mark.parametrize("method", ["cholesky_qr", "gram_schmidt"])
+@pytest.mark.parametrize("cliff", CLIFFS)
+@pytest.mark.parametrize(("n", "d"), [(50, 768), (197, 192), (197, 768), (1025, 384)])
+def test_below_a_cliff_as_exact_as_householder_in_float32(n, d, cliff, method):
+    """Small values beside large ones: a step conditions once, where the textbook does so twice. Means: measured twice at most."""
+    s = CLIFFS[cliff](torch.arange(1, min(n, d, 100) + 1, dtype=torch.float64))
+    x, u, v = planted(n, d, s)
+    x, s = x[None].float(), s[None]
+    for rank, power in itertools.product((2, 4, 8), (2, 4)):
+        ours, book = [], []
+        for seed in range(4):
+            sketch = noise(d, rank + 8, seed=seed)
+            found = leading_subspace(x, rank, method=method, power=power, sketch=sketch)
+            assert found.info.rank.tolist() == [rank]
+            ours += [sine(found.U, u[:, :rank]), sine(found.V, v[:, :rank])]
+            householder = textbook(x, sketch, rank, power, torch.float32)
+            book += [sine(householder[0], u[:, :rank]), sine(householder[2], v[:, :rank])]
+        assert torch.cat(ours).mean() < 3 * torch.cat(book).mean() + 16 * EPS
 
 
 # --- laws -------------------------------------------------------------------------------------------------------------
