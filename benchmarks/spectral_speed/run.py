@@ -4,7 +4,7 @@
     python benchmarks/spectral_speed/run.py --full     {8, 32, 128} x {50, 197, 577, 1025} x {192, 384, 768, 1024}: hours
     python benchmarks/spectral_speed/run.py --device cuda
 
-ours    `leading_subspace(x, rank)` as it comes: 8 more columns, two power steps, with signs, gaps and residuals
+ours    `leading_subspace(x, rank)` as it comes: 8 more columns, two power steps, with signs; its `info` is not asked for
 peer    `torch.svd_lowrank(x, q=rank + 8, niter=2)`: as many columns and steps, so as many products with x
 full    `torch.linalg.svd(x, full_matrices=False)`
 
@@ -52,7 +52,7 @@ SLOWER = (
 )
 PEER = "torch.svd_lowrank, at no larger an angle"
 NARROW = "A full SVD grows with the cube of the smaller side, which is least here; our small operations do not shrink as fast."
-SMALL = "Small operations are most of the time here: conditioning in float64, and signs and gaps, which the peer has not."
+SMALL = "Small operations are most of the time here: conditioning in float64, and signs, which the peer has not."
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

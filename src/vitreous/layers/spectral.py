@@ -18,7 +18,8 @@ factor, which cannot fail, replaces a ladder of retries.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -58,12 +59,20 @@ class SubspaceInfo:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Leading singular triples U (B, N, R), S (B, R) descending, V (B, D, R); zero columns beyond the true rank."""
+    """Leading singular triples U (B, N, R), S (B, R) descending, V (B, D, R); zero columns beyond the true rank.
+
+    info: how far they can be trusted; computed whenever it is asked for, so that who wants triples alone does not pay.
+    """
 
     U: Tensor
     S: Tensor
     V: Tensor
-    info: SubspaceInfo
+    _told: Callable[[], SubspaceInfo] = field(repr=False)
+
+    @property
+    def info(self) -> SubspaceInfo:
+        with torch.autocast(self.U.device.type, enabled=False), torch.no_grad():
+            return self._told()
 
 
 def leading_subspace(
@@ -111,19 +120,23 @@ def leading_subspace(
             sound = _finite(x) if omega is None else _finite(x) & _finite(omega)
             x, omega = _zero_unless(sound, x), omega if omega is None else _zero_unless(sound, omega.expand(x.shape[0], d, k))
         if omega is None:
-            u, s, v, residual, finite = _by_gram(x, rank)
+            u, s, v, before, finite = _by_gram(x, rank)
         else:
             products, shifted = method == "gram_schmidt", gradient == "detach" and k > rank  # at k = rank it may take from s_R
-            u, s, v, residual, finite = _by_range(x, rank, omega, power, products=products, shifted=shifted)
+            u, s, v, before, finite = _by_range(x, rank, omega, power, products=products, shifted=shifted)
         finite = finite & sound if through else finite
-        u, v, residual = (_zero_unless(finite, t) for t in (u, v, residual))  # s is zero there
+        u, v = _zero_unless(finite, u), _zero_unless(finite, v)  # s is zero there
         with torch.no_grad():
             factor, confidence = signs(u, sign)
+            beyond = _beyond(s, x) if s.shape[1] <= rank and s.shape[1] < min(n, d) else None
         u, v = u * factor[:, None], v * factor[:, None]
-        with torch.no_grad():
-            gap = _gaps(s, rank, x, complete=s.shape[1] >= min(n, d))
-            info = SubspaceInfo(gap, residual, finite, (s[:, :rank] > 0).sum(1), _padded(confidence, rank))
-        return Subspace(_padded(u, rank), _padded(s[:, :rank], rank), _padded(v, rank), info)
+
+    def told() -> SubspaceInfo:
+        residual = torch.zeros_like(s[:, 0]) if before is None else _zero_unless(finite, _residual(u.mT, s, before))
+        values = _padded(s if beyond is None else torch.cat([s, beyond], dim=1), rank + 1)
+        return SubspaceInfo(_gaps(values, rank), residual, finite, (s[:, :rank] > 0).sum(1), _padded(confidence, rank))
+
+    return Subspace(_padded(u, rank), _padded(s[:, :rank], rank), _padded(v, rank), told)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -181,11 +194,11 @@ def singular_values(x: Tensor) -> Tensor:
     return torch.where(finite, s, torch.nan).to(_at_least_float32(x).dtype)
 
 
-# The two routes. Each answers U (B, N, r), S (B, K) with all values it has, V (B, D, r), residual (B,) and finite (B,);
-# r <= rank, K. A sample that is not finite leaves garbage there.
+# The two routes. Each answers U (B, N, r), S (B, K) with all values it has, V (B, D, r), what `_residual` needs, and finite
+# (B,); r <= rank, K. A sample that is not finite leaves garbage in U and V and zeros in S.
 
 
-def _by_gram(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _by_gram(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, None, Tensor]:
     """Exact triples from the Gram matrix of the smaller side."""
     tall = x.shape[1] > x.shape[2]
     wide = (x.mT if tall else x).double()  # (B, m, M)
@@ -194,7 +207,7 @@ def _by_gram(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     s, short, inverse = _roots(*_eigen(_zero_unless(finite, gram), None), rank)
     long = wide.mT @ (short * inverse)
     u, v = (long, short) if tall else (short, long)
-    return u.to(x.dtype), s.to(x.dtype), v.to(x.dtype), torch.zeros_like(x[:, 0, 0]), finite
+    return u.to(x.dtype), s.to(x.dtype), v.to(x.dtype), None, finite
 
 
 def _by_range(
@@ -221,13 +234,14 @@ def _by_range(
     values, vectors = _eigen(_zero_unless(finite, inner), count if products else None)
     s, c, inverse = _roots(values, vectors, rank)
     u, v = torch.bmm(c.mT.to(x.dtype), y), torch.bmm((c * inverse).mT.to(x.dtype), b)  # (B, r, N), (B, r, D)
-    s = s.to(x.dtype)
-    with torch.no_grad():
-        moved = torch.linalg.vector_norm(u - torch.bmm(torch.bmm(u, before.mT), before), dim=2)  # (B, r)
-        largest = s[:, : u.shape[1]]
-        residual = torch.linalg.vector_norm(moved * largest, dim=1)
-        residual = residual / torch.linalg.vector_norm(largest, dim=1).clamp_min(TINY**0.5)
-    return u.mT, s, v.mT, residual, finite
+    return u.mT, s.to(x.dtype), v.mT, before, finite
+
+
+def _residual(u: Tensor, s: Tensor, before: Tensor) -> Tensor:
+    """|(U - P U) S| / |S| (B,) of u (B, r, N) and s (B, K), P the projector on the rows of before (B, k, N), orthonormal."""
+    s = s[:, : u.shape[1]]
+    moved = torch.linalg.vector_norm(u - torch.bmm(torch.bmm(u, before.mT), before), dim=2)  # (B, r)
+    return torch.linalg.vector_norm(moved * s, dim=1) / torch.linalg.vector_norm(s, dim=1).clamp_min(TINY**0.5)
 
 
 def _orthonormal(y: Tensor, products: bool) -> Tensor:
@@ -358,13 +372,14 @@ def _roots(values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor, 
     return safe * live, vectors[:, :, :rank] * live[:, None, :rank], (live / safe)[:, None, :rank]
 
 
-def _gaps(s: Tensor, rank: int, x: Tensor, complete: bool) -> Tensor:
-    """Relative gaps (B, rank) from the values s (B, K) of x; beyond them are zeros if they are complete, else a bound."""
-    if complete or s.shape[1] > rank:
-        s = _padded(s, rank + 1)
-    else:
-        beyond = (x.square().sum((1, 2)) - s.square().sum(1)).clamp_min(0.0).sqrt()
-        s = torch.cat([s, torch.minimum(beyond, s[:, -1])[:, None]], dim=1)
+def _beyond(s: Tensor, x: Tensor) -> Tensor:
+    """A bound (B, 1) on the next singular value of x after those in s (B, K): what is left of |x|_F^2."""
+    left = (x.square().sum((1, 2)) - s.square().sum(1)).clamp_min(0.0).sqrt()
+    return torch.minimum(left, s[:, -1])[:, None]
+
+
+def _gaps(s: Tensor, rank: int) -> Tensor:
+    """Relative gaps (B, rank) of descending values s (B, rank + 1)."""
     left, right = s[:, :rank], s[:, 1 : rank + 1]
     return (left - right).clamp_min(0.0) / left.clamp_min(TINY**0.5)
 
