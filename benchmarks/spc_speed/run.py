@@ -25,8 +25,8 @@ from speed_common import Results, arguments  # noqa: E402
 BATCH = 16
 SSVA, LEARNED = "spc:components=8,tokens=4,ssva=true,after={}", "spc:components=8,tokens=4,ssva=true,sketch=8+1+true,after={}"
 REASON = (
-    "Of ViT-Ti's 161 ms a pass, the step takes 4.3, of which 3.3 are the decomposition in many small operations, which a wider "
-    "model dwarfs; four more tokens in six blocks take 2.9."
+    "Of ViT-Ti's 160 ms a pass, the step takes 4.1, of which 3.2 are the decomposition in many small operations, which a wider "
+    "model dwarfs; four more tokens in six blocks take 3.2."
 )
 # name, timm's name, graft, limits of inference and of a training step, rounds of each
 CELLS = (
