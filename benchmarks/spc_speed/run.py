@@ -1,6 +1,6 @@
 """What do SVD-ViT's component tokens cost, against the plain ViT?
 
-    python benchmarks/spc_speed/run.py            about 20 minutes on two cores; run it again to go on
+    python benchmarks/spc_speed/run.py            about 12 minutes on two cores; run it again to go on
     python benchmarks/spc_speed/run.py --only Ti  the small network alone
     python benchmarks/spc_speed/run.py --device cuda
 

@@ -98,6 +98,7 @@ def leading_subspace(
         cholesky_qr.
     oversample, power: extra sketch columns and power steps; "exact" needs neither, nor a sketch. From the second step on
         they are shifted, which halves the error on slowly falling spectra, unless gradient="through" or without extra columns.
+        After one step vectors far below s_1 are less exact than float32 allows: below 1e-3 s_1, by 1e-3 in the worst trial.
     sketch: (D, k) or (B, D, k), k >= min(rank, N, D); None is a fixed Gaussian, the same on every device, that leaves
         the global random state alone. It sits on the feature side: permuted tokens permute U and keep V.
     sign: a number per token, (N,) or (B, N), with which every u_i shall correlate; None uses their sum (`signs`).
@@ -222,7 +223,7 @@ def _by_range(
     for step in range(power):
         before, b = y, torch.bmm(y, x)  # (B, k, D)
         lengths = torch.linalg.vector_norm(b.detach(), dim=2, keepdim=True).clamp_min(TINY**0.5)
-        y = torch.bmm(x, (b / lengths).mT).mT
+        y = torch.bmm(x, (b / lengths).mT).mT  # rows of length 1 neither overflow nor underflow
         if shifted and step:  # the least |X^T y|^2 is about s_k^2: take half of it off the spectrum of X X^T
             least = lengths.amin(1, keepdim=True)
             y = torch.addcmul(y, least * (least / lengths), before, value=-0.5)

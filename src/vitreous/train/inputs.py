@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import Process
-from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -28,6 +24,7 @@ from vitreous.data.waiting import DriveGone
 from vitreous.errors import DataError, SettingError
 from vitreous.team import ALONE, Team
 from vitreous.train.signals import held_back, leave_to_parent
+from vitreous.train.workers import child_signals_as_they_are, kill, kill_at_exit, tells_of_a_death, worker_killed
 
 AUGMENTATIONS = ("none", "flip", "pad", "crop")
 ORDER, FLIP, AUGMENT = range(3)  # what a draw is for: first part of its key
@@ -328,47 +325,6 @@ class Loader:
         """The name of an image, or its number where it has none."""
         names = getattr(self.images, "names", None)
         return names[i] if names else f"image {i}"
-
-
-def tells_of_a_death(error: Exception) -> bool:
-    """Whether this was raised because a worker process is gone, and not by what it was doing."""
-    if isinstance(error, RuntimeError):
-        return "DataLoader worker (pid" in str(error)
-    if "in DataLoader worker process" in str(error):  # what it stumbled on, sent here
-        return False
-    return isinstance(error, (EOFError, ConnectionError, FileNotFoundError))  # it died before it handed over a batch's memory
-
-
-def kill(workers: list[Process]) -> None:
-    """Kill what is left of the workers: one that waits for what a dead one held would wait for ever, deaf to SIGTERM."""
-    for worker in workers:
-        worker.kill()
-
-
-def kill_at_exit(batches: Iterator) -> None:
-    """Let workers that are there when the program ends be killed: it sends them SIGTERM, to which they are deaf, and waits."""
-    if getattr(batches, "_workers", None) and not hasattr(batches, "killing"):  # persistent ones come here every epoch
-        batches.killing = Finalize(batches, kill, (batches._workers,), exitpriority=1)
-
-
-@contextmanager
-def child_signals_as_they_are() -> Iterator[None]:
-    """Take back torch's handler of a worker's death, which raises wherever the program is; the loader finds out anyway."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-
-
-def worker_killed(workers: int) -> DataError:
-    return DataError(
-        f"Found a worker process killed, twice in one pass, of --workers {workers}. Expected them to live: the usual cause is "
-        "too little memory, or too little in /dev/shm. Lower --workers or --batch-size, then resume the run."
-    )
 
 
 def loader(
