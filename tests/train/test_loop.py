@@ -1,6 +1,8 @@
 """Training end to end: the folder is complete, repeats exactly, and does what a loop written by hand does."""
 
+import gc
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,16 @@ def test_averaged_weights_are_what_is_saved(settings, quiet):
 def test_recipes_run(settings, quiet, recipe):
     folder = train(settings(graft=("svda",), epochs=1, **recipe), quiet)
     assert read_metrics(folder)[0]["losses"]["classification"] > 0
+
+
+def test_no_worker_outlives_the_training(settings, quiet):
+    before = set(multiprocessing.active_children())
+    gc.disable()  # the job is a cycle, collected at some time or other
+    try:
+        train(settings(epochs=1, aug="pad", workers=1), quiet)
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
 
 
 def test_a_step_that_is_not_finite_is_not_taken(settings, quiet, monkeypatch):

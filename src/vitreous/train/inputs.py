@@ -264,6 +264,10 @@ class Loader:
             generator=torch.Generator().manual_seed(self.order.seed),  # else each iteration would draw from the global one
         )
 
+    def close(self) -> None:
+        """End the worker processes, if any, which live on between iterations; a later one starts new ones."""
+        self.open()
+
     def __len__(self) -> int:
         return len(self.order)
 

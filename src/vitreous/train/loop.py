@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -104,7 +104,7 @@ def go_on(job: Job, run: Run, console: Console) -> None:
     """Train from where the job is, to the end."""
     say, first = speaker(console), job.place.epoch
     followed, shown = job.followers.of(run.folder, first, say), Shown(console, job.settings.epochs)
-    with Stopping(to_resume(run.folder), say) as stopping, naming_the_lost(), followed, shown:
+    with Stopping(to_resume(run.folder), say) as stopping, naming_the_lost(), followed, shown, closing(job.train):
         if not job.updates:
             job.collect()
             read(job, run, 0)
