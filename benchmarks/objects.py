@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitreous.lens.scores import coverage
+from vitreous.lens.formulas.scores import coverage
 
 SIZE, GRID = (224, 224), (14, 14)
 SIDES, KEPT, TRIES, OFF, SEED = (0.5, 0.8), 0.7, 300, 0.2, 2026

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vitreous.mechanism import catalogue, mechanism_class, written
+from vitreous.base.text_form import written
+from vitreous.mechanism import catalogue, mechanism_class
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "docs" / "cards"

@@ -16,9 +16,9 @@ import pytest
 import vitreous
 from test_cards import SECTIONS
 from vitreous.bench.settings import from_words as bench_words
-from vitreous.train.resuming import resume_words
+from vitreous.train.engine.resume import resume_words
 from vitreous.train.settings import from_words
-from vitreous.train.study import arm_grafts, study_words
+from vitreous.train.study.study import arm_grafts, study_words
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vitreous.cli import main
+from vitreous.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -20,7 +20,7 @@ BARE = {"HOME": "/nonexistent", "NO_COLOR": "1", "COLUMNS": "20", "LC_ALL": "C",
 
 
 def run(words: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vitreous.cli", *words.split()]
+    command = [sys.executable, "-m", "vitreous", *words.split()]
     given = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, env=given, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
 

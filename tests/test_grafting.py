@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from contract.hosts import PRIMARY, anatomy, build, fit, grafted, images
 from vitreous import Mechanism, check, graft, grafts, new_parameters, no_weight_decay, slots, ungraft
-from vitreous.errors import GraftError, HostError, MaskError, NotReached
-from vitreous.layers.tokens import TokenState, split, to_grid
+from vitreous.base.errors import GraftError, HostError, MaskError, NotReached
+from vitreous.layers.stream import TokenState, split, to_grid
 
 
 class Elsewhere(Mechanism):

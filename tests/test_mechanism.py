@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 import vitreous
 from vitreous import SPC, SVDA, ExtraTokens, Mechanism, catalogue, parse
-from vitreous.errors import SettingError, UnknownName, VitreousError
-from vitreous.mechanism import FOLDER, class_by_name, mechanism_class, settings, summary
+from vitreous.base.errors import SettingError, UnknownName, VitreousError
+from vitreous.base.text_form import settings, summary
+from vitreous.mechanism import MECHANISMS, class_by_name, mechanism_class
 
 CLASSES = [mechanism_class(stem) for stem in catalogue()]
 MANY_SETTINGS = {"spc": 10}  # more than eight: each is a control or a variant that the paper or its critics ask for
@@ -197,7 +198,7 @@ def test_a_mechanism_that_says_nothing():
 
 
 def test_the_catalogue_is_the_folder():
-    files = {file.stem: file for file in FOLDER.rglob("*.py") if file.stem != "__init__"}
+    files = {file.stem: file for file in MECHANISMS.folder.rglob("*.py") if file.stem != "__init__"}
     assert catalogue() == files
     assert list(catalogue()) == sorted(files)
     for stem, cls in zip(catalogue(), CLASSES, strict=True):

@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from vitreous.cli import main
+from vitreous.commands.cli import main
 
 ELSEWHERE = "192.0.2.1"  # set aside for documentation: nobody has it
 ATTEMPTS = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data import made
-from vitreous.cli import main
+from vitreous.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = (ROOT / "README.md").read_text().split("## On your own photographs", 1)[1].split("\n## ", 1)[0]

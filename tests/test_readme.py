@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from vitreous import looking
 from vitreous.bench.settings import from_words as bench_words
+from vitreous.commands import looking
 from vitreous.train.settings import from_words
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from vitreous import SPC, SVDA, check, graft, ungraft
-from vitreous.train.checkpoint import load, save
+from vitreous.models.model_folder import load, save
 
 MODELS = {"vit_tiny_patch16_224": 1e-3, "vit_fashionmnist": 1e-4, "vit_cifar10": 1e-4}  # name: tolerance of its reference
 GRAFTS = {

@@ -11,8 +11,8 @@ from torch import nn
 
 from contract.hosts import HOSTS, ROTARY, build, images
 from vitreous import graft, slots
-from vitreous.errors import GraftError, HostError, SettingError
-from vitreous.layers.block import Block, Close
+from vitreous.base.errors import GraftError, HostError, SettingError
+from vitreous.hosts.block import Block, Close
 
 # What the head of each host reads: (first, end) of the tokens, and whether it pools over them.
 READS = {

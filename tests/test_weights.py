@@ -11,10 +11,10 @@ import timm
 import torch
 
 import vitreous
+from vitreous.commands.demo import NETWORK
 from vitreous.data import open_data
-from vitreous.demo import NETWORK
-from vitreous.train import checkpoint
-from vitreous.train.inputs import Inputs, loader
+from vitreous.models import model_folder
+from vitreous.train.engine.loader import Inputs, loader
 
 FOLDER = Path(vitreous.__file__).parent / "weights" / "cutouts"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def test_they_are_small_and_whole():
 
 @torch.no_grad()
 def test_timm_alone_loads_the_same_model():
-    ours, theirs = checkpoint.load(FOLDER), timm.create_model(f"local-dir:{FOLDER}", pretrained=True).eval()
+    ours, theirs = model_folder.load(FOLDER), timm.create_model(f"local-dir:{FOLDER}", pretrained=True).eval()
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ours(x), theirs(x))
     parameters = sum(p.numel() for p in ours.parameters())
@@ -37,7 +37,7 @@ def test_timm_alone_loads_the_same_model():
 
 
 def test_they_are_of_the_demos_network():
-    arguments = checkpoint.read_json(FOLDER / "config.json")["model_args"]
+    arguments = model_folder.read_json(FOLDER / "config.json")["model_args"]
     assert set(NETWORK) <= {f"{name}={value}" for name, value in arguments.items()}
     assert " ".join(NETWORK) in README
 
@@ -46,9 +46,9 @@ def test_they_are_of_the_demos_network():
 @torch.no_grad()
 def test_accuracy_is_what_the_readme_says(name):
     stated = float(re.search(rf"`{name}`\) \| ([0-9.]+) %", README).group(1))
-    model, data = checkpoint.load(FOLDER), open_data("cutouts:train=6")
+    model, data = model_folder.load(FOLDER), open_data("cutouts:train=6")
     config = model.pretrained_cfg
     inputs = Inputs(**{key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")})
     right = [(model(images).argmax(1) == labels).numpy() for images, labels in loader(data.tests[name], inputs, 250)]
-    assert checkpoint.read_json(FOLDER / "config.json")["label_names"] == list(data.classes)
+    assert model_folder.read_json(FOLDER / "config.json")["label_names"] == list(data.classes)
     assert 100 * np.concatenate(right).mean() == pytest.approx(stated, abs=0.15)  # two scenes, for another machine's roundings

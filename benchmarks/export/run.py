@@ -2,7 +2,7 @@
 
     python benchmarks/export/run.py        about 30 minutes on two cores
 
-Each model goes through `vitreous.shipping.exporting.export`, which proves that the file gives the logits of the model; the
+Each model goes through `vitreous.deploy.export.export`, which proves that the file gives the logits of the model; the
 largest difference is in the row. Then onnxruntime runs the files in turns, two threads. Limits: SVDA at most 1.03 of plain;
 SPC, 8 to 4 vectors after 11 blocks, at most 1.04 for ViT-Ti/16 and 1.02 for ViT-B/16. Weights are random: they do not change
 the work. `--device cuda` needs the package onnxruntime-gpu in place of onnxruntime.
@@ -26,8 +26,8 @@ sys.path.insert(0, str(HERE.parent))
 from speed_common import Results, arguments  # noqa: E402
 
 from vitreous import graft  # noqa: E402
+from vitreous.deploy.export import export
 from vitreous.mechanism import parse  # noqa: E402
-from vitreous.shipping.exporting import export  # noqa: E402
 
 MODELS = {"ViT-Ti/16": ("vit_tiny_patch16_224", 16), "ViT-B/16": ("vit_base_patch16_224", 4)}
 GRAFTS = {"SVDA": "svda", "SPC after 11": "spc:after=11"}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from vitreous.lens import scores
 from vitreous.lens.faithfulness import FILLS, Curves, curves, random_maps, randomised, rank_correlation, record
+from vitreous.lens.formulas import scores
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from vitreous.train.intervals import wilson
+from vitreous.base.statistics import wilson
 
 HERE = Path(__file__).parent
 INDICATORS = ("effective_tokens", "spectral_entropy", "effective_rank", "angular_alignment", "perturbation_robustness")

@@ -20,9 +20,25 @@ from torch import Tensor
 
 from vitreous.lens.direction import Direction, Scan, centre_bump, corners, rows_of
 from vitreous.lens.foreground import foreground_of, references
-from vitreous.lens.maps import blurred, correlation, gram_filter, log_attention, signed, singular_maps, standardised
-from vitreous.lens.scores import auroc, baselines, bootstrap, centre_prior, paired, ranks, scores
-from vitreous.lens.sight import Sight, sights
+from vitreous.lens.formulas.maps import (
+    blurred,
+    correlation,
+    gram_filter,
+    log_attention,
+    signed,
+    singular_maps,
+    standardised,
+)
+from vitreous.lens.formulas.scores import (
+    auroc,
+    baselines,
+    bootstrap,
+    centre_prior,
+    paired,
+    ranks,
+    scores,
+)
+from vitreous.lens.layer_features import Sight, sights
 from vitreous.lens.tap import trace
 
 HERE = Path(__file__).parent

@@ -35,7 +35,7 @@ from common import write  # noqa: E402
 
 from train.interrupting import Moments, differing, in_child  # noqa: E402
 from vitreous.train import TrainSettings, train  # noqa: E402
-from vitreous.train.resuming import resume  # noqa: E402
+from vitreous.train.engine.resume import resume
 
 NETWORK = ("patch_size=4", "depth=2", "embed_dim=24", "num_heads=2")
 RECIPE = {
@@ -92,7 +92,7 @@ def processes(folder: Path, workers: int, threads: int) -> dict[str, int]:
     data, graft = settings.pop("data"), settings.pop("graft")[0]
     words = [data, "--graft", graft, "--model-kwargs", *settings.pop("model_kwargs")]
     words += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    vitreous = [sys.executable, "-m", "vitreous.cli"]
+    vitreous = [sys.executable, "-m", "vitreous"]
     with open(folder / "log", "a", encoding="utf-8") as log:
         run = {"stdout": log, "stderr": log, "env": environment}
         subprocess.run([*vitreous, "train", *words, "--out", str(folder / "whole")], check=True, **run)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from vitreous.lens.direction import Direction
 from vitreous.lens.foreground import references
+from vitreous.lens.formulas.maps import CONFIDENT, RULES, correlation, signed, singular_maps
+from vitreous.lens.formulas.scores import auroc
 from vitreous.lens.gallery import ROWS
-from vitreous.lens.maps import CONFIDENT, RULES, correlation, signed, singular_maps
-from vitreous.lens.scores import auroc
-from vitreous.lens.sight import sights
+from vitreous.lens.layer_features import sights
 from vitreous.lens.tap import trace
 
 HERE = Path(__file__).parent

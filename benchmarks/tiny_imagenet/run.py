@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitreous.base.statistics import paired, wilson
 from vitreous.train import TrainSettings
-from vitreous.train.inputs import Inputs, loader
-from vitreous.train.intervals import paired, wilson
-from vitreous.train.prepare import data_and_model
-from vitreous.train.run import read_metrics
+from vitreous.train.engine.loader import Inputs, loader
+from vitreous.train.engine.prepare import data_and_model
+from vitreous.train.records.run_folder import read_metrics
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -150,7 +150,7 @@ def trained(name: str, photos: Path, weights: Path, *words: str) -> Path:
     command = ["resume", str(out)] if begun else [
         "train", str(photos), "--model", str(weights), *RECIPE, *words, "--save-every", "50", "--out", str(out)
     ]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "vitreous.cli", *command], check=True)
+    subprocess.run([sys.executable, "-m", "vitreous", *command], check=True)
     return out
 
 
@@ -177,7 +177,7 @@ def onnx(photos: Path, weights: Path) -> dict:
     run, file = WORK / "fine-tuned", WORK / "animals.onnx"
     if not file.exists():
         words = ["export", str(run), "--to", "onnx", "--out", str(file), "--images", str(photos / "val")]
-        subprocess.run([sys.executable, "-m", "vitreous.cli", *words], check=True)
+        subprocess.run([sys.executable, "-m", "vitreous", *words], check=True)
     record = json.loads((run / "run.json").read_text())
     data, *_ = data_and_model(TrainSettings(str(photos), model=str(run)))
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitreous import EViT, Mechanism, TokenMerging, graft, ungraft
-from vitreous.train.intervals import wilson
+from vitreous.base.statistics import wilson
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

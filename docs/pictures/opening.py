@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from vitreous import Direction, look
-from vitreous.lens.views import Views
+from vitreous.data.views import Views
 
 SIDE, GAP, HEAD = 224, 10, 40
 HEAT = ((18, 16, 38), (108, 22, 100), (214, 64, 62), (250, 164, 40), (252, 250, 190))

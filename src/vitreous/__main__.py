@@ -2,7 +2,7 @@
 
 import sys
 
-from vitreous.cli import main
+from vitreous.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous import slots
-from vitreous.errors import GraftError, HostError, NotReached
+from vitreous.base.errors import GraftError, HostError, NotReached
 from vitreous.layers.adoption import REGISTRIES
 from vitreous.mechanism import Mechanism, parse
 

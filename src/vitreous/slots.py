@@ -15,11 +15,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitreous.errors import GraftError, HostError, SettingError
-from vitreous.layers.attention import HOSTS as ATTENTIONS
-from vitreous.layers.attention import Attention
-from vitreous.layers.block import STATIONS, Block, Close, check_halves
-from vitreous.layers.embed import Embed, Grid
+from vitreous.base.errors import GraftError, HostError, SettingError
+from vitreous.hosts.attention import HOSTS as ATTENTIONS
+from vitreous.hosts.attention import Attention
+from vitreous.hosts.block import STATIONS, Block, Close, check_halves
+from vitreous.hosts.stream_ends import Embed, Grid
 
 WALKS = ("forward_features", "forward_intermediates")
 Changes = dict[str, Any]

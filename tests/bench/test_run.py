@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 
 from vitreous import graft
+from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.bench import run
 from vitreous.bench.arms import Arm, Cell
 from vitreous.bench.memory import OUT
 from vitreous.bench.run import bench, compared
 from vitreous.bench.settings import BenchSettings, from_words
-from vitreous.cli import main
-from vitreous.errors import DataError, SettingError, UnknownName
-from vitreous.train.checkpoint import save
+from vitreous.commands.cli import main
+from vitreous.models.model_folder import save
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from vitreous.base.errors import SettingError
 from vitreous.bench import timing
 from vitreous.bench.timing import ENOUGH, Ratio, interval, order, ratio, rounds
-from vitreous.errors import SettingError
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5])

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contract.hosts import CLASSES, PRIMARY, TEXTS, anatomy, build, fit, grafted, images
 from vitreous import check, graft, grafts, new_parameters, parse, ungraft
-from vitreous.errors import HostError
-from vitreous.train.checkpoint import load, save
+from vitreous.base.errors import HostError
+from vitreous.models.model_folder import load, save
 
 
 def assert_whole(model: nn.Module, text: str, like: nn.Module) -> None:

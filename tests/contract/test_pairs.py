@@ -9,7 +9,7 @@ import torch
 
 from contract.hosts import PRIMARY, TEXTS, anatomy, build, fit, folder, grafted, images, refused, stem
 from vitreous import check, graft, grafts, new_parameters, parse, ungraft
-from vitreous.errors import VitreousError
+from vitreous.base.errors import VitreousError
 
 PAIRS = list(itertools.product(TEXTS, repeat=2))
 MUST_STACK = [

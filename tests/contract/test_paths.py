@@ -23,9 +23,9 @@ from contract.hosts import (
     refused,
 )
 from vitreous import check, graft, grafts, new_parameters, parse, ungraft
-from vitreous.errors import GraftError, MaskError, NotReached
-from vitreous.layers.block import Close
-from vitreous.layers.tokens import Stream
+from vitreous.base.errors import GraftError, MaskError, NotReached
+from vitreous.hosts.block import Close
+from vitreous.layers.stream import Stream
 
 
 def first_layer(model: nn.Module) -> int:

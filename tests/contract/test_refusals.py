@@ -12,7 +12,7 @@ from torch import nn
 
 from contract.hosts import HOSTS, PRIMARY, TEXTS, anatomy, build, grafted, images, refused
 from vitreous import check, graft, grafts, ungraft
-from vitreous.errors import GraftError, HostError, SettingError, UnknownName, VitreousError
+from vitreous.base.errors import GraftError, HostError, SettingError, UnknownName, VitreousError
 from vitreous.mechanism import Mechanism
 
 THREE_PARTS = re.compile(r"^\S.+?\. Expected .+?\. \S.+\.$", re.DOTALL)  # found, expected, what to do

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from data import made
+from vitreous.base.errors import DataError
 from vitreous.data import open_data
 from vitreous.data.decoding import FORMATS, PIXELS, Unreadable, decode
 from vitreous.data.problems import cell, shown
 from vitreous.data.quarantine import COLUMNS, Quarantined, examine, lines
-from vitreous.errors import DataError
 
 JPEG = made.picture(3, (64, 48), kind="JPEG")
 BAD = {

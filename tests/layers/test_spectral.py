@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitreous.errors import SettingError, UnknownName
+from vitreous.base.errors import SettingError, UnknownName
 from vitreous.layers.spectral import leading_subspace, product_singular_values, product_svd, singular_values, unit_rows
 
 METHODS = ("exact", "cholesky_qr", "gram_schmidt")

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from vitreous.errors import DataError, HostError
+from vitreous.base.errors import DataError, HostError
 from vitreous.lens import direction as module
 from vitreous.lens.direction import Direction, Scan, centre_bump, corners, subject_in_corner
-from vitreous.lens.scores import auroc
-from vitreous.lens.sight import Sight
+from vitreous.lens.formulas.scores import auroc
+from vitreous.lens.layer_features import Sight
 
 GRID = (8, 10)
 P = GRID[0] * GRID[1]

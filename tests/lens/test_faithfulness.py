@@ -9,10 +9,10 @@ import torch
 from scipy import stats
 from torch import nn
 
-from vitreous.errors import DataError, SettingError
+from vitreous.base.errors import DataError, SettingError
 from vitreous.lens import faithfulness as lens
-from vitreous.lens import scores
-from vitreous.train.checkpoint import load
+from vitreous.lens.formulas import scores
+from vitreous.models.model_folder import load
 
 GRID = (3, 4)
 
@@ -103,9 +103,7 @@ def test_batches_and_chunks_make_no_difference(images, maps):
     model.sizes.clear()
     again = lens.curves(model, images, maps.round(decimals=1), GRID, batch_size=3)
     assert max(model.sizes) == 3
-    parts = [
-        lens.curves(model, images[part], maps[part].round(decimals=1), GRID, numbers=part) for part in ([0], [1, 2, 3])
-    ]
+    parts = [lens.curves(model, images[part], maps[part].round(decimals=1), GRID, numbers=part) for part in ([0], [1, 2, 3])]
     for other in (again, lens.Curves.joined(parts)):
         torch.testing.assert_close(other.insertion, whole.insertion, atol=1e-5, rtol=0)
         torch.testing.assert_close(other.deletion, whole.deletion, atol=1e-5, rtol=0)

@@ -13,12 +13,12 @@ import timm
 import torch
 from PIL import Image
 
-from vitreous.errors import DataError, HostError
+from vitreous.base.errors import DataError, HostError
 from vitreous.lens.direction import Direction, centre_bump, find_direction
 from vitreous.lens.foreground import foreground, foreground_of, references, wanted
-from vitreous.lens.maps import gram_filter
-from vitreous.lens.scores import auroc, coverage
-from vitreous.lens.sight import Sight, sights
+from vitreous.lens.formulas.maps import gram_filter
+from vitreous.lens.formulas.scores import auroc, coverage
+from vitreous.lens.layer_features import Sight, sights
 
 GRID = (5, 6)
 P = GRID[0] * GRID[1]

@@ -15,13 +15,13 @@ from torch import nn
 
 from lens.explicit import GRID, PATCH, explicit, pixels, vit
 from vitreous import graft, parse
+from vitreous.base.errors import DataError, HostError, SettingError
 from vitreous.data import Cutouts, Pictures
-from vitreous.errors import DataError, HostError, SettingError
+from vitreous.data.views import Views
 from vitreous.lens import look as module
 from vitreous.lens import reading as reading_module
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
-from vitreous.lens.views import Views
 
 HALF = 6e-4  # relative: maps are kept as float16
 

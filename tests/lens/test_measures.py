@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitreous.errors import DataError, NotReached
-from vitreous.lens import indicators
+from vitreous.base.errors import DataError, NotReached
+from vitreous.lens.formulas import indicators
 from vitreous.lens.measures import COLUMNS, KEYS, Measures, averaged
 
 SIDE = 5  # a grid of 5 x 5 places, 8 pixels apart

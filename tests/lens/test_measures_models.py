@@ -13,8 +13,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from vitreous import SPC, SVDA, EViT, TokenMerging, graft
-from vitreous.errors import DataError
-from vitreous.lens import indicators
+from vitreous.base.errors import DataError
+from vitreous.lens.formulas import indicators
 from vitreous.lens.measures import Measures, averaged, perturbed
 from vitreous.lens.tap import trace, watch
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from lens.explicit import pixels, vit
+from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.data import Cutouts
-from vitreous.errors import DataError, SettingError, UnknownName
 from vitreous.lens import reading as module
 from vitreous.lens.look import look
 from vitreous.lens.reading import Maps, Part, Reading, Writer, as_csv, from_csv, joined, read, read_part

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vitreous.errors import HostError
+from vitreous.base.errors import HostError
 from vitreous.lens.tap import watch
 
 HEADS, WIDTH, TOKENS, BATCH = 2, 8, 16, 3

@@ -26,8 +26,8 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention
 from transformers.models.swin.modeling_swin import SwinAttention
 from transformers.models.vit.modeling_vit import ViTAttention
 
-from vitreous.errors import HostError
-from vitreous.lens.places.layout import Layout
+from vitreous.base.errors import HostError
+from vitreous.lens.coordinates.layout import Layout
 from vitreous.lens.tap import Call, trace, watch
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from torch.overrides import _get_current_function_mode_stack
 
 import vitreous
 from vitreous import SPC, SVDA, EViT, ExtraTokens, GaussianMask, TokenMerging
-from vitreous.errors import DataError, HostError, NotReached
-from vitreous.lens.tap import Layouts, seeing, trace, watch
-from vitreous.lens.tap.call import Arrangement
+from vitreous.base.errors import DataError, HostError, NotReached
+from vitreous.lens.tap import Layouts, capture_pass, trace, watch
+from vitreous.lens.tap.attention_call import Arrangement
 from vitreous.lens.tap.capture import Capture
 
 HEADS, WIDTH, TOKENS, BATCH = 4, 8, 16, 3
@@ -799,8 +799,8 @@ def test_models_without_attention_are_refused():
 
 
 def test_a_map_that_does_not_give_the_output_is_refused(monkeypatch):
-    fused = seeing.fused
-    monkeypatch.setattr(seeing, "fused", lambda *given: replace(fused(*given), scale=0.5))
+    fused = capture_pass.fused
+    monkeypatch.setattr(capture_pass, "fused", lambda *given: replace(fused(*given), scale=0.5))
     with pytest.raises(HostError, match="its map is off by"):
         seen(vit())
 

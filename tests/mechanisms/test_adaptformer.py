@@ -13,7 +13,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch.nn import functional as F
 
 from vitreous import SPC, AdaptFormer, graft, new_parameters, parse, ungraft
-from vitreous.errors import GraftError, HostError, SettingError
+from vitreous.base.errors import GraftError, HostError, SettingError
 from vitreous.mechanisms.block.adaptformer import AdaptedBlock
 
 

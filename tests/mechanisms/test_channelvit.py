@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitreous import ChannelViT, check, graft, new_parameters, ungraft
-from vitreous.errors import DataError, GraftError, HostError, SettingError
+from vitreous.base.errors import DataError, GraftError, HostError, SettingError
 from vitreous.mechanisms.embed.channelvit import present, sample
 
 SMALL = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}

@@ -13,8 +13,8 @@ from timm.models.deit import VisionTransformerDistilled
 from contract.hosts import HOSTS, build, refused
 from contract.hosts import images as hosts_images
 from vitreous import EViT, check, graft, parse, ungraft
-from vitreous.errors import GraftError, HostError, NotReached, SettingError
-from vitreous.layers.tokens import Stream, TokenState, to_grid
+from vitreous.base.errors import GraftError, HostError, NotReached, SettingError
+from vitreous.layers.stream import Stream, TokenState, to_grid
 from vitreous.mechanisms.tokens.evit import Reorganize, class_attention, kept
 
 
@@ -238,9 +238,7 @@ def test_the_schedule_is_for_training_alone():
     for progress in (None, 0.0, 0.3, 1.0):
         for step in steps if progress is not None else ():
             step.schedule(progress)
-        counts[progress] = [
-            [tokens.shape[1] for tokens, _ in streams(model.train(mode), images())] for mode in (True, False)
-        ]
+        counts[progress] = [[tokens.shape[1] for tokens, _ in streams(model.train(mode), images())] for mode in (True, False)]
     falling = [17, 10, 7, 5]
     assert counts[None] == [falling, falling]  # a loop that knows no schedule trains what is tested
     assert counts[0.0] == [[17] * 4, falling]

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from vitreous import ExtraTokens, graft, ungraft
-from vitreous.errors import HostError, SettingError
+from vitreous.base.errors import HostError, SettingError
 
 
 def vit(**kwargs):

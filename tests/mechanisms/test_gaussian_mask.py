@@ -12,8 +12,8 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 
 from vitreous import GaussianMask, check, graft, new_parameters, ungraft
-from vitreous.errors import GraftError, HostError, MaskError, SettingError
-from vitreous.layers.tokens import TokenState
+from vitreous.base.errors import GraftError, HostError, MaskError, SettingError
+from vitreous.layers.stream import TokenState
 from vitreous.lens.look import look
 from vitreous.mechanisms.attn.gaussian_mask import merged, mixture, squared_distances
 

@@ -11,8 +11,8 @@ from timm.models.deit import VisionTransformerDistilled
 from torch.nn import functional as F
 
 from vitreous import SPC, check, graft, ungraft
-from vitreous.errors import HostError, SettingError
-from vitreous.layers.tokens import TokenState
+from vitreous.base.errors import HostError, SettingError
+from vitreous.layers.stream import TokenState
 from vitreous.mechanisms.tokens.spc import Components, learned_sketch, mixing
 
 RANDOM = torch.Generator().manual_seed(0)

@@ -11,8 +11,8 @@ import torch
 from timm.models.eva import Eva
 
 from vitreous import SVDA, calibrate, graft, ungraft
-from vitreous.errors import HostError, SettingError, UnknownName
-from vitreous.layers.attention import Attention, query_key_weights
+from vitreous.base.errors import HostError, SettingError, UnknownName
+from vitreous.hosts.attention import Attention, query_key_weights
 from vitreous.layers.spectral import singular_values
 from vitreous.mechanism import parse
 from vitreous.mechanisms.attn.svda import import_error, orthogonality, spectral_entropy
@@ -31,8 +31,16 @@ def vit(**kwargs):
 def eva(attn_type: str):
     torch.manual_seed(0)
     model = Eva(
-        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, use_rot_pos_emb=True,
-        attn_type=attn_type, qkv_fused=attn_type == "rope", num_reg_tokens=2,
+        img_size=16,
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=5,
+        use_rot_pos_emb=True,
+        attn_type=attn_type,
+        qkv_fused=attn_type == "rope",
+        num_reg_tokens=2,
     )
     return model.double().eval()
 

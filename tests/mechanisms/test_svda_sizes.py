@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitreous import SVDA, graft
-from vitreous.layers.rows import unit_rows_in_place
+from vitreous.layers.unit_norm import unit_rows_in_place
 from vitreous.mechanisms.attn import svda
 from vitreous.mechanisms.attn.svda import SpectralAttention
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from timm.models.deit import VisionTransformerDistilled
 
 from vitreous import TokenMerging, check, graft, parse, ungraft
-from vitreous.errors import GraftError, HostError, SettingError
-from vitreous.layers.tokens import Stream, TokenState, restore, to_grid
+from vitreous.base.errors import GraftError, HostError, SettingError
+from vitreous.layers.stream import Stream, TokenState, restore, to_grid
 from vitreous.mechanisms.tokens.token_merging import Merge, match
 
 

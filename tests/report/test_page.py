@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from report.made import MEASURES, Made, value, write_reading, write_run
-from vitreous.errors import DataError
+from vitreous.base.errors import DataError
 from vitreous.report import page
 from vitreous.report.page import write
 

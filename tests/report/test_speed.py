@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from vitreous.errors import DataError
+from vitreous.base.errors import DataError
 from vitreous.report.speed import write
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e"

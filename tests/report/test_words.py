@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vitreous.lens import measures, scores
+from vitreous.lens import measures
+from vitreous.lens.formulas import scores
 from vitreous.report import words
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "read-a-report.md"

@@ -17,9 +17,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from vitreous.train import checkpoint, loop, resuming
-from vitreous.train.prepare import prepare
-from vitreous.train.run import Run, read_metrics
+from vitreous.models import model_folder
+from vitreous.train.engine import loop, resume
+from vitreous.train.engine.prepare import prepare
+from vitreous.train.records.run_folder import Run, read_metrics
 
 NAN = float("nan")
 TIMED = ("seconds", "images_per_second")
@@ -97,7 +98,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, update: int, act: Callable[[], Any]
 
 def breaking(monkeypatch, change, at=(5,)):
     """Let `change(job)`, at the start of these updates, break the model for as long as they last."""
-    for module in (loop, resuming):
+    for module in (loop, resume):
 
         def prepared(settings, *others, **options):
             job = prepare(settings, *others, **options)
@@ -134,7 +135,7 @@ class Moments:
         self.around(os, "replace")
         self.around(loop, "test")
         self.around(loop, "look")
-        self.around(checkpoint, "save")
+        self.around(model_folder, "save")
         self.halfway_in_tensors()
         self.halfway_in_metrics()
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from vitreous.errors import HostError
+from vitreous.base.errors import HostError
 from vitreous.lens.reading import read
 from vitreous.report.folders import open_folders
-from vitreous.train import alarms, loop, train
-from vitreous.train.resuming import resume
-from vitreous.train.run import read_metrics
+from vitreous.train import train
+from vitreous.train.engine import loop
+from vitreous.train.engine.resume import resume
+from vitreous.train.records import alarms
+from vitreous.train.records.run_folder import read_metrics
 
 
 def history(indicator, *values):

@@ -13,21 +13,22 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from data.test_named import make_fashion
 from PIL import Image
 
-from data.test_named import make_fashion
 from train.conftest import SMALL
 from train.interrupting import NAN, at_step, breaking, differing, in_team, output
-from vitreous.cli import main
-from vitreous.data import named
-from vitreous.errors import DataError, SettingError
-from vitreous.team import Team, connected
-from vitreous.train import TrainSettings, inputs, train
-from vitreous.train.distributed import check_team
-from vitreous.train.inputs import Order, Prepared, cut, rejoined
-from vitreous.train.run import read_metrics, read_rows
-from vitreous.train.sharding import check_optimizer
-from vitreous.train.state import read_state
+from vitreous.base.errors import DataError, SettingError
+from vitreous.base.processes import Team, connected
+from vitreous.commands.cli import main
+from vitreous.data.sources import named
+from vitreous.train import TrainSettings, train
+from vitreous.train.engine import loader
+from vitreous.train.engine.distributed import check_team
+from vitreous.train.engine.loader import Order, Prepared, cut, rejoined
+from vitreous.train.engine.sharding import check_optimizer
+from vitreous.train.engine.state import read_state
+from vitreous.train.records.run_folder import read_metrics, read_rows
 
 DATA = "cutouts:train=41,test=40,size=16"
 RECIPE = f"train {DATA} --model-kwargs {' '.join(SMALL)} --batch-size 16 --epochs 2 --lr 2e-3 --device cpu"
@@ -231,7 +232,7 @@ def losing(part):
             return found, lost | {i: "it is gone" for i in indices if epoch == 1 and i in gone}
 
         patch.setattr(Prepared, "attempt", made)
-        patch.setattr(inputs, "PAUSE", 0)
+        patch.setattr(loader, "PAUSE", 0)
 
     return change
 

@@ -13,7 +13,7 @@ from train.conftest import SMALL
 from train.interrupting import differing
 from train.test_resume import RECIPE
 from vitreous.train import TrainSettings, train
-from vitreous.train.resuming import resume
+from vitreous.train.engine.resume import resume
 
 QUIET = Console(quiet=True)
 SETTINGS = RECIPE | {"epochs": 8, "model_kwargs": SMALL, "device": "cpu", "save_every": 1}
@@ -31,7 +31,7 @@ def begun(folder) -> subprocess.Popen:
     data, graft = settings.pop("data"), settings.pop("graft")[0]
     words = [data, "--graft", graft, "--model-kwargs", *settings.pop("model_kwargs")]
     words += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "vitreous.cli", "train", *words]
+    command = [sys.executable, "-m", "vitreous", "train", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)

@@ -11,13 +11,13 @@ import timm
 import torch
 
 from vitreous import grafts
-from vitreous.errors import DataError, NotReached, SettingError, VitreousError
+from vitreous.base.errors import DataError, NotReached, SettingError, VitreousError
 from vitreous.lens.reading import read
 from vitreous.train import TrainSettings, load, train
-from vitreous.train.loop import NotFinite, score
-from vitreous.train.loop import test as run_test
-from vitreous.train.prepare import prepare
-from vitreous.train.run import read_metrics, read_table
+from vitreous.train.engine.loop import NotFinite, score
+from vitreous.train.engine.loop import test as run_test
+from vitreous.train.engine.prepare import prepare
+from vitreous.train.records.run_folder import read_metrics, read_table
 
 FILES = {
     "run.json",
@@ -239,7 +239,7 @@ def test_models_without_readable_attention_train_without_readings(settings, quie
 
 
 def test_a_graft_that_is_passed_by_is_found_before_training(settings, quiet, tmp_path, monkeypatch):
-    monkeypatch.setattr("vitreous.train.prepare.check", lambda *_: (_ for _ in ()).throw(NotReached("passed by")))
+    monkeypatch.setattr("vitreous.train.engine.prepare.check", lambda *_: (_ for _ in ()).throw(NotReached("passed by")))
     with pytest.raises(NotReached):
         train(settings(graft=("svda",)), quiet)
     assert list(tmp_path.iterdir()) == []

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from torch import nn
 
-from vitreous.errors import SettingError, UnknownName
+from vitreous.base.errors import SettingError, UnknownName
 from vitreous.train import TrainSettings, load, recipes, train
-from vitreous.train.prepare import prepare
-from vitreous.train.resuming import recorded_settings
-from vitreous.train.run import read_metrics
+from vitreous.train.engine.prepare import prepare
+from vitreous.train.engine.resume import recorded_settings
+from vitreous.train.records.run_folder import read_metrics
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 from train.interrupting import Moments, at_step, die, differing, in_child, limit_files
-from vitreous.cli import main
-from vitreous.errors import DataError, SettingError
-from vitreous.train import load, loop, train
-from vitreous.train.lock import locked
-from vitreous.train.resuming import resume
-from vitreous.train.run import read_metrics
-from vitreous.train.state import read_state, write_state
-from vitreous.train.study import study
+from vitreous.base.errors import DataError, SettingError
+from vitreous.commands.cli import main
+from vitreous.train import load, train
+from vitreous.train.engine import loop
+from vitreous.train.engine.lock import locked
+from vitreous.train.engine.resume import resume
+from vitreous.train.engine.state import read_state, write_state
+from vitreous.train.records.run_folder import read_metrics
+from vitreous.train.study.study import study
 
 pytestmark = pytest.mark.forks
 
@@ -103,7 +104,7 @@ def test_killed_inside_a_save_it_goes_on_from_the_state_before(settings, quiet, 
 def test_killed_before_anything_was_kept_it_begins_anew(settings, quiet, tmp_path, whole, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("vitreous.train.state.States.save", lambda *_: die())
+        patch.setattr("vitreous.train.engine.state.States.save", lambda *_: die())
         assert in_child(begin(settings, quiet, folder)) == -signal.SIGKILL
     assert not (folder / "state").exists()
     resume(folder, console=quiet)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitreous.errors import SettingError, UnknownName, VitreousError
+from vitreous.base.errors import SettingError, UnknownName, VitreousError
 from vitreous.train import TrainSettings
 from vitreous.train.settings import from_words
 

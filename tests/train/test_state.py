@@ -8,9 +8,9 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import random_seed
 
-from vitreous.errors import DataError, SettingError
-from vitreous.train.prepare import prepare
-from vitreous.train.state import (
+from vitreous.base.errors import DataError, SettingError
+from vitreous.train.engine.prepare import prepare
+from vitreous.train.engine.state import (
     Means,
     NotFinite,
     States,

@@ -11,12 +11,12 @@ import pytest
 from data.made import tree, write
 from train.conftest import SMALL
 from train.interrupting import Moments, differing, in_child
-from vitreous.cli import main
+from vitreous.base.errors import SettingError, UnknownName, VitreousError
+from vitreous.commands.cli import main
 from vitreous.data import quarantine
-from vitreous.errors import SettingError, UnknownName, VitreousError
 from vitreous.train import train
-from vitreous.train.run import read_metrics, read_table
-from vitreous.train.study import again, choose, plan, study, study_words
+from vitreous.train.records.run_folder import read_metrics, read_table
+from vitreous.train.study.study import again, choose, plan, study, study_words
 
 ARMS = ("plain", "svda:scale=sqrt")
 FOLDERS = {f"{arm}-seed-{seed}" for arm in ("plain", "svda-scale=sqrt") for seed in (3, 4)}

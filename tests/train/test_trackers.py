@@ -6,12 +6,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.interrupting import NAN, breaking, output
-from vitreous.errors import SettingError, UnknownName, VitreousError
+from vitreous.base.errors import SettingError, UnknownName, VitreousError
 from vitreous.train import train
-from vitreous.train.resuming import recorded_settings, resume, resume_words
-from vitreous.train.run import read_metrics
+from vitreous.train.engine.resume import recorded_settings, resume, resume_words
+from vitreous.train.records.run_folder import read_metrics
+from vitreous.train.records.trackers import flat
 from vitreous.train.settings import from_words
-from vitreous.train.trackers import flat
 
 OURS = """
 told = []
@@ -64,7 +64,7 @@ def test_tensorboards_reader_finds_the_numbers_of_metrics_jsonl(settings, quiet)
 
 def test_epochs_that_are_done_again_are_there_once(settings, quiet, monkeypatch):
     stop = iter([False, False, True])
-    monkeypatch.setattr("vitreous.train.summary.write", lambda folder: 1 / 0 if next(stop, False) else None)
+    monkeypatch.setattr("vitreous.train.records.summary.write", lambda folder: 1 / 0 if next(stop, False) else None)
     with pytest.raises(ZeroDivisionError):
         train(settings(epochs=4, tracker=("tensorboard",)), quiet)
     monkeypatch.undo()

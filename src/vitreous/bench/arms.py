@@ -10,13 +10,14 @@ from timm.models import get_model_input_config
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from vitreous.errors import SettingError
+from vitreous.base.errors import SettingError
 from vitreous.grafting import graft, grafts, ungraft
 from vitreous.mechanism import parse
-from vitreous.train import checkpoint, network
+from vitreous.models import model_folder
+from vitreous.models.create import create_model
+from vitreous.train.engine.prepare import check_patches
 from vitreous.train.objectives import penalties
-from vitreous.train.optim import parameter_groups
-from vitreous.train.prepare import check_patches
+from vitreous.train.optimizer import parameter_groups
 from vitreous.train.settings import key_values
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,10 +45,10 @@ class Arm:
         arguments, pixels = key_values(self.model_kwargs), size and (size, size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            if checkpoint.is_folder(self.source):
-                model = checkpoint.load(self.source, image_size=pixels, foreign=self.foreign, **arguments)
+            if model_folder.is_folder(self.source):
+                model = model_folder.load(self.source, image_size=pixels, foreign=self.foreign, **arguments)
             else:
-                model = network.create(self.source, image_size=pixels, **arguments)
+                model = create_model(self.source, image_size=pixels, **arguments)
             if self.plain and grafts(model):
                 ungraft(model, all=True)
             graft(model, *(parse(text, foreign=True) for text in self.grafts))

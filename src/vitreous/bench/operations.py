@@ -15,8 +15,17 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 QUIET = ("prim", "prims", "profiler")  # namespaces that compute nothing
 UNKNOWN = {
-    "_cdist_forward", "_cdist_backward", "_trilinear", "addbmm", "geqrf", "ormqr", "cholesky_inverse", "triangular_solve",
-    "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "_cudnn_rnn",
+    "_cdist_forward",
+    "_cdist_backward",
+    "_trilinear",
+    "addbmm",
+    "geqrf",
+    "ormqr",
+    "cholesky_inverse",
+    "triangular_solve",
+    "_thnn_fused_lstm_cell",
+    "_thnn_fused_gru_cell",
+    "_cudnn_rnn",
 }  # products and decompositions that nothing here counts
 
 

@@ -17,17 +17,17 @@ from rich.table import Table
 from timm.models import get_model_input_config
 from torch import nn
 
+from vitreous.base.environment import command_line, machine, versions
+from vitreous.base.errors import SettingError, VitreousError
+from vitreous.base.files import writable, write_text
 from vitreous.bench.arms import Arm, Cell, own_size
 from vitreous.bench.memory import OUT, Residents, allocated, out_of_memory
 from vitreous.bench.operations import operations
 from vitreous.bench.settings import BenchSettings, from_words
 from vitreous.bench.timing import interval, ratio, rounds
-from vitreous.errors import SettingError, VitreousError
-from vitreous.files import write_text
 from vitreous.grafting import check, grafts
-from vitreous.lens.reading import writable
 from vitreous.report.speed import write as write_report
-from vitreous.train.run import choose_folder, command_line, machine, versions
+from vitreous.train.records.run_folder import choose_folder
 
 FORMAT = 1
 WARMUP = 3

@@ -11,12 +11,14 @@ from typing import Annotated, Literal
 import tyro
 from tyro import conf
 
+from vitreous.base.environment import torch_device
+from vitreous.base.errors import SettingError
 from vitreous.bench.arms import Arm, Cell
 from vitreous.bench.timing import ENOUGH
-from vitreous.errors import SettingError
 from vitreous.mechanism import parse
-from vitreous.train import checkpoint, network
-from vitreous.train.settings import Repeated, flag, key_values, torch_device
+from vitreous.models import model_folder
+from vitreous.models.create import check_name
+from vitreous.train.settings import Repeated, flag, key_values
 
 COMPILED = 8  # models at a time
 HELP = """\
@@ -79,8 +81,8 @@ class BenchSettings(Comparison):
             if not getattr(self, name):
                 raise SettingError(f"Found {flag(name)} without a value. Expected one at least. Leave it out, or name one.")
         for source in (self.model, *self.against):
-            if not checkpoint.is_folder(source):
-                network.check_name(source)
+            if not model_folder.is_folder(source):
+                check_name(source)
         for text in self.graft:
             parse(text, foreign=True)
         if self.compile and len(self.against) > COMPILED - 2:
@@ -97,7 +99,7 @@ class BenchSettings(Comparison):
     def arms(self) -> list[Arm]:
         """The model first; then the same without grafts, if it has any; then the others. Names tell them apart."""
         common = {"model_kwargs": self.model_kwargs, "foreign": self.foreign}
-        brought = checkpoint.read_mechanisms(Path(self.model), self.foreign) if checkpoint.is_folder(self.model) else []
+        brought = model_folder.read_mechanisms(Path(self.model), self.foreign) if model_folder.is_folder(self.model) else []
         grafted = [*map(str, brought), *self.graft]
         arms = [Arm(" + ".join([self.model, *grafted]), self.model, self.graft, **common)]
         if grafted:

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from vitreous.errors import SettingError
+from vitreous.base.errors import SettingError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 ENOUGH = 16  # rounds, eight pairs: all on one side of the true median in 1 of 128 cases, where seven are in 1 of 64

@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from vitreous.data.waiting import read_in_time
-from vitreous.errors import DataError
+from vitreous.base.errors import DataError
+from vitreous.data.timeouts import read_in_time
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -24,7 +24,6 @@ BYTES = 1 << 30  # of one file: more than 64 megapixels of any format read here
 OPENING = threading.Lock()  # warnings are caught for the whole process, so that only one thread at a time may do it
 
 BROKEN = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error)  # what Pillow raises on damaged files
-
 
 
 class Row(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vitreous.errors import DataError
+from vitreous.base.errors import DataError
 
 FORMULA = ("=", "+", "-", "@")  # a cell that begins so may be run as a formula by a spreadsheet
 # Told by a reader of the kind of a problem, the file (or folder, or line) that has it, and the error. May raise it, or note it

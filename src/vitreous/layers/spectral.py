@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitreous.errors import SettingError, UnknownName
+from vitreous.base.errors import SettingError, UnknownName
 from vitreous.layers.signs import signs
 
 METHODS = ("auto", "exact", "cholesky_qr", "gram_schmidt")

@@ -27,13 +27,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from vitreous.errors import DataError, HostError
-from vitreous.files import write
+from vitreous.base.errors import DataError, HostError
+from vitreous.base.files import write
+from vitreous.data.views import Views
 from vitreous.layers.spectral import unit_rows
-from vitreous.lens.maps import correlation, log_attention, standardised
-from vitreous.lens.sight import FEATURES, Sight, sights
+from vitreous.lens.formulas.maps import correlation, log_attention, standardised
+from vitreous.lens.layer_features import FEATURES, Sight, sights
 from vitreous.lens.tap import trace
-from vitreous.lens.views import Views
 
 FORMAT = 1
 SIGMA = 0.25  # of the bump, in sides of the image

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitreous.errors import DataError, SettingError
-from vitreous.lens.scores import bootstrap, ranks
-from vitreous.lens.undisturbed import undisturbed
+from vitreous.base.errors import DataError, SettingError
+from vitreous.lens.formulas.scores import bootstrap, ranks
+from vitreous.lens.preserve_state import undisturbed
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 FILLS = ("mean", "blur")
@@ -145,9 +145,7 @@ def compare(found: Curves, base: Curves, draws: int = 2000, seed: int = 0) -> di
     return {name: bootstrap(value, draws, seed) for name, value in differences.items()}
 
 
-def record(
-    found: Curves, random: Curves, centre: Curves | None = None, *, draws: int = 2000, seed: int = 0
-) -> dict[str, Any]:
+def record(found: Curves, random: Curves, centre: Curves | None = None, *, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
     """All that is to be shown of one map: means over images as numbers and lists for JSON.
 
     found: (B, F). random: (B, orders, F). centre: (B, F), those of the centre prior, of the same images.

@@ -17,11 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitreous.errors import DataError, HostError
+from vitreous.base.errors import DataError, HostError
 from vitreous.layers.spectral import unit_rows
 from vitreous.lens.direction import Direction, Feature, batches
-from vitreous.lens.maps import blurred, border_distance, gram_filter, log_attention, resampled, standardised
-from vitreous.lens.sight import Sight, sights
+from vitreous.lens.formulas.maps import (
+    blurred,
+    border_distance,
+    gram_filter,
+    log_attention,
+    resampled,
+    standardised,
+)
+from vitreous.lens.layer_features import Sight, sights
 from vitreous.lens.tap import trace
 
 # Without a direction: the depths, as shares of all layers, where ViT-Tiny/16 keeps its subject. A guess for other models.

@@ -17,19 +17,20 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vitreous.errors import DataError, HostError, SettingError, VitreousError
+from vitreous.base.errors import DataError, HostError, SettingError, VitreousError
+from vitreous.base.processes import ALONE, Team
+from vitreous.data.views import View, Views
 from vitreous.grafting import check, grafts
-from vitreous.lens import description, faithfulness, scores
+from vitreous.lens import faithfulness, metadata
 from vitreous.lens.direction import Direction
+from vitreous.lens.evaluation import against_masks, against_model
+from vitreous.lens.formulas import scores
 from vitreous.lens.gallery import Gallery, stacked
-from vitreous.lens.judgement import against_masks, against_model
+from vitreous.lens.layer_features import Collector, Sight, has_class_token
 from vitreous.lens.measures import BLOCK, Measures, perturbed
 from vitreous.lens.reading import CHUNK, FORMAT, Columns, Part, Reading, StoredParts, Writer, joined, read, read_part
-from vitreous.lens.sight import Collector, Sight, has_class_token
 from vitreous.lens.tap import Layouts, Refusal, trace, watch
-from vitreous.lens.tap.call import Call
-from vitreous.lens.views import View, Views
-from vitreous.team import ALONE, Team
+from vitreous.lens.tap.attention_call import Call
 
 GIB = 2**30
 
@@ -67,7 +68,7 @@ class Plan:
 
     def remember(self, call: Call, sight: Sight) -> None:
         """Keep what the page says of a layer; its error is the largest of all batches."""
-        record = self.layers.setdefault(sight.key, description.of_layer(call, sight))
+        record = self.layers.setdefault(sight.key, metadata.of_layer(call, sight))
         record["error"] = max(record["error"], call.error)
         if record["layer"] != sight.layer:
             raise HostError(
@@ -97,7 +98,7 @@ class Plan:
             "format": FORMAT,
             "kind": "reading",
             "layers": list(self.layers.values()),
-            "components": description.of_components(first, self.rules, self.rows),
+            "components": metadata.of_components(first, self.rules, self.rows),
             "images": self.seen,
             "chunk": CHUNK,
             "parts": len(parts),
@@ -161,13 +162,13 @@ def look(
     if direction is not None:
         direction.check(model)
     about = about or {}
-    names = about.get("classes") or description.class_names(model)
+    names = about.get("classes") or class_names(model)
     plan = Plan(model, views, direction, noise, seed, batch_size, memory, names)
     if about.get("weights") == "random":
-        plan.notes[description.WARNING] = None
+        plan.notes[metadata.WARNING] = None
     settings = {"noise": noise, "seed": seed, "curves": curves, "limit": limit}
-    settings["direction"] = description.of_direction(direction)
-    mark = description.fingerprint(model, views, count, settings)
+    settings["direction"] = metadata.of_direction(direction)
+    mark = metadata.fingerprint(model, views, count, settings)
     writer = None if out is None else Writer(Path(out), mark)
     if writer is not None and (writer.folder / "reading.json").is_file() and len(writer.done) * CHUNK >= count:
         return read(writer.folder)
@@ -179,7 +180,7 @@ def look(
         writer = Writer(Path(out), mark)
     parts = all_parts(plan, count, writer, console)
     found = all_curves(plan, parts, min(curves, plan.seen))
-    known = description.of_model(model, about) | plan.facts(parts) | {"settings": settings, "seed": seed, "fingerprint": mark}
+    known = metadata.of_model(model, about) | plan.facts(parts) | {"settings": settings, "seed": seed, "fingerprint": mark}
     reading = Reading(known, parts, found)
     if scored := reading.scores():
         known["summary"] = scores.summary(scored, seed=seed)
@@ -251,7 +252,7 @@ def look_at(plan: Plan, numbers: range) -> Part:
         gallery, columns, said = see(plan, batch, first)
         tensors.append(gallery.tensors())
         rows.append(columns)
-        part.images += [description.of_image(view, first + i, plan.names, said[i]) for i, view in enumerate(batch)]
+        part.images += [metadata.of_image(view, first + i, plan.names, said[i]) for i, view in enumerate(batch)]
         if any(view.mask is not None for view in batch):
             scored.append(against_masks(gallery.maps, batch, first, plan.seed))
     part.tensors = stacked(tensors)
@@ -267,7 +268,7 @@ def look_at(plan: Plan, numbers: range) -> Part:
     return part
 
 
-def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns, list[description.Said]]:
+def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns, list[metadata.Said]]:
     """One pass of a batch: its maps, the rows of the table, and what the model says of each image."""
     images, count = torch.stack([view.pixels for view in views]), len(views)
     like = next((p for p in plan.model.parameters() if p.is_floating_point()), images)
@@ -301,7 +302,7 @@ def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns
     plan.refused |= dict.fromkeys(seen.refused)
     plan.notes |= dict.fromkeys([*measures.notes, *gallery.notes])
     plan.rules |= gallery.rules | ({} if foreground is None else {"foreground/-1": foreground.rule})
-    return gallery, measures.columns(), description.predictions(plan.model, seen.output, plan.names, count)
+    return gallery, measures.columns(), metadata.predictions(plan.model, seen.output, plan.names, count)
 
 
 def with_noise(plan: Plan, images: Tensor, first: int) -> Tensor:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitreous.errors import DataError, NotReached
-from vitreous.lens import indicators, spectra
-from vitreous.lens.sweep import Distances, Sweep, same_places
-from vitreous.lens.tap.call import WHOLE, Buffers, Call
+from vitreous.base.errors import DataError, NotReached
+from vitreous.lens.formulas import indicators, spectra
+from vitreous.lens.formulas.row_statistics import Distances, Sweep, same_places
+from vitreous.lens.tap.attention_call import WHOLE, Buffers, Call
 
 SOURCES = ("attention", *spectra.SOURCES)
 KEYS = ("layer", "head", "image", "source", "kind")
@@ -272,9 +272,7 @@ class Measures:
         self._records.append(_Record(layer, "score", call.kind, values, first))
 
 
-def perturbed(
-    images: Tensor, noise: float, generator: torch.Generator, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def perturbed(images: Tensor, noise: float, generator: torch.Generator, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """images (B, C, H, W) in the model's units -> the same with N(0, noise^2) on their [0, 1] pixels, clamped."""
     mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
     pixels = images * std + mean

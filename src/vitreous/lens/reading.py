@@ -17,7 +17,6 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +24,12 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from vitreous.errors import DataError, SettingError, UnknownName
-from vitreous.files import write, write_text
-from vitreous.lens import measures, scores
+from vitreous.base.errors import DataError, SettingError, UnknownName
+from vitreous.base.files import writable, write, write_text
+from vitreous.lens import measures
+from vitreous.lens.formulas import scores
 
 FORMAT = 1
 CHUNK = 16  # images in a part
@@ -242,16 +242,6 @@ class Writer:
     def text(self, name: str, content: str) -> None:
         with writable(self.folder):
             write_text(self.folder / name, content)
-
-
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """What goes wrong in writing to a folder or file, as a SettingError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise SettingError(f"Cannot write {folder} ({why}). Expected a place to write to, with space. Mend --out.") from error
 
 
 class StoredParts(Sequence):

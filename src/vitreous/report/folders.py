@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitreous.errors import DataError
+from vitreous.base.errors import DataError
 
 RUN_FACTS = ("command", "seed", "device", "model", "data", "settings", "versions", "machine", "remarks")
 EPOCHS = 60  # of one run on a page

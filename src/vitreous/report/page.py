@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vitreous.files import write_text
+from vitreous.base.files import write_text
 from vitreous.report import packing
 from vitreous.report.folders import Source, open_folders
 from vitreous.report.reading import ReadingFolder, boiled_down

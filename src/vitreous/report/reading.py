@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from vitreous.errors import DataError
+from vitreous.base.errors import DataError
 from vitreous.report import packing
 from vitreous.report.folders import parsed, read_csv, read_json
 

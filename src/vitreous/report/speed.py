@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vitreous.errors import DataError
-from vitreous.files import write_text
+from vitreous.base.errors import DataError
+from vitreous.base.files import write_text
 from vitreous.report import packing
 from vitreous.report.folders import read_json
 from vitreous.report.page import assembled

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vitreous.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from vitreous.train.prepare import Job
+    from vitreous.train.engine.prepare import Job
 
 
 class WeightedCrossEntropy(nn.Module):

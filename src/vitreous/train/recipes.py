@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vitreous.errors import SettingError
+from vitreous.base.errors import SettingError
 
 if TYPE_CHECKING:
     from vitreous.train.settings import TrainSettings
@@ -69,9 +69,7 @@ RECIPES: dict[str, Values] = {
         "layer_decay": (0.75, "BEiT, MAE"),
         "model_ema": (0.9998, "timm"),
     },
-    "scratch": COMMON
-    | MIXED
-    | {"epochs": (100, "RSB"), "lr": (3.5e-4, "DeiT, 5e-4 for 512"), "model_ema": (0.9998, "timm")},
+    "scratch": COMMON | MIXED | {"epochs": (100, "RSB"), "lr": (3.5e-4, "DeiT, 5e-4 for 512"), "model_ema": (0.9998, "timm")},
 }
 NAMES = ("none", "auto", *RECIPES)
 

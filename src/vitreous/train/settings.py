@@ -15,11 +15,12 @@ import tyro
 from timm.optim import list_optimizers
 from tyro import conf
 
-from vitreous.errors import SettingError, UnknownName
+from vitreous.base.environment import torch_device
+from vitreous.base.errors import SettingError, UnknownName
 from vitreous.mechanism import parse
 from vitreous.train import recipes
-from vitreous.train.inputs import check_augmentation
-from vitreous.train.trackers import check_tracker
+from vitreous.train.engine.loader import check_augmentation
+from vitreous.train.records.trackers import check_tracker
 
 CLASS_WEIGHTS = ("none", "balanced")
 SCHEDULERS = ("cosine", "step", "wsd", "constant", "none")
@@ -230,21 +231,6 @@ def key_values(words: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name] = text
     return found
-
-
-def torch_device(name: str) -> torch.device:
-    """The device of that name, or the best there is for "auto". Raises SettingError if this machine does not have it."""
-    if name == "auto":
-        return torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise SettingError(
-            f"Found --device {name}: {reason}. Expected a device of this machine. Use auto or cpu."
-        ) from error
-    return device
 
 
 RANGES = {

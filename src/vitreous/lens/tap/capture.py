@@ -7,9 +7,17 @@ from functools import lru_cache
 
 import torch
 
-from vitreous.lens.tap.call import Arrangement, Buffers, Call, ComputedMap, StoredMap, is_stochastic, output_error
-from vitreous.lens.tap.found import Factors, Raw, Receiver, guessed
-from vitreous.lens.tap.running import Running
+from vitreous.lens.tap.attention_call import (
+    Arrangement,
+    Buffers,
+    Call,
+    ComputedMap,
+    StoredMap,
+    is_stochastic,
+    output_error,
+)
+from vitreous.lens.tap.attention_op import Factors, Raw, Receiver, guessed
+from vitreous.lens.tap.module_stack import Running
 from vitreous.lens.tap.tracer import Layouts, Traced
 
 TOLERANCE = 1e-4  # of the largest |V|, or |score|; half precision: four roundings
@@ -44,9 +52,7 @@ class Capture(Receiver):
         finally:
             call.maps = None
 
-    def call(
-        self, name: str, number: int, running: Running, raw: Raw, traced: Traced | None, arranged: Arrangement
-    ) -> Call:
+    def call(self, name: str, number: int, running: Running, raw: Raw, traced: Traced | None, arranged: Arrangement) -> Call:
         v, output = arranged.merge(raw.v), arranged.merge(raw.output)
         q, k = (None if side is None else arranged.merge(side[1](side[0])) for side in (raw.q, raw.k))
         use, state = raw.use, running.state

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.lens.tap.axes import MATMULS, Axes, Contraction, Label, arranged, contraction, on_meta
-from vitreous.lens.tap.facts import Record, Scores, Softmax, Use, Weights, probabilities, product
-from vitreous.lens.tap.running import Running
+from vitreous.lens.tap.dataflow import Record, Scores, Softmax, Use, Weights, probabilities, product
+from vitreous.lens.tap.module_stack import Running
 
 SOFTMAXES = {
     "softmax", "_softmax", "special_softmax", "_safe_softmax", "softmin", "gumbel_softmax", "log_softmax", "_log_softmax",

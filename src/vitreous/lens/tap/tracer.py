@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitreous.layers.tokens import Stream
-from vitreous.lens.places import Layout, Shadows, channel, layout
-from vitreous.lens.tap.found import Factors, Key, Placed, Raw, Receiver, guessed
-from vitreous.lens.tap.known import Known
-from vitreous.lens.tap.running import Running
+from vitreous.layers.stream import Stream
+from vitreous.lens.coordinates import Layout, Shadows, channel, layout
+from vitreous.lens.tap.attention_op import Factors, Key, Placed, Raw, Receiver, guessed
+from vitreous.lens.tap.module_stack import Running
+from vitreous.lens.tap.tensor_set import Known
 
 
 @dataclass(frozen=True)

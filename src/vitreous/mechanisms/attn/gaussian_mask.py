@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous import slots
-from vitreous.errors import MaskError, SettingError
-from vitreous.layers.attention import Attention
-from vitreous.layers.embed import Grid
-from vitreous.layers.tokens import PLAIN, TokenState
+from vitreous.base.errors import MaskError, SettingError
+from vitreous.hosts.attention import Attention
+from vitreous.hosts.stream_ends import Grid
+from vitreous.layers.stream import PLAIN, TokenState
 from vitreous.mechanism import Mechanism
 
 EPS = 1e-5  # added to squared deviations, as in the authors' experiments

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from vitreous import slots
-from vitreous.errors import HostError, SettingError
-from vitreous.layers.attention import Attention, query_key_weights, written_out_is_faster
-from vitreous.layers.rows import unit, unit_rows_in_place, watched
+from vitreous.base.errors import HostError, SettingError
+from vitreous.hosts.attention import Attention, query_key_weights, written_out_is_faster
+from vitreous.layers.unit_norm import unit, unit_rows_in_place, watched
 from vitreous.mechanism import Mechanism
 
 SCALES = {"paper": lambda width: width**-0.5, "one": lambda width: 1.0, "sqrt": lambda width: width**0.5}

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from vitreous import slots
-from vitreous.errors import SettingError
-from vitreous.layers.block import Block
+from vitreous.base.errors import SettingError
+from vitreous.hosts.block import Block
 from vitreous.mechanism import Mechanism
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from vitreous import slots
-from vitreous.errors import DataError, HostError, SettingError
+from vitreous.base.errors import DataError, HostError, SettingError
+from vitreous.hosts.stream_ends import Embed
 from vitreous.layers.adoption import adopt
-from vitreous.layers.embed import Embed
 from vitreous.mechanism import Mechanism
 
 

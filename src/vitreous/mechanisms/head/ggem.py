@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous import slots
-from vitreous.errors import SettingError
+from vitreous.base.errors import SettingError
 from vitreous.mechanism import Mechanism
 
 FLOOR = 1e-6  # what a feature is at least, before the power

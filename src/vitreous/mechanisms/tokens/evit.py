@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vitreous import slots
-from vitreous.errors import HostError, SettingError
-from vitreous.layers.tokens import TokenState, follow, split, take
+from vitreous.base.errors import HostError, SettingError
+from vitreous.layers.stream import TokenState, follow, split, take
 from vitreous.mechanism import Mechanism
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitreous import slots
-from vitreous.errors import SettingError
-from vitreous.layers.tokens import TokenState, insert
+from vitreous.base.errors import SettingError
+from vitreous.layers.stream import TokenState, insert
 from vitreous.mechanism import Mechanism
 
 

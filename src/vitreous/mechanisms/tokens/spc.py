@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from vitreous import slots
-from vitreous.errors import SettingError
+from vitreous.base.errors import SettingError
 from vitreous.layers.spectral import leading_subspace, unit_rows
-from vitreous.layers.tokens import TokenState, insert, split
+from vitreous.layers.stream import TokenState, insert, split
 from vitreous.mechanism import Mechanism
 
 
@@ -156,9 +156,7 @@ class Components(nn.Module):
             return leading_subspace(rows, rank, method="exact", sign=sign).U[..., -n:]
         sketch = None if self.sketch is None else learned_sketch(rows, self.sketch)
         gradient = "through" if self.sketch is not None else settings.gradient
-        return leading_subspace(
-            rows, n, oversample=oversample, power=power, sketch=sketch, sign=sign, gradient=gradient
-        ).U
+        return leading_subspace(rows, n, oversample=oversample, power=power, sketch=sketch, sign=sign, gradient=gradient).U
 
 
 def mixing(choice: nn.Linear, mix: Tensor, summary: Tensor, components: int) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous import slots
-from vitreous.errors import SettingError
-from vitreous.layers.tokens import TokenState, follow, split, take
+from vitreous.base.errors import SettingError
+from vitreous.layers.stream import TokenState, follow, split, take
 from vitreous.mechanism import Mechanism
 
 

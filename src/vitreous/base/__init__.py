@@ -1,0 +1,1 @@
+"""Errors, files, processes, text forms: what every other folder may import."""

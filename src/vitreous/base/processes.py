@@ -1,0 +1,193 @@
+"""Several processes that work as one, started by torchrun on one machine or several: who they are and what they agree on.
+
+`ALONE` is a process on its own, for which nothing here waits or sends, so that callers need not ask.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from vitreous.base.errors import SettingError, VitreousError
+
+T = TypeVar("T")
+GONE = (  # what gloo, NCCL and torch's store say, in lower case; their own faults, such as no memory, have other words
+    "closed by peer", "likely closed", "reset by peer", "connection refused", "broken pipe", "pair closure", "remote peer",
+    "remote process exit", "communicator was aborted", "timed out", "timeout after", "nccl timeout", "operation timeout",
+    "socket timeout", "connect timeout",
+)  # fmt: skip
+
+
+class Lost(VitreousError):
+    """Another process of the team has gone."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of one job. rank: this one's number, from 0. size: how many. local: its number on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        """True for the one process that writes files and speaks."""
+        return self.rank == 0
+
+    def console(self, console: Console) -> Console:
+        """The console; for all processes but the first one that shows nothing, nor takes over a terminal."""
+        return console if self.first else Console(quiet=True, force_terminal=False)
+
+    def device(self, device: torch.device) -> torch.device:
+        """This process's own device of that type. Raises SettingError where there are too few, or one was chosen for all."""
+        if self.size == 1 or device.type == "cpu":
+            return device
+        if device.type != "cuda" or device.index is not None:
+            raise SettingError(
+                f"Found --device {device} for {self.size} processes. Expected cpu or cuda, of which each process takes "
+                "its own. Leave the number out."
+            )
+        if self.local >= (count := torch.cuda.device_count()):
+            raise SettingError(
+                f"Found {count} GPUs for process {self.local + 1} on this machine. Expected one for each. Start torchrun with "
+                f"--nproc-per-node {count}, or give --device cpu."
+            )
+        torch.cuda.set_device(self.local)
+        return torch.device("cuda", self.local)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over all processes, known to each."""
+        if self.size == 1:
+            return value
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value
+
+    def most(self, value: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def count(self, value: int) -> int:
+        """The sum of whole numbers over all processes."""
+        return int(self.total(torch.tensor(value)))
+
+    def tell(self, value: T) -> T:
+        """What the first process has, in all of them."""
+        if self.size == 1:
+            return value
+        found = [value]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def everyone(self, value: T) -> list[T]:
+        """What each process has, in order, known to all."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has, in order, in the first; nothing in the others."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.first else None
+        dist.gather_object(value, found, dst=0)
+        return found or []
+
+    def in_turn(self, values: list[T]) -> list[T]:
+        """Items that were dealt out one by one, in their order again, in the first process; nothing in the others."""
+        nothing = object()
+        rounds = zip_longest(*self.gather(values), fillvalue=nothing)
+        return [value for turn in rounds for value in turn if value is not nothing]
+
+    def same(self, tensors: list[Tensor]) -> None:
+        """Make the tensors of all processes those of the first."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor.detach(), src=0)
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What the work of the first process comes to, in all of them; a VitreousError in it ends all."""
+        with self.together():
+            found = work() if self.first else None
+        return self.tell(found)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one process cannot do, none goes on from: a VitreousError is raised where it was, the others leave with 2."""
+        error = None
+        try:
+            yield
+        except VitreousError as found:
+            error = found
+        failed = self.everyone(error is not None)
+        if any(failed):
+            self.fail(error, failed.index(True))
+
+    def fail(self, error: VitreousError | None, speaker: int = 0) -> None:
+        """End all processes with an error that each knows: raised in one, since once is enough; the others leave with 2."""
+        if self.rank == speaker and error is not None:
+            raise error
+        raise SystemExit(2)
+
+
+ALONE = Team()
+
+
+def launched() -> Team:
+    """Who this process is, by what torchrun told it; not connected yet."""
+    if not dist.is_torchelastic_launched():
+        return ALONE
+    return Team(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
+@contextmanager
+def connected(device: torch.device) -> Iterator[Team]:
+    """The team that torchrun started, connected: over gloo, and over NCCL for tensors on CUDA. `ALONE` without torchrun.
+
+    Raises Lost in what is done meanwhile if another process has gone.
+    """
+    team = launched()
+    if team.size == 1 or dist.is_initialized():  # the latter where one job is part of another
+        yield team
+        return
+    team.device(device)
+    with naming_the_lost():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        with naming_the_lost():
+            yield team
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """Turn what torch raises where another process has gone into Lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        size = dist.get_world_size() if dist.is_initialized() else launched().size
+        if size == 1 or not any(word in str(error).lower() for word in GONE):
+            raise
+        text = str(error).strip().partition("\n")[0]
+        raise Lost(
+            f"Found another process of this job gone, or silent for too long ({text[:150]}). Expected all "
+            f"{size} to work together. Its own message is above, if it had one; a killed one has none, and "
+            "torchrun names it below. Start the same number again: `torchrun ... vitreous resume RUN` after train, the same "
+            "--out for look."
+        ) from error

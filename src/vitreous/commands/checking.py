@@ -1,0 +1,98 @@
+"""`vitreous data check`: from words on a command line to a table of what is wrong with images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from tyro import conf
+
+from vitreous.base.errors import UnknownName
+from vitreous.data.problems import shown
+from vitreous.data.validate import Findings, check_data
+
+HELP = """\
+Look for what is wrong with images before training on them: files that cannot be read, copies within and across parts,
+classes of one image, names that clash, masks that do not fit. Nothing is changed.
+
+Exit code: 0 nothing found, 1 something found, 2 nothing could be checked.
+
+examples:
+  vitreous data check photos/
+  vitreous data check table.csv --json
+"""
+LINES = 40  # problems, and classes, that the tables show
+
+
+def data_command(words: Sequence[str]) -> int:
+    """`vitreous data check DATA`; returns the exit code."""
+    if words and words[0] not in ("check", "-h", "--help"):
+        raise UnknownName(words[0], "command after data", ["check"], hint="Write vitreous data check DIR.")
+    given = list(words[1:]) if words[:1] == ["check"] else ["--help"]
+    data, as_json, outside = tyro.cli(
+        check_words, prog="vitreous data check", description=HELP, args=given, config=(conf.FlagCreatePairsOff,)
+    )
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("reading files", total=None)
+        found = check_data(data, outside=outside, progress=lambda done, of: bar.update(task, completed=done, total=of))
+    if as_json:
+        print(json.dumps(found.record(), indent=2))
+    else:
+        show(found, Console())
+    return 1 if found.problems else 0
+
+
+def show(found: Findings, console: Console) -> None:
+    """Tables for people: images by class and part, then every problem."""
+    parts = list(found.counts)
+    totals = {part: sum(classes.values()) for part, classes in found.counts.items()}
+    said = ", ".join(f"{count:,} {part}".strip() for part, count in totals.items())
+    lines = [f"{shown(found.name)}: {said} images in {len({c for p in parts for c in found.counts[p]})} classes."]
+    if found.sizes:
+        small, middle, large = (f"{width} x {height}" for width, height in found.sizes)
+        lines.append(f"Sizes: {small} (smallest), {middle} (median), {large} (largest).")
+    if found.masks:
+        lines.append(f"Masks or boxes: of {found.masks:,} images.")
+    lines += [f"{count:,} images: {note}." for note, count in found.notes.items()]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = Table("class", *(part or "images" for part in parts))
+    labels = sorted({label for classes in found.counts.values() for label in classes})
+    for label in labels[:LINES]:
+        table.add_row(escape(shown(label)), *(f"{found.counts[part].get(label, 0):,}" for part in parts))
+    console.print(table)
+    more("classes", len(labels), console)
+    if not found.problems:
+        console.print("Nothing is wrong with them.", highlight=False)
+        return
+    table = Table("problem", "where", "what")
+    for problem in found.problems[:LINES]:
+        table.add_row(problem.kind, escape(shown(problem.file)), escape(shown(problem.what)))
+    console.print(table)
+    more("problems", len(found.problems), console)
+    counts = Counter(problem.kind for problem in found.problems)
+    kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+    console.print(f"Problems: {kinds}.", markup=False, highlight=False, soft_wrap=True)
+
+
+def more(what: str, count: int, console: Console) -> None:
+    if count > LINES:
+        console.print(f"and {count - LINES} {what} more; --json lists them all", highlight=False)
+
+
+def check_words(
+    data: Annotated[
+        conf.Positional[str], conf.arg(metavar="DATA", help="A folder, tar archive, .csv table or hf:PATH, as for train")
+    ],
+    json: Annotated[bool, conf.arg(help="Print everything as JSON")] = False,
+    outside: Annotated[bool, conf.arg(help="Let a table name files outside its folder")] = False,
+) -> tuple[str, bool, bool]:
+    return data, json, outside

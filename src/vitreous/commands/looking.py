@@ -1,0 +1,314 @@
+"""`vitreous look`, `compare` and `calibrate`: from words on a command line to a reading, its report, or a direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import timm
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+from torch import nn
+from tyro import conf
+
+from vitreous.base.environment import torch_device
+from vitreous.base.errors import DataError, SettingError
+from vitreous.base.files import free_folder, writable
+from vitreous.base.processes import ALONE, Team, connected
+from vitreous.data import ImageSet
+from vitreous.data.sources import unlabelled
+from vitreous.grafting import grafts
+from vitreous.lens.direction import Direction, find_direction
+from vitreous.lens.look import look
+from vitreous.lens.reading import Reading
+from vitreous.models import model_folder
+from vitreous.models.create import check_name, create_model
+from vitreous.report.page import write as write_report
+from vitreous.train.settings import key_values
+
+QUICK = 10_000_000  # parameters up to which curves are made unasked: about half a minute on two cores
+DIRECTION = "foreground.safetensors"  # beside model.safetensors, the direction that travels with a model
+
+LOOK_HELP = """\
+See what a vision transformer looks at: maps and indicators for every layer and head, in one report.html.
+
+examples:
+  vitreous look vit_tiny_patch16_224 cat.jpg dog.jpg --out reading/
+  vitreous look vit_tiny_patch16_224 photos/ --weights model.safetensors --masks masks/
+  vitreous look runs/cutouts-plain photos/
+"""
+COMPARE_HELP = """\
+Two readings side by side, in one report.html: two models, or one before and after, on the same images.
+
+example:
+  vitreous compare reading-a/ reading-b/ --out comparison/
+"""
+CALIBRATE_HELP = """\
+Find a model's foreground direction from photographs without labels or masks: a small file that travels with the model.
+
+Fifty to five hundred photographs whose subject tends to be central. With a model folder the file goes into it, where
+`vitreous look` finds it; else give it to look with --direction.
+
+example:
+  vitreous calibrate runs/cutouts-plain photos/
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which model, and where its weights come from (for a name of timm's: its published ones, unless told otherwise)."""
+
+    weights: str | None = None
+    """Take the weights in this .safetensors file (or .pth, read without running code)."""
+    random_weights: bool = False
+    """Take random weights, to see how it works; every page says so."""
+    model_kwargs: tuple[str, ...] = ()
+    """The network's own arguments: name=value ..., such as img_size=384."""
+    foreign: bool = False
+    """Import mechanisms of other packages that a folder names. This runs their code."""
+    device: str = "auto"
+    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking:
+    """What is looked at, and how closely."""
+
+    masks: str | None = None
+    """Folder of .png masks of the images' names, or a boxes.csv: maps are then scored against them."""
+    direction: str | None = None
+    """File of `vitreous calibrate` (default: foreground.safetensors in the model's folder, if it is there)."""
+    curves: int | None = None
+    """Insertion and deletion curves of the maps on so many images (default: 2, or 0 for models of more than ten million
+    parameters, for which they take minutes)."""
+    noise: float = 0.01
+    """Deviation of the noise on pixels of [0, 1] under which attention is compared; 0: leave robustness out."""
+    batch_size: int = 8
+    """Images per forward pass."""
+    memory: float = 1.0
+    """GiB for working memory beside what the model itself needs."""
+    seed: int = 0
+    """Of the noise, the random baselines and the resampling."""
+    limit: int | None = None
+    """Look at no more than so many images, the first ones."""
+    out: str | None = None
+    """Folder of the reading: new, or one to go on with (default: the next free readings/NAME)."""
+
+
+def look_command(words: Sequence[str]) -> None:
+    """`vitreous look MODEL IMAGES...`"""
+    arguments = tyro.cli(look_words, prog="vitreous look", description=LOOK_HELP, args=words, config=CONFIG)
+    run_look(*arguments)
+
+
+def run_look(name: str, images: Sequence[str], source: Model, how: Looking, console: Console | None = None) -> Path:
+    """Look, save, report; returns the folder of the reading."""
+    with connected(torch_device(source.device)) as team:
+        return look_together(name, images, source, how, team.console(console or Console()), team)
+
+
+def look_together(name: str, images: Sequence[str], source: Model, how: Looking, console: Console, team: Team) -> Path:
+    """`run_look`, by a team of processes, the first of which reports."""
+    with team.together():
+        model, facts = open_model(name, source, console, team)
+    shown = Path(name).resolve().name
+    folder = team.tell(Path(how.out) if how.out else free_folder(Path("readings"), shown))
+    small = sum(p.numel() for p in model.parameters()) <= QUICK
+    curves = how.curves if how.curves is not None else 2 if small else 0
+    reading = look(
+        model,
+        list(images),
+        masks=how.masks,
+        direction=find_file(name, how.direction),
+        curves=curves,
+        noise=how.noise,
+        batch_size=how.batch_size,
+        memory=how.memory,
+        seed=how.seed,
+        limit=how.limit,
+        out=folder,
+        console=console,
+        about=facts,
+        team=team,
+    )
+    if not team.first:
+        return folder
+    with writable(folder):
+        write_report([folder], folder / "report.html")
+    for line in said(reading):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(overview(reading))
+    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+    return folder
+
+
+def compare_command(words: Sequence[str]) -> None:
+    """`vitreous compare A B`"""
+    a, b, out = tyro.cli(compare_words, prog="vitreous compare", description=COMPARE_HELP, args=words, config=CONFIG)
+    console = Console()
+    folder = Path(out) if out else free_folder(Path("readings"), "comparison")
+    if (folder / "report.html").exists():
+        raise SettingError(f"Found {folder / 'report.html'} already. Expected a new folder. Choose another --out.")
+    with writable(folder):
+        write_report([Path(a), Path(b)], folder / "report.html")
+    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
+def calibrate_command(words: Sequence[str]) -> None:
+    """`vitreous calibrate MODEL PHOTOS...`"""
+    name, photos, out, source = tyro.cli(
+        calibrate_words, prog="vitreous calibrate", description=CALIBRATE_HELP, args=words, config=CONFIG
+    )
+    console = Console()
+    path = Path(out) if out else Path(name) / DIRECTION
+    if not path.parent.is_dir() or path.is_dir():
+        raise SettingError(f"Found no folder for a file {path}. Expected a place for it. Give --out FILE.safetensors.")
+    model, _ = open_model(name, source, console)
+    readable = only_readable(unlabelled(list(photos)), console)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("photographs, twice")
+        direction = find_direction(model, readable, progress=lambda done, of: progress.update(task, completed=done, total=of))
+    with writable(path):
+        direction.save(path)
+    console.print(f"Done: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+# -- the parts -------------------------------------------------------------------------------------------------------
+
+
+def open_model(name: str, source: Model, console: Console, team: Team = ALONE) -> tuple[nn.Module, dict]:
+    """The model in eval mode on its device, and what a reading says of it. Never random weights by accident."""
+    arguments = key_values(source.model_kwargs)
+    chosen = [flag for flag, value in (("--weights", source.weights), ("--random-weights", source.random_weights)) if value]
+    if len(chosen) > 1 or (chosen and model_folder.is_folder(name)):
+        raise SettingError(f"Found {' and '.join(chosen)} for {name}. Expected one source of weights. Leave one out.")
+    if model_folder.is_folder(name):
+        model, weights = model_folder.load(name, foreign=source.foreign, **arguments), "run"
+    elif source.random_weights:
+        torch.manual_seed(0)
+        model, weights = create_model(name, **arguments), "random"
+    elif source.weights:
+        model, weights = create_model(name, weights=source.weights, **arguments), "file"
+    else:
+        check_name(name)
+        if not timm.get_pretrained_cfg(name):
+            raise no_weights(name, "timm publishes none")
+        console.print(f"Weights: those that timm publishes for {name}.", highlight=False, markup=False)
+        try:
+            model, weights = create_model(name, pretrained=True, **arguments), "pretrained"
+        except DataError as error:
+            raise no_weights(name, str(error).partition(" Expected")[0].rstrip(".")) from error
+    shown = Path(name).resolve().name if model_folder.is_folder(name) else name
+    facts = {"name": shown, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
+    return model.to(team.device(torch_device(source.device))), facts
+
+
+def only_readable(images: ImageSet, console: Console) -> ImageSet:
+    """The images that can be decoded; the others are named. Raises DataError if there is none."""
+    kept, reasons = [], []
+    for i in track(range(len(images)), "reading", console=console, transient=True, disable=not console.is_terminal):
+        try:
+            images.image(i)
+            kept.append(i)
+        except DataError as error:
+            reasons.append(str(error))
+    for reason in reasons:
+        console.print(f"skipped: {reason}", soft_wrap=True, highlight=False, markup=False)
+    if not kept:
+        raise DataError(f"Found no readable photograph among {len(images)}. {reasons[0]}")
+    return images.subset(kept)
+
+
+def no_weights(name: str, reason: str) -> DataError:
+    return DataError(
+        f"Found no published weights of {name}: {reason}. Expected them from the network or timm's cache. Give a file with "
+        "--weights PATH, or look at random weights with --random-weights: its maps mean nothing, and every page says so."
+    )
+
+
+def find_file(name: str, given: str | None) -> Direction | None:
+    """The direction in the file given, or in the model's folder; None where there is none."""
+    if given is not None:
+        return Direction.load(Path(given))
+    path = Path(name) / DIRECTION
+    return Direction.load(path) if path.is_file() else None
+
+
+def said(reading: Reading) -> list[str]:
+    """What a reader must know first: notes, and what was refused or skipped."""
+    facts = reading.facts
+    lines = list(facts["notes"])
+    for word in ("refused", "skipped"):
+        lines += [f"{word}: {found['name']}: {found['reason']}" for found in facts[word][:5]]
+        if len(facts[word]) > 5:
+            lines.append(f"{word}: {len(facts[word]) - 5} more, listed in the report")
+    return lines
+
+
+SHOWN = {  # what most people ask first: column of the table, and its heading
+    "attention_entropy": "entropy",
+    "effective_tokens": "tokens",
+    "mean_distance": "distance",
+    "head_redundancy": "alike",
+    "perturbation_robustness": "noise",
+}
+
+
+def overview(reading: Reading) -> Table:
+    """By layer, means over heads and images of what most people ask first; the report says what each means."""
+    columns = reading.table()
+    shown = [name for name in SHOWN if name in columns and np.isfinite(columns[name]).any()]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("layer", no_wrap=True)
+    for name in ("kind", "heads", "grid", *(SHOWN[name] for name in shown)):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for layer in reading.layers:
+        here = (columns["layer"] == layer["layer"]) & (columns["source"] == "attention") & (columns["kind"] == layer["kind"])
+        values = [columns[name][here] for name in shown]
+        means = [f"{np.nanmean(value):.3g}" if np.isfinite(value).any() else "" for value in values]
+        grid = "x".join(map(str, layer["grid"])) if layer["grid"] else ""
+        table.add_row(f"{layer['layer']} {layer['name']}", layer["kind"], str(layer["heads"]), grid, *means)
+    return table
+
+
+CONFIG = (conf.FlagCreatePairsOff,)
+Name = Annotated[
+    conf.Positional[str],
+    conf.arg(metavar="MODEL", help="A name of timm's, a run folder, or another folder with config.json and model.safetensors"),
+]
+Images = Annotated[
+    conf.Positional[tuple[str, ...]],
+    conf.arg(metavar="IMAGES", help="Images, or folders or tar archives of images"),
+]
+
+
+def look_words(
+    model: Name,
+    images: Images,
+    source: conf.OmitArgPrefixes[Model] = Model(),
+    looking: conf.OmitArgPrefixes[Looking] = Looking(),
+) -> tuple[str, tuple[str, ...], Model, Looking]:
+    return model, images, source, looking
+
+
+def compare_words(
+    a: Annotated[conf.Positional[str], conf.arg(metavar="A", help="A reading or run folder")],
+    b: Annotated[conf.Positional[str], conf.arg(metavar="B", help="Another")],
+    out: Annotated[str | None, conf.arg(help="Folder of the report (default: the next free readings/comparison)")] = None,
+) -> tuple[str, str, str | None]:
+    return a, b, out
+
+
+def calibrate_words(
+    model: Name,
+    photos: Images,
+    out: Annotated[str | None, conf.arg(help=f"File to write (default: {DIRECTION} in the model's folder)")] = None,
+    source: conf.OmitArgPrefixes[Model] = Model(),
+) -> tuple[str, tuple[str, ...], str | None, Model]:
+    return model, photos, out, source

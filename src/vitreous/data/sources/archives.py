@@ -1,0 +1,109 @@
+"""The files of a folder or a tar archive, by name: archives are read in memory and never extracted."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import tarfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from vitreous.base.errors import DataError
+from vitreous.data.decoding import Source, is_image
+from vitreous.data.problems import Report, raised
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".txz")
+MEMORY = 8 << 30  # bytes of images that an archive may hold once unpacked
+
+
+def is_archive(path: Path) -> bool:
+    return path.is_file() and path.name.lower().endswith(TAR_SUFFIXES)
+
+
+def list_files(path: Path, *, empty: bool = False, report: Report = raised) -> dict[str, Source]:
+    """Images and tables (.csv) below a folder or in a tar archive, {relative name: source}, sorted by name.
+
+    Hidden files and all other kinds of file are left out. empty: folders without an image are no mistake; else, and of
+    folders that cannot be read, `report` is told.
+    """
+    files = _archived(path) if path.is_file() else _walked(path, empty, report)
+    files = {name: files[name] for name in sorted(files)}
+    if not any(is_image(name) for name in files):
+        raise DataError(
+            f"Found no image in {str(path)!r}; expected a folder of images. Check the path, and that the "
+            "files have the suffix of an image (.jpg, .png, .webp, .bmp, .gif, .tif, .ppm)."
+        )
+    return files
+
+
+def _wanted(name: str) -> bool:
+    return is_image(name) or name.lower().endswith(".csv")
+
+
+def _walked(root: Path, empty_too: bool, report: Report) -> dict[str, Path]:
+    """Files below a folder, links followed; a folder met again on its own path (a loop of links) is not entered."""
+    found, empty = {}, []
+    above: dict[str, frozenset[str]] = {}  # the true places of a folder and of those that it was reached through
+
+    def stop(error: OSError):
+        problem = DataError(
+            f"Found the folder {error.filename!r}, which cannot be read ({error.strerror}); expected a "
+            "readable one. Change its permissions or take it out."
+        )
+        problem.__cause__ = error
+        report("folder", str(Path(error.filename).relative_to(root)), problem)
+
+    for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
+        place, way = os.path.realpath(folder), above.get(os.path.dirname(folder), frozenset())
+        if place in way:
+            below.clear()
+            continue
+        above[folder] = way | {place}
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        wanted = [name for name in names if _wanted(name)]
+        if not below and not any(is_image(name) for name in wanted):
+            empty.append(folder)
+        found.update({Path(folder, name).relative_to(root).as_posix(): Path(folder, name) for name in wanted})
+    for folder in empty if found and not empty_too else ():
+        problem = DataError(
+            f"Found the folder {folder!r} without an image; expected images in every folder. Fill it or take it out."
+        )
+        report("empty", Path(folder).relative_to(root).as_posix(), problem)
+    return found
+
+
+def _archived(path: Path) -> dict[str, bytes]:
+    """Files of a tar archive in one pass; names that lead out of it, links, devices and excess are refused."""
+    found, size = {}, 0
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if member.isdir():
+                    continue
+                _check_member(path, member)
+                if not _wanted(member.name):
+                    continue
+                size += member.size
+                if size > MEMORY:
+                    raise DataError(
+                        f"Found more than {MEMORY >> 30} GiB of files in {str(path)!r}; expected an archive "
+                        "that fits into memory. Unpack it and give the folder."
+                    )
+                found[PurePosixPath(member.name).as_posix()] = archive.extractfile(member).read()
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        raise DataError(
+            f"Found {str(path)!r}, which cannot be read ({error}); expected a whole tar archive. "
+            "It may be cut short: fetch it again."
+        ) from error
+    return found
+
+
+def _check_member(path: Path, member: tarfile.TarInfo) -> None:
+    parts = PurePosixPath(member.name).parts
+    unsafe = member.name.startswith("/") or ".." in parts or any(c in member.name for c in "\\\0") or ":" in parts[0]
+    if unsafe or not member.isfile():
+        what = "a name that leads out of the archive" if unsafe else "a link or a device"
+        raise DataError(
+            f"Found {member.name!r} in {str(path)!r}, {what}; expected files with relative names only. "
+            "Do not use this archive unless you know where it comes from; pack the images again."
+        )

@@ -1,0 +1,216 @@
+"""From a list of image files with their classes to Data: unreadable ones left out, parts by name or by content."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from vitreous.base.errors import DataError
+from vitreous.data.decoding import Source, decode
+from vitreous.data.object_boxes import Foreground, foreground_mask
+from vitreous.data.problems import listed
+from vitreous.data.quarantine import Examined, Progress, Quarantined, examine, lines
+from vitreous.data.samples import Data, ImageSet, pixel_statistics
+
+PARTS = {
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+}  # fmt: skip
+HELD_OUT = 0.2  # of each class, where there is no test part
+SAMPLE = 64  # images read at opening, for their size and statistics
+
+
+@dataclass
+class Listing:
+    """Images by name, as a folder, a table or a data set names them; nothing is read yet.
+
+    classes: {image: class name}. parts: {image: "train", "test" or "val"}, None where all are to be split by content.
+    """
+
+    name: str
+    files: dict[str, Source]
+    classes: dict[str, str]
+    parts: dict[str, str] | None = None
+    foregrounds: dict[str, Foreground] = field(default_factory=dict)
+
+    def part(self, name: str) -> str:
+        return "" if self.parts is None else self.parts[name]
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Images by (part, class)."""
+        return Counter((self.part(name), label) for name, label in self.classes.items())
+
+
+class FileSet(ImageSet):
+    """Images in files, in the memory of a read archive or in a table, decoded when asked for.
+
+    names, sources: path and origin of each image. foregrounds: {name: its mask or boxes}; what has none
+    has no mask.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        sources: Sequence[Source],
+        labels: Sequence[int] | np.ndarray,
+        channels: int = 3,
+        foregrounds: dict[str, Foreground] | None = None,
+    ):
+        super().__init__(labels, channels)
+        self.names = list(names)
+        self.sources = list(sources)
+        self.foregrounds = foregrounds or {}
+
+    def image(self, i: int) -> Image.Image:
+        return decode(self.sources[i], self.names[i], self.channels)
+
+    def mask(self, i: int) -> np.ndarray | None:
+        foreground = self.foregrounds.get(self.names[i])
+        if foreground is None:
+            return None
+        width, height = self.image(i).size
+        return foreground_mask(foreground, self.names[i], width, height)
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> FileSet:
+        names, sources = [self.names[i] for i in indices], [self.sources[i] for i in indices]
+        part = FileSet(names, sources, self.labels[indices], self.channels, self.foregrounds)
+        part.transform = self.transform
+        return part
+
+
+def assemble(
+    listing: Listing, *, image_size: int | None = None, strict: bool = False, progress: Progress | None = None
+) -> Data:
+    """Decode every file once, leave out what cannot be read (strict: raise DataError), and make train and test sets.
+
+    Raises DataError for parts or classes that do not fit, and for a class of which nothing is left to train on.
+    """
+    check_parts(listing)
+    found = examine(listing.files, progress=progress)
+    quarantined = unreadable(listing, found)
+    if strict and quarantined:
+        raise DataError(
+            f"Found {len(quarantined)} of {len(found)} images that cannot be read, the first {quarantined[0].file!r} "
+            f"({quarantined[0].reason}). Expected none, since the run is strict. Replace or remove them; `vitreous data "
+            "check` lists them all."
+        )
+    readable = [name for name, seen in found.items() if not seen.reason]
+    parts = listing.parts or by_content(listing, readable, found)
+    names = {part: [name for name in readable if parts[name] == part] for part in ("train", "test", "val")}
+    if not names["test"]:
+        names["test"] = names.pop("val")
+    classes = class_names(listing, quarantined, names)
+    label = {name: k for k, name in enumerate(classes)}
+    sets = {
+        part: FileSet(
+            some, [listing.files[n] for n in some], [label[listing.classes[n]] for n in some], foregrounds=listing.foregrounds
+        )
+        for part, some in names.items()
+        if some
+    }
+    train = sets.pop("train")
+    own_size, mean, std = survey(train)
+    return Data(
+        name=listing.name,
+        train=train,
+        tests=sets,
+        classes=classes,
+        channels=train.channels,
+        image_size=(image_size, image_size) if image_size else own_size,
+        mean=mean,
+        std=std,
+        quarantined=tuple(quarantined),
+        remarks=(*conversions(found), *lines(quarantined, listing.counts())),
+    )
+
+
+def unreadable(listing: Listing, found: dict[str, Examined]) -> list[Quarantined]:
+    """The images that cannot be read, in the listing's order."""
+    return [
+        Quarantined(name, listing.classes[name], listing.part(name), seen.reason) for name, seen in found.items() if seen.reason
+    ]
+
+
+def conversions(found: dict[str, Examined]) -> list[str]:
+    """One line that counts what decoding did to images beside decoding; none where it did nothing."""
+    counts = Counter(note for seen in found.values() for note in seen.notes)
+    said = [f"{count:,} {note}" for note, count in sorted(counts.items())]
+    return [f"Files: {'; '.join(said)}."] if said else []
+
+
+def check_parts(listing: Listing) -> None:
+    """Raise DataError unless there is a train and a test part, of the same classes, at least two."""
+    if listing.parts is not None:
+        there = set(listing.parts.values())
+        if "train" not in there or len(there) < 2:
+            raise DataError(
+                f"Found the parts {listed(sorted(there))} in {listing.name!r}; expected train, and one of test or val (or "
+                "valid, validation), or no parts at all, for a split by content. Add one, or leave the parts out."
+            )
+    classes: dict[str, set[str]] = {}
+    for name, label in listing.classes.items():
+        classes.setdefault(listing.part(name) or "train", set()).add(label)
+    known = sorted(classes["train"])
+    if len(known) < 2:
+        raise DataError(
+            f"Found one class, {known[0]!r}, to train on in {listing.name!r}; expected a folder or label for each of "
+            "at least two classes. Give the data that hold them."
+        )
+    alone = "val" if "test" not in classes else None  # a val part alone is the test
+    for part, labels in classes.items():
+        if strangers := labels - set(known):
+            raise DataError(
+                f"Found {listed(sorted(strangers))} in {'test' if part == alone else part} but not in train, which has "
+                f"{listed(known)}; expected the same class names. Rename or remove them."
+            )
+
+
+def by_content(listing: Listing, names: Sequence[str], found: dict[str, Examined]) -> dict[str, str]:
+    """Hold out the images of each class whose contents have the lowest digests: a fifth, but never all."""
+    digests: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        digests.setdefault(listing.classes[name], {}).setdefault(found[name].contents, []).append(name)
+    parts = {}
+    for same in digests.values():
+        held_out = lowest(same, HELD_OUT)
+        for digest, some in sorted(same.items()):
+            parts |= dict.fromkeys(some, "test" if digest in held_out else "train")
+    if parts and "test" not in parts.values():
+        raise DataError("Found one image in each class; expected at least two, one to train on and one to test. Add more.")
+    return parts
+
+
+def lowest(digests: Iterable[str], share: float) -> set[str]:
+    """The lowest of the distinct digests: this share of them, 0 to 1, at least one, but never all."""
+    distinct = sorted(set(digests))
+    return set(distinct[: min(max(round(share * len(distinct)), 1), len(distinct) - 1)])
+
+
+def class_names(listing: Listing, quarantined: Sequence[Quarantined], names: dict[str, list[str]]) -> tuple[str, ...]:
+    """Class names as listed, sorted; raises DataError if no readable image of one is left to train on, or none to test."""
+    wanted = {label for name, label in listing.classes.items() if listing.part(name) in ("", "train")}
+    if lacking := wanted - {listing.classes[name] for name in names["train"]}:
+        first = sorted(lacking)[0]
+        bad = next((bad for bad in quarantined if bad.label == first), None)
+        why = f", such as {bad.file!r}: {bad.reason}" if bad else ""
+        raise DataError(
+            f"Found no image that can be read of {listed(sorted(lacking))} to train on{why}. Expected at least one of each "
+            "class. Replace the files, or take the class out."
+        )
+    if not names["test"]:
+        raise DataError("Found no image that can be read to test on. Expected at least one. Replace the files.")
+    return tuple(sorted(wanted))
+
+
+def survey(images: ImageSet) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
+    """(height, width) if all images of a sample agree, else 224 x 224; mean and deviation of its pixels."""
+    chosen = np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int))
+    pixels = [np.asarray(images.image(int(i))) for i in chosen]
+    sizes = {array.shape[:2] for array in pixels}
+    mean, std = pixel_statistics(np.concatenate([array.reshape(1, 1, -1, images.channels) for array in pixels], axis=2))
+    return sizes.pop() if len(sizes) == 1 else (224, 224), mean, std

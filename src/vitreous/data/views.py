@@ -1,0 +1,219 @@
+"""Images as a model sees them: resized, cropped and normalised by its pretrained_cfg, with picture and mask of that view."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_model_input_config
+from torch import Tensor, nn
+from torchvision import transforms
+
+from vitreous.base.errors import DataError, HostError, SettingError
+from vitreous.data import ImageSet
+from vitreous.data.decoding import Source
+from vitreous.data.sources import unlabelled
+
+QUALITY = 85  # of the JPEG pictures that a reading keeps
+BEGINNING = 1 << 14  # bytes of a file that tell it from others of its name and size
+
+
+@dataclass(frozen=True)
+class View:
+    """One image as the model sees it.
+
+    pixels (C, h, w): what the model is given. picture (h, w, 3) uint8: the same for people. mask (h, w) bool: foreground, in
+    the same view; None where it is not known. width, height: of the image as it was given.
+    """
+
+    name: str
+    pixels: Tensor
+    picture: np.ndarray
+    mask: np.ndarray | None
+    width: int
+    height: int
+    label: int = -1
+
+    def jpeg(self) -> np.ndarray:
+        """The picture as bytes of a JPEG file, (n,) uint8."""
+        return encoded(Image.fromarray(self.picture), "JPEG", quality=QUALITY)
+
+    def mask_png(self) -> np.ndarray:
+        """The mask as bytes of a PNG file, (n,) uint8."""
+        return encoded(Image.fromarray(self.mask).convert("1"), "PNG", optimize=True)
+
+
+class Views(Sequence[View]):
+    """Views of images, made one by one when asked for; `views[i]` raises DataError for an image that cannot be read.
+
+    mean, std: by which pixels of [0, 1] were normalised; None where that is not known (tensors for a model without a
+    pretrained_cfg). inputs: input_size, mean, std, ... in place of the model's own pretrained_cfg.
+    """
+
+    def __init__(self, model: nn.Module, images: Any, masks: Any = None, inputs: dict[str, Any] | None = None):
+        self.config = config_of(model) if inputs is None else inputs
+        self.tensors = images if isinstance(images, Tensor) else None
+        if self.tensors is not None:
+            check_images(self.tensors)
+            self.given = given_masks(masks, self.tensors)
+            self.mean, self.std = tensor_statistics(self.tensors, self.config)
+            return
+        if isinstance(images, ImageSet) and masks is not None:
+            raise DataError("Found masks beside a set of images, which has its own. Expected one source. Leave masks out.")
+        self.images = images if isinstance(images, ImageSet) else unlabelled(images, masks)
+        if self.config is None:
+            raise SettingError(
+                f"Found images and a {type(model).__name__} without a pretrained_cfg, which would say how to prepare them. "
+                "Expected a timm model, or a tensor. Give a tensor (B, C, H, W) that you prepared, or say how with inputs."
+            )
+        channels = self.config["input_size"][0]
+        if channels not in (1, 3):
+            raise HostError(f"Found a model of {channels} channels. Expected 1 or 3 for images. Give a tensor (B, C, H, W).")
+        self.mean, self.std = (tuple(self.config[name]) for name in ("mean", "std"))
+        self.transform = create_transform(**self.config, is_training=False)
+        self.geometry = transforms.Compose([step for step in self.transform.transforms if moves(step)])
+
+    def __len__(self) -> int:
+        return len(self.images if self.tensors is None else self.tensors)
+
+    def __getitem__(self, i: int) -> View:
+        if self.tensors is not None:
+            x, mask = self.tensors[i], None if self.given is None else self.given[i]
+            return View(f"image {i}", x, self.picture(x), mask, x.shape[-1], x.shape[-2])
+        image, mask = self.images.image(i), self.images.mask(i)
+        x = self.transform(image.convert("L" if self.config["input_size"][0] == 1 else "RGB"))
+        if mask is not None:
+            mask = np.asarray(self.geometry(Image.fromarray(mask).convert("L"))) > 127
+        return View(self.name(i), x, self.picture(x), mask, image.width, image.height, int(self.images.labels[i]))
+
+    def readable(self, i: int) -> bool:
+        """Whether image i can be shown, found out by reading it."""
+        try:
+            self[i]
+        except DataError:
+            return False
+        return True
+
+    def name(self, i: int) -> str:
+        names = getattr(self.images, "names", None) if self.tensors is None else None
+        return names[i] if names else f"image {i}"
+
+    def identity(self, count: int) -> list[Any]:
+        """What tells the first `count` images, with their masks, from others: digests, of files from their first bytes."""
+        if self.tensors is not None:
+            values = self.tensors[:count].detach().cpu().contiguous()
+            given = () if self.given is None else self.given[:count].tobytes()
+            return [list(values.shape), digest(values.flatten().view(torch.uint8).numpy().tobytes()), digest(bytes(given))]
+        sources, known = (getattr(self.images, name, None) for name in ("sources", "foregrounds"))
+        if sources is None:
+            return [[self.name(i), *of_pixels(self.images, i)] for i in range(count)]
+        found = [[self.name(i), of_file(sources[i])] for i in range(count)]
+        for entry in found:
+            if mask := (known or {}).get(entry[0]):
+                entry.append([mask[0], of_file(mask[1])] if isinstance(mask, tuple) else mask)
+        return found
+
+    def picture(self, x: Tensor) -> np.ndarray:
+        """pixels (C, h, w) -> (h, w, 3) uint8. Where mean and std are not known, the values' own range is black to white."""
+        x = x.detach().cpu().float()
+        if self.mean is not None:
+            x = x * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
+        else:
+            x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)
+        if x.shape[0] != 3:
+            x = x.mean(0, keepdim=True).expand(3, -1, -1)
+        return (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def config_of(model: nn.Module) -> dict[str, Any] | None:
+    """input_size (as the model was built), mean, std, interpolation and crop of a timm model; None for one without."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if not getattr(model, "pretrained_cfg", None):
+        return None
+    config = resolve_model_data_config(model) | {"input_size": get_model_input_config(model)["input_size"]}
+    if len(config["mean"]) == 3 and config["input_size"][0] == 1:  # statistics of colours for a model of grey images
+        config |= {name: (sum(config[name]) / 3,) for name in ("mean", "std")}
+    return config
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def of_file(source: Source) -> list[Any]:
+    """Size and digest of the first bytes of a file; nothing of one that cannot be read."""
+    if isinstance(source, bytes):
+        return [len(source), digest(source[:BEGINNING])]
+    try:
+        with source.open("rb") as file:
+            return [source.stat().st_size, digest(file.read(BEGINNING))]
+    except OSError:
+        return []
+
+
+def of_pixels(images: ImageSet, i: int) -> list[str]:
+    """Digests of an image and its mask; nothing of one that cannot be read."""
+    try:
+        image, mask = images.image(i), images.mask(i)
+    except DataError:
+        return []
+    return [digest(image.tobytes()), "" if mask is None else digest(mask.tobytes())]
+
+
+def moves(step: Any) -> bool:
+    """True for the steps of a transform that move pixels, which a mask must follow."""
+    return not isinstance(step, transforms.Normalize) and not type(step).__name__.endswith(("ToTensor", "ToNumpy"))
+
+
+def tensor_statistics(images: Tensor, config: dict[str, Any] | None) -> tuple[tuple | None, tuple | None]:
+    """mean and std that bring the tensors back to [0, 1]: those of the config, or none at all (0, 1), or not known."""
+    channels = images.shape[1]
+    candidates = [((0.0,) * channels, (1.0,) * channels)]
+    if config is not None and len(config["mean"]) == channels:
+        candidates.insert(0, (tuple(config["mean"]), tuple(config["std"])))
+    for mean, std in candidates:
+        pixels = images.detach().float() * images.new_tensor(std).float().view(-1, 1, 1)
+        pixels = pixels + images.new_tensor(mean).float().view(-1, 1, 1)
+        if pixels.min() >= -1e-3 and pixels.max() <= 1 + 1e-3:
+            return mean, std
+    return None, None
+
+
+def check_images(images: Tensor) -> None:
+    """Raise DataError unless they are (B, C, h, w), at least one."""
+    if images.ndim != 4 or not len(images):
+        raise DataError(
+            f"Found a tensor of shape {tuple(images.shape)}. Expected images (B, C, h, w), at least one. Of one: x[None]."
+        )
+    if not images.is_floating_point():
+        raise DataError(
+            f"Found a tensor of {images.dtype}. Expected pixels normalised for the model, of a floating type. Give paths or "
+            "PIL images to have them prepared, or normalise the tensor."
+        )
+
+
+def given_masks(masks: Any, images: Tensor) -> np.ndarray | None:
+    """Masks (B, h, w) for tensors of images; raises DataError for another shape."""
+    if masks is None:
+        return None
+    found = np.asarray(masks)
+    if found.shape != (len(images), *images.shape[-2:]):
+        raise DataError(
+            f"Found masks of shape {found.shape} for images of shape {tuple(images.shape)}. Expected "
+            f"{(len(images), *images.shape[-2:])}. Bring the masks to the size of the tensors."
+        )
+    return found.astype(bool)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> np.ndarray:
+    """The bytes of an image file, (n,) uint8."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return np.frombuffer(file.getvalue(), np.uint8)

@@ -1,0 +1,264 @@
+"""`vitreous export`: a model as a file that others run, and the proof that it computes the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor, nn
+from tyro import conf
+
+from vitreous.base.environment import versions
+from vitreous.base.errors import DataError, GraftError, HostError, SettingError
+from vitreous.base.files import writable, write, write_text
+from vitreous.data.quarantine import shown
+from vitreous.data.views import config_of
+from vitreous.deploy import formats
+from vitreous.grafting import check, grafts, new_parameters
+from vitreous.models.load import (
+    CONFIG,
+    RunName,
+    check_new,
+    inputs_of,
+    logits_of,
+    names_of,
+    open_images,
+    open_model,
+    prepared,
+)
+
+FORMAT = 1
+SEEDED = 4  # images of normal noise, as one batch, and the first of them alone
+GIVEN = 16  # at most, of the images given
+FORMATS = Literal["onnx", "torch-export", "timm"]
+
+HELP = """\
+A model as a file that runs without Vitreous, proved to compute the same before it appears.
+
+  onnx          one file for onnxruntime and others; class names and how to prepare images are inside
+  torch-export  one .pt2 file for torch.export.load
+  timm          a folder for timm.create_model("local-dir:..."), mechanisms taken out
+
+Beside the file stands PATH.json (in a folder: export.json): the largest difference of logits, size, versions. Beyond the
+tolerance nothing is left.
+
+examples:
+  vitreous export runs/photos --to onnx --out photos.onnx --images new-photos/
+  vitreous export runs/photos --to timm --out photos-plain
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporting:
+    """What is written, and how it is proved."""
+
+    to: FORMATS
+    """onnx | torch-export | timm."""
+    out: str
+    """File to write (timm: folder); it must be new, and appears whole or not at all."""
+    images: tuple[str, ...] = ()
+    """Images, folders or archives, of which the first 16 are compared as well, beside seeded noise."""
+    tolerance: float = 1e-4
+    """Largest difference of a logit that counts as the same."""
+    weights: str | None = None
+    """For a name of timm's: take the weights in this .safetensors file (or .pth, read without running code)."""
+    foreign: bool = False
+    """Import mechanisms of other packages that a folder names. This runs their code."""
+    json: bool = False
+    """Say what was done as one JSON object, for programs."""
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    to: FORMATS,
+    *,
+    images: Sequence[str | Path] = (),
+    tolerance: float = 1e-4,
+) -> dict[str, Any]:
+    """Write the model (eval mode, on the CPU) in the format `to` and its report beside it; returns the report.
+
+    The file is read back as its users will read it and compared on seeded noise and on `images`; parity["largest"] is the
+    largest difference of a logit. Raises DataError beyond the tolerance, and leaves nothing then; HostError, GraftError for
+    models that cannot be written.
+    """
+    path = Path(path)
+    report_path = path / "export.json" if to == "timm" else path.with_name(path.name + ".json")
+    check_new(path)
+    if to != "timm":
+        check_new(report_path)
+    if not 0 < tolerance < 1:
+        raise SettingError(f"Found --tolerance {tolerance}. Expected more than 0, and below 1. Give for example 1e-4.")
+    if to == "onnx":
+        formats.check_onnx()
+    check_mechanisms(model, to)
+    facts = facts_of(model)
+    samples = samples_of(model, images)
+    check(model, samples["seeded"][:1])
+    report = {"format": FORMAT, "to": to, **facts}
+
+    def writer(temporary: Path) -> None:
+        write_model, reader = formats.WRITERS[to]
+        report.update(write_model(model, temporary, facts))
+        reference = formats.plain(model)[0] if to == "timm" else model
+        report["parity"] = parity(reference, reader(temporary), samples, report["batch"], tolerance)
+        if to == "timm" and grafts(model):
+            report["without_mechanisms"] = lost(model, reference, samples)
+        report["bytes"] = sum(file.stat().st_size for file in ([temporary] if to != "timm" else temporary.iterdir()))
+        if to != "timm":
+            report["sha256"] = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        else:
+            write_text(temporary / report_path.name, json.dumps(report, indent=2) + "\n")
+
+    with writable(path):
+        (write_whole_folder if to == "timm" else write)(path, writer)
+        if to != "timm":
+            try:
+                write_text(report_path, json.dumps(report, indent=2) + "\n")
+            except BaseException:
+                path.unlink()
+                raise
+    return report
+
+
+def check_mechanisms(model: nn.Module, to: str) -> None:
+    """Raise GraftError for a mechanism that the format cannot hold, by its tags."""
+    tags = {"onnx": ("onnx", "it uses operators that ONNX does not have")}
+    tags["torch-export"] = ("static_shapes", "its number of tokens depends on the image")
+    if to not in tags:
+        return
+    tag, reason = tags[to]
+    wrong = [str(record.mechanism) for record in grafts(model) if not getattr(record.mechanism, tag)]
+    if wrong:
+        raise GraftError(
+            f"Found {', '.join(wrong)} in the model, whose tag says {tag} = False: {reason}. Expected mechanisms that can be "
+            f"written as {to}. Take them out with --to timm, or choose another format."
+        )
+
+
+def facts_of(model: nn.Module) -> dict[str, Any]:
+    """What a file says of its model: classes in the order of logits, how to prepare images, mechanisms."""
+    if config_of(model) is None:
+        raise HostError(f"Found a {type(model).__name__} without a pretrained_cfg. Expected a timm model. Train one first.")
+    return {
+        "architecture": str(model.pretrained_cfg.get("architecture", type(model).__name__)),
+        "classes": names_of(model),
+        "named": bool(model.pretrained_cfg.get("label_names")),
+        **inputs_of(config_of(model)),
+        "mechanisms": [str(record.mechanism) for record in grafts(model)],
+        "versions": versions(),
+    }
+
+
+def samples_of(model: nn.Module, images: Sequence[str | Path]) -> dict[str, Tensor]:
+    """Pixels to compare on: "seeded" noise and, where there are some, "given" images (B, C, h, w). Raises DataError."""
+    size = config_of(model)["input_size"]
+    found = {"seeded": torch.randn(SEEDED, *size, generator=torch.Generator().manual_seed(0))}
+    if images:
+        batch = next(prepared(open_images(model, images), GIVEN))
+        broken = next((image for image in batch if image.pixels is None), None)
+        if broken is not None:
+            raise DataError(
+                f"Found {shown(broken.name)}, which cannot be read: {shown(broken.reason)}. Expected whole images to compare "
+                "on. Leave it out."
+            )
+        found["given"] = torch.stack([image.pixels for image in batch])
+    return found
+
+
+def parity(model: nn.Module, run: Callable, samples: dict[str, Tensor], batch: str | int, tolerance: float) -> dict[str, Any]:
+    """Largest difference of logits between model and file per kind of sample. Raises DataError beyond the tolerance."""
+    found: dict[str, Any] = {"tolerance": tolerance, "largest": 0.0}
+    for kind, pixels in samples.items():
+        parts = [pixels, pixels[:1]] if batch == "any" else list(pixels.split(1))
+        differences = [(logits_of(run, part) - logits_of(model, part)).abs().max().item() for part in parts]
+        found[kind] = {"images": len(pixels), "largest": max(differences)}
+        found["largest"] = max(found["largest"], max(differences))
+    if found["largest"] > tolerance:
+        raise DataError(
+            f"The file computes other logits than the model: the largest difference is {found['largest']:.3g}. Expected at "
+            f"most {tolerance:g}. Nothing was written. Choose another format, or a --tolerance that you can answer for."
+        )
+    return found
+
+
+def lost(model: nn.Module, host: nn.Module, samples: dict[str, Tensor]) -> dict[str, Any]:
+    """What goes with the mechanisms: their parameters, and how far the plain network's logits and classes differ."""
+    added = new_parameters(model)
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in added.values()), "tensors": len(added)}
+    for kind, pixels in samples.items():
+        with_them, without = logits_of(model, pixels), logits_of(host, pixels)
+        same = (with_them.argmax(1) == without.argmax(1)).sum().item()
+        largest = (with_them - without).abs().max().item()
+        found[kind] = {"images": len(pixels), "largest": largest, "same_class": same}
+    return found
+
+
+def write_whole_folder(path: Path, writer: Callable[[Path], None]) -> None:
+    """Let `writer` fill a temporary folder beside `path`, and give it that name in one step."""
+    temporary = path.with_name(path.name + ".partial")
+    if temporary.exists():
+        raise SettingError(f"Found {temporary}, left by an export that was killed. Expected none. Delete it.")
+    temporary.mkdir()
+    try:
+        writer(temporary)
+        temporary.rename(path)
+    finally:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(temporary)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def export_command(words: Sequence[str]) -> None:
+    """`vitreous export RUN --to FORMAT --out PATH`"""
+    name, how = tyro.cli(export_words, prog="vitreous export", description=HELP, args=words, config=CONFIG)
+    console = Console()
+    check_new(Path(how.out))
+    model = open_model(name, how.weights, how.foreign)
+    report = export(model, how.out, how.to, images=how.images, tolerance=how.tolerance)
+    if how.json:
+        print(json.dumps(report, indent=2))
+        return
+    for line in said(report, how.out):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def said(report: dict[str, Any], path: str) -> list[str]:
+    """The report for people."""
+    found = report["parity"]
+    kinds = {"seeded": "seeded images of noise", "given": "given images"}
+    here = [(found[kind], words) for kind, words in kinds.items() if kind in found]
+    compared = [f"{part['largest']:.2g} over {part['images']} {words}" for part, words in here]
+    lines = [f"Parity: largest difference of logits {', '.join(compared)} (tolerance {found['tolerance']:g})"]
+    if report["batch"] != "any":
+        lines.append(f"One image at a time: a batch of any size cannot be exported ({report['batch_reason']})")
+    if without := report.get("without_mechanisms"):
+        lines.append(
+            f"Taken out: {', '.join(report['mechanisms'])}, with {without['parameters']:,} parameters. The network keeps the "
+            "weights that it learned beside them."
+        )
+        lines += [
+            f"Without: logits differ by up to {without[kind]['largest']:.2g}; {without[kind]['same_class']} of "
+            f"{without[kind]['images']} {words} keep their class"
+            for kind, words in kinds.items()
+            if kind in without
+        ]
+    opset = f", opset {report['opset']}" if "opset" in report else ""
+    batch = "any batch size" if report["batch"] == "any" else "batch size 1"
+    lines.append(f"Done: {path} ({report['bytes'] / 1e6:,.1f} MB{opset}, {batch})")
+    return lines
+
+
+def export_words(run: RunName, exporting: conf.OmitArgPrefixes[Exporting]) -> tuple[str, Exporting]:
+    return run, exporting

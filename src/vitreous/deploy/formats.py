@@ -1,0 +1,199 @@
+"""The formats that a model is written in, each with a runner that reads the file as its users will, without Vitreous.
+
+A writer takes the model (eval mode, on the CPU), a path and the facts that go into the file; it returns what is known of the
+file. A runner takes the path and gives logits for pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitreous.base.errors import DataError, HostError, SettingError
+from vitreous.data.views import config_of
+from vitreous.grafting import grafts, ungraft
+from vitreous.models import model_folder
+
+PROTOBUF = 2_000_000_000  # bytes of weights; an .onnx file, which is one protobuf message, ends at 2 GiB
+EXAMPLES = 2  # images in the batch that is traced: of one, an exporter could take the batch for a constant
+IMAGES, LOGITS = "images", "logits"  # names of input and output in an ONNX file
+Facts = dict[str, Any]
+Run = Callable[[Tensor], Tensor]
+
+
+# -- torch.export ----------------------------------------------------------------------------------------------------
+
+
+def exported(model: nn.Module) -> tuple[torch.export.ExportedProgram, Facts]:
+    """The model as a program of any batch size, or where that cannot be, of one image; and which of the two, with the reason.
+
+    Raises HostError for a model that torch.export cannot follow.
+    """
+    size = config_of(model)["input_size"]
+    try:
+        program = traced(model, torch.zeros(EXAMPLES, *size), {0: torch.export.Dim("batch")})
+        return program, {"batch": "any"}
+    except Exception as error:  # what a tracer can raise is not foreseeable
+        reason = first_line(error)
+    try:
+        return traced(model, torch.zeros(1, *size), None), {"batch": 1, "batch_reason": reason}
+    except Exception as error:
+        raise HostError(
+            f"torch.export cannot follow this {type(model).__name__}: {first_line(error)}. Expected a model without steps that "
+            "depend on the data. Take its mechanisms out with --to timm, or choose another network."
+        ) from error
+
+
+def traced(model: nn.Module, images: Tensor, dynamic: dict | None) -> torch.export.ExportedProgram:
+    """The program; regions with their own autocast, which cannot be read back from a file, become plain steps."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (images,), dynamic_shapes=None if dynamic is None else (dynamic,))
+        if any(isinstance(module, torch.fx.GraphModule) for module in list(program.graph_module.modules())[1:]):
+            program = program.run_decompositions({})
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # names files of this machine
+    return program
+
+
+def write_program(model: nn.Module, path: Path, facts: Facts) -> Facts:
+    """A .pt2 file of `torch.export.save`, with the facts as extra file vitreous.json."""
+    program, known = exported(model)
+    file = io.BytesIO()  # by its path it would have to end in .pt2 while it is not whole yet
+    torch.export.save(program, file, extra_files={"vitreous.json": json.dumps(facts)})
+    path.write_bytes(file.getbuffer())
+    return known
+
+
+def run_program(path: Path) -> Run:
+    program = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    return lambda pixels: program(pixels)
+
+
+# -- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def write_onnx(model: nn.Module, path: Path, facts: Facts) -> Facts:
+    """An ONNX file; facts as metadata, text as it is and the rest as JSON. Raises HostError beyond what one file can hold."""
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if size > PROTOBUF:
+        raise HostError(
+            f"Found {size / 1e9:.1f} GB of weights. Expected up to {PROTOBUF / 1e9:.0f} GB, which is what one ONNX file can "
+            "hold. Choose --to torch-export."
+        )
+    program, known = exported(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = torch.onnx.export(program, dynamo=True, input_names=[IMAGES], output_names=[LOGITS], verbose=False)
+    except Exception as error:  # of the exporter's own kinds, which change from release to release
+        raise HostError(
+            f"torch.onnx cannot write this {type(model).__name__}: {first_line(error)}. Expected operators that ONNX has. "
+            "Choose --to torch-export, or take mechanisms out with --to timm."
+        ) from error
+    graph = out.model.graph
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # names of our modules, which no runtime needs
+    if known["batch"] == "any":
+        symbol = str(graph.inputs[0].shape[0])
+        for value in [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]:
+            renamed(value, symbol)
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    out.model.metadata_props.update(texts)
+    file = io.BytesIO()
+    out.save(file)
+    path.write_bytes(file.getbuffer())
+    packages = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
+    return known | {"opset": out.model.opset_imports[""], "versions": facts["versions"] | packages}
+
+
+def renamed(value: Any, symbol: str) -> None:
+    """Call the exporter's symbol of the batch size by its name."""
+    for axis, dim in enumerate(value.shape or ()):
+        if not isinstance(dim, int) and (text := str(dim)) != "None":
+            value.shape[axis] = re.sub(rf"\b{re.escape(symbol)}\b", "batch", text)
+
+
+def run_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; what it says of its own optimising helps nobody
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(np.asarray(session.run([LOGITS], {IMAGES: pixels.numpy()})[0]))
+
+
+def check_onnx() -> None:
+    """Raise SettingError unless the packages of the extra are there."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise SettingError(
+            f"Found no package {error.name or 'onnx'}. Expected the extra for ONNX files. Install it: "
+            'pip install "vitreous[onnx]"'
+        ) from error
+
+
+# -- timm ------------------------------------------------------------------------------------------------------------
+
+
+def plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A copy without grafts, and the names of host tensors that the grafted model did not keep: nobody trained those."""
+    kept = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    host = copy.deepcopy(model)
+    if grafts(host):
+        ungraft(host, all=True)
+    return host, [name for name, value in host.state_dict().items() if kept.get(name) != tuple(value.shape)]
+
+
+def write_folder(model: nn.Module, folder: Path, facts: Facts) -> Facts:
+    """timm's own layout: model.safetensors and config.json, class names within. Raises DataError if host weights are gone."""
+    host, gone = plain(model)
+    if gone:
+        mechanisms = ", ".join(str(record.mechanism) for record in grafts(model))
+        raise DataError(
+            f"Found {mechanisms} in the model, which took the place of {network_list(gone)}: the plain network would have "
+            "random numbers there. Expected mechanisms that keep the host's weights. Choose --to onnx or torch-export, which "
+            "keep the mechanisms."
+        )
+    model_folder.save(host, folder, classes=facts["classes"] if facts["named"] else ())
+    (folder / model_folder.MECHANISMS).unlink()
+    return {"batch": "any"}
+
+
+def run_folder(folder: Path) -> Run:
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return lambda pixels: model(pixels)
+
+
+def network_list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} tensors more" if len(names) > 4 else "")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, without its full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300].rstrip('.') if lines else 'no reason given'}"
+
+
+WRITERS: dict[str, tuple[Callable[[nn.Module, Path, Facts], Facts], Callable[[Path], Run]]] = {
+    "onnx": (write_onnx, run_onnx),
+    "torch-export": (write_program, run_program),
+    "timm": (write_folder, run_folder),
+}

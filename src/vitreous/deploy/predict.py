@@ -1,0 +1,197 @@
+"""`vitreous predict`: the classes of images, with probabilities, as one CSV file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from tyro import conf
+
+from vitreous.base.environment import torch_device
+from vitreous.base.errors import DataError, SettingError
+from vitreous.base.files import writable, write
+from vitreous.data.quarantine import cell, shown
+from vitreous.data.views import Views
+from vitreous.models.load import (
+    CONFIG,
+    RunName,
+    check_new,
+    logits_of,
+    names_of,
+    open_images,
+    open_model,
+    prepared,
+)
+
+HELP = """\
+The classes of images by a trained model, with probabilities, as a CSV file that spreadsheets open.
+
+Images are prepared exactly as in training. One that cannot be read has its line in the file, too, with the reason.
+
+examples:
+  vitreous predict runs/photos new-photos/
+  vitreous predict runs/photos cat.jpg dog.jpg --top 3 --out animals.csv
+  vitreous predict runs/photos new-photos.tar --json
+"""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image: the best classes and their probabilities, or why the image cannot be read."""
+
+    name: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicting:
+    """How it is done, and where the result goes."""
+
+    out: str = "predictions.csv"
+    """File to write; it must be new, and appears whole or not at all."""
+    top: int = 1
+    """So many classes per image, the most probable first."""
+    batch_size: int = 16
+    """Images per forward pass."""
+    weights: str | None = None
+    """For a name of timm's: take the weights in this .safetensors file (or .pth, read without running code)."""
+    foreign: bool = False
+    """Import mechanisms of other packages that a folder names. This runs their code."""
+    device: str = "auto"
+    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
+    json: bool = False
+    """Say what was done as one JSON object, for programs."""
+
+
+def predict(
+    model: nn.Module,
+    views: Views,
+    *,
+    top: int = 1,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Prediction]:
+    """A prediction for every image, in order; the model stays where it is. Raises HostError for a model without classes."""
+    names = names_of(model)
+    check_range("top", top, len(names))
+    check_range("batch-size", batch_size, 100_000)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    done = 0
+    for batch in prepared(views, batch_size):
+        readable = [image.pixels for image in batch if image.pixels is not None]
+        answers = iter(())
+        if readable:
+            best = logits_of(model, torch.stack(readable).to(device)).softmax(1).topk(top)
+            answers = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        for image in batch:
+            if image.pixels is None:
+                yield Prediction(image.name, (), (), image.reason)
+                continue
+            indices, values = next(answers)
+            yield Prediction(image.name, tuple(names[i] for i in indices), tuple(values))
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(views))
+
+
+def predict_command(words: Sequence[str]) -> None:
+    """`vitreous predict RUN IMAGES...`"""
+    arguments = tyro.cli(predict_words, prog="vitreous predict", description=HELP, args=words, config=CONFIG)
+    run_predict(*arguments)
+
+
+def run_predict(name: str, images: Sequence[str], how: Predicting, console: Console | None = None) -> dict[str, Any]:
+    """Predict and write the file; returns what was done: counts, classes found, skipped images. Says it, too."""
+    console = console or Console()
+    path = Path(how.out)
+    check_new(path)
+    check_range("top", how.top, 1_000_000)
+    check_range("batch-size", how.batch_size, 100_000)
+    device = torch_device(how.device)
+    model = open_model(name, how.weights, how.foreign).to(device)
+    views = open_images(model, images)
+    found: dict[str, Any] = {"model": name, "predictions": str(path), "images": 0, "classes": Counter(), "skipped": []}
+    shown_bar = console.is_terminal and not how.json
+    with Progress(console=console, transient=True, disable=not shown_bar) as progress, writable(path):
+        task = progress.add_task("images", total=len(views))
+        answers = predict(
+            model,
+            views,
+            top=how.top,
+            batch_size=how.batch_size,
+            progress=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+        write(path, lambda temporary: write_table(temporary, answers, how.top, found))
+    if how.json:
+        print(json.dumps(found | {"classes": dict(found["classes"].most_common())}, indent=2))
+    else:
+        say(found, console)
+    return found
+
+
+def write_table(path: Path, answers: Iterator[Prediction], top: int, found: dict[str, Any]) -> None:
+    """Write predictions as they come and count them in `found`. Raises DataError if no image could be read."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        numbers = ["", *(f"_{i}" for i in range(2, top + 1))]
+        writer.writerow(["file", *(word + number for number in numbers for word in ("predicted", "probability")), "skipped"])
+        for answer in answers:
+            pairs = zip(answer.classes, answer.probabilities, strict=True)
+            values = [text for name, value in pairs for text in (cell(name), f"{value:.7g}")] or [""] * (2 * top)
+            writer.writerow([cell(answer.name), *values, cell(answer.reason)])
+            if answer.reason:
+                found["skipped"].append({"file": answer.name, "reason": answer.reason})
+            else:
+                found["images"] += 1
+                found["classes"][answer.classes[0]] += 1
+    if not found["images"]:
+        first = found["skipped"][0]
+        raise DataError(
+            f"Found no readable image among {len(found['skipped'])}; of {shown(first['file'])}: {shown(first['reason'])}. "
+            "Expected at least one. Check the files."
+        )
+
+
+def say(found: dict[str, Any], console: Console) -> None:
+    """Counts by class, what was skipped and why, and where the file is."""
+    table = Table("class", "images")
+    for name, count in found["classes"].most_common(10):
+        table.add_row(shown(name).replace("[", r"\["), str(count))
+    console.print(table)
+    lines = [f"and {len(found['classes']) - 10} more classes"] if len(found["classes"]) > 10 else []
+    skipped = found["skipped"]
+    lines += [f"skipped: {shown(entry['file'])}: {shown(entry['reason'])}" for entry in skipped[:5]]
+    if len(skipped) > 5:
+        lines.append(f"skipped: {len(skipped) - 5} more, listed in the file")
+    lines.append(f"Done: {found['predictions']} ({found['images']:,} images, {len(skipped):,} skipped)")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def check_range(name: str, value: int, most: int) -> None:
+    """Raise SettingError unless the value is 1 to `most`."""
+    if not 1 <= value <= most:
+        raise SettingError(f"Found --{name} {value}. Expected 1 to {most:,}. Give such a number.")
+
+
+def predict_words(
+    run: RunName,
+    images: Annotated[
+        conf.Positional[tuple[str, ...]], conf.arg(metavar="IMAGES", help="Images, or folders or tar archives of images")
+    ],
+    predicting: conf.OmitArgPrefixes[Predicting] = Predicting(),
+) -> tuple[str, tuple[str, ...], Predicting]:
+    return run, images, predicting

@@ -1,0 +1,167 @@
+"""Self-attention in four steps, on the children of whatever attention the host has.
+
+    project    x (B, N, D) -> q, k, v (B, H, N, K), queries and keys normed as the host does
+    scores     q, k -> (B, H, N, N), before the mask
+    normalize  scores -> weights whose rows sum to one
+    merge      (B, H, N, K) -> (B, N, D)
+
+An attention idea overrides one or two of them. As long as `scores` and `normalize` are the plain ones, the fused kernel
+does both at once; else blocks of ours also tell `scores` which token speaks for which place. Rotary embedding stands
+between `project` and `scores`.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import Attention as TimmAttention
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitreous.layers.adoption import adopt
+from vitreous.layers.stream import PLAIN, TokenState
+from vitreous.layers.unit_norm import heads_first
+
+HOSTS = (TimmAttention, AttentionRope, EvaAttention)
+
+
+class Attention(nn.Module):
+    """Plain attention, equal to the host's own, bit for bit; made by `Attention.of(host_attention)`."""
+
+    host: type[nn.Module]
+
+    @classmethod
+    def of(cls, attention: nn.Module) -> Attention:
+        """Adopt a host's attention (`HOSTS`), or a plain one of ours."""
+        new = adopt(cls, attention)
+        if not isinstance(attention, Attention):
+            new.host = type(attention)
+        return new
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        state: TokenState = PLAIN,
+        seen: list[tuple[Tensor, Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """The output of `attend`; its (q, k, v) is appended to `seen`, for a caller that needs them and lets hooks fire."""
+        out, qkv = self.attend(x, rope, attn_mask, is_causal, state)
+        if seen is not None:
+            seen.append(qkv)
+        return out
+
+    def attend(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        state: TokenState = PLAIN,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """x (B, N, D) -> output (B, N, D) and the (q, k, v) whose scores were taken, (B, H, N, K) each."""
+        q, k, v = self.project(x)
+        if rope is not None:
+            q, k = self.rotate(q, rope).type_as(v), self.rotate(k, rope).type_as(v)
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:  # grouped queries: key head j serves query heads j * groups ... (j + 1) * groups - 1
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        if self.fused_attn and self.softmax_of_product and not self.written_out(q):
+            drop = self.attn_drop.p if self.training else 0.0
+            z = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal, scale=self.scale
+            )
+        else:
+            weights = self.normalize(masked(self.scores(q, k, state), attn_mask, is_causal))
+            z = self.attn_drop(weights) @ v
+        return self.merge(z, x), (q, k, v)
+
+    def written_out(self, q: Tensor) -> bool:
+        """True to take product, softmax and product one by one where a fused kernel could do it: the host's bits differ."""
+        return False
+
+    @property
+    def softmax_of_product(self) -> bool:
+        """True if a fused kernel computes the same: neither `scores` nor `normalize` is overridden."""
+        return type(self).scores is Attention.scores and type(self).normalize is Attention.normalize
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qkv is not None:
+            q, k, v = heads_first(self.packed(x))
+        else:
+            q, k, v = (
+                layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
+            )
+        return self.q_norm(q), self.k_norm(k), v
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Queries, keys and values as the one product leaves them, (B, N, 3, H, K); `qkv` is not None."""
+        if getattr(self, "q_bias", None) is None:
+            out = self.qkv(x)
+        else:
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # EVA keeps three biases beside a bias-free linear
+            out = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+        return out.unflatten(-1, (3, self.num_heads, -1))
+
+    @property
+    def packed_is_ours(self) -> bool:
+        """True if queries and keys are what `packed` gives, and nobody else holds that: `qkv` is a linear without hooks."""
+        bare = type(self.qkv) is nn.Linear and not (self.qkv._forward_hooks or self.qkv._backward_hooks)
+        normed = any(type(norm) is not nn.Identity for norm in (self.q_norm, self.k_norm))
+        return bare and not normed and not nn.modules.module._has_any_global_hook()
+
+    def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Rotary embedding on all but the prefix tokens of x (B, H, N, K)."""
+        prefix = self.num_prefix_tokens
+        rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, half=getattr(self, "rotate_half", False))
+        return torch.cat([x[:, :, :prefix], rotated], dim=2)
+
+    def scores(self, q: Tensor, k: Tensor, state: TokenState = PLAIN) -> Tensor:
+        return (q * self.scale) @ k.transpose(-2, -1)
+
+    def normalize(self, scores: Tensor) -> Tensor:
+        return scores.softmax(dim=-1)
+
+    def merge(self, z: Tensor, x: Tensor) -> Tensor:
+        z = self.norm(z.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            z = z * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(z))
+
+
+def written_out_is_faster(tokens: int, learning: bool, device: torch.device) -> bool:
+    """Whether to take product, softmax and product one by one in place of the fused kernel (`benchmarks/attention_path`).
+
+    Measured on one CPU of two cores, heads of 64 numbers, times over those of the fused kernel. With gradients 0.78 to 0.94 at
+    101 and 145 tokens, 0.89 to 1.32 at 65, 0.91 to 1.07 at 197, more at the ends; without gradients 1.01 to 1.73, but for three
+    of 70 cells. The bounds are set by eye between such numbers: other processors may want others.
+    """
+    return learning and device.type == "cpu" and 80 <= tokens <= 160
+
+
+def masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Scores (B, H, N, N) with the mask's meaning of `scaled_dot_product_attention`: additive, or True = attend."""
+    if is_causal:
+        n = scores.shape[-1]
+        return scores + scores.new_full((n, n), float("-inf")).triu(1)
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, float("-inf"))
+    return scores + attn_mask
+
+
+def query_key_weights(attention: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(W_Q (A, D), b_Q (A) or None, W_K (A, D), b_K (A) or None) of any attention in `HOSTS`, A = heads * head width."""
+    if attention.qkv is None:
+        return attention.q_proj.weight, attention.q_proj.bias, attention.k_proj.weight, attention.k_proj.bias
+    w_q, w_k, _ = attention.qkv.weight.chunk(3)
+    if getattr(attention, "q_bias", None) is not None:
+        return w_q, attention.q_bias, w_k, attention.k_bias
+    if attention.qkv.bias is None:
+        return w_q, None, w_k, None
+    b_q, b_k, _ = attention.qkv.bias.chunk(3)
+    return w_q, b_q, w_k, b_k

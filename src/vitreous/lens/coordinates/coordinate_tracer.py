@@ -1,0 +1,191 @@
+"""Place tracing: where in the image the queries and keys of an attention are, whatever the model.
+
+`Shadows` plants the coordinates of the pixels on the input image and moves them by the very calls that the model makes.
+What an attention call reads, `layout` snaps to a grid: patches, windows, prefix tokens and padding, pooled keys.
+
+Parameters (class token, latent queries, position tables) have no place, which is NaN. Unknown calls lose the places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vitreous.lens.coordinates import mixing_rules, view_rules
+from vitreous.lens.coordinates.field import Field, Move, Parts, spread, thin
+from vitreous.lens.coordinates.layout import Layout, channel, layout
+
+__all__ = ["Layout", "Shadows", "channel", "layout"]
+
+_NAMES = {
+    view_rules.keep: """
+        softmax log_softmax softmin special_softmax special_log_softmax safe_softmax gumbel_softmax
+        layer_norm native_layer_norm group_norm batch_norm instance_norm rms_norm fused_rms_norm local_response_norm normalize
+        dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout native_dropout
+        relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink leaky_relu rrelu
+        elu selu celu mish softplus softsign logsigmoid threshold prelu exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square
+        abs neg negative positive sin cos tan atan erf erfc erfinv reciprocal ceil floor round trunc frac clamp clip clamp_min
+        clamp_max nan_to_num masked_fill index_fill cumsum cumprod logcumsumexp tril triu logit i0 sinc renorm
+        to type type_as float double half bfloat16 cuda cpu contiguous clone detach requires_grad data alias to_copy pin_memory
+        conj resolve_conj real imag angle""",
+    view_rules.view: """
+        permute transpose swapaxes swapdims movedim moveaxis t T mT H mH adjoint narrow select slice unbind split
+        split_with_sizes unsafe_split chunk unsafe_chunk tensor_split hsplit vsplit dsplit diagonal masked_select take rot90
+        pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle""",
+    view_rules.fold: """reshape view view_as reshape_as flatten unflatten ravel squeeze unsqueeze unsafe_view atleast_2d
+        atleast_3d""",
+    view_rules.expand: "expand expand_as broadcast_to",
+    view_rules.slide: "roll flip fliplr flipud",
+    view_rules.repeat: "repeat tile repeat_interleave",
+    view_rules.pick: "getitem",
+    view_rules.gather: "gather take_along_dim",
+    view_rules.select: "index_select",
+    view_rules.ranked: "topk sort",
+    view_rules.join: "cat concat concatenate stack hstack vstack",
+    view_rules.halve: "glu",
+    view_rules.complex_view: "view_as_complex view_as_real",
+    view_rules.pad: "pad constant_pad_nd",
+    view_rules.patches: "unfold",
+    view_rules.write: """
+        setitem scatter index_copy index_put masked_scatter slice_scatter select_scatter diagonal_scatter""",
+    view_rules.copy: "copy",
+    mixing_rules.combine: """
+        add sub subtract mul multiply div divide true_divide truediv rsub radd rmul rdiv rtruediv iadd isub imul itruediv
+        addcmul addcdiv lerp where maximum minimum fmax fmin pow rpow float_power atan2 fmod remainder rmod xlogy hypot
+        logaddexp""",
+    mixing_rules.extreme: "max min",
+    mixing_rules.reduce: "mean nanmean sum nansum amax amin prod logsumexp norm vector_norm std var median mode",
+    mixing_rules.convolve: "conv1d conv2d conv3d",
+    mixing_rules.widen: "conv_transpose1d conv_transpose2d conv_transpose3d",
+    mixing_rules.pool: "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool1d lp_pool2d lp_pool3d",
+    mixing_rules.adapt: """
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+    mixing_rules.resize: "interpolate upsample",
+    mixing_rules.sample: "grid_sample",
+    mixing_rules.unpatch: "fold",
+    mixing_rules.linear: "linear",
+    mixing_rules.matmul: "matmul rmatmul mm bmm mv baddbmm addmm addmv",
+    mixing_rules.einsum: "einsum",
+    mixing_rules.attend: "scaled_dot_product_attention",
+    mixing_rules.merge: "scatter_add scatter_reduce index_add index_reduce",
+}
+_FRESH = {  # values that have nothing to do with those of the argument
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones",
+    "new_empty", "new_full", "new_tensor", "bernoulli", "zero", "fill", "normal", "uniform", "random", "sign", "heaviside",
+    "grad", "base",
+}  # fmt: skip
+_RANDOM = {
+    "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like", "randint_like",
+    "uniform", "random", "exponential", "log_normal", "cauchy", "geometric",
+}  # fmt: skip
+_PICKING = {view_rules.pick, view_rules.gather, view_rules.select, view_rules.ranked, view_rules.write, mixing_rules.merge}
+RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+
+
+def plain_name(func: Any) -> str:
+    """What a torch function, method, property or operator is called, less the underscores: "add" for `Tensor.__iadd__`."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = func.__self__.__name__
+    return name.split(".")[0].strip("_")
+
+
+class Shadows:
+    """The places of the tensors of one forward pass of one image. Tables are weak: tensors are not kept alive."""
+
+    def __init__(self, image: Tensor):
+        """image: the input (1, C, h, w). The centre of its first pixel is at (0.5, 0.5)."""
+        self.size = (image.shape[-2], image.shape[-1])
+        self.fields: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.lost: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that lost its places
+        self.varying: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that another image, or chance, would change
+        self.picked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that took tokens by such an index
+        y = (torch.arange(self.size[0], dtype=torch.float64, device="cpu") + 0.5)[:, None]
+        x = (torch.arange(self.size[1], dtype=torch.float64, device="cpu") + 0.5)[None]
+        parts = (y, x, y.square() + x.square(), torch.ones((), dtype=torch.float64, device="cpu"))
+        self.fields[image] = Field((tuple(part.expand(image.shape) for part in parts),))
+
+    def follow(self, func: Any, args: tuple, kwargs: dict[str, Any] | None, out: Any) -> None:
+        """Give the output of a call its places. To be called with torch functions switched off."""
+        name, kwargs = plain_name(func), kwargs or {}
+        given = list(_tensors((*args, *kwargs.values())))
+        made = [args[0]] if name == "setitem" else list(_tensors((out,)))
+        outputs = [tensor for tensor in made if tensor.is_floating_point() or tensor.is_complex()]
+        placed = any(tensor in self.fields for tensor in given)
+        varying = placed or name in _RANDOM or any(tensor in self.varying or tensor in self.lost for tensor in given)
+        if varying and name not in _FRESH:
+            for tensor in made:
+                self.varying[tensor] = None
+        if not outputs:
+            return
+        picked = next((self.picked[tensor] for tensor in given if tensor in self.picked), None)
+        rule = RULES.get(name)
+        if rule in _PICKING and any(tensor in self.varying for tensor in given if not tensor.is_floating_point()):
+            picked = name
+        move = Move(name, func, args, kwargs, args[0] if name == "setitem" else out, self.field)
+        found = self._moved(rule, move) if placed and rule else None
+        reason = next((self.lost[tensor] for tensor in given if tensor in self.lost), None)
+        if placed:
+            reason = None if name in _FRESH else name
+        for tensor, field in zip(outputs, found or [None] * len(outputs), strict=False):
+            self._set(tensor, field)
+            if field is None and found is None and reason is not None:
+                self.lost[tensor] = reason
+            if field is not None and picked is not None:
+                self.picked[tensor] = picked
+
+    def _set(self, tensor: Tensor, field: Field | None) -> None:
+        self.lost.pop(tensor, None)
+        if field is None:
+            self.fields.pop(tensor, None)
+        elif tuple(field.sets[0][0].shape) == tuple(tensor.shape):
+            self.fields[tensor] = field
+
+    @staticmethod
+    def _moved(rule: Any, move: Move) -> list[Field | None] | None:
+        """Fields of the outputs, or None where the rule does not fit the call."""
+        try:
+            found = rule(move)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+            return None
+        return found if isinstance(found, list) else None if found is None else [found]
+
+    def field(self, value: Any) -> Field | None:
+        """The field of a tensor; None: none, or no tensor."""
+        return self.fields.get(value) if isinstance(value, Tensor) else None
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """(*tensor.shape, 4) float64: y, x in pixels, variance of the pixels it stands for, tokens merged. NaN = no place.
+
+        Along axes on which nothing differs the stride is 0. None: unknown, or no place at all.
+        """
+        field = self.field(tensor)
+        return None if field is None else _stacked(field.sets[0], tuple(tensor.shape))
+
+    def reason(self, *tensors: Tensor) -> str:
+        """What is to be known of the places of these tensors, in words; "" if nothing: who lost them, or who chose them."""
+        lost = next((self.lost[tensor] for tensor in tensors if tensor in self.lost), None)
+        if lost is not None:
+            return f"{lost} lost the places"
+        picked = next((self.picked[tensor] for tensor in tensors if tensor in self.picked), None)
+        return "" if picked is None else f"{picked} chose tokens by their values or by chance: other images have other places"
+
+
+def _stacked(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    y, x, moment, mass = (thin(part) for part in parts)
+    width = spread((y, x, moment, mass))
+    return torch.stack(torch.broadcast_tensors(y, x, width, mass), dim=-1).expand(*shape, 4)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Tensors among values, also inside tuples and lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)

@@ -1,0 +1,311 @@
+"""Rules for calls that move values without mixing them: views, gathers, joins, padding, writing into a tensor.
+
+A rule takes a `Move` and returns the `Field` of its output, a list of Fields (one per output) or None (no place).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitreous.lens.coordinates.field import Field, Move, here, over, same, set_of, shape_of, thin
+
+# --- values that stay where they are, and views -----------------------------------------------------------------------
+
+
+def keep(move: Move) -> Field | None:
+    """Elementwise with one tensor, normalisation, activation, softmax, cast, copy."""
+    return move.source and move.source.each(lambda part: thin(part).expand(shape_of(move.out)))
+
+
+def view(move: Move) -> Field | list[Field] | None:
+    """The same view of every part; several outputs give several fields."""
+    field = move.source
+    if field is None:
+        return None
+    moved = [[move.again(part) for part in parts] for parts in field.sets]
+    if isinstance(move.out, Tensor):
+        return replace(field, sets=tuple(map(tuple, moved)))
+    count = len(move.out)
+    return [replace(field, sets=tuple(tuple(p[i] for p in parts) for parts in moved)) for i in range(count)]
+
+
+def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Axes of two shapes in the smallest groups of equal size: [(axes of old, axes of new)]."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        olds, news, a, b = [], [], 1, 1
+        if i < len(old):
+            a, i = old[i], i + 1
+            olds.append(i - 1)
+        if j < len(new):
+            b, j = new[j], j + 1
+            news.append(j - 1)
+        while a != b:
+            if a < b:
+                a, i = a * old[i], i + 1
+                olds.append(i - 1)
+            else:
+                b, j = b * new[j], j + 1
+                news.append(j - 1)
+        yield olds, news
+
+
+def refold(part: Tensor, shape: Sequence[int]) -> Tensor:
+    """`reshape` that keeps stride 0 along axes on which nothing changes."""
+    if not part.numel():
+        return part.reshape(tuple(shape))
+    small = list(shape)
+    for olds, news in blocks(part.shape, shape):
+        if all(part.shape[axis] == 1 or part.stride(axis) == 0 for axis in olds):
+            for axis in olds:
+                part = part.narrow(axis, 0, 1)
+            for axis in news:
+                small[axis] = 1
+    return part.reshape(small).expand(tuple(shape))
+
+
+def fold(move: Move) -> Field | None:
+    """reshape, view, flatten, unflatten, squeeze, unsqueeze: elements keep their order."""
+    field, shape = move.source, shape_of(move.out)
+    if field is None or field.sets[0][0].numel() != move.out.numel():
+        return None
+    return field.each(lambda part: refold(part, shape))
+
+
+def expand(move: Move) -> Field | None:
+    return move.source and move.source.each(lambda part: part.expand(shape_of(move.out)))
+
+
+def slide(move: Move) -> Field | None:
+    """roll and flip: axes of stride 0 need no work."""
+    if "dims" not in move.bound("input", "shifts", "dims") and move.name == "roll":
+        return view(move)
+    return move.source and move.source.each(lambda part: move.again(thin(part)).expand(shape_of(move.out)))
+
+
+def repeat(move: Move) -> Field | None:
+    """repeat, tile, repeat_interleave."""
+    field, shape = move.source, shape_of(move.out)
+    if field is None:
+        return None
+
+    def again(part: Tensor) -> Tensor:
+        if len(shape) == 1 or move.name == "repeat_interleave":
+            return move.again(part)
+        lead = part.expand((1,) * (len(shape) - part.ndim) + tuple(part.shape))
+        slim = thin(lead)
+        times = [1 if have == 1 else want // have for have, want in zip(slim.shape, shape, strict=True)]
+        return slim.repeat(times).expand(shape)
+
+    return field.each(again)
+
+
+def pick(move: Move) -> Field | None:
+    """`tensor[index]` with the very index. Axes after those that the index names are not touched."""
+    field, index = move.source, here(move.args[1])
+    if field is None:
+        return None
+    items = index if isinstance(index, tuple) else (index,)
+    used = sum(item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else item is not None for item in items)
+    shape = shape_of(move.out)
+
+    def again(part: Tensor) -> Tensor:
+        if not any(isinstance(item, Tensor | list) for item in items) or any(item is Ellipsis for item in items):
+            return part[index]
+        for axis in range(used, part.ndim):
+            if part.stride(axis) == 0 and part.shape[axis] > 1:
+                part = part.narrow(axis, 0, 1)
+        return part[index].expand(shape)
+
+    return field.each(again)
+
+
+def gather(move: Move) -> Field | None:
+    """gather, take_along_dim: axes on which neither places nor indices change are not read."""
+    along = move.name == "take_along_dim"
+    given = move.bound("input", *(("indices", "dim") if along else ("dim", "index")))
+    field, index, dim = move.source, here(given["indices" if along else "index"]), given.get("dim")
+    if field is None or dim is None:
+        return None
+    shape = shape_of(move.out)
+
+    def again(part: Tensor) -> Tensor:
+        flat = index
+        for axis in range(part.ndim):
+            if axis == dim % part.ndim or part.stride(axis) != 0 or part.shape[axis] == 1:
+                continue
+            if flat.stride(axis) == 0 or flat.shape[axis] == 1:
+                part, flat = part.narrow(axis, 0, 1), flat.narrow(axis, 0, 1)
+        return (torch.take_along_dim(part, flat, dim) if along else part.gather(dim, flat)).expand(shape)
+
+    return field.each(again)
+
+
+def select(move: Move) -> Field | None:
+    """index_select: other axes of stride 0 are not read."""
+    given = move.bound("input", "dim", "index")
+    dim, index, shape = given["dim"], here(given["index"]), shape_of(move.out)
+
+    def again(part: Tensor) -> Tensor:
+        if part.stride(dim) == 0:
+            return part.narrow(dim, 0, 1).expand(shape)
+        return thin(part).index_select(dim, index).expand(shape)
+
+    return move.source and move.source.each(again)
+
+
+def ranked(move: Move) -> list[Field | None] | None:
+    """topk, sort: the values come from where their indices say."""
+    if move.source is None:
+        return None
+    index = here(move.out[1])
+    dim = move.bound("input", *(("k", "dim") if move.name == "topk" else ("dim",))).get("dim", -1)
+    return [move.source.each(lambda part: part.gather(dim, index)), None]
+
+
+# --- several tensors into one -----------------------------------------------------------------------------------------
+
+
+def join(move: Move) -> Field | None:
+    """cat and stack: what has no place becomes NaN; axes on which no piece changes stay of stride 0."""
+    given = move.bound("tensors", "dim")
+    tensors, dim = list(given["tensors"]), given.get("dim", given.get("axis", 0))
+    fields = [move.field(tensor) for tensor in tensors]
+    if not any(fields):
+        return None
+    shape, new = shape_of(move.out), move.name == "stack"
+    if move.name in ("hstack", "vstack"):
+        dim = 0 if move.name == "vstack" or len(shape) == 1 else 1
+    sets = []
+    for which in range(max(len(field.sets) for field in fields if field)):
+        pieces = []
+        for tensor, field in zip(tensors, fields, strict=True):
+            if tensor.ndim == len(shape) - new and tensor.numel():  # cat takes empty pieces of any shape
+                parts = set_of(field, which, tensor.shape)
+                pieces.append(tuple(part.unsqueeze(dim) for part in parts) if new else parts)
+        sets.append(tuple(_joined([piece[i] for piece in pieces], dim, shape) for i in range(4)))
+    return Field(tuple(sets), any(field.contracted for field in fields if field))
+
+
+def _joined(pieces: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
+    for axis in range(len(shape)):
+        fixed = all(piece.stride(axis) == 0 or piece.shape[axis] == 1 for piece in pieces)
+        if fixed and axis != dim % len(shape):
+            pieces = [piece.narrow(axis, 0, 1) for piece in pieces]
+        elif fixed and all(same(thin(pieces[0]), thin(piece)) for piece in pieces[1:]):
+            return pieces[0].narrow(axis, 0, 1).expand(shape)  # halves of a rotation, say: one place
+    slim = torch.broadcast_shapes(*(piece.select(dim, 0).shape for piece in pieces))
+    axis = dim % len(shape)
+    pieces = [piece.expand(*slim[:axis], piece.shape[axis], *slim[axis:]) for piece in pieces]
+    return torch.cat(pieces, axis).expand(shape)
+
+
+def halve(move: Move) -> Field | None:
+    """glu: half of the axis gates the other half."""
+    dim = move.bound("input", "dim").get("dim", -1)
+    shape = shape_of(move.out)
+    return move.source and Field(tuple(tuple(p.expand(shape) for p in over(parts, dim)) for parts in move.source.sets))
+
+
+def complex_view(move: Move) -> Field | None:
+    """view_as_complex, view_as_real: both numbers of a pair are at one place."""
+    if move.name == "view_as_complex":
+        return move.source and move.source.each(lambda part: part[..., 0])
+    return move.source and move.source.each(lambda part: part[..., None].expand(shape_of(move.out)))
+
+
+# --- padding, patches, writing ----------------------------------------------------------------------------------------
+
+
+def pad(move: Move) -> Field | None:
+    """Constant padding has no place; reflection and the like repeat places."""
+    given = move.bound("input", "pad", "mode", "value")
+    sides, field = list(given["pad"]), move.source
+    if field is None:
+        return None
+    if move.name == "pad" and given.get("mode", "constant") != "constant":
+        return field.each(move.again)
+    shape = shape_of(move.out)
+
+    def again(part: Tensor) -> Tensor:
+        for axis in range(part.ndim):
+            back = 2 * (part.ndim - 1 - axis)
+            if part.stride(axis) == 0 and part.shape[axis] > 1 and not any(sides[back : back + 2]):
+                part = part.narrow(axis, 0, 1)
+        return F.pad(part, sides, value=torch.nan).expand(shape)
+
+    return field.each(again)
+
+
+def patches(move: Move) -> Field | None:
+    """`Tensor.unfold` is a view; `F.unfold` lays windows (C k k) along the channels, its padding has no place."""
+    field = move.source
+    if field is None or move.func in (Tensor.unfold, torch.Tensor.unfold):
+        return view(move)
+    given = move.bound("input", "kernel_size", "dilation", "padding", "stride")
+    padding, channels = pair(given.get("padding", 0)), move.first.shape[-3]
+    settings = {name: given.get(name, 1) for name in ("dilation", "stride")}
+
+    def again(part: Tensor) -> Tensor:
+        slim = part.narrow(-3, 0, 1) if part.stride(-3) == 0 else part
+        wide = F.pad(slim, (padding[1], padding[1], padding[0], padding[0]), value=torch.nan)
+        found = F.unfold(wide, given["kernel_size"], **settings).unflatten(-2, (slim.shape[-3], -1))
+        return refold(found.expand(*found.shape[:-3], channels, *found.shape[-2:]), shape_of(move.out))
+
+    return field.each(again)
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """A setting for both image axes."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def write(move: Move) -> Field | None:
+    """`tensor[index] = value`, scatter, index_copy, copies into slices: what is written brings its place along."""
+    target = move.first
+    values = move.args[-1] if len(move.args) > 2 else next(reversed(move.kwargs.values()), None)
+    base, field = move.source, move.field(values)
+    if not isinstance(values, Tensor) or (base is None and field is None):
+        return base
+    rest = [here(value) for value in move.args[1:]]
+
+    def written(p: Tensor, q: Tensor) -> Tensor:
+        if move.name == "setitem":
+            p, q = _slim(p, q, rest[0])
+            p = p.clone(memory_format=torch.contiguous_format)
+            p[rest[0]] = q
+            return p.expand(target.shape)
+        p = p.clone(memory_format=torch.contiguous_format)
+        if len(move.args) > 2:
+            return move.plain(p, *rest[:-1], q)
+        return move.plain(p, *rest, **{n: q if v is values else here(v) for n, v in move.kwargs.items()})
+
+    sets = []
+    for which in range(max(len(f.sets) for f in (base, field) if f)):
+        pairs = zip(set_of(base, which, target.shape), set_of(field, which, values.shape), strict=True)
+        sets.append(tuple(written(p, q) for p, q in pairs))
+    return Field(tuple(sets), bool(base and base.contracted) or bool(field and field.contracted))
+
+
+def _slim(p: Tensor, q: Tensor, index: Any) -> tuple[Tensor, Tensor]:
+    """Both without axes of stride 0 that the index takes in full."""
+    items = index if isinstance(index, tuple) else (index,)
+    if p.ndim != q.ndim or not all(isinstance(item, slice) for item in items):
+        return p, q
+    for axis in range(p.ndim):
+        whole = axis >= len(items) or items[axis].indices(p.shape[axis]) == (0, p.shape[axis], 1)
+        if whole and p.stride(axis) == 0 and (q.stride(axis) == 0 or q.shape[axis] == 1):
+            p, q = p.narrow(axis, 0, 1), q.narrow(axis, 0, 1)
+    return p, q
+
+
+def copy(move: Move) -> Field | None:
+    """copy_: the places of what is copied."""
+    field = move.field(move.args[1])
+    return field and field.each(lambda part: part.expand(shape_of(move.out)))

@@ -1,0 +1,1 @@
+"""Pure functions: indicators, spectra, maps, scores."""

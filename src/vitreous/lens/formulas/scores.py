@@ -1,0 +1,301 @@
+"""Does a map lie on the object? Scores of maps against masks on the patch grid, baselines, and intervals over images.
+
+Maps are (..., P), P patches in raster order, any real values, higher meaning more foreground; only `energy_inside` cares
+for the sign and size of a value, the others for the order alone (`iou_otsu` for distances). `cover` (..., P) is the share
+of each patch that the mask covers, 0 to 1 (`coverage`), and a patch is foreground if more than half of it is covered.
+Leading dimensions broadcast: maps (B, H, P) go with cover (B, 1, P). Everything is computed in float64.
+
+    energy_inside       share of the map's positive mass that lies on the object, every patch's mass spread evenly over it
+    auroc               chance that a foreground patch has a higher value than another patch, ties counting one half
+    average_precision   mean over foreground patches of the precision at their own value, ties taken together
+    pointing            1 if the maximum is on the foreground; of several equal maxima the share that is
+    iou_otsu            intersection over union of the foreground and what is above Otsu's threshold of the map
+    iou_best            the same at the threshold that is best for this image: an upper bound, which knows the mask
+
+All run from 0 to 1, 1 being best; `auroc` is 0.5 by chance. A map that is the same everywhere gets what the area gives. An
+image without a foreground patch, or without any other, has no score (NaN), nor has a map that is not all finite.
+Sources: pointing game, Zhang et al. 2016, arXiv 1608.00507; threshold, Otsu 1979, IEEE Trans. SMC 9, 62.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitreous.base.errors import DataError
+
+MEASURES = ("energy_inside", "auroc", "average_precision", "pointing", "iou_otsu", "iou_best")
+BASELINES = ("centre", "random", "area")
+KEYS = ("component", "layer", "head")
+COVERED = 0.5  # a patch is foreground if more than this share of it is
+COUNTS = 4_000_000  # of the bootstrap in memory at a time
+Columns = dict[str, np.ndarray]
+
+# -- masks on the grid -------------------------------------------------------------------------------------------------
+
+
+def coverage(mask: Tensor | np.ndarray, grid: tuple[int, int]) -> Tensor:
+    """Share of each patch that a mask covers, by exact area, 0 to 1. mask (..., h, w), grid (rows, cols) -> (..., P).
+
+    mask: as the model sees the image, after resizing and cropping. bool; uint8, foreground above 127, or above 0 where
+    it holds only 0 and 1; or float shares of pixels, 0 to 1. Patches need not be whole pixels.
+    """
+    mask = torch.as_tensor(mask)
+    rows, cols = grid
+    if mask.ndim < 2 or min(rows, cols) < 1 or mask.numel() == 0:
+        raise DataError(
+            f"Found a mask of shape {tuple(mask.shape)} for a grid of {rows} x {cols}; expected (..., height, width) with "
+            "pixels, and at least one patch. Give the mask of the image as the model sees it."
+        )
+    if mask.dtype == torch.uint8:
+        levels = torch.where(mask.amax((-2, -1), keepdim=True) > 1, 127, 0)
+        mask = mask > levels
+    mask = mask.double()
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise DataError(
+            f"Found mask values from {mask.min().item():g} to {mask.max().item():g}; expected 0 to 1, bool or uint8. "
+            "Convert the mask first."
+        )
+    share = _overlap(mask.shape[-2], rows) @ mask @ _overlap(mask.shape[-1], cols).mT  # (..., rows, cols)
+    return share.clamp(0, 1).flatten(-2)
+
+
+def scorable(cover: Tensor) -> Tensor:
+    """Which images have both a foreground patch and another one, so that their maps have scores. (..., P) -> (...) bool."""
+    inside = cover > COVERED
+    return inside.any(-1) & ~inside.all(-1)
+
+
+def _overlap(pixels: int, patches: int) -> Tensor:
+    """Share of patch i that pixel j fills, along one side (patches, pixels); rows sum to one."""
+    edges = torch.arange(patches + 1, dtype=torch.float64) * pixels / patches
+    pixel = torch.arange(pixels, dtype=torch.float64)
+    end = torch.minimum(edges[1:, None], pixel + 1)
+    start = torch.maximum(edges[:-1, None], pixel)
+    return (end - start).clamp_min(0) * patches / pixels
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def scores(maps: Tensor, cover: Tensor) -> dict[str, Tensor]:
+    """Every measure of every map: {measure: (...)} float64. maps (..., P), cover (..., P), broadcast against each other."""
+    functions = (energy_inside, auroc, average_precision, pointing, iou_otsu, iou_best)
+    return {name: function(maps, cover) for name, function in zip(MEASURES, functions, strict=True)}
+
+
+def energy_inside(maps: Tensor, cover: Tensor) -> Tensor:
+    """Share of the positive mass on the object, to be read beside the area; without any positive value it is the area."""
+    maps, cover, inside = _prepared(maps, cover)
+    mass = maps.clamp_min(0)
+    mass = mass / mass.amax(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)  # else tiny masses vanish in sums
+    mass = torch.where(mass.any(-1, keepdim=True), mass, torch.ones_like(mass))
+    return _scored((mass * cover).sum(-1) / mass.sum(-1), maps, inside)
+
+
+def auroc(maps: Tensor, cover: Tensor) -> Tensor:
+    """Area under the receiver operating characteristic of foreground patches against the others: Mann-Whitney's U."""
+    maps, _, inside = _prepared(maps, cover)
+    ones = inside.double().sum(-1)
+    u = (ranks(maps) * inside).sum(-1) - ones * (ones + 1) / 2
+    return _scored(u / (ones * (inside.shape[-1] - ones)).clamp_min(1), maps, inside)
+
+
+def average_precision(maps: Tensor, cover: Tensor) -> Tensor:
+    """Sum over the distinct thresholds of precision times gain in recall; a map in random order gets about the area."""
+    maps, _, inside = _prepared(maps, cover)
+    hits, chosen = _above(maps, inside)
+    return _scored((hits / chosen * inside).sum(-1) / inside.sum(-1).clamp_min(1), maps, inside)
+
+
+def pointing(maps: Tensor, cover: Tensor) -> Tensor:
+    """Pointing game on patches: does the maximum fall on the foreground? Share of the equal maxima that do."""
+    maps, _, inside = _prepared(maps, cover)
+    top = maps == maps.amax(-1, keepdim=True)
+    return _scored((top & inside).sum(-1).double() / top.sum(-1), maps, inside)
+
+
+def iou_otsu(maps: Tensor, cover: Tensor) -> Tensor:
+    """Intersection over union of the foreground and the patches above Otsu's threshold, found without bins."""
+    maps, _, inside = _prepared(maps, cover)
+    above = maps > otsu(maps)[..., None]
+    above |= (maps == maps[..., :1]).all(-1, keepdim=True)  # nothing to part: all of it
+    union = (above | inside).sum(-1).double()
+    return _scored((above & inside).sum(-1) / union.clamp_min(1), maps, inside)
+
+
+def iou_best(maps: Tensor, cover: Tensor) -> Tensor:
+    """Highest intersection over union of the foreground and the patches from any one value of the map upwards."""
+    maps, _, inside = _prepared(maps, cover)
+    hits, chosen = _above(maps, inside)
+    union = chosen + inside.sum(-1, keepdim=True) - hits
+    return _scored((hits / union).amax(-1), maps, inside)
+
+
+def otsu(maps: Tensor) -> Tensor:
+    """Otsu's threshold of each map, exact: the highest value of its lower class. (..., P) -> (...).
+
+    It parts the values so that the variance between the means of the two classes is greatest; the lowest such threshold.
+    """
+    ordered, _ = maps.double().sort(dim=-1)
+    low, high = ordered[..., :1], ordered[..., -1:]
+    unit = (ordered - low) / (high - low).clamp_min(torch.finfo(ordered.dtype).tiny)  # free of scale and offset
+    count = torch.arange(1, unit.shape[-1] + 1, dtype=unit.dtype, device=unit.device)
+    total, rest = unit.cumsum(-1), unit.shape[-1] - count
+    means = total / count, (total[..., -1:] - total) / rest.clamp_min(1)
+    between = count * rest * (means[0] - means[1]).square()
+    parted = torch.ones_like(between, dtype=torch.bool)
+    parted[..., :-1] = ordered[..., 1:] > ordered[..., :-1]  # equal values stay together
+    best = torch.where(parted, between, -1.0).argmax(-1, keepdim=True)
+    return ordered.gather(-1, best)[..., 0]
+
+
+def ranks(maps: Tensor) -> Tensor:
+    """Rank of each value in its map, 1 to P, equal values sharing their mean rank. (..., P) -> (..., P) float64."""
+    maps = maps.contiguous()
+    ordered, _ = maps.sort(dim=-1)
+    below, upto = torch.searchsorted(ordered, maps), torch.searchsorted(ordered, maps, right=True)
+    return (below + upto + 1).double() / 2
+
+
+def _prepared(maps: Tensor, cover: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """maps, cover, foreground, all of one shape (..., P), float64 and bool."""
+    maps, cover = torch.as_tensor(maps), torch.as_tensor(cover)
+    if maps.ndim < 1 or cover.ndim < 1 or maps.shape[-1] != cover.shape[-1] or not maps.shape[-1]:
+        raise DataError(
+            f"Found maps of shape {tuple(maps.shape)} and cover of shape {tuple(cover.shape)}; expected the same number of "
+            "patches in both. Use the coverage() of the maps' own grid, and flatten the maps to (..., P)."
+        )
+    maps, cover = torch.broadcast_tensors(maps.double(), cover.to(maps.device).double())
+    return maps.contiguous(), cover, cover > COVERED
+
+
+def _above(maps: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each patch: how many foreground patches, and how many patches, have its value or a higher one (..., P)."""
+    ordered, order = maps.sort(dim=-1)
+    below = torch.searchsorted(ordered, maps)
+    hits = inside.gather(-1, order).double().flip(-1).cumsum(-1).flip(-1)  # from each place upwards
+    return hits.gather(-1, below.clamp_max(maps.shape[-1] - 1)), (maps.shape[-1] - below).double()
+
+
+def _scored(values: Tensor, maps: Tensor, inside: Tensor) -> Tensor:
+    """values with NaN where an image or a map has no score."""
+    fit = inside.any(-1) & ~inside.all(-1) & maps.isfinite().all(-1)
+    return torch.where(fit, values, torch.nan)
+
+
+# -- baselines ---------------------------------------------------------------------------------------------------------
+
+
+def baselines(grid: tuple[int, int], images: Iterable[int], seed: int = 0) -> dict[str, Tensor]:
+    """Maps that look at no image: {"centre", "random", "area": (B, P)} for the images of these numbers.
+
+    centre: `centre_prior`. random: uniform, drawn by `seed` and an image's number alone, whatever the batches. area: the
+    same everywhere, so that `energy_inside` is the share of the area; its AUROC is 0.5.
+    """
+    images, patches = list(images), grid[0] * grid[1]
+    noise = [np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, image])).random(patches) for image in images]
+    random = torch.from_numpy(np.array(noise, np.float64).reshape(len(images), patches))
+    centre = centre_prior(grid).expand(len(images), patches)
+    return dict(zip(BASELINES, (centre, random, torch.ones_like(random)), strict=True))
+
+
+def centre_prior(grid: tuple[int, int], sigma: float = 0.25) -> Tensor:
+    """exp(-r^2 / (2 sigma^2)), (P,), r from the image's centre with both sides as one long: an ellipse if not square."""
+    y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5 for n in grid)
+    return torch.exp(-(y[:, None].square() + x.square()) / (2 * sigma**2)).flatten()
+
+
+# -- intervals and summaries -------------------------------------------------------------------------------------------
+
+
+def bootstrap(values: Any, draws: int = 2000, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Mean over images and its 95 % percentile interval (mean, low, high), images without a value (NaN) left out.
+
+    values: (n,) gives three floats, (n, ...) three arrays (...): columns of the same images are drawn together. No
+    image gives NaN; one image an interval of no width.
+    """
+    values = np.asarray(values, np.float64)
+    flat = values.reshape(len(values), math.prod(values.shape[1:]))
+    found = np.full((3, flat.shape[1]), np.nan)
+    patterns, which = np.unique(~np.isnan(flat), axis=1, return_inverse=True)
+    for number, valid in enumerate(patterns.T):
+        n, columns = int(valid.sum()), which.ravel() == number
+        if n:
+            kept = flat[valid][:, columns]
+            generator, block = np.random.default_rng(seed), max(1, COUNTS // n)  # blocks give the same draws as one
+            sizes = [min(block, draws - start) for start in range(0, draws, block)]
+            means = [generator.multinomial(n, np.full(n, 1 / n), size=size) @ kept / n for size in sizes]
+            low, high = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
+            found[:, columns] = kept.mean(0), low, high
+    if values.ndim == 1:
+        return tuple(found[:, 0].tolist())
+    return tuple(found.reshape(3, *values.shape[1:]))
+
+
+def paired(ours: Any, theirs: Any, draws: int = 2000, seed: int = 0) -> tuple[Any, Any, Any]:
+    """`bootstrap` of the differences image by image, (difference, low, high): above 0 where ours is the higher."""
+    return bootstrap(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64), draws, seed)
+
+
+def summary(table: Mapping[str, Sequence], draws: int = 2000, seed: int = 0) -> Columns:
+    """Mean and interval over images: columns component, layer, head, measure, mean, low, high, images.
+
+    table: columns image, component, layer, head and any of MEASURES, one row per map, as in scores.csv. images counts
+    those that have a value. Rows come in the order of first appearance, measures in that of MEASURES.
+    """
+    return _summed(table, None, draws, seed)
+
+
+def against(table: Mapping[str, Sequence], baseline: str, draws: int = 2000, seed: int = 0) -> Columns:
+    """Paired differences to a component: the columns of `summary` with mean, low and high of the difference.
+
+    table: as in `summary`, with rows of the component `baseline` for the same images; of its layer where it has rows for
+    that layer (grids differ), else of layer -1. Raises DataError where a map's image has no such row.
+    """
+    columns, number = _columns(table), {}
+    for row in np.flatnonzero(columns["component"] == baseline):
+        number[int(columns["layer"][row]), int(columns["image"][row])] = row
+    if not number:
+        raise DataError(
+            f"Found no rows of {baseline!r} among {sorted(set(columns['component']))}; expected a component to compare "
+            "with. Name one of these."
+        )
+    other = {}
+    for row in np.flatnonzero(columns["component"] != baseline):
+        layer, image = int(columns["layer"][row]), int(columns["image"][row])
+        other[row] = number.get((layer, image), number.get((-1, image)))
+        if other[row] is None:
+            raise DataError(
+                f"Found no row of {baseline!r} for image {image} at layer {layer} or -1; expected one for each image. "
+                "Score the baseline on the same images."
+            )
+    return _summed(table, other, draws, seed)
+
+
+def _columns(table: Mapping[str, Sequence]) -> Columns:
+    return {name: np.asarray(column) for name, column in table.items()}
+
+
+def _summed(table: Mapping[str, Sequence], other: dict[int, int] | None, draws: int, seed: int) -> Columns:
+    """Summary of the table's rows, or of the differences of the rows in `other` to the rows that it names."""
+    columns = _columns(table)
+    measures = [name for name in MEASURES if name in columns]
+    values = np.stack([columns[name].astype(np.float64) for name in measures], axis=1)  # (rows, measures)
+    groups: dict[tuple, list[int]] = {}
+    for row in range(len(values)) if other is None else other:
+        groups.setdefault(tuple(columns[key][row].item() for key in KEYS), []).append(row)
+    lines = []
+    for key, rows in groups.items():
+        rows = sorted(rows, key=lambda row: columns["image"][row])  # one draw for all components: the same images
+        part = values[rows] - (0 if other is None else values[[other[row] for row in rows]])
+        mean, low, high = bootstrap(part, draws, seed)
+        images = (~np.isnan(part)).sum(0)
+        lines += [(*key, measure, mean[i], low[i], high[i], images[i]) for i, measure in enumerate(measures)]
+    names = (*KEYS, "measure", "mean", "low", "high", "images")
+    return {name: np.array([line[i] for line in lines]) for i, name in enumerate(names)}

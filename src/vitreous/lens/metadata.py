@@ -1,0 +1,141 @@
+"""What a reading says of itself: the model and its weights, layers, components, classes, and what tells it from others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitreous.data.views import View, Views
+from vitreous.grafting import grafts
+from vitreous.lens.direction import Direction
+from vitreous.lens.faithfulness import answer, has_classes
+from vitreous.lens.gallery import about
+from vitreous.lens.layer_features import Sight
+from vitreous.lens.reading import Part
+from vitreous.lens.tap.attention_call import Call
+
+PACKAGES = ("vitreous", "torch", "timm", "numpy")
+Said = tuple[str | None, float | None]  # a class and its probability; None, None without classes
+WARNING = "Random weights: these maps say nothing about a trained model."
+
+
+def of_model(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Title, model, versions. given: "name" and "weights", where the caller knows them."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = given.get("name") or config.get("architecture") or type(model).__name__
+    weights = given.get("weights", "given")
+    return {
+        "title": name,
+        "model": {
+            "name": name,
+            "class": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "weights": weights,
+            "mechanisms": [str(found.mechanism) for found in grafts(model)],
+        },
+        "random_weights": weights == "random",
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def of_layer(call: Call, sight: Sight) -> dict[str, Any]:
+    """One captured attention: what it is, where its tokens are, and how its map was verified."""
+    layout, note = call.layout, ""
+    if sight.merged:
+        note = "tokens were merged or dropped before it: in maps each stands wherever it speaks for"
+    elif sight.grid is None:
+        note = "where its tokens are is not known" if layout is None else layout.note
+    return {
+        "layer": sight.layer,
+        "name": call.name,
+        "number": call.number,
+        "kind": call.kind,
+        "route": call.route,
+        "verified": call.verified,
+        "error": call.error,
+        "heads": call.output.shape[2],
+        "queries": call.output.shape[3],
+        "keys": call.v.shape[3],
+        "windows": call.output.shape[1],
+        "prefix": sight.prefix,
+        "grid": None if sight.grid is None else list(sight.grid),
+        "has_class": sight.has_class,
+        "effective": call.mixed,
+        "note": call.note or note,
+    }
+
+
+def of_image(view: View, number: int, names: Sequence[str] | None, said: Said) -> dict[str, Any]:
+    """One image: its name and size, what the model says of it, its label and whether it has a mask."""
+    return {
+        "image": number,
+        "name": view.name,
+        "width": view.width,
+        "height": view.height,
+        "predicted": said[0],
+        "probability": said[1],
+        "label": names[view.label] if names and 0 <= view.label < len(names) else None,
+        "mask": view.mask is not None,
+    }
+
+
+def of_components(part: Part, rules: Mapping[str, str], rows: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The components that there are maps of. rules: {"u1/6": by what it was signed}; rows: {"u/6": "raw" or "unit"}."""
+    found: dict[str, dict[str, Any]] = {}
+    for key in part.maps():
+        name, layer = key.split("/")
+        if name not in found:
+            signed = f"{key}/confidence" in part.tensors
+            found[name] = {"name": name, "per_head": part.tensors[key].ndim == 4, "signed": signed, "about": about(name)}
+        if key in rules:
+            found[name]["rule"] = rules[key]
+        if found[name]["signed"]:
+            found[name].setdefault("rows", {})[layer] = rows[f"{name[0]}/{layer}"]
+    return list(found.values())
+
+
+def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, count: int) -> list[Said]:
+    """(class, its probability) for each of the first `count` images; (None, None) where the output is not of classes."""
+    if not has_classes(model, output):
+        return [(None, None)] * count
+    probability, best = answer(output)[:count].float().softmax(-1).max(-1)
+    named = [names[i] if names and i < len(names) else f"class {i}" for i in best.tolist()]
+    return list(zip(named, probability.tolist(), strict=True))
+
+
+def fingerprint(model: nn.Module, views: Views, count: int, settings: Mapping[str, Any]) -> str:
+    """A digest of weights, images and settings: an interrupted reading goes on only with the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(arguments(model)).encode())
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            values = tensor.detach().cpu().contiguous().flatten()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            digest.update(values.view(torch.uint8).numpy().tobytes() if values.numel() else b"")
+    digest.update(json.dumps([settings, views.config, views.identity(count)], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def of_direction(direction: Direction | None) -> str | None:
+    """What tells a direction from others."""
+    if direction is None:
+        return None
+    vectors = [vector.detach().cpu().double().numpy().tobytes() for vector in direction.vectors]
+    named = json.dumps([direction.features, direction.attention]).encode()
+    return hashlib.blake2b(b"".join([named, *vectors]), digest_size=8).hexdigest()
+
+
+def arguments(model: nn.Module) -> list[Any]:
+    """What a model was built with beside its weights: classes and plain attributes of its modules, and grafts."""
+    found: list[Any] = [str(record.mechanism) for record in grafts(model)]
+    for name, module in model.named_modules():
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        kept = {key: value for key, value in plain.items() if not key.startswith("_") and key != "training"}
+        found.append([name, type(module).__name__, kept])
+    return found

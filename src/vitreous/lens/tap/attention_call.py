@@ -1,0 +1,256 @@
+"""One attention of a forward pass, in one form whatever the model: batch, windows, heads, queries, keys."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vitreous.base.errors import HostError
+from vitreous.lens.coordinates.layout import Layout
+
+CAP = 1 << 24  # entries of a buffer (64 MiB): what a block of rows may take, however large batch and sequence are
+WHOLE = 256  # up to this many rows the check covers all of them; beyond, strips spread over the rows
+STRIPS, STRIP = 8, 8
+
+
+class Buffers:
+    """Two float32 buffers, as large as the largest block so far and used again for every block of a pass.
+
+    Fresh tensors per block would do, but for some allocators, which keep freed blocks of this size: peaks of gigabytes.
+    """
+
+    def __init__(self):
+        self.flat: list[Tensor | None] = [None, None]
+
+    def take(self, which: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Buffer 0 or 1 as a contiguous float32 tensor of this shape; what it held is lost."""
+        size, flat = math.prod(shape), self.flat[which]
+        if flat is None or flat.numel() < size or flat.device != device:
+            self.flat[which] = flat = None  # the old one goes before the larger one comes
+            self.flat[which] = flat = torch.empty(size, device=device, dtype=torch.float32)
+        return flat[:size].view(shape)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the leading axes of a call divide into batch (B), windows (W) and heads (H).
+
+    factors: for each leading axis its factors (size, "B" | "W" | "H"), outermost first.
+    """
+
+    factors: tuple[tuple[tuple[int, str], ...], ...]
+
+    @cached_property
+    def flat(self) -> list[tuple[int, str]]:
+        return [factor for axis in self.factors for factor in axis]
+
+    @cached_property
+    def order(self) -> list[int]:
+        return sorted(range(len(self.flat)), key=lambda i: "BWH".index(self.flat[i][1]))
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Sizes of all factors, in the order of `spread`."""
+        return [self.flat[i][0] for i in self.order]
+
+    @cached_property
+    def groups(self) -> tuple[int, int, int]:
+        """(B, W, H)."""
+        return tuple(math.prod(size for size, kind in self.flat if kind == wanted) for wanted in "BWH")
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x (leading axes, X, Y) -> a view (factors of B, of W, of H, X, Y)."""
+        rest = x.ndim - len(self.factors)
+        x = x.reshape(*(size for size, _ in self.flat), *x.shape[x.ndim - rest :])
+        return x.permute(*self.order, *range(len(self.flat), x.ndim))
+
+    def merge(self, x: Tensor) -> Tensor:
+        """x (leading axes, X, Y) -> (B, W, H, X, Y), copied only where no view can be."""
+        rest = x.shape[len(self.factors) :]
+        if self.order == list(range(len(self.flat))):  # as nearly always
+            return x.reshape(*self.groups, *rest)
+        return self.spread(x).reshape(*self.groups, *rest)
+
+
+class Map(ABC):
+    """A map that gives its rows in a buffer: groups (B, W, H), size (N, M)."""
+
+    groups: tuple[int, int, int]
+    size: tuple[int, int]
+
+    def slices(self, size: int) -> Iterator[slice]:
+        """All rows in order, at most `size` at a time, and no more than a buffer may hold."""
+        queries, keys = self.size
+        step = max(1, min(size, CAP // max(1, math.prod(self.groups) * keys)))
+        for start in range(0, queries, step):
+            yield slice(start, min(start + step, queries))
+
+    @abstractmethod
+    def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
+        """Rows (B, W, H, n, M), float32. fresh: the buffer is left as it is until the next block, and may serve once more."""
+
+
+class ComputedMap(Map):
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        arrangement: Arrangement,
+        buffers: Buffers,
+    ):
+        """q (B, W, H, N, K), k (B, W, H, M, K); mask broadcastable to the call's own (leading axes, N, M)."""
+        self.groups, self.size = q.shape[:3], (q.shape[3], k.shape[3])
+        self.q, self.k = (x.flatten(0, 2).float() for x in (q, k))
+        self.causal, self.scale, self.arrangement, self.buffers = causal, scale, arrangement, buffers
+        self.fresh: tuple[slice, Tensor] | None = None
+        self.bias = self.blocked = None
+        if mask is not None:
+            lead = [math.prod(size for size, _ in axis) for axis in arrangement.factors]
+            values = ~mask if mask.dtype == torch.bool else mask.float()  # before it is expanded, while it is small
+            values = arrangement.spread(values.expand(*lead, *self.size))
+            self.blocked, self.bias = (values, None) if mask.dtype == torch.bool else (None, values)
+
+    def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
+        """Rows of the map; those in which all keys are masked are 0, as in the fused kernels."""
+        ready, self.fresh = self.fresh, None
+        if ready is not None and ready[0] == rows:
+            return ready[1]
+        n, keys = rows.stop - rows.start, self.size[1]
+        shape = (self.q.shape[0], n, keys)
+        scores = self.buffers.take(0, shape, self.q.device)
+        torch.baddbmm(scores, self.q[:, rows], self.k.mT, beta=0, alpha=self.scale, out=scores)
+        spread = scores.view(*self.arrangement.sizes, n, keys)
+        if self.blocked is not None:
+            spread.masked_fill_(self.blocked[..., rows, :], -math.inf)
+        if self.bias is not None:
+            spread.add_(self.bias[..., rows, :])
+        if self.causal:  # aligned top left, also where N differs from M
+            query = torch.arange(rows.start, rows.stop, device=scores.device)[:, None]
+            scores.masked_fill_(torch.arange(keys, device=scores.device) > query, -math.inf)
+        maps = torch.softmax(scores, dim=-1, out=self.buffers.take(1, shape, self.q.device))
+        if self.blocked is not None or self.bias is not None:
+            maps.masked_fill_((scores.amax(-1, keepdim=True) == -math.inf), 0)
+        maps = maps.view(*self.groups, n, keys)
+        self.fresh = (rows, maps) if fresh else None
+        return maps
+
+
+class StoredMap(Map):
+    """The map of a softmax that was seen: probabilities as it gave them, and what multiplied V."""
+
+    def __init__(self, probabilities: Tensor | None, effective: Tensor, arrangement: Arrangement, buffers: Buffers):
+        """Both with the call's own leading axes, (leading axes, N, M)."""
+        self.groups, self.size, self.buffers = arrangement.groups, tuple(effective.shape[-2:]), buffers
+        self.effective = arrangement.spread(effective)
+        self.probabilities = self.effective if probabilities is None else arrangement.spread(probabilities)
+
+    def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
+        """Rows of the softmax's own output, or of what multiplied V."""
+        part = (self.effective if effective else self.probabilities)[..., rows, :]
+        buffer = self.buffers.take(0, part.shape, part.device)
+        return buffer.copy_(part).view(*self.groups, *part.shape[-2:])
+
+
+@dataclass
+class Call:
+    """One attention, seen while it happens. Tensors are valid only during the callback that gets it.
+
+    name: dotted path of the innermost running module ("blocks.3.attn"; a leaf of class Softmax is left out).
+    number: 0, 1, ..: how-manieth attention under this name in this pass.
+    route: "fused" (`scaled_dot_product_attention`, map recomputed) or "softmax" (map as it was).
+    kind: "token" (places attend to places), "channel" (channels to channels), "pooling" (weights over places that no
+        product of queries and keys made).
+    q, k: (B, W, H, N, K), (B, W, H, M, K) as they enter the product; None where there is none, or its axes were lost.
+    v, output: (B, W, H, M, Kv), (B, W, H, N, Kv), the second as the model computed it.
+    scale: what the fused call multiplied q k^T with; None: unknown.
+    layout: where queries and keys are in the image (`places.Layout`); None: unknown, or other in every image: see source.
+    source, inserted: of our own token grafts, as in `layers.tokens.TokenState`: (B, N0) for each original token the
+        index of the one that speaks for it, -1 dropped; None: itself. Inserted tokens stand at the end.
+    mixed: values were changed between softmax and V, so that `effective` maps differ from probabilities.
+    stochastic: rows of the effective map are non-negative and sum to one (rows masked in full count as such).
+    error, verified: the largest error of the check, relative, and what it was: see `tap`.
+    note: what else there is to know, in words.
+    """
+
+    name: str
+    number: int
+    route: str
+    kind: str
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor
+    output: Tensor
+    scale: float | None
+    layout: Layout | None
+    source: Tensor | None
+    inserted: int
+    mixed: bool
+    stochastic: bool
+    error: float
+    verified: str
+    note: str = ""
+    maps: Map | None = field(default=None, repr=False)
+
+    def rows(self, size: int = 256, effective: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of at most `size` rows, (slice, (B, W, H, n, M) float32), in order; ONE buffer: use at once, keep nothing.
+
+        effective: what multiplied V, in place of the softmax's own output; they are the same unless `mixed`.
+        """
+        if self.maps is None:
+            raise HostError(
+                f"The map of {self.name} was asked for after its call. Expected to be read while the tap shows it: maps are "
+                "not kept. Read rows() or map() inside the callback."
+            )
+        for rows in self.maps.slices(size):
+            yield rows, self.maps.block(rows, effective)
+
+    def map(self, effective: bool = False) -> Tensor:
+        """The whole map (B, W, H, N, M), float32, a tensor of its own: for small ones."""
+        return torch.cat([block.clone() for _, block in self.rows(effective=effective)], dim=3)
+
+
+def strips(call: Call) -> list[slice]:
+    """The rows that a check covers: all of few, or strips from the first to the last."""
+    queries = call.maps.size[0]
+    if queries <= WHOLE:
+        return list(call.maps.slices(WHOLE))
+    starts = (i * (queries - STRIP) // (STRIPS - 1) for i in range(STRIPS))
+    return [slice(start, start + STRIP) for start in starts]
+
+
+def output_error(call: Call) -> tuple[float, str]:
+    """max |A V - output| / max |V| over the rows of `strips`, and what was done, in words.
+
+    NaN where both are NaN is no error: rows masked in full, of a plain softmax.
+    """
+    v, worst, covered = call.v.float(), 0.0, strips(call)
+    for rows in covered:
+        again, own = call.maps.block(rows, effective=True, fresh=True) @ v, call.output[..., rows, :].float()
+        error = (again - own).abs_()
+        largest = error.max().item()
+        if math.isnan(largest):
+            largest = error.masked_fill_(again.isnan() & own.isnan(), 0).max().item()
+        worst = largest if math.isnan(largest) else max(worst, largest)
+    largest, count = v.abs().nan_to_num_(0).max().item(), sum(rows.stop - rows.start for rows in covered)
+    words = "output recomputed" if count == call.maps.size[0] else f"output recomputed for {count} of {call.maps.size[0]} rows"
+    if not largest:
+        words += ", which says nothing: V is zero"
+    return worst / max(largest, torch.finfo(torch.float32).tiny), words
+
+
+def is_stochastic(call: Call) -> bool:
+    """Whether rows of the effective map are non-negative and sum to one, or to zero where they were masked in full."""
+    for _, block in call.rows(effective=True):
+        total = block.sum(-1)
+        if bool(((total - 1).abs() > 1e-2).logical_and(total != 0).any()) or bool((block < -1e-6).any()):
+            return False
+    return True

@@ -1,0 +1,277 @@
+"""See every attention of any `torch.nn.Module` while it happens, without a line for any one model.
+
+A `torch.overrides.TorchFunctionMode` around one forward pass sees every call of a PyTorch function. Attention comes by two
+routes: `scaled_dot_product_attention`, whose arguments say all, and a softmax written out, found by data flow
+(`lens.softmax`). Nothing is kept: each attention is shown to a callback as a `Call` and forgotten.
+
+What is shown was checked. Fused route: rows of the map are recomputed from the arguments, and A V must equal the call's own
+output, relative to max |V|. Softmax route, where that holds by construction: entries of the scores are recomputed from the
+recorded operands as well. What fails is refused with the reason, as is what cannot be seen: scripted modules, vmap, kernels
+of other packages, tensors that no visible call made.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from vitreous.base.errors import DataError, HostError, NotReached
+from vitreous.lens.coordinates import Layout
+from vitreous.lens.preserve_state import undisturbed
+from vitreous.lens.tap.attention_call import Call
+from vitreous.lens.tap.attention_op import Raw, Receiver, Refusal, fused
+from vitreous.lens.tap.capture import Capture
+from vitreous.lens.tap.dataflow import Use
+from vitreous.lens.tap.module_stack import Leave, Running
+from vitreous.lens.tap.softmax import STARTS, Flow, tensors
+from vitreous.lens.tap.tensor_set import Known
+from vitreous.lens.tap.tracer import Layouts, Traced, Tracer
+
+__all__ = ["Call", "Layout", "Layouts", "Refusal", "Seen", "Traced", "trace", "watch"]
+
+NAMESPACES = {"aten", "prim", "prims", "profiler", "torchvision"}  # operators that hide no attention
+PLAIN = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)  # nearly every call is of one of these
+GETTERS = {"T", "mT", "H", "mH", "data", "real", "imag"}  # attributes that are tensors
+# They give no tensor that needs following; most calls of a pass are of these.
+QUIET = {
+    "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "__len__", "__get__", "__set__",
+    "item", "tolist", "storage_offset", "element_size", "nelement", "ndimension", "__bool__", "__int__", "__float__",
+    "__index__", "__repr__", "__format__", "__hash__", "get_device", "data_ptr", "untyped_storage", "is_same_size", "numpy",
+}  # fmt: skip
+
+
+@dataclass
+class Seen:
+    """A pass that was watched: the model's output, and what gave no map."""
+
+    output: Any
+    refused: list[Refusal]
+
+
+def watch(
+    model: nn.Module,
+    images: Tensor,
+    see: Callable[[Call], None],
+    *,
+    layouts: Layouts | None = None,
+    leave: Leave | None = None,
+    ends: Container[str] | None = None,
+) -> Seen:
+    """One forward pass of images (B, C, h, w), pixels as the model takes them; `see` gets every attention.
+
+    leave(name, number, output) is called at the end of every module's forward, or of those named in `ends`. layouts: from
+    `trace`, for a caller with several batches of one size; None: traced here. The pass runs in eval mode, without gradients
+    and, if compiled, eagerly; hooks, modes and random state are as before, also after an error.
+
+    Raises HostError for a model that cannot be seen, or without attention; NotReached if no call arrived at all.
+    """
+    modules = dict(model.named_modules())
+    images = fitting(modules, images)
+    layouts = trace(model, images) if layouts is None else layouts
+    capture = Capture(see, layouts, len(images))
+    output = through(modules, images, capture, layouts.known, leave, ends)
+    return Seen(output, capture.refused)
+
+
+def trace(model: nn.Module, images: Tensor) -> Layouts:
+    """A pass of the first image, in which the places of every call are found. Raises as `watch`."""
+    modules = dict(model.named_modules())
+    images = fitting(modules, images)[:1]
+    tracer = Tracer(images)
+    through(modules, images, tracer, tracer.layouts.known, tracer.leave)
+    return tracer.layouts
+
+
+def fitting(modules: dict[str, nn.Module], images: Tensor) -> Tensor:
+    """Images on the device and in the precision of the model of these modules. Raises DataError, HostError."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise DataError(f"Found {found}. Expected at least one image, as (B, C, h, w). Add the batch axis: images[None].")
+    for name, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise HostError(
+                f"{name or 'The model'} is a {type(module).__name__}, scripted or traced code that runs out of sight. Expected "
+                "modules that run in Python. Give the model from before torch.jit."
+            )
+    like = next((p for p in parts(modules, "_parameters") if p.is_floating_point()), None)
+    return images if like is None else images.to(like.device, like.dtype)
+
+
+def parts(modules: dict[str, nn.Module], registry: str) -> Iterator[Tensor]:
+    """What the modules hold in "_parameters" or "_buffers". The model's own methods walk the tree once for each."""
+    return (x for module in modules.values() for x in getattr(module, registry).values() if x is not None)
+
+
+def through(
+    modules: dict[str, nn.Module],
+    images: Tensor,
+    receiver: Receiver,
+    known: Known,
+    leave: Leave | None,
+    ends: Container[str] | None = None,
+) -> Any:
+    """One pass of images through the model, modules[""], its attentions to the receiver. Raises if there was none."""
+    model = modules[""]
+    if not known:
+        known.add(attributes(model))
+    known.add((images, *parts(modules, "_parameters"), *parts(modules, "_buffers")))
+    running = Running(modules, leave, ends)
+    with torch._C._EnableTorchFunction(), undisturbed(model), eager(), running, Tap(running, receiver, known) as tap:
+        output = model(images)
+    known.tidy()
+    if receiver.count:
+        return output
+    name = type(model).__name__
+    if not tap.calls:
+        raise NotReached(
+            f"No call of {name} arrived. Expected its forward to run in this thread. Give the model without what hands it to "
+            "other threads or processes (nn.DataParallel, a server)."
+        )
+    reasons = "; ".join(f"{refusal.name or name}: {refusal.reason}" for refusal in receiver.refused[:4])
+    raise HostError(
+        f"{name} showed no attention map" + (f" ({reasons})" if reasons else ", and no softmax") + ". Expected scaled dot "
+        "product attention, or a product, a softmax and a product with V. Use a model with attention between tokens."
+    )
+
+
+def attributes(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules keep in plain attributes, lists and dicts, such as tables made in an earlier pass."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                yield from tensors(value)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compiled code runs as it was written, while the body runs; for the whole process, as torch.compiler has it."""
+    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        yield
+
+
+@contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """Calculations of ours: unseen by taps, in the precision they say."""
+    with torch._C.DisableTorchFunction(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+class Tap(TorchFunctionMode):
+    """The mode that sees the calls of one pass, in one thread."""
+
+    def __init__(self, running: Running, receiver: Receiver, known: Known):
+        super().__init__()
+        self.running, self.receiver, self.known, self.flow = running, receiver, known, Flow()
+        self.calls, self.heads = 0, None
+
+    def __enter__(self) -> Tap:
+        self.thread = threading.get_ident()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for record in self.flow.softmaxes:
+            if not record.used:
+                self.receiver.refuse(record.path, "a softmax was never contracted along its axis: its weights are no map")
+        self.flow.clear()
+
+    def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None):
+        kwargs, name = {} if kwargs is None else kwargs, plain(func)
+        if name in QUIET or threading.get_ident() != self.thread:
+            return func(*args, **kwargs)
+        self.calls += 1
+        if func is F.multi_head_attention_forward:
+            return self.inside(func, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            given = tensors((*args, *kwargs.values()))
+            self.arriving(func, given)
+        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            self.known.add(tensors(out))
+            self.receiver.follow(func, args, kwargs, out)
+            if name == "scaled_dot_product_attention":
+                found = fused(args, kwargs, out)
+            else:
+                follow = name in STARTS or self.flow.facts  # most calls of a pass begin nothing, and there is nothing to go on
+                found = self.flow.follow(name, self.running, func, args, kwargs, given, out) if follow else None
+            if isinstance(found, Use):
+                found = Raw("softmax", *(found.operands() or (None, None)), found.v, found.output, use=found)
+        if isinstance(found, Raw):
+            found.heads = self.heads
+            with aside(found.output.device):
+                self.receiver.attention(self.running, found)
+        elif found is not None:
+            self.receiver.refuse(self.running.path, found)
+        return out
+
+    def inside(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run the body of a function that would hide its calls, with this mode on.
+
+        A copy of it under other globals, in which nothing overrides functions, runs its body and does not ask again.
+        """
+        names = {**func.__globals__, "has_torch_function": lambda *_: False}
+        body = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+        body.__kwdefaults__ = func.__kwdefaults__
+        outer, self.heads = self.heads, kwargs.get("num_heads", args[4] if len(args) > 4 else None)
+        try:
+            with self.pushed():
+                return body(*args, **kwargs)
+        finally:
+            self.heads = outer
+
+    @contextmanager
+    def pushed(self) -> Iterator[None]:
+        """This mode on the stack again, from inside itself."""
+        TorchFunctionMode.__enter__(self)
+        try:
+            yield
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)
+
+    def arriving(self, func: Callable, given: Sequence[Tensor]) -> None:
+        """Look at a call before it is made: kernels that hide what they do, and tensors that came from such."""
+        if isinstance(func, PLAIN):
+            pass
+        elif isinstance(func, (OpOverload, OpOverloadPacket)):
+            operator = func._qualified_op_name if isinstance(func, OpOverloadPacket) else func.name()
+            if operator.split("::")[0] not in NAMESPACES:
+                self.receiver.refuse(self.running.path, f"the kernel {operator} does not show what it computes")
+        elif isinstance(func, HigherOrderOperator):
+            advice = "; use scaled dot product attention (set_attn_implementation('sdpa'))" if "flex" in func.name() else ""
+            self.receiver.refuse(self.running.path, f"the operator {func.name()} does not show what it computes{advice}")
+        for tensor in given:
+            if tensor in self.known or not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
+                continue
+            if torch._C._functorch.is_batchedtensor(tensor):
+                raise HostError(
+                    f"{self.running.path or 'The model'} runs under torch.vmap, where tensors stand for many. Expected plain "
+                    "ones. Give the model a batch in place of vmap over images."
+                )
+            if tensor.ndim and tensor.numel() > 1 and self.receiver.strict:
+                raise HostError(
+                    f"{self.running.path or 'The model'} works on a tensor {tuple(tensor.shape)} that no visible call made: it "
+                    "came from scripted code, a kernel of another package, numpy or another thread. Expected PyTorch "
+                    "functions in one thread. Switch that code off (timm.layers.set_scriptable, "
+                    "attn_implementation='sdpa'), or keep such a constant as a buffer."
+                )
+            self.known.add([tensor])
+
+
+def plain(func: Callable) -> str:
+    """The name of a function without what tells its forms apart; that of an attribute for its getter."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        attribute = func.__self__.__name__
+        return attribute if attribute in GETTERS else name
+    return name.split(".")[0] if isinstance(func, OpOverload) else name

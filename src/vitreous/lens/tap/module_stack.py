@@ -1,0 +1,105 @@
+"""Which module of a model runs now, and what became of its tokens, told by temporary hooks."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitreous.hosts.block import Block, Close
+from vitreous.layers.stream import PLAIN, Stream, TokenState
+
+Leave = Callable[[str, int, Any], None]
+
+
+class Running:
+    """A context in which `path` is the dotted path of the innermost running module; `leave` is called at each end.
+
+    leave(name, number, output): after a module's own hooks; number: how-manieth call of that module in this pass.
+    modules: all of a model, by name. ends: names of the modules whose ends `leave` is called at; None: of all. Leaves of
+    PyTorch itself that are not among them get no hooks: most modules are such, and what runs in them counts as their
+    parent's.
+    state: the newest `TokenState` of our own token grafts. Hooks see the thread that entered and no other.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], leave: Leave | None = None, ends: Container[str] | None = None):
+        self.modules, self.leave, self.state = modules, leave, PLAIN
+        self.ends = () if leave is None else ends
+        self.stack: list[tuple[str, int, nn.Module]] = []  # name, number, module
+        self.counts: Counter[nn.Module] = Counter()
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Running:
+        self.thread = threading.get_ident()
+        try:
+            for name, module in self.modules.items():
+                if "_orig_mod" in module._modules:  # what torch.compile puts around a module has no place of its own
+                    continue
+                if "_orig_mod" in name:
+                    name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+                if is_leaf(module) and self.ends is not None and name not in self.ends:
+                    continue
+                enter, end = partial(self.enter, name), partial(self.end, name)
+                self.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+                self.handles.append(module.register_forward_hook(end, always_call=True))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.stack.clear()
+
+    @property
+    def path(self) -> str:
+        """Dotted path of the innermost running module; leaves of PyTorch, and any Softmax, count as their parents."""
+        own = (name for name, _, module in reversed(self.stack) if type(module).__name__ != "Softmax" and not is_leaf(module))
+        return next(own, "")
+
+    def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self.thread:
+            return
+        self.stack.append((name, self.counts[module], module))
+        self.counts[module] += 1
+        if isinstance(module, Block) and args and isinstance(args[0], Tensor):
+            self.state = PLAIN  # a stream of tokens begins here, or has not begun
+        self.state = newest((*args, *kwargs.values()), self.state)
+
+    def end(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook after a module's forward, which runs also when that raised: then without output."""
+        if threading.get_ident() != self.thread:
+            return
+        number = 0
+        while self.stack:  # modules that an exception left are still on it
+            _, number, popped = self.stack.pop()
+            if popped is module:
+                break
+        self.state = PLAIN if isinstance(module, Close) else newest((output,), self.state)
+        if self.leave is not None and output is not None and (self.ends is None or name in self.ends):
+            with torch._C.DisableTorchFunction():
+                self.leave(name, number, output)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own, without children: none of these is an attention."""
+    return not module._modules and type(module).__module__.startswith("torch.nn.modules.")
+
+
+def newest(values: Iterable[Any], state: TokenState) -> TokenState:
+    """The last state among values, alone, in a stream or in a tuple; `state` if there is none."""
+    for value in values:
+        if isinstance(value, Stream):
+            state = value.state
+        elif isinstance(value, TokenState):
+            state = value
+        elif isinstance(value, tuple):
+            state = newest(value, state)
+    return state

@@ -1,0 +1,1 @@
+"""A model by name, from a folder, or from an untrusted source."""

@@ -1,0 +1,197 @@
+"""A network by timm's name: new, with published weights or with those of a file, and fitted to other data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models import adapt_input_conv, clean_state_dict, get_model_input_config
+from torch import Tensor, nn
+
+from vitreous.base.errors import DataError, HostError, SettingError, UnknownName, VitreousError
+from vitreous.grafting import grafts
+from vitreous.models.untrusted import check_archive
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    classes: Sequence[str] = (),
+    channels: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    **arguments: Any,
+) -> nn.Module:
+    """A network by timm's name: new, with timm's published weights, or with those of a file; in eval mode.
+
+    Raises UnknownName, DataError for weights that cannot be had, read or fitted, SettingError for a bad argument.
+    """
+    check_name(name)
+    arguments["in_chans"] = channels
+    if weights is not None:
+        tensors = read_weights(Path(weights))
+        model = build(name, num_classes=class_count(name, tensors), **arguments)
+        fill(model, tensors, str(weights))
+        return adapt(model, classes, image_size)
+    if pretrained:
+        return adapt(build(name, pretrained=True, **arguments), classes, image_size)
+    if classes:
+        arguments["num_classes"] = len(classes)
+    if image_size and fixed_size(name, arguments):
+        arguments["img_size"] = image_size
+    model = build(name, **arguments).eval()
+    for key in ("tag", "license", "url", "hf_hub_id", "origin_url"):  # of weights that this model does not have
+        model.pretrained_cfg.pop(key, None)
+    return model
+
+
+def adapt(model: nn.Module, classes: Sequence[str], image_size: tuple[int, int] | None) -> nn.Module:
+    """Give a loaded model a new classifier and another image size, where they differ from what it has."""
+    if classes and not tells_apart(model, classes):
+        model.reset_classifier(len(classes))
+    present = get_model_input_config(model)
+    if image_size and tuple(image_size) != present["input_size"][1:]:
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(tuple(image_size))
+        elif present["fixed_input_size"]:
+            raise HostError(
+                f"Found images of {image_size[0]} x {image_size[1]} pixels. Expected {present['input_size'][1:]}, since "
+                f" {type(model).__name__} cannot change its size. Give that as --image-size."
+            )
+    return model.eval()
+
+
+def tells_apart(model: nn.Module, classes: Sequence[str]) -> bool:
+    """Whether the classifier of a loaded model is for these classes, as far as it has names for them."""
+    known = model.pretrained_cfg.get("label_names")
+    return model.num_classes == len(classes) and (not known or list(known) == list(classes))
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Load the tensors, all and exactly; raises DataError with every name and shape that differs.
+
+    Names of other projects are converted where timm can do it for this architecture; the first convolution is adapted
+    to another number of channels as timm does.
+    """
+    wanted = model.state_dict()
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert and not grafts(model) and set(tensors) != set(wanted):
+        try:
+            tensors = convert(dict(tensors), model)
+        except Exception as error:
+            raise DataError(
+                f"Found weights in {where} under names that timm cannot convert ({type(error).__name__}: {error}). "
+                f"Expected those of {type(model).__name__}. Choose the model that the weights belong to."
+            ) from error
+    first = model.pretrained_cfg.get("first_conv")
+    for name in [f"{conv}.weight" for conv in ([first] if isinstance(first, str) else first or ())]:
+        if name in tensors and name in wanted and tensors[name].shape[1:2] != wanted[name].shape[1:2]:
+            tensors = tensors | {name: adapt_input_conv(wanted[name].shape[1], tensors[name])}
+    differences = [f"missing {name}" for name in wanted if name not in tensors]
+    differences += [f"unexpected {name}" for name in tensors if name not in wanted]
+    differences += [
+        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    differences += [
+        f"{name} holds {tensors[name].dtype}, expected {value.dtype}"
+        for name, value in wanted.items()
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
+    ]
+    if differences:
+        raise DataError(
+            f"The weights in {where} do not fit the model. Found {len(differences)} differences: "
+            + listed(differences, 8)
+            + ". Expected the same names and shapes. Use the architecture, arguments and grafts that they were saved with."
+        )
+    model.load_state_dict(tensors)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """{name: tensor} of a .safetensors file; or of a .pth, .pt, .bin, whose pickle may hold nothing but tensors."""
+    if not path.is_file():
+        raise DataError(f"Found no file {path}. Expected weights as .safetensors (or .pth). Check the path.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        check_archive(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged or hostile file can raise is not foreseeable
+        # torch advises to turn weights_only off: its line is left out
+        said = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+        reason = said[0].strip().rstrip(".")[:200] if said else "no reason given"
+        raise DataError(
+            f"Found {path}, which cannot be read safely: {type(error).__name__}: {reason}. Expected a whole "
+            ".safetensors file, or a pickle of tensors alone. Get it again, or convert it."
+        ) from error
+    for key in ("state_dict", "model"):
+        tensors = tensors.get(key, tensors) if isinstance(tensors, dict) else tensors
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and is_plain(v) for k, v in tensors.items()):
+        raise DataError(f"Found {path} without a plain table of tensors. Expected {{name: tensor}}. Save a state_dict.")
+    return clean_state_dict(tensors)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor that lies in memory as it is: no sparse, quantized or empty promise of one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_meta
+
+
+# -- the parts -----------------------------------------------------------------------------------------------------
+
+
+def build(name: str, **arguments: Any) -> nn.Module:
+    """`timm.create_model`, whose many kinds of complaint become ours."""
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:  # an argument that the network does not take
+        raise SettingError(
+            f"timm cannot build {name}: {error}. Expected arguments that it takes. Mend --model-kwargs."
+        ) from error
+    except VitreousError:
+        raise
+    except Exception as error:  # config.json may hold arguments that its author never tried
+        reason = str(error).strip().partition("\n")[0][:300]
+        if arguments.get("pretrained"):
+            raise DataError(
+                f"timm's weights of {name} cannot be had: {type(error).__name__}: {reason} Expected a network, or a copy "
+                "in the cache. Give a file with --weights PATH, a folder with --model PATH, or train from scratch."
+            ) from error
+        raise DataError(f"timm cannot build {name}: {reason}. Expected a model that timm can build. Check its name.") from error
+
+
+def check_name(name: str) -> None:
+    """Raise UnknownName unless timm knows the architecture and, where there is one, the tag of its weights."""
+    known = {*timm.list_models(), *timm.list_pretrained()}
+    if name not in known:
+        raise UnknownName(name, "model", known, hint="Any name of timm's will do, or the path of a folder with config.json.")
+
+
+def own_size(name: str) -> tuple[int, int]:
+    """(height, width) that timm's network of that name is made for. Raises UnknownName."""
+    check_name(name)
+    return timm.get_pretrained_cfg(name).input_size[1:]
+
+
+def fixed_size(name: str, arguments: dict[str, Any]) -> bool:
+    """True if the network must be told its image size."""
+    config = timm.get_pretrained_cfg(name)
+    return bool(config and config.fixed_input_size and not arguments.get("dynamic_img_size"))
+
+
+def class_count(name: str, tensors: dict[str, Tensor]) -> int:
+    """The number of classes in a file of weights: rows of the classifier that timm names; 0 if it has none."""
+    config = timm.get_pretrained_cfg(name)
+    classifier = config.classifier if config else None
+    weight = tensors.get(f"{classifier if isinstance(classifier, str) else (classifier or ['head'])[0]}.weight")
+    return 0 if weight is None else len(weight)
+
+
+def listed(items: list[str], most: int) -> str:
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,209 @@
+"""Model folders of strangers: what their records may say, and how much a network may grow while it is built by them.
+
+Weights come as .safetensors, whose header the reader checks against the file before any tensor is made, or as a pickle that
+is read with `weights_only=True`. What is left to check is text: JSON that is no JSON, numbers that no network has, and an
+architecture that is far larger than the weights beside it, which would fill the memory before anyone compares them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
+
+from vitreous.base.errors import DataError
+from vitreous.base.text_form import settings
+from vitreous.mechanism import Mechanism
+
+BYTES = 16 << 20  # of a JSON file: names and descriptions of 21,841 classes take a tenth
+DEPTH = 20  # of lists and objects inside one another
+LARGEST = 100_000  # of a number in an architecture's arguments, and in a mechanism's settings but for seeds
+CLASSES = 1_000_000
+SIDE = 10_000  # pixels
+TIMES = 4  # a network may make so many times the parameters that are there: layers are made anew while it is fitted
+SLACK = 64  # and so many parameters more, of a thousand numbers each
+CONSTANTS = 1 << 27  # numbers in buffers, which a file of weights may leave out: half a gigabyte
+MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises DataError if there is none, or one that no writer of model folders writes."""
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        if path.stat().st_size > BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, the limit is {BYTES:,}")
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_number, object_pairs_hook=once)
+        check_depth(found)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "lists or objects too deep inside one another" if isinstance(error, RecursionError) else error
+        raise DataError(
+            f"Found no readable {path} ({reason}). Expected a folder that save() or timm wrote. Check the path."
+        ) from error
+    if not isinstance(found, dict):
+        raise DataError(f"Found {path} holding a {type(found).__name__}. Expected a JSON object. Get the file again.")
+    return found
+
+
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Raise DataError unless a config.json has the types and ranges that timm's have, as far as timm and we use them."""
+    inner = config.get("pretrained_cfg", config)
+    arguments, names = config.get("model_args", {}), config.get("label_names")
+    if not isinstance(inner, dict) or not isinstance(arguments, dict):
+        raise wrong(path, "pretrained_cfg or model_args", inner if not isinstance(inner, dict) else arguments, "an object")
+    for key, value in arguments.items():
+        for number in numbers(value):
+            if not abs(number) <= LARGEST:
+                raise wrong(path, key, number, f"at most {LARGEST:,}")
+    checks = {
+        "input_size": ("three whole numbers, channels and pixels", is_size),
+        "mean": ("numbers, one per channel", is_vector),
+        "std": ("numbers above 0, one per channel", lambda value: is_vector(value) and min(value) > 0),
+        "crop_pct": ("a number above 0, at most 10", lambda value: is_number(value) and 0 < value <= 10),
+        "crop_mode": (f"one of {', '.join(MODES)}", lambda value: value in MODES),
+        "interpolation": (f"one of {', '.join(INTERPOLATIONS)}", lambda value: value in INTERPOLATIONS),
+        "num_classes": (f"a whole number up to {CLASSES:,}", lambda value: is_whole(value, 0, CLASSES)),
+        "label_names": ("a list of texts", is_names),
+    }
+    for record in (inner, config):
+        for key, (expected, fits) in checks.items():
+            if record.get(key) is not None and not fits(record[key]):
+                raise wrong(path, key, record[key], expected)
+    for key in ("mean", "std"):
+        if inner.get(key) and len(inner[key]) not in (1, 3, (inner.get("input_size") or [3])[0]):
+            raise wrong(path, key, inner[key], "one number per channel")
+    names, count = names or inner.get("label_names"), config.get("num_classes", inner.get("num_classes"))
+    if names and count and len(names) != count:
+        raise wrong(path, "label_names", f"{len(names)} names", f"{count}, one for each class")
+
+
+def check_mechanisms(mechanisms: Sequence[Mechanism], path: Path) -> None:
+    """Raise DataError for a setting that would ask for more tensors than any model has."""
+    for mechanism in mechanisms:
+        for name in settings(type(mechanism)):
+            value = getattr(mechanism, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if name != "seed" and isinstance(number, int | float) and not abs(number) <= LARGEST:
+                    raise wrong(path, f"{mechanism.name}:{name}", number, f"at most {LARGEST:,}")
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError for an archive whose contents are far larger than the file: weights can hardly be compressed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            total = sum(entry.file_size for entry in archive.infolist())
+        if total > 4 * path.stat().st_size + BYTES:
+            raise ValueError(f"unpacked it would have {total:,} bytes")
+
+
+def check_network(tensors: dict[str, Tensor], where: str, name: str, **arguments: Any) -> None:
+    """Build timm's network without memory for its weights; raises DataError if it is far larger than these tensors.
+
+    Whatever else is wrong with it, the true build says.
+    """
+    try:
+        with no_larger_than(tensors, where), torch.device("meta"):
+            timm.create_model(name, **arguments)
+    except DataError:
+        raise
+    except Exception:
+        return
+
+
+@contextmanager
+def no_larger_than(tensors: dict[str, Tensor], where: str) -> Iterator[None]:
+    """Raise DataError as soon as a network made in the body has far more parameters than these weights, or huge buffers."""
+    parameters, total = TIMES * (len(tensors) + SLACK), TIMES * (sum(map(Tensor.numel, tensors.values())) + 1000 * SLACK)
+    made: Counter[str] = Counter()
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            return
+        kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        made[kind] += 1
+        made[f"numbers in {kind}"] += tensor.numel()
+        if made["parameter"] > parameters or made["numbers in parameter"] > total or made["numbers in buffer"] > CONSTANTS:
+            raise DataError(
+                f"The weights in {where} do not fit the model. Found a far larger network described beside them. Expected the "
+                "same names and shapes. Get config.json, mechanisms.json and the weights again, from one source."
+            )
+
+    handles = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# -- the parts -----------------------------------------------------------------------------------------------------
+
+
+def no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand there once: of two, readers choose differently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
+
+
+def check_depth(value: Any) -> None:
+    """Raise ValueError for lists and objects too deep inside one another."""
+    level = [value]
+    for _ in range(DEPTH):
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part) if is_nest(item)]
+        if not level:
+            return
+    raise ValueError(f"lists or objects more than {DEPTH} deep inside one another")
+
+
+def is_nest(value: Any) -> bool:
+    return isinstance(value, dict | list)
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """Every number in a tree of lists and objects."""
+    if is_nest(value):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(is_whole(side, 1, SIDE) for side in value)
+
+
+def is_vector(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= SIDE and all(is_number(item) and abs(item) < 1e6 for item in value)
+
+
+def is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and len(name) <= 1000 for name in value)
+
+
+def wrong(path: Path, key: str, found: Any, expected: str) -> DataError:
+    return DataError(f"Found {key} = {repr(found)[:100]} in {path}. Expected {expected}. Get the file again, or mend it.")

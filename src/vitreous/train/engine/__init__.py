@@ -1,0 +1,1 @@
+"""One run, step by step: session, loop, step, state, resume."""

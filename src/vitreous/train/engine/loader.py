@@ -1,0 +1,369 @@
+"""From images to batches: what a network takes, timm's transforms that bring images there, and loaders."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+
+from vitreous.base.errors import DataError, SettingError
+from vitreous.base.processes import ALONE, Team
+from vitreous.data import ArraySet, ImageSet
+from vitreous.data.decoding import Unreadable
+from vitreous.data.timeouts import DriveGone
+from vitreous.train.engine.signals import held_back, leave_to_parent
+from vitreous.train.engine.workers import (
+    child_signals_as_they_are,
+    kill,
+    kill_at_exit,
+    tells_of_a_death,
+    worker_killed,
+)
+
+AUGMENTATIONS = ("none", "flip", "pad", "crop")
+ORDER, FLIP, AUGMENT = range(3)  # what a draw is for: first part of its key
+NO_DRIVE = "the drive does not answer"
+PAUSE = 0.5  # seconds before a file that cannot be read is tried again
+AUTO_AUGMENT = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a network takes, in timm's words: pixels of [0, 1] less `mean`, over `std`, per channel.
+
+    input_size: (channels, height, width). crop_pct: share of a side that the centre crop keeps. crop_mode: timm's.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+    def config(self) -> dict[str, Any]:
+        """As timm's `create_transform` and the `pretrained_cfg` of a config.json take it."""
+        return asdict(self)
+
+
+def transform(inputs: Inputs, aug: str | None = None) -> Callable:
+    """PIL image to tensor (C, H, W). aug: None to test; else as in `TrainSettings`, none being the same as to test."""
+    to_test = create_transform(**inputs.config(), is_training=False)
+    if aug in (None, "none"):
+        return to_test
+    height, width = inputs.input_size[1:]
+    if aug in ("flip", "pad"):
+        steps = [transforms.RandomHorizontalFlip()]
+        if aug == "pad":
+            steps = [transforms.RandomCrop((height, width), padding=(width // 8, height // 8)), *steps]
+            steps += [transforms.RandomRotation(15, transforms.InterpolationMode.BILINEAR)]
+        *resize, to_tensor, normalize = to_test.transforms
+        return transforms.Compose([*resize, *steps, to_tensor, normalize])
+    training = create_transform(
+        inputs.input_size,
+        is_training=True,
+        auto_augment=None if aug == "crop" else aug,
+        color_jitter=0.0,
+        interpolation=inputs.interpolation,
+        mean=inputs.mean,
+        std=inputs.std,
+    )
+    mend_posterize(training)
+    return training
+
+
+def mend_posterize(training: transforms.Compose) -> None:
+    """Let timm's posterize keep at least one bit: it may ask for none, which Pillow 13 refuses (and older ones made black)."""
+    for step in training.transforms:
+        for chain in getattr(step, "policy", [getattr(step, "ops", [])]):
+            for op in chain:
+                if op.aug_fn is auto_augment.posterize:
+                    op.aug_fn = posterized
+
+
+def posterized(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's posterize, of at least one bit."""
+    return auto_augment.posterize(image, max(bits, 1))
+
+
+def check_augmentation(aug: str) -> None:
+    """Raise SettingError unless `transform` knows the text."""
+    if aug in AUGMENTATIONS:
+        return
+    try:
+        known = AUTO_AUGMENT.get(aug.partition("-")[0], auto_augment_transform)(aug, {})
+    except (AssertionError, ValueError, KeyError, IndexError):
+        known = None
+    if known is None:
+        raise SettingError(
+            f"Found --aug {aug}. Expected {', '.join(AUGMENTATIONS)}, or timm's auto-augment text, which starts with "
+            "rand, augmix, original or v0. Write for example rand-m9-mstd0.5-inc1."
+        )
+
+
+class Order(Sampler[tuple[int, np.ndarray]]):
+    """Batches of one epoch as (epoch, indices), in an order that follows from (seed, epoch) alone.
+
+    even: leave out a last batch that is not full, and the odd image of a set smaller than a batch. epoch, start: what the
+    next iteration yields, and from which batch on; the batches before it are left out, the others stay what they are.
+    team: the processes that the batches are for; shuffled ones are cut over them, others are dealt out whole.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, *, shuffle: bool = False, even: bool = False, seed: int = 0, team: Team = ALONE
+    ):
+        self.batch_size = min(batch_size, count - count % 2) if even else batch_size
+        self.count, self.shuffle, self.even, self.seed = count, shuffle, even, seed
+        self.team, self.epoch, self.start = team, 0, 0
+
+    def numbers(self) -> range:
+        """Of the batches in a whole epoch that this process sees, or sees a part of."""
+        count = self.count // self.batch_size if self.even else -(-self.count // self.batch_size)
+        return range(count) if self.shuffle else range(self.team.rank, count, self.team.size)
+
+    def __len__(self) -> int:
+        return len(self.numbers())
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        drawn = np.random.default_rng((ORDER, self.seed, self.epoch))
+        order = drawn.permutation(self.count) if self.shuffle else np.arange(self.count)
+        batches = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in self.numbers()[self.start :]]
+        return iter([(self.epoch, cut(rows, self.team) if self.shuffle else rows) for rows in batches])
+
+
+def cut(rows: np.ndarray, team: Team) -> np.ndarray:
+    """What one process takes of a batch: as much of its front as of its back.
+
+    Mixup pairs the first image with the last, and so on inwards; so it pairs within a part what it would pair in the whole.
+    """
+    half = -(-len(rows) // 2)
+    low, high = (half * number // team.size for number in (team.rank, team.rank + 1))
+    return np.concatenate([rows[low:high], rows[max(len(rows) - high, high) : len(rows) - low]])
+
+
+def rejoined(parts: Sequence[Tensor]) -> Tensor:
+    """The batch that `cut` cut into these parts."""
+    fronts = [part[: -(-len(part) // 2)] for part in parts]
+    backs = [part[-(-len(part) // 2) :] for part in parts]
+    return torch.cat([*fronts, *reversed(backs)])
+
+
+@contextmanager
+def drawn_from(*key: int) -> Iterator[None]:
+    """Seed the global states that torchvision and timm draw from (torch's on the CPU, Python's, NumPy's) by the key alone.
+
+    They are put back afterwards, so that nothing else depends on which process augments an image, or when.
+    """
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    seeds = np.random.SeedSequence(key).generate_state(3).tolist()
+    try:
+        torch.default_generator.manual_seed(seeds[0])
+        random.seed(seeds[1])
+        np.random.seed(seeds[2])
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+class Batches(Dataset):
+    """Images in memory that need no resizing, a whole batch normalised at once: indices to (B, C, H, W), labels (B).
+
+    Pixel for pixel what `transform` gives one by one. flip: mirror half of them, drawn by (seed, epoch, index).
+    """
+
+    def __init__(self, images: ArraySet, inputs: Inputs, flip: bool, seed: int):
+        self.pixels, self.labels = images.images, images.labels  # (n, H, W, C) uint8, (n,)
+        self.mean, self.std = (torch.tensor(value).view(-1, 1, 1) for value in (inputs.mean, inputs.std))
+        self.flip, self.seed = flip, seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict[int, str]]:
+        epoch, rows = batch
+        x = torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        if self.flip:
+            chosen = torch.from_numpy(np.random.default_rng((FLIP, self.seed, epoch)).random(len(self))[rows] < 0.5)
+            x[chosen] = x[chosen].flip(-1)
+        return x.sub_(self.mean).div_(self.std), torch.from_numpy(self.labels[rows]), {}
+
+
+class Prepared(Dataset):
+    """Images sent through a transform one by one, its randomness drawn by (seed, epoch, index).
+
+    A batch is (B, C, H, W), labels (B), and {index: reason} of images that could not be read, not even after a pause; they
+    are left out of it. even: then one more image is left out where the others would be odd in number.
+    """
+
+    def __init__(self, images: ImageSet, change: Callable, seed: int, even: bool = False):
+        self.images, self.change, self.seed, self.even = images, change, seed, even
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict[int, str]]:
+        epoch, rows = batch
+        made, lost = self.attempt(epoch, rows.tolist())
+        if lost:
+            time.sleep(PAUSE)
+            again, lost = self.attempt(epoch, list(lost))
+            made |= again
+        kept = [i for i in rows.tolist() if i in made]
+        kept = kept[: len(kept) // 2 * 2] if self.even else kept
+        x = torch.stack([made[i] for i in kept]) if kept else torch.empty(0)
+        return x, torch.from_numpy(self.images.labels[kept]), lost
+
+    def attempt(self, epoch: int, indices: list[int]) -> tuple[dict[int, Tensor], dict[int, str]]:
+        """Tensors by index of the images that can be read, and the reasons why others cannot."""
+        made, lost = {}, {}
+        for i in indices:
+            try:
+                image = self.images.image(i)
+            except Unreadable as error:
+                lost[i] = error.reason
+                continue
+            except DriveGone:
+                return {}, dict.fromkeys(indices, NO_DRIVE)
+            with drawn_from(AUGMENT, self.seed, epoch, i):
+                made[i] = self.change(image)
+        return made, lost
+
+
+class Loader:
+    """Batches of (B, C, H, W) float32 and labels (B) int64. Its length is that of a whole epoch.
+
+    Each iteration is one of epoch 0, unless `set_epoch` said otherwise; what it yields follows from (seed, epoch), whatever
+    the number of workers. Images that can no longer be read are left out of their batches: lost {index: reason} knows those
+    of all iterations, missing (a set of indices) those of the last one. strict: the first of them raises DataError. A
+    worker process that is killed is replaced once in an iteration, then DataError is raised.
+    """
+
+    def __init__(self, images: ImageSet, batches: Dataset, order: Order, workers: int = 0, strict: bool = False):
+        self.images, self.batches, self.order, self.workers, self.strict = images, batches, order, workers, strict
+        self.lost: dict[int, str] = {}
+        self.missing: set[int] = set()
+        self.open()
+
+    def open(self) -> None:
+        """(Re)start the worker processes, if any, when next iterated."""
+        self.source = DataLoader(
+            self.batches,
+            batch_sampler=self.order,
+            collate_fn=as_it_is,
+            num_workers=self.workers,
+            worker_init_fn=leave_to_parent,
+            persistent_workers=self.workers > 0 and self.order.shuffle,
+            generator=torch.Generator().manual_seed(self.order.seed),  # else each iteration would draw from the global one
+        )
+
+    def close(self) -> None:
+        """End the worker processes, if any, which live on between iterations; a later one starts new ones."""
+        self.open()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Let iterations be of this epoch, and the next one begin at batch `start`; those before it are not decoded."""
+        self.order.epoch, self.order.start = epoch, start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, start = self.order.epoch, self.order.start
+        self.missing = set()
+        return self.delivered(self.begin(epoch, start), epoch, start)
+
+    def begin(self, epoch: int, start: int) -> Iterator:
+        self.order.epoch, self.order.start = epoch, start
+        with child_signals_as_they_are(), held_back():
+            batches = iter(self.source)
+        kill_at_exit(batches)
+        self.order.start = 0
+        return batches
+
+    def delivered(self, batches: Iterator, epoch: int, at: int) -> Iterator[tuple[Tensor, Tensor]]:
+        killed = False
+        while at < len(self):
+            try:
+                images, labels, lost = next(batches)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not (self.workers and tells_of_a_death(error)):
+                    raise
+                kill(batches._workers)
+                if killed:
+                    raise worker_killed(self.workers) from error
+                killed = True
+                self.open()
+                batches = self.begin(epoch, at)
+                continue
+            at += 1
+            self.note(lost, len(images))
+            yield images, labels
+
+    def note(self, lost: dict[int, str], left: int) -> None:
+        """Remember what was lost; raise DataError if that is no longer to be borne."""
+        self.lost |= lost
+        self.missing |= set(lost)
+        shared = self.order.shuffle and self.order.team.size > 1  # other processes may have some of the batch
+        if lost and (self.strict or not (left or shared)):
+            self.refuse_lost(lost, "" if left else ", all of a batch")
+
+    def refuse_lost(self, lost: dict[int, str] | None = None, whole: str = ", all of a batch among them") -> None:
+        """Raise DataError for lost images (all of this process, if not given); nothing if there are none."""
+        lost = self.lost if lost is None else lost
+        if lost:
+            i, reason = next(iter(lost.items()))
+            raise DataError(
+                f"Found {len(lost)} images that can no longer be read{whole}, the first {self.name(i)!r} ({reason}). Expected "
+                "them where they were at the start. See that the files are back, then resume the run."
+            )
+
+    def name(self, i: int) -> str:
+        """The name of an image, or its number where it has none."""
+        names = getattr(self.images, "names", None)
+        return names[i] if names else f"image {i}"
+
+
+def loader(
+    images: ImageSet,
+    inputs: Inputs,
+    batch_size: int,
+    *,
+    aug: str | None = None,
+    shuffle: bool = False,
+    even: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    strict: bool = False,
+    team: Team = ALONE,
+) -> Loader:
+    """Batches of the images, in an order that (seed, epoch) draws if shuffled; see `Order` for even, `Loader` for the rest.
+
+    Images in memory of the right size are not sent through workers.
+    """
+    order = Order(len(images), batch_size, shuffle=shuffle, even=even, seed=seed, team=team)
+    if in_memory(images, inputs) and aug in (None, "none", "flip"):
+        return Loader(images, Batches(images, inputs, aug == "flip", seed), order)
+    return Loader(images, Prepared(images, transform(inputs, aug), seed, even), order, workers, strict)
+
+
+def in_memory(images: ImageSet, inputs: Inputs) -> bool:
+    """True if the pixels lie in memory in the very size that the network takes."""
+    return isinstance(images, ArraySet) and images.images.shape[1:3] == inputs.input_size[1:] and inputs.crop_pct == 1.0
+
+
+def as_it_is(batch: tuple) -> tuple:
+    return batch

@@ -1,0 +1,192 @@
+"""A step that is not finite: kept with its batch and the state before it, run again, and the module named where it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vitreous.base.errors import DataError
+from vitreous.train.engine.loader import rejoined
+from vitreous.train.engine.sharding import put_together
+from vitreous.train.engine.state import (
+    capture,
+    random_states,
+    read_state,
+    restore,
+    set_random_states,
+    write_state,
+    writing,
+)
+from vitreous.train.objectives import set_progress, step_losses
+
+if TYPE_CHECKING:
+    from vitreous.train.engine.prepare import Job
+
+NAME = "not-finite.safetensors"
+Batch = tuple[Tensor, Tensor]
+
+
+def dump(job: Job, batch: Batch, rng: dict[str, Any], folder: Path) -> None:
+    """Write the batch of all processes, before it was mixed, and the state before the step, random states `rng` included."""
+    state, parts = capture(job, rng), job.team.gather(tuple(tensor.cpu() for tensor in batch))
+    if job.team.first:
+        with writing(folder):
+            write_state(folder / NAME, {"state": state, "batch": tuple(map(rejoined, zip(*parts, strict=True)))})
+
+
+def load(job: Job, folder: Path) -> Batch:
+    """Put the job into the state before the step that `dump` kept; returns the batch. Raises DataError if there is none."""
+    if not (folder / NAME).is_file():
+        raise DataError(
+            f"Found no {NAME} in {folder}. Expected the record of a step that was not finite, which a run leaves when it "
+            "stops at one. There is nothing to replay."
+        )
+    found = read_state(folder / NAME)
+    restore(job, found["state"])
+    images, labels = found["batch"]
+    return images.to(job.device), labels.to(job.device)
+
+
+def diagnose(job: Job, batch: Batch, rng: dict[str, Any] | None = None) -> str | None:
+    """Run the step again, without taking it; says in words where what is not finite begins, None if all is finite.
+
+    The random states are put back afterwards.
+    """
+    images, labels = batch
+    present = random_states(job.device)
+    try:
+        set_random_states(rng or present, job.device)
+        if images.is_floating_point() and not torch.isfinite(images).all():
+            bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
+            return f"the images themselves, numbers {', '.join(map(str, bad[:8]))} of the batch"
+        for name, p in job.model.named_parameters():
+            if not torch.isfinite(p).all():
+                return f"the weights themselves, {name}"
+        return first_in_step(job, images, labels)
+    finally:
+        job.model.zero_grad(set_to_none=True)
+        set_random_states(present, job.device)
+
+
+def find_origin(job: Job, batch: Batch, rng: dict[str, Any]) -> str | None:
+    """`diagnose` by each process with its part of the batch; the words of the first that finds something."""
+    alone = job
+    if job.whole is not None:
+        put_together(job.model, job.whole)
+        alone = replace(job, model=job.whole)
+    found = job.team.everyone(diagnose(alone, batch, rng) if len(batch[0]) else None)
+    return next(filter(None, found), None)
+
+
+def first_in_step(job: Job, images: Tensor, labels: Tensor) -> str | None:
+    """The first module whose output is not finite; else the loss; else the first whose gradient is not."""
+    job.model.train()
+    job.model.zero_grad(set_to_none=True)
+    with watched(job.model) as (outputs, gradients):
+        parts = step_losses(job, images, labels)
+        if outputs:
+            return f"the output of {outputs[0]}"
+        for name, value in parts.items():
+            if not torch.isfinite(value):
+                return f"the loss {name}" + by_penalties(job, name)
+        sum(parts.values()).backward()
+    if gradients:
+        return f"the gradient that comes out of {gradients[0]}"
+    norms = {name: p.grad.norm() for name, p in job.model.named_parameters() if p.grad is not None}
+    for name, norm in norms.items():
+        if not finite(norm):
+            return f"the gradient of {name}"
+    if not finite(nn.utils.get_total_norm(list(norms.values()))):
+        return f"the norm of all gradients, the largest of {max(norms, key=norms.get)}"
+    return None
+
+
+def by_penalties(job: Job, name: str) -> str:
+    """The modules whose own penalty of that name is not finite, in words."""
+    set_progress(job.model, job.progress)
+    found = [
+        path
+        for path, module in job.model.named_modules()
+        if hasattr(module, "penalties") and name in (own := module.penalties()) and not torch.isfinite(own[name])
+    ]
+    return f", a penalty of {described(job.model, found[0])}" if found else ""
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
+    """Two lists that fill up in order: modules whose output is not finite, and modules whose gradient turns non-finite.
+
+    A module is named for its gradient if what goes back into its output is finite and what comes out at its input is not.
+    """
+    outputs, gradients, arrived = [], [], {}
+
+    def before(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> tuple:
+            return tuple(spied(value, lambda g: leaves(name, g)) for value in inputs)
+
+        return hook
+
+    def after(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> Any:
+            if not all(finite(value) for value in tensors_in(output)):
+                outputs.append(described(model, name))
+            if isinstance(output, Tensor):
+                return spied(output, lambda g: arrives(name, g))
+            for value in tensors_in(output):
+                if value.requires_grad:
+                    value.register_hook(lambda g: arrives(name, g))
+            return None
+
+        return hook
+
+    def arrives(name: str, gradient: Tensor) -> None:
+        arrived[name] = arrived.get(name, True) and finite(gradient)
+
+    def leaves(name: str, gradient: Tensor) -> None:
+        if not finite(gradient) and arrived.get(name, True):
+            gradients.append(described(model, name))
+
+    handles = []
+    for name, module in model.named_modules():
+        handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+    try:
+        yield outputs, gradients
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def spied(value: Any, hook: Callable[[Tensor], None]) -> Any:
+    """A tensor as an alias of its own, so that `hook` sees only the gradient that goes this way; anything else as it is."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    alias = value.view_as(value)
+    alias.register_hook(hook)
+    return alias
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The floating-point tensors of a module's output, in fields of records and in lists too."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        return [tensor for item in output.values() for tensor in tensors_in(item)]
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in tensors_in(item)]
+    if is_dataclass(output):
+        return [tensor for item in fields(output) for tensor in tensors_in(getattr(output, item.name))]
+    return []
+
+
+def finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def described(model: nn.Module, name: str) -> str:
+    return f"{name or 'the model'} ({type(model.get_submodule(name)).__name__})"

@@ -1,0 +1,322 @@
+"""From settings to everything that a run needs: data, model with its grafts, optimizer, loaders."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from timm.data import Mixup
+from timm.models import get_model_input_config
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, random_seed
+from torch import Tensor, nn
+
+from vitreous.base.errors import HostError, NotReached, SettingError
+from vitreous.base.processes import ALONE, Team
+from vitreous.data import ArraySet, Data, ImageSet, open_data
+from vitreous.data.holdout import hold_out
+from vitreous.grafting import check, graft, grafts
+from vitreous.lens.tap import trace
+from vitreous.mechanism import parse
+from vitreous.models import model_folder
+from vitreous.models.create import adapt, create_model, own_size, tells_apart
+from vitreous.train import recipes
+from vitreous.train.engine.distributed import check_team
+from vitreous.train.engine.distributed import network as network_of
+from vitreous.train.engine.loader import Inputs, Loader, loader
+from vitreous.train.engine.sharding import check_optimizer, put_together, shard
+from vitreous.train.engine.state import Place, seed_apart
+from vitreous.train.objectives import classification_loss, mixing
+from vitreous.train.optimizer import choose_trainable, make_optimizer, make_scheduler
+from vitreous.train.records.trackers import Followers
+from vitreous.train.settings import TrainSettings
+
+SAMPLE = 64  # images on which grafts are checked and calibrated
+READ = 16  # test images that are looked at after every epoch
+
+
+@dataclass
+class Job:
+    """Everything that a run needs, built before anything is written."""
+
+    settings: TrainSettings
+    device: torch.device
+    data: Data
+    inputs: Inputs
+    model: nn.Module
+    loss: nn.Module
+    mixing: Mixup | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    ema: ModelEmaV3 | None
+    train: Loader
+    tests: dict[str, Loader]
+    sample: ImageSet | None  # what is looked at; None where attention cannot be read
+    remarks: list[str]
+    followers: Followers
+    recipe: dict[str, Any] | None = None  # the record of `recipes.resolve`
+    team: Team = ALONE
+    whole: nn.Module | None = None  # a copy to test, read and save, where the weights are spread (`collect` fills it)
+    network: nn.Module | None = None  # what a step runs: `distributed.Pass`, joined with other processes
+    updates: int = 0
+    place: Place = field(default_factory=Place)
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested, read and saved: the averaged one, if there is one."""
+        return self.whole or self.averaged
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The moving average of the weights where one is kept, else the model that learns; its weights may be spread."""
+        return self.model if self.ema is None else self.ema.module
+
+    def collect(self) -> None:
+        """Bring `tested` up to date; every process must ask."""
+        if self.whole is not None:
+            put_together(self.averaged, self.whole)
+
+    @property
+    def progress(self) -> float:
+        """0 before the first update, 1 after the last."""
+        return self.updates / (self.settings.epochs * len(self.train))
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp)
+
+
+def prepare(
+    settings: TrainSettings, console: Console | None = None, team: Team = ALONE, opening: Callable[..., Data] = open_data
+) -> Job:
+    """Open the data, build the model, graft, choose what learns; raises VitreousError if they do not fit together.
+
+    console: where it is shown how far the reading of files is. opening: `open_data`, or an `OpenOnce` for several runs.
+    """
+    device = team.device(settings.torch_device())
+    followers = Followers(settings.tracker if team.first else ())
+    data, inputs, model, remarks = data_and_model(settings, console, opening)
+    settings, recipe = recipes.resolve(settings, from_weights(settings), len(data.train))
+    check_team(settings, team.size)
+    remarks += recipes.remarks(recipe) if recipe else []
+    there = len(grafts(model))
+    graft(model, *(parse(text, foreign=True) for text in settings.graft))
+    learning = choose_trainable(model, settings.train, settings.freeze)
+    remarks.append(f"Learning: {learning:,} of {sum(p.numel() for p in model.parameters()):,} parameters.")
+
+    def batches(images, size, **options):
+        common = {"seed": settings.seed, "workers": settings.workers, "strict": settings.strict}
+        return loader(images, inputs, size, **common, **options)
+
+    train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=settings.mixed, team=team)
+    tests = {name: batches(images, 2 * settings.batch_size, team=team) for name, images in data.tests.items()}
+    sample = next(iter(batches(spaced(data.tests["test"], SAMPLE), SAMPLE)))[0].to(device)
+    model.to(device)
+    for record in grafts(model)[there:]:
+        record.mechanism.calibrate(model, next(iter(batches(spaced(data.train, SAMPLE), SAMPLE)))[0].to(device))
+    set_checkpointing(model, settings)
+    ema = None if settings.model_ema is None else ModelEmaV3(model, settings.model_ema, use_warmup=True)
+    whole = copy.deepcopy(model) if settings.shard else None
+    if settings.shard:
+        check_optimizer(settings.opt, device, team.size)
+        for spreading in (model, ema.module) if ema else (model,):
+            shard(spreading, device, team.size)
+    optimizer = make_optimizer(model, settings)
+    job = Job(
+        settings=settings,
+        device=device,
+        data=data,
+        inputs=inputs,
+        model=model,
+        loss=classification_loss(settings, data.train.labels, len(data.classes)).to(device),
+        mixing=mixing(settings, len(data.classes)),
+        optimizer=optimizer,
+        scheduler=make_scheduler(optimizer, settings, steps=len(train)),
+        ema=ema,
+        train=train,
+        tests=tests,
+        sample=spaced(data.tests["test"], READ) if readable(whole or model, sample, remarks) else None,
+        remarks=remarks,
+        followers=followers,
+        recipe=recipe,
+        team=team,
+        whole=whole,
+    )
+    if grafts(model):
+        with job.autocast():
+            check(model.train(), sample)  # on the path that will run
+    job.network = network_of(job, sample[:2])
+    random_seed(settings.seed)  # dropout, mixup and augmentation draw alike in every arm
+    seed_apart(job)
+    return job
+
+
+def fetch(settings: TrainSettings, team: Team) -> None:
+    """Let the first of several processes download named data, if so told, before the others look for them."""
+    if settings.download and team.size > 1:
+        team.first_does(lambda: open_data(settings.data, download=True).name)
+
+
+def data_and_model(
+    settings: TrainSettings, console: Console | None = None, opening: Callable[..., Data] = open_data
+) -> tuple[Data, Inputs, nn.Module, list[str]]:
+    """Data and a model for them, in agreement about classes, channels and image size; and what was done for that."""
+    folder = model_folder.is_folder(settings.model)
+    if folder and (settings.weights or settings.pretrained):
+        raise SettingError(
+            f"Found the folder {settings.model}, which has its weights, and --weights or --pretrained. Expected one source. "
+            "Leave the other out."
+        )
+    loaded, rate = from_weights(settings), recipes.drop_path(settings)
+    arguments = settings.network_arguments() | ({"drop_path_rate": rate} if rate else {})
+    if folder:
+        start = partial(model_folder.load, settings.model, foreign=settings.foreign, **arguments)
+    else:
+        sources = {"pretrained": settings.pretrained, "weights": settings.weights}
+        start = partial(create_model, settings.model, **sources, **arguments)
+    random_seed(settings.seed)
+    model = start() if loaded else None  # before the data: weights that do not fit are soon found
+    own = get_model_input_config(model)["input_size"][1:] if loaded else own_size(settings.model)
+    with reading_files(console) as progress:
+        data = opening(
+            settings.data,
+            image_size=settings.image_size or (max(own) if loaded else None),
+            seed=settings.seed,
+            limit=settings.limit,
+            download=settings.download,
+            strict=settings.strict,
+            outside=settings.outside,
+            progress=progress,
+        )
+        data = hold_out(data, settings.hold_out, progress) if settings.hold_out else data
+    in_memory = isinstance(data.train, ArraySet)  # all of one size, which a new network can take
+    size = data.image_size if settings.image_size or loaded or in_memory else own
+    quiet = loaded and settings.recipe != "none" and not tells_apart(model, data.classes)
+    if loaded and get_model_input_config(model)["input_size"][0] == data.channels:
+        adapt(model, data.classes, size)
+    else:
+        model = start(classes=data.classes, channels=data.channels, image_size=size)
+    if quiet:
+        recipes.quiet_classifier(model)
+    check_patches(model, size)
+    inputs = inputs_of(model, data, loaded)
+    source = settings.model if folder else settings.weights or ("timm" if settings.pretrained else None)
+    height, width = inputs.input_size[1:]
+    tests = ", ".join(f"{len(images):,} {name}" for name, images in data.tests.items())
+    remarks = [
+        f"Data: {data.name}, {len(data.classes)} classes; images: {len(data.train):,} train, {tests}.",
+        *data.remarks,
+        f"Model: {settings.model}, " + (f"weights from {source}" if source else "from scratch") + f"; {width} x {height} px"
+        + (f" in {model.patch_embed.num_patches} patches" if hasattr(model, "patch_embed") else "")
+        + f", {'the data' if inputs.mean == tuple(data.mean) else 'the model'}'s normalisation"
+        + (", a new classifier that starts near 0 (MAE)." if quiet else "."),
+    ]  # fmt: skip
+    return data, inputs, model, remarks
+
+
+def from_weights(settings: TrainSettings) -> bool:
+    """True if the network starts with trained weights."""
+    return settings.pretrained or settings.weights is not None or model_folder.is_folder(settings.model)
+
+
+@contextmanager
+def reading_files(console: Console | None) -> Iterator[Callable[[int, int], None]]:
+    """Shows on a terminal how many files have been read."""
+    quiet = console is None or not console.is_terminal
+    with Progress(console=console, transient=True, disable=quiet) as bar:
+        task = bar.add_task("reading files", total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def set_checkpointing(model: nn.Module, settings: TrainSettings) -> None:
+    """Turn on gradient checkpointing if so told. Raises SettingError for a network that has none."""
+    if not settings.checkpointing:
+        return
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise SettingError(
+            f"Found --checkpointing for {settings.model}, which has none. Expected a network of timm's that can compute its "
+            "activations again. Leave it out; --accumulate saves memory too."
+        ) from error
+
+
+def spaced(images: ImageSet, most: int) -> ImageSet:
+    """At most so many of the images, evenly spaced, always the same."""
+    return images.subset(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))
+
+
+def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Inputs:
+    """How images are prepared: as the loaded weights want it, else by the data's own mean and standard deviation.
+
+    A network that is made for pixels of [0, 1] as they are (mean 0, std 1) gets them so.
+    """
+    config, channels = model.pretrained_cfg, data.channels
+    mean, std = (tuple(config[name]) for name in ("mean", "std"))
+    if len(mean) != channels:  # weights for colour that were adapted to grey, or the reverse
+        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
+    if not loaded and (set(mean), set(std)) != ({0.0}, {1.0}):
+        mean, std = tuple(data.mean), tuple(data.std)
+    size = get_model_input_config(model)["input_size"][1:]
+    size = size if config.get("fixed_input_size") else data.image_size
+    whole = isinstance(data.train, ArraySet) and data.train.images.shape[1:3] == tuple(size)
+    return Inputs(
+        input_size=(channels, *size),
+        mean=mean,
+        std=std,
+        interpolation=config.get("interpolation", "bicubic"),
+        crop_pct=1.0 if whole else config.get("crop_pct") or 1.0,
+        crop_mode=config.get("crop_mode") or "center",
+    )
+
+
+def check_patches(model: nn.Module, size: tuple[int, int]) -> None:
+    """Raise SettingError if the image size is no multiple of the model's patches."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch and any(side % part for side, part in zip(size, patch, strict=True)):
+        raise SettingError(
+            f"Found images of {size[1]} x {size[0]} pixels for patches of {patch[1]} x {patch[0]}. Expected a multiple. Give "
+            f"--image-size {max(1, round(size[0] / patch[0])) * patch[0]}, or --model-kwargs patch_size=N."
+        )
+
+
+def readable(model: nn.Module, sample: Tensor, remarks: list[str]) -> bool:
+    """Whether attention can be seen in this model; else a remark why not."""
+    try:
+        trace(model, sample)
+    except (HostError, NotReached) as error:
+        remarks.append(f"No readings: {error}")
+        return False
+    return True
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What run.json says of data and model."""
+    data, model = job.data, job.model
+    parameters = list(model.parameters())
+    return {
+        "seed": job.settings.seed,
+        "data": {
+            "name": data.name,
+            "classes": list(data.classes),
+            "images": {"train": len(data.train)} | {name: len(images) for name, images in data.tests.items()},
+            "inputs": job.inputs.config(),
+        },
+        "model": {
+            "architecture": model.pretrained_cfg["architecture"],
+            "mechanisms": [str(record.mechanism) for record in grafts(model)],
+            "grafts": [record.mechanism.full_text() for record in grafts(model)],
+            "parameters": sum(p.numel() for p in parameters),
+            "learning": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+        "device": str(job.device),
+        "processes": job.team.size,
+        "remarks": job.remarks,
+    } | ({"recipe": job.recipe} if job.recipe else {})

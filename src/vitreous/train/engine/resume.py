@@ -1,0 +1,213 @@
+"""Going on with a run that was interrupted, and running a step again that was not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from tyro import conf
+
+from vitreous.base.errors import DataError, SettingError
+from vitreous.base.processes import ALONE, Team, connected
+from vitreous.data import Data, OpenOnce, open_data
+from vitreous.models import model_folder
+from vitreous.train.engine import early_stopping, non_finite
+from vitreous.train.engine.lock import locked
+from vitreous.train.engine.loop import go_on, speaker, train_once
+from vitreous.train.engine.prepare import facts, fetch, prepare
+from vitreous.train.engine.state import restore
+from vitreous.train.records import reproducibility, summary
+from vitreous.train.records.run_folder import Run, read_metrics, read_rows
+from vitreous.train.records.trackers import TRACKERS
+from vitreous.train.settings import Repeated, TrainSettings
+
+CONFIG = (conf.FlagCreatePairsOff,)
+RESUME_HELP = """\
+Go on with a run that was stopped, killed, or ran out of disk. It ends with the very weights and numbers that it would have
+ended with: on the same machine, on the CPU. What does not bear on that can be given anew.
+
+example:
+  vitreous resume runs/cutouts-plain
+"""
+REPLAY_HELP = """\
+Run the step again at which a run stopped because a loss or gradient was not finite, from the state and the batch that it
+kept, and name the first module whose output or gradient is not. Changes nothing.
+
+example:
+  vitreous replay runs/cutouts-plain
+"""
+Folder = Annotated[conf.Positional[str], conf.arg(metavar="RUN", help="The run folder.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """What may be other than the run was begun with."""
+
+    allow_changes: bool = False
+    """Go on though settings, data, grafts or versions have changed; the differences are shown."""
+    workers: int | None = None
+    """Processes that read and augment (default: as before; so for what follows)."""
+    save_every: int | None = None
+    """Updates after which the state is saved."""
+    rollbacks: int | None = None
+    """How often it may go back to the last good state after a step that is not finite, and leave that step out."""
+    rollback_lr: float | None = None
+    """Factor on the learning rate after each such return."""
+    tracker: Repeated = ()
+    """Who is told the numbers of every epoch (default: as before, but for code of other packages, to be named again)."""
+
+
+def resume_words(words: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
+    """The folder, whether changes are allowed, and the other settings that a command line asks for.
+
+    Raises SettingError for a setting of training that a begun run keeps.
+    """
+    kept = {f"--{field.name.replace('_', '-')}" for field in fields(TrainSettings)}
+    kept -= {f"--{field.name.replace('_', '-')}" for field in fields(Changed)}
+    for word in words:
+        if (name := word.partition("=")[0]) in kept:
+            raise SettingError(
+                f"Found {name} for a run that has begun. Expected it to keep its settings, so that it ends as it would have. "
+                f"Leave {name} out; or train further what it has come to: `vitreous train DATA --model RUN {name} ...`."
+            )
+
+    def read(run: Folder, changed: conf.OmitArgPrefixes[Changed] = Changed()) -> tuple[str, Changed]:
+        return run, changed
+
+    folder, changed = tyro.cli(read, prog="vitreous resume", description=RESUME_HELP, args=words, config=CONFIG)
+    found = vars(changed).copy()
+    found["tracker"] = found["tracker"] or None
+    return folder, found.pop("allow_changes"), found
+
+
+def replay_words(words: Sequence[str]) -> str:
+    """The folder that a command line names."""
+
+    def read(run: Folder) -> str:
+        return run
+
+    return tyro.cli(read, prog="vitreous replay", description=REPLAY_HELP, args=words)
+
+
+def resume(folder: str | Path, allow_changes: bool = False, console: Console | None = None, **changed: Any) -> Path:
+    """Go on with an interrupted run (or several seeds of one) so that it ends as if it had not been; returns the folder.
+
+    allow_changes: go on though settings, data, grafts or versions have changed. changed: other values for settings that do
+    not bear on a step: workers, save_every, rollbacks, rollback_lr, tracker.
+
+    Raises DataError if there is no run, SettingError with the differences if something has changed.
+    """
+    with connected(recorded_device(Path(folder))) as team:
+        return resume_seeds(Path(folder), allow_changes, team.console(console or Console()), changed, team)
+
+
+def resume_seeds(folder: Path, allow_changes: bool, console: Console, changed: dict[str, Any], team: Team) -> Path:
+    """`resume`, by a team of processes."""
+    if (folder / "run.json").is_file():
+        resume_once(folder, allow_changes, console, changed, team)
+        return folder
+    record = model_folder.read_json(begun(folder)[0])
+    seeds = range(*(record.get("seeds") or (0, 0)))
+    settings = recorded_settings(record, changed)
+    runs, opening = [folder / f"seed-{seed}" for seed in seeds], OpenOnce()
+    for seed, path in zip(seeds, runs, strict=True):
+        if team.first_does((path / "run.json").is_file):
+            resume_once(path, allow_changes, console, changed, team, opening)
+        else:
+            train_once(replace(settings, seed=seed), path, console, seeds, team, opening)
+    if team.first:
+        summary.write_seeds(folder, runs)
+    return folder
+
+
+def begun(folder: Path) -> list[Path]:
+    """The run.json of the run in a folder, or those of several seeds in it. Raises DataError if there is none."""
+    found = [path for path in [folder / "run.json", *sorted(folder.glob("seed-*/run.json"))] if path.is_file()]
+    if not found:
+        raise no_run(folder)
+    return found
+
+
+def recorded_device(folder: Path) -> torch.device:
+    """Where the run in a folder, or the first of several seeds in it, was told to be."""
+    return recorded_settings(model_folder.read_json(begun(folder)[0]), {}).torch_device()
+
+
+def resume_once(
+    folder: Path,
+    allow_changes: bool,
+    console: Console,
+    changed: dict[str, Any],
+    team: Team = ALONE,
+    opening: Callable[..., Data] = open_data,
+) -> None:
+    """Go on with the run of one seed; does nothing if it is finished. opening: as `prepare` takes it."""
+    run, say = Run(folder), speaker(console)
+    with ExitStack() as held:
+        with team.together():
+            if team.first:
+                held.enter_context(locked(folder, say))
+        record = model_folder.read_json(folder / "run.json")
+        settings = recorded_settings(record, changed)
+        if team.first_does(lambda: already_finished(run, settings)):
+            say(f"The run in {folder} is finished.")
+            return
+        torch.set_num_threads(record["machine"]["threads"])  # sums in the same order
+        found = team.first_does(lambda: run.states.load(say))
+        fetch(settings, team)
+        with team.together():
+            job = prepare(settings, console, team, opening)
+            if team.first:
+                rows = read_rows(folder / "manifest.csv")
+                reproducibility.refuse(reproducibility.since(record, found, job, facts(job), rows), allow_changes, say)
+        if found is not None:
+            restore(job, found)
+            run.states.latest = job.updates
+        if team.first:
+            run.rewind(job.place.epoch, begun=job.updates > 0)
+        say(f"Goes on with {folder} after {job.updates} updates, in epoch {job.place.epoch} of {settings.epochs}.")
+        go_on(job, run, console)
+
+
+def already_finished(run: Run, settings: TrainSettings) -> bool:
+    return not run.states.paths() and early_stopping.finished(read_metrics(run.folder), settings.epochs, settings.patience)
+
+
+def replay(folder: str | Path, console: Console | None = None) -> str | None:
+    """Run the step again at which a run stopped because it was not finite; says, and returns, where it begins, or None."""
+    folder, console = Path(folder), console or Console()
+    if not (folder / "run.json").is_file():
+        raise no_run(folder)
+    record = model_folder.read_json(folder / "run.json")
+    torch.set_num_threads(record["machine"]["threads"])
+    alone = {"shard": False, "tracker": ()}  # the record is of whole weights, and nobody is told
+    job = prepare(recorded_settings(record, alone), console)
+    batch = non_finite.load(job, folder)
+    origin = non_finite.diagnose(job, batch)
+    place = f"Update {job.updates + 1}, in epoch {job.place.epoch}"
+    say = speaker(console)
+    say(f"{place}: what is not finite begins with {origin}." if origin else f"{place}: this time, everything is finite.")
+    return origin
+
+
+def recorded_settings(record: dict[str, Any], changed: dict[str, Any]) -> TrainSettings:
+    """The settings in a run.json, with others for those that do not bear on a step."""
+    try:
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in record["settings"].items()}
+        found["tracker"] = tuple(name for name in found.get("tracker", ()) if name in TRACKERS)  # no code that a folder names
+        return TrainSettings(**found | {name: value for name, value in changed.items() if value is not None})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"Found a run.json whose settings cannot be read ({error}). Expected those that this version knows. Use the "
+            "version that began it."
+        ) from error
+
+
+def no_run(folder: Path) -> DataError:
+    return DataError(f"Found no run.json in {folder}. Expected the folder of a run. Check the path.")

@@ -1,0 +1,123 @@
+"""A model spread over processes by FSDP2 (`fully_shard`): cut apart, put together again for what needs all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from vitreous.base.errors import SettingError
+from vitreous.base.processes import Lost, naming_the_lost
+from vitreous.train.objectives import penalties
+
+
+def shard(model: nn.Module, device: torch.device, size: int) -> None:
+    """Spread the parameters over so many processes, block by block; each puts a block together while it computes it.
+
+    Raises SettingError where grafts have penalties, which read whole weights outside of the forward pass.
+    """
+    if names := sorted(penalties(model)):
+        raise SettingError(
+            f"Found --shard and grafts with penalties ({', '.join(names)}). Expected none, since penalties read whole weights, "
+            "of which each process holds a part. Leave --shard out, or set the weights of the penalties to 0."
+        )
+    mesh = init_device_mesh(device.type, (size,))
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else a pass without a backward leaves it whole
+
+
+def check_optimizer(name: str, device: torch.device, size: int) -> None:
+    """Raise SettingError unless timm's optimizer steps with spread weights as with whole ones, and so after a restart.
+
+    It is tried on a small layer: what it keeps and computes shows in a step only. Every process must ask.
+    """
+    mesh, draw = init_device_mesh(device.type, (size,)), torch.Generator().manual_seed(0)
+    first, *gradients = ([torch.randn(shape, generator=draw).to(device) for shape in ((144, 136), (144,))] for _ in range(4))
+
+    def begun(values: list[Tensor]) -> torch.optim.Optimizer:
+        return create_optimizer_v2([nn.Parameter(value) for value in values], opt=name, lr=0.01, weight_decay=0.0)
+
+    def step(optimizer: torch.optim.Optimizer, values: list[Tensor]) -> None:
+        for parameter, value in zip(parameters(optimizer), values, strict=True):
+            parameter.grad = spread(value, parameter)
+        optimizer.step()
+
+    def cut(values: list[Tensor]) -> list[Tensor]:
+        return [distribute_tensor(value, mesh, [Shard(0)]) for value in values]
+
+    plain = begun([value.clone() for value in first])
+    for some in gradients:
+        step(plain, some)
+
+    def twice() -> str:
+        """Whether steps with spread weights, one after a restart, are those with whole ones; else in what not."""
+        there = begun(cut(first))
+        for some in gradients[:-1]:
+            step(there, some)
+        here = begun(cut([whole(p.detach()) for p in parameters(there)]))
+        here.load_state_dict(gathered(there.state_dict()))
+        spread_state(here)
+        step(here, gradients[-1])
+        pairs = zip(parameters(plain), parameters(here), strict=True)
+        worst = max((one - whole(other)).abs().max().item() for one, other in pairs)
+        return "" if worst < 1e-5 else f"its step with spread weights is another one, by {worst:.1g}"
+
+    try:
+        with naming_the_lost():
+            wrong = twice()
+    except Lost:
+        raise
+    except Exception as error:  # of some hundred optimizers, each fails in a way of its own
+        wrong = f"it cannot work with spread weights: {str(error).partition(chr(10))[0][:100] or type(error).__name__}"
+    if wrong:
+        raise SettingError(
+            f"Found --shard with --opt {name}; {wrong}. Expected an optimizer that treats each weight by itself, such as "
+            "adamw, sgd or lion. Choose one of these, or leave --shard out."
+        )
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All that an optimizer steps, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, cut as another one is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def gathered(value: Any) -> Any:
+    """A structure of dicts, lists, tuples and tensors with every spread tensor whole, on the CPU."""
+    if isinstance(value, DTensor):
+        return value.full_tensor().cpu()
+    if isinstance(value, dict):
+        return {key: gathered(item) for key, item in value.items()}
+    return type(value)(gathered(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def spread_state(optimizer: torch.optim.Optimizer) -> None:
+    """Cut what an optimizer keeps for each parameter as the parameter is, after it was loaded whole."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                kept[name] = spread(value, parameter)
+
+
+@torch.no_grad()
+def put_together(source: nn.Module, target: nn.Module) -> None:
+    """Copy parameters and buffers of a spread model into a whole one that was made as it was."""
+    for place, tensor in zip([*target.parameters(), *target.buffers()], [*source.parameters(), *source.buffers()], strict=True):
+        place.copy_(whole(tensor))

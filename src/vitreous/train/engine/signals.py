@@ -1,0 +1,82 @@
+"""Being told to stop: SIGTERM and Ctrl-C wait for the end of a step, so that the state can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vitreous.base.processes import ALONE, Lost, Team
+
+TOLD = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopping:
+    """While it is entered, signals are noted, and `end` ends the run by them. A second Ctrl-C ends it at once.
+
+    folder: what `vitreous resume` is to be given afterwards, and `say` is told.
+    Only the main thread of a program hears signals; in another one this does nothing.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], Any]):
+        self.folder, self.say = folder, say
+        self.heard: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.hear) for number in TOLD}
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self.heard is not None and isinstance(error, Lost):  # told to stop while another process ended first
+            self.say(str(error))
+            raise SystemExit(128 + self.heard) from error
+
+    def hear(self, number: int, _: Any) -> None:
+        if self.heard is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.heard is None:
+            self.heard = number
+
+    def agree(self, team: Team) -> bool:
+        """Whether any process of the team was told to stop. Every process must ask."""
+        return team.most(self.heard or 0) > 0
+
+    def end(self, team: Team = ALONE) -> None:
+        """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing. The state is saved by now.
+
+        Says how to go on; the KeyboardInterrupt has that as its text. A team ends together: every process of it must ask.
+        """
+        self.heard = team.most(self.heard or 0) or None
+        if self.heard is None:
+            return
+        said = f"Stopped as told; the state is saved. To go on: vitreous resume {self.folder}"
+        self.say(said)
+        if self.heard == signal.SIGINT:
+            raise KeyboardInterrupt(said)
+        raise SystemExit(128 + self.heard)
+
+
+def leave_to_parent(_: int = 0) -> None:
+    """In a worker process: be stopped by the parent, not by signals that a terminal or a cluster sends to all."""
+    for number in TOLD:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C wait; a worker that is started meanwhile never gets them, not even before its first line."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TOLD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,362 @@
+"""The state of a training run: all that the next step depends on, kept on disk so that a run goes on as if never stopped.
+
+    state/000000123.safetensors    after 123 updates; the one before it is kept
+
+A file holds tensors and, as JSON in its metadata, everything else, with a SHA-256 sum over both; nothing of it is pickled.
+What is seen next is no part of it: the order and the augmentation of images follow from (seed, epoch) alone (`inputs.Order`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vitreous.base.errors import DataError, SettingError, VitreousError
+from vitreous.base.files import write
+from vitreous.train.engine.sharding import gathered, spread, spread_state, whole
+
+if TYPE_CHECKING:
+    from vitreous.train.engine.prepare import Job
+
+FORMAT = 1
+FOLDER = "state"
+KEPT = 2  # the newest and the one before
+PLAIN = (bool, int, float, str, type(None))
+
+
+class NotFinite(VitreousError):
+    """A loss, gradient or weight is not a finite number. update: the number of the step that was not taken, if one was not."""
+
+    update: int | None = None
+
+
+class Means:
+    """Weighted means of scalars by name, added up where they lie, without waiting for a device."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.weight = 0
+
+    def add(self, values: dict[str, Tensor], weight: int = 1) -> None:
+        self.weight += weight
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + weight * value.detach().double()
+
+    def values(self) -> dict[str, float]:
+        return {name: (total / self.weight).item() for name, total in self.sums.items()}
+
+
+@dataclass
+class Place:
+    """Where a run is, and what the current epoch came to so far.
+
+    epoch: from 1. step: batches of it that are done. seconds: spent on them. lr: the highest learning rate by now.
+    left_out: numbers of the updates that are not taken, since they failed before a return to a good state.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    seen: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    losses: Means = field(default_factory=Means)
+    norms: Means = field(default_factory=Means)
+    left_out: list[int] = field(default_factory=list)
+
+    def next_epoch(self) -> Place:
+        return Place(epoch=self.epoch + 1, left_out=self.left_out)
+
+
+# -- a run as one structure, and back ------------------------------------------------------------------------------
+
+
+def capture(job: Job, rng: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the next step of the run depends on. rng: random states of earlier, in place of the present ones.
+
+    Every process must ask, and gets the whole.
+
+    The schedule of the learning rate and those of modules follow from `updates`.
+    """
+    place = {name: value for name, value in vars(job.place).items() if not isinstance(value, Means)}
+    states = job.team.everyone(rng or random_states(job.device))
+    return {
+        "settings": asdict(job.settings) | {"data": job.settings.data},
+        "updates": job.updates,
+        "place": place | {"losses": vars(job.place.losses), "norms": vars(job.place.norms)},
+        "model": gathered(tensors_of(job.model)),
+        "ema": None if job.ema is None else gathered(tensors_of(job.ema.module)),
+        "optimizer": gathered(job.optimizer.state_dict()),
+        "rng": states[0],
+        "rng_of_others": states[1:],
+    }
+
+
+def restore(job: Job, found: dict[str, Any]) -> None:
+    """Put a run, made from the same settings, into a captured state. Raises DataError if it does not fit exactly."""
+    fill(job.model, found["model"], "model")
+    if job.ema is not None:
+        fill(job.ema.module, found["ema"] or {}, "averaged model")
+    try:
+        job.optimizer.load_state_dict(found["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise unfit(f"an optimizer of another form ({error})") from error
+    if digest(*packed(job.optimizer.state_dict())) != digest(*packed(found["optimizer"])):
+        raise unfit(f"an optimizer, {job.settings.opt}, that does not come back as it was")
+    spread_state(job.optimizer)
+    job.updates = found["updates"]
+    place = dict(found["place"])
+    for name in ("losses", "norms"):
+        means, kept = Means(), place.pop(name)
+        means.sums = {key: value.to(job.device) for key, value in kept["sums"].items()}
+        means.weight = kept["weight"]
+        place[name] = means
+    job.place = Place(**place)
+    states = [found["rng"], *found.get("rng_of_others", ())]
+    set_random_states(states[job.team.rank if len(states) == job.team.size else 0], job.device)
+    if len(states) != job.team.size:
+        seed_apart(job)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name, those included that a state_dict leaves out."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Copy tensors into a model of the same names, shapes and types."""
+    there = tensors_of(model)
+    wrong = sorted(set(there) ^ set(tensors))
+    wrong += [n for n, t in there.items() if n in tensors and (t.shape, t.dtype) != (tensors[n].shape, tensors[n].dtype)]
+    if wrong:
+        raise unfit(f"a {what} that differs in {len(wrong)} tensors, the first {wrong[0]}")
+    for name, tensor in there.items():
+        tensor.copy_(spread(tensors[name], tensor))
+
+
+def unfit(what: str) -> DataError:
+    return DataError(
+        f"Found {what} in the state of the run. Expected that of its settings. Use the version and the grafts that it was "
+        "begun with, or start a new run."
+    )
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The random states that a step draws from: torch's, those of the device, NumPy's and Python's."""
+    name, keys, *rest = np.random.get_state()
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*of_device(device))
+    return {
+        "torch": torch.get_rng_state(),
+        "device": own,
+        "numpy": [name, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states["device"], *of_device(device))
+    np.random.set_state(tuple(states["numpy"]))
+    random.setstate(states["python"])
+
+
+def seed_apart(job: Job) -> None:
+    """Let dropout and dropped paths differ between processes; what mixup draws from, NumPy's state, stays in step."""
+    if job.team.rank:
+        words = np.random.SeedSequence((job.settings.seed, job.team.rank, job.updates)).generate_state(1)
+        torch.manual_seed(int(words[0]))
+
+
+def of_device(device: torch.device) -> tuple[torch.device, ...]:
+    """What tells torch which of several devices; Apple's is always one."""
+    return () if device.type == "mps" else (device,)
+
+
+def check_finite(model: nn.Module, what: str = "model") -> None:
+    """Raise NotFinite if a weight is not finite, or a buffer holds NaN (masks may hold infinity)."""
+    bad = [name for name, p in model.named_parameters() if not whole(torch.isfinite(p).all())]
+    bad += [name for name, b in model.named_buffers() if b.is_floating_point() and torch.isnan(b).any()]
+    if bad:
+        raise NotFinite(
+            f"Found {len(bad)} tensors of the {what} that are not finite, the first {bad[0]}. Expected finite weights; these "
+            "were not saved. Go on from the last good state, with a lower --lr or --clip-grad 1."
+        )
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+class States:
+    """The states that a run folder keeps."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / FOLDER
+        self.latest: int | None = None  # updates of the state that was written last
+
+    def save(self, job: Job) -> None:
+        """Write the present state, whole or not at all, unless it is there; drop those older than the one before.
+
+        Every process must ask; the first one writes.
+
+        Raises NotFinite, and SettingError where it cannot be written; what was there is kept then.
+        """
+        if self.latest == job.updates:
+            return
+        check_finite(job.model)
+        if job.ema is not None:
+            check_finite(job.ema.module, "averaged model")
+        self.latest, content = job.updates, capture(job)
+        if not job.team.first:
+            return
+        with writing(self.folder.parent):
+            self.folder.mkdir(exist_ok=True)
+            write_state(self.folder / f"{job.updates:09d}.safetensors", content)
+            sync_folder(self.folder)
+            for path in self.paths()[KEPT:]:
+                path.unlink()
+
+    def load(self, say: Callable[[str], Any]) -> dict[str, Any] | None:
+        """The newest state that is whole; None if none was ever kept. Damaged ones are said, and put aside.
+
+        Raises DataError if there are only damaged ones.
+        """
+        for path in self.paths():
+            try:
+                return read_state(path)
+            except DataError as error:
+                say(f"{error} It is put aside as {path.stem}.damaged, and the one before it is tried.")
+                with writing(self.folder.parent):
+                    os.replace(path, path.with_suffix(".damaged"))
+        if list(self.folder.glob("*.damaged")):
+            raise DataError(
+                f"Found only damaged states in {self.folder}. Expected a whole one. Start a new run; the model after the last "
+                f"finished epoch, if one was finished, can be its start: --model {self.folder.parent}."
+            )
+        return None
+
+    def paths(self) -> list[Path]:
+        """The files, newest first."""
+        return sorted(self.folder.glob("*.safetensors"), reverse=True)
+
+    def clear(self) -> None:
+        """Remove all, the newest last: the run is finished."""
+        if self.folder.is_dir():
+            for path in [*self.folder.glob("*.damaged"), *self.folder.glob("*.partial"), *reversed(self.paths())]:
+                path.unlink()
+            with suppress(OSError):  # something of the user's is in it
+                self.folder.rmdir()
+
+
+def write_state(path: Path, content: Any) -> None:
+    """Write a structure of tensors and plain values as a .safetensors file, whole or not at all."""
+    tree, tensors = packed(content)
+    metadata = {"format": str(FORMAT), "state": tree, "sha256": digest(tree, tensors)}
+    write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+
+def read_state(path: Path) -> Any:
+    """The structure that `write_state` wrote. Raises DataError if the file is not whole, bit by bit."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+        if metadata.get("format") != str(FORMAT):
+            raise ValueError(f"format {metadata.get('format')}")
+        if metadata["sha256"] != digest(metadata["state"], tensors):
+            raise ValueError("its sum does not agree")
+        return unpack(json.loads(metadata["state"]), tensors)
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"Found the state {path} damaged ({reason[:100]}). Expected a whole file, format {FORMAT}.") from error
+
+
+def digest(tree: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the text and over name, type, shape and bytes of every tensor."""
+    found = hashlib.sha256(tree.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def packed(content: Any) -> tuple[str, dict[str, Tensor]]:
+    """A structure as JSON text and the tensors that it refers to by number."""
+    tensors: dict[str, Tensor] = {}
+    return json.dumps(pack(content, tensors)), tensors
+
+
+def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Nested dicts (any plain keys), lists and tuples as JSON with a mark of their kind; tensors go into `tensors`."""
+    if isinstance(value, Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach().cpu().contiguous().clone()  # apart: the file allows no shared memory
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[pack(key, tensors), pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [pack(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [pack(item, tensors) for item in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if type(value) in PLAIN:
+        return value
+    raise SettingError(
+        f"Found a {type(value).__name__} in the state of the run, which cannot be kept exactly. Expected tensors, numbers and "
+        "text. Choose another --opt."
+    )
+
+
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The reverse of `pack`."""
+    if isinstance(value, list):
+        return [unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dtype":
+        return getattr(torch, inner)
+    if kind == "tuple":
+        return tuple(unpack(item, tensors) for item in inner)
+    return {unpack(key, tensors): unpack(item, tensors) for key, item in inner}
+
+
+@contextmanager
+def writing(folder: Path):
+    """Turn what a full disk or a folder that cannot be written raises into an error that says so."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        raise SettingError(
+            f"Cannot write in {folder}: {reason}. Expected a place with room to write. What was whole is kept: make room, then "
+            f"`vitreous resume {folder}`."
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder last through a loss of power, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

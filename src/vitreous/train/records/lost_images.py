@@ -1,0 +1,43 @@
+"""quarantine.csv of a run: the images that it goes on without, known at the start or lost on the way."""
+
+from __future__ import annotations
+
+from vitreous.data.problems import shown
+from vitreous.data.quarantine import COLUMNS, Quarantined
+from vitreous.train.engine.prepare import Job
+from vitreous.train.records.run_folder import Run, read_rows
+
+FILE = "quarantine.csv"
+
+
+def lost(job: Job) -> list[Quarantined]:
+    """Images that could be read at the start and no longer when their batch was made."""
+    return [
+        Quarantined(batches.name(i), job.data.classes[batches.images.labels[i]], part, reason)
+        for part, batches in {"train": job.train, **job.tests}.items()
+        for i, reason in sorted(batches.lost.items())
+    ]
+
+
+def gather_lost(job: Job) -> None:
+    """Let the first process know which images others could not read; every process must ask."""
+    loaders = [job.train, *job.tests.values()]
+    for found in job.team.gather([(loader.lost, loader.missing) for loader in loaders]):
+        for loader, (lost_there, missing) in zip(loaders, found, strict=True):
+            loader.lost, loader.missing = loader.lost | lost_there, loader.missing | missing
+
+
+def write_quarantine(job: Job, run: Run) -> list[str]:
+    """Add to quarantine.csv what is not in it yet; returns a line to say of images lost since the start, if any is new."""
+    known = read_rows(run.folder / FILE)
+    late = [bad for bad in lost(job) if bad.cells() not in known]
+    rows = [bad.cells() for bad in job.data.quarantined]
+    new = [row for row in rows if row not in known] + [bad.cells() for bad in late]
+    if new:
+        run.table(FILE, COLUMNS, [*known, *new])
+    if not late:
+        return []
+    return [
+        f"Quarantined: {len(late)} images more, lost since the start, such as {shown(late[0].file)}: {shown(late[0].reason)}; "
+        f"see {FILE}. The run goes on without them, so another run will not repeat it exactly."
+    ]

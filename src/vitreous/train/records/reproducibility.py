@@ -1,0 +1,117 @@
+"""What a run depends on from outside, written down at its start, and what has changed since."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vitreous.base.environment import machine, versions
+from vitreous.base.errors import SettingError
+from vitreous.data import ArraySet, Data, FileSet, ImageSet
+from vitreous.data.decoding import Source
+from vitreous.train.engine.prepare import Job
+from vitreous.train.settings import TrainSettings
+
+COLUMNS = ["set", "name", "label", "content"]
+FREE = ("out", "workers", "tracker", "save_every", "rollbacks", "rollback_lr", "seeds")  # settings that do not change a step
+SHOWN = 6  # differences of a kind
+Rows = list[tuple[str, str, str, str]]
+
+
+def manifest(data: Data) -> Rows:
+    """Every image that a run reads: its set, name, label, and its size in bytes; of sets in memory one sum over each."""
+    return [row for name, images in {"train": data.train, **data.tests}.items() for row in rows_of(name, images)]
+
+
+def rows_of(part: str, images: ImageSet) -> Rows:
+    if isinstance(images, FileSet):
+        return [
+            (part, name, str(label), size(source))
+            for name, source, label in zip(images.names, images.sources, images.labels.tolist(), strict=True)
+        ]
+    found = hashlib.sha256()
+    if isinstance(images, ArraySet):
+        found.update(images.images.tobytes())
+    found.update(images.labels.tobytes())
+    return [(part, f"{len(images)} images", "", f"sha256 {found.hexdigest()}")]
+
+
+def size(source: Source) -> str:
+    """Of an image file, in words."""
+    try:
+        return f"{source.stat().st_size if isinstance(source, Path) else len(source)} bytes"
+    except OSError:  # it vanished since the folder was listed, and will be missed when its batch is made
+        return "unreadable"
+
+
+def between(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Differences of two nested records, each in words: "lr: 0.1, now 0.2"."""
+    found = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = (plain(record.get(name)) for record in (before, now))
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += between(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name}: {old}, now {new}")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """As JSON would have it, where a tuple is a list."""
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def since(record: dict[str, Any], found: dict[str, Any] | None, job: Job, facts: dict[str, Any], rows: Rows) -> list[str]:
+    """What has changed since a run began, in words. record: its run.json; found: its state; facts: those of now."""
+    differences = between_manifests(rows, manifest(job.data))
+    for name in ("data", "model", "device"):
+        differences += between({name: record.get(name)}, {name: facts[name]})
+    processes = {"processes": record.get("processes", 1)}
+    differences += between(processes, {"processes": facts["processes"]})
+    differences += between({"versions": record.get("versions")}, {"versions": versions()})
+    present = machine()
+    for name in ("platform", "processor", "cuda"):
+        differences += between({name: record["machine"].get(name)}, {name: present[name]})
+    if found is not None:
+        differences += between(bearing(found["settings"]), bearing(record["settings"]))
+    return differences
+
+
+def bearing(settings: dict[str, Any]) -> dict[str, Any]:
+    """The recorded settings that bear on a step; one that the version of the record did not know yet has its default."""
+    known = asdict(TrainSettings(data=""))
+    return {name: value for name, value in (known | settings).items() if name not in FREE}
+
+
+def between_manifests(before: Rows, now: Rows) -> list[str]:
+    """Differences of two manifests, in words, the first few of each kind by name."""
+    old, new = ({row[:2]: row[2:] for row in rows} for rows in (before, now))
+    kinds = {
+        "gone": [key for key in old if key not in new],
+        "new": [key for key in new if key not in old],
+        "changed": [key for key in old if key in new and old[key] != new[key]],
+    }
+    found = []
+    for kind, keys in kinds.items():
+        if keys:
+            names = ", ".join(f"{part}: {name}" for part, name in keys[:SHOWN])
+            found.append(f"data, {len(keys)} {kind}: {names}" + (", ..." if len(keys) > SHOWN else ""))
+    if not found and before != now:
+        found.append("data: the same images in another order")
+    return found
+
+
+def refuse(differences: list[str], allowed: bool, say: Callable[[str], Any]) -> None:
+    """Raise SettingError with the differences, unless they are allowed; then they are said."""
+    if not differences:
+        return
+    text = "; ".join(differences)
+    if not allowed:
+        raise SettingError(
+            f"Found changes since the run began: {text}. Expected none, since the run would not end as it would have. Undo "
+            "them, or allow them with --allow-changes."
+        )
+    say(f"Changed since the run began, as allowed; the run will not end exactly as it would have: {text}")

@@ -1,0 +1,138 @@
+"""Trackers: who is told the numbers of every epoch, beside metrics.jsonl, which is always written.
+
+`--tracker tensorboard` needs the extra vitreous[tensorboard] and writes RUN/tensorboard. Anything else that follows `Tracker`
+can be named as package.module.Class, on the command line alone: a run folder never has code imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from vitreous.base.errors import SettingError, UnknownName, VitreousError
+
+
+class Tracker(Protocol):
+    """What is made without arguments, told where a run is, and then told its numbers."""
+
+    def start(self, folder: Path, facts: dict[str, Any], epoch: int) -> None:
+        """Before the first epoch, and again, after `finish`, when the run goes back to an earlier state.
+
+        facts: the run's run.json. epoch: the one that comes next; what was told of it and of later ones is void.
+        """
+
+    def log(self, epoch: int, values: dict[str, float]) -> None:
+        """After each epoch: its numbers by name, such as "losses/total" and "tests/test/accuracy"."""
+
+    def finish(self) -> None:
+        """At the end, however it ends, unless the process is killed; and before the run goes back to an earlier state."""
+
+
+class TensorBoard:
+    """Event files for TensorBoard. Epochs that are done again are marked as void in the older file."""
+
+    def __init__(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise VitreousError(
+                'Found no package tensorboard. Expected it, for --tracker tensorboard. pip install "vitreous[tensorboard]".'
+            ) from error
+        self.open = SummaryWriter
+
+    def start(self, folder: Path, facts: dict[str, Any], epoch: int) -> None:
+        self.writer = self.open(str(folder / "tensorboard"), purge_step=epoch)
+        self.writer.add_text("run", f"```json\n{json.dumps(facts, indent=2)}\n```", epoch)
+
+    def log(self, epoch: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, epoch)
+        self.writer.flush()
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+TRACKERS: dict[str, type] = {"tensorboard": TensorBoard}
+
+
+def check_tracker(name: str) -> None:
+    """Raise UnknownName unless it is one of ours or a dotted name."""
+    if name not in TRACKERS and "." not in name:
+        raise UnknownName(name, "tracker", TRACKERS, hint="One of another package is named package.module.Class.")
+
+
+def make(name: str) -> Tracker:
+    """The tracker of that name. Raises SettingError if another package's cannot be imported or does not follow `Tracker`."""
+    if name in TRACKERS:
+        return TRACKERS[name]()
+    module, _, cls = name.rpartition(".")
+    try:
+        tracker = getattr(importlib.import_module(module), cls)()
+    except Exception as error:  # whatever its module and class may raise
+        raise SettingError(
+            f"Found --tracker {name}, which cannot be made ({type(error).__name__}: {error}). Expected package.module.Class of "
+            "an installed package, made without arguments. Check the name."
+        ) from error
+    lacking = [method for method in ("start", "log", "finish") if not callable(getattr(tracker, method, None))]
+    if lacking:
+        raise SettingError(
+            f"Found --tracker {name} without {', '.join(lacking)}. Expected start, log and finish, as in "
+            "vitreous.train.records.trackers.Tracker. Add them."
+        )
+    return tracker
+
+
+class Followers:
+    """The trackers of a run. One that fails is reported and told nothing more; the run goes on."""
+
+    def __init__(self, names: Sequence[str]):
+        self.trackers = {name: make(name) for name in names}
+        self.say: Callable[[str], Any] = str
+        self.folder: Path | None = None
+
+    @contextmanager
+    def of(self, folder: Path, epoch: int, say: Callable[[str], Any]) -> Iterator[None]:
+        """Told of the run in a folder from this epoch on, while it is entered. say: how a failure is reported."""
+        self.say, self.folder = say, folder
+        self.begin(epoch)
+        try:
+            yield
+        finally:
+            self.tell("finish")
+
+    def begin(self, epoch: int) -> None:
+        if self.trackers:
+            facts = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            self.tell("start", self.folder, facts, epoch)
+
+    def back_to(self, epoch: int) -> None:
+        """The run that they are told of does this epoch and later ones again."""
+        self.tell("finish")
+        self.begin(epoch)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self.tell("log", metrics["epoch"], flat(metrics))
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        for name, tracker in list(self.trackers.items()):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # whatever a service that is no part of the training may raise
+                del self.trackers[name]
+                self.say(f"The tracker {name} failed ({type(error).__name__}: {error}); it is told nothing more.")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a nested record by path, such as {"losses/total": 1.2}; what is no number is left out."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and f"{prefix}{name}" != "epoch":
+            found[f"{prefix}{name}"] = float(value)
+    return found

@@ -1,0 +1,243 @@
+"""`vitreous study`: the same training with different grafts, in pairs of equal seed, compared with intervals.
+
+    study.json            arms, seeds, settings; in the end the results (`train.comparing`)
+    summary.md            the tables
+    ARM-seed-N/           the runs, each a run folder of its own
+
+The same command goes on with a study that was interrupted: finished runs are kept, one that was stopped is resumed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from tyro import conf
+
+from vitreous.base.environment import command_line
+from vitreous.base.errors import DataError, SettingError
+from vitreous.base.files import write_text
+from vitreous.base.processes import Team, connected
+from vitreous.data import OpenOnce
+from vitreous.grafting import graft
+from vitreous.mechanism import parse
+from vitreous.models import model_folder
+from vitreous.train.engine.lock import locked
+from vitreous.train.engine.loop import speaker, train_once
+from vitreous.train.engine.prepare import data_and_model
+from vitreous.train.engine.resume import recorded_settings, resume_once
+from vitreous.train.engine.state import writing
+from vitreous.train.records import reproducibility
+from vitreous.train.records.run_folder import STUDY, taken
+from vitreous.train.settings import DATA, Images, Network, Optimisation, Repeated, Running, TrainSettings
+from vitreous.train.study import compare_arms
+
+FORMAT = 1
+OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run
+HELP = """\
+Train arms that differ in their grafts alone, with the same seeds, data, order and recipe, and compare them with the first arm
+by paired intervals. Given again, the command goes on where it was stopped.
+
+example:
+  vitreous study photos/ --arm plain --arm svda:scale=sqrt --arm "svda spc:after=11" --seeds 3 --pretrained --recipe auto
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arms:
+    """What is compared."""
+
+    arm: Repeated = ()
+    """The grafts of an arm, with spaces between, or plain for none; the first arm is what the others are compared with."""
+
+
+NOTHING = (Arms(), Images(), Network(), Optimisation(), Running(seeds=3))  # what is asked for where nothing is
+
+
+def study_words(words: Sequence[str]) -> tuple[TrainSettings, tuple[str, ...]]:
+    """Settings of all runs and the arms that a command line asks for."""
+
+    def read(
+        data: Annotated[conf.Positional[str], conf.arg(metavar="DATA", help=DATA)],
+        arms: conf.OmitArgPrefixes[Arms] = NOTHING[0],
+        images: conf.OmitArgPrefixes[Images] = NOTHING[1],
+        network: conf.OmitArgPrefixes[Network] = NOTHING[2],
+        optimisation: conf.OmitArgPrefixes[Optimisation] = NOTHING[3],
+        running: conf.OmitArgPrefixes[Running] = NOTHING[4],
+    ) -> tuple[TrainSettings, tuple[str, ...]]:
+        groups = (images, network, optimisation, running)
+        return TrainSettings(data, **{name: value for group in groups for name, value in vars(group).items()}), arms.arm
+
+    return tyro.cli(read, prog="vitreous study", description=HELP, args=words, config=(conf.FlagCreatePairsOff,))
+
+
+def study(settings: TrainSettings, arms: Sequence[str], console: Console | None = None) -> Path:
+    """Train every arm with every seed, what is not finished yet, and compare; returns the study's folder.
+
+    settings: of all runs; seeds are counted up from its seed. arms: the grafts of each, with spaces between; plain is none.
+
+    Raises SettingError for fewer than two arms, equal ones, a folder with another study in it, and what `train` raises.
+    """
+    with connected(settings.torch_device()) as team:
+        return study_arms(settings, arm_grafts(settings, arms), team.console(console or Console()), team)
+
+
+def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], console: Console, team: Team) -> Path:
+    """`study`, by a team of processes."""
+    asked, say, opening = plan(settings, grafts), speaker(console), OpenOnce()
+    folder = team.first_does(lambda: choose(settings, asked))
+    with ExitStack() as held:
+        with team.together():
+            if team.first:
+                if not (folder / STUDY).is_file():
+                    check_arms(settings, grafts, console, opening)
+                with writing(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locked(folder, say))
+                    if not (folder / STUDY).is_file():
+                        save(folder, {"format": FORMAT, "command": command_line()} | asked)
+        runs = run_folders(folder, asked)
+        for k, seed in enumerate(asked["seeds"]):
+            for name, some in grafts.items():
+                say(f"\nArm {name}, seed {seed}")
+                own = replace(settings, graft=some, seed=seed, seeds=1, out=None)
+                train_or_go_on(own, runs[name][k], console, team, opening)
+        if team.first:
+            conclude(folder, settings.data, runs, say)
+    return folder
+
+
+def check_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], console: Console, opening: OpenOnce) -> None:
+    """Raise VitreousError if data, model or one of the arms do not fit together."""
+    model = data_and_model(settings, console, opening)[2]
+    for some in grafts.values():
+        graft(copy.deepcopy(model), *(parse(text, foreign=True) for text in some))
+
+
+def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable[[str], Any]) -> None:
+    """Compare the finished runs, and write and say what comes out."""
+    results = compare_arms.compare(runs)
+    title = f"# {' against '.join(runs)} on {data}\n" if len(runs) == 2 else f"# {len(runs)} arms on {data}\n"
+    listed = [f"- {name}: " + ", ".join(f"`{run.name}`" for run in some) for name, some in runs.items()]
+    with writing(folder):
+        save(folder, model_folder.read_json(folder / STUDY) | {"results": results})
+        write_text(folder / "summary.md", "\n".join([title, *compare_arms.tables(results), *listed, ""]))
+    for test, found in results["tests"].items():
+        for name, other in found["differences"].items():
+            said = f"{compare_arms.verdict(other)}, {100 * other['mean']:+.2f} points to {results['first']}"
+            say(f"{test}: {name}: {said}")
+
+
+def again(folder: Path, console: Console | None = None) -> Path:
+    """Go on with the study in a folder. Raises DataError if its record cannot be read."""
+    record = model_folder.read_json(folder / STUDY)
+    try:
+        settings = recorded_settings(record, {})
+        seeds, arms = record["seeds"], [arm["name"] for arm in record["arms"]]
+        settings = replace(settings, seed=seeds[0], seeds=len(seeds), out=str(folder))
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"Found a {STUDY} in {folder} that cannot be read ({error!r}). Expected one that `vitreous study` wrote. Give the "
+            "command of the study again with a new --out."
+        ) from error
+    return study(settings, arms, console)
+
+
+def arm_grafts(settings: TrainSettings, arms: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """{name of the arm: its grafts}. Raises SettingError for what is no comparison."""
+    if settings.graft:
+        raise SettingError("Found --graft. Expected the grafts of each arm in its --arm. Write for example --arm svda.")
+    named = [" ".join(arm.split()) for arm in arms]
+    if len(set(named)) < 2 or len(set(named)) < len(named) or "" in named:
+        raise SettingError(
+            f"Found the arms {', '.join(map(repr, named)) or 'none'}. Expected at least two, all different, plain being "
+            "the one without grafts. Write for example --arm plain --arm svda:scale=sqrt."
+        )
+    grafts = {name: () if name == "plain" else tuple(name.split()) for name in named}
+    for some in grafts.values():
+        replace(settings, graft=some)  # raises for what is no mechanism
+    return grafts
+
+
+def plan(settings: TrainSettings, grafts: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """What makes one study another: arms with the names of their folders, seeds, and the settings of all runs."""
+    names: list[str] = []
+    for name in grafts:
+        short = re.sub(r"[^\w.+=-]+", "-", name)[:60].strip("-.")
+        number = 1 + sum(re.fullmatch(re.escape(short) + r"(-\d+)?", other) is not None for other in names)
+        names.append(short if number == 1 else f"{short}-{number}")
+    common = {name: reproducibility.plain(value) for name, value in asdict(settings).items() if name not in OWN}
+    return {
+        "arms": [{"name": arm, "folder": name} for arm, name in zip(grafts, names, strict=True)],
+        "seeds": list(range(settings.seed, settings.seed + settings.seeds)),
+        "settings": {"data": settings.data} | common,
+    }
+
+
+def choose(settings: TrainSettings, asked: dict[str, Any]) -> Path:
+    """The folder given, or the first of studies/NAME, NAME-2, ... that is new or holds this very study.
+
+    Raises SettingError if the one given holds something else.
+    """
+    if settings.out is None:
+        stem = re.sub(r"[^\w.+-]+", "-", Path(settings.data.partition(":")[0]).stem)[:60].strip("-.")
+        names = (Path("studies") / (stem if number == 1 else f"{stem}-{number}") for number in count(1))
+        return next(folder for folder in names if not folder.exists() or other(folder, asked) == [])
+    folder = Path(settings.out)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    differences = other(folder, asked)
+    if differences is None:
+        raise taken(folder)
+    if differences:
+        raise SettingError(
+            f"Found another study in {folder}: {'; '.join(differences)}. Expected the same arms, seeds and settings, to go on "
+            "with it. Give those, or choose another --out."
+        )
+    return folder
+
+
+def other(folder: Path, asked: dict[str, Any]) -> list[str] | None:
+    """What differs between the study in a folder and the one asked for, in words; None if there is none."""
+    if not (folder / STUDY).is_file():
+        return None
+    record = model_folder.read_json(folder / STUDY)
+
+    def compared(found: dict[str, Any]) -> dict[str, Any]:
+        settings = found.get("settings")
+        settings = reproducibility.bearing(settings) if isinstance(settings, dict) else {}
+        return {"arms": found.get("arms"), "seeds": found.get("seeds"), "settings": settings}
+
+    return reproducibility.between(compared(record), compared(asked))
+
+
+def run_folders(folder: Path, asked: dict[str, Any]) -> dict[str, list[Path]]:
+    """{arm: its run folders, in the order of the seeds}."""
+    return {arm["name"]: [folder / f"{arm['folder']}-seed-{seed}" for seed in asked["seeds"]] for arm in asked["arms"]}
+
+
+def first_runs(folder: Path) -> list[Path]:
+    """The run of each arm with the first seed, to be shown side by side."""
+    return [runs[0] for runs in run_folders(folder, model_folder.read_json(folder / STUDY)).values()]
+
+
+def train_or_go_on(settings: TrainSettings, folder: Path, console: Console, team: Team, opening: OpenOnce) -> None:
+    """One run: from its start, from where it was stopped, or nothing where it is finished."""
+    if team.first_does((folder / "run.json").is_file):
+        free = {name: getattr(settings, name) for name in reproducibility.FREE if name not in OWN}
+        resume_once(folder, False, console, free, team, opening)
+    else:
+        train_once(settings, folder, console, team=team, opening=opening)
+
+
+def save(folder: Path, record: dict[str, Any]) -> None:
+    write_text(folder / STUDY, json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,171 @@
+"""The command line as a user meets it: what it prints, where it writes, and that mistakes cost nothing."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vitreous import __version__, catalogue
+from vitreous.base.text_form import settings
+from vitreous.commands.cli import main
+from vitreous.mechanism import mechanism_class
+from vitreous.train import load, save
+from vitreous.train.records.run_folder import read_metrics
+
+NETWORK = "--model-kwargs patch_size=4 depth=2 embed_dim=24 num_heads=2"
+DATA = "cutouts:train=40,test=24,size=16"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(words: str) -> int:
+    return main(shlex.split(words))
+
+
+def test_train_writes_a_folder_that_plain_timm_reads(elsewhere, capsys):
+    assert call(f"train {DATA} --epochs 1 {NETWORK} --out here") == 0
+    out = capsys.readouterr()
+    assert out.err == ""
+    assert "epoch 1/1" in out.out
+    assert out.out.endswith("Done: here/summary.md\nReport: here/report.html\n")
+    assert "<title>" in Path("here/report.html").read_text(encoding="utf-8")
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(timm.create_model("local-dir:here", pretrained=True).eval()(x), load("here")(x))
+
+
+def test_the_summary_names_a_next_command_that_works(elsewhere):
+    call(f"train {DATA} --epochs 1 {NETWORK} --graft svda")
+    following = re.search(r"Next: `vitreous (.*?)`", (elsewhere / "runs/cutouts-svda/summary.md").read_text())[1]
+    assert call(f"{following} --epochs 1") == 0
+    assert len(list((elsewhere / "runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("trian cutouts", "'train'"),
+        ("train cutoutz", "'cutouts'"),
+        ("train no/such/photos", "no/such/photos"),
+        ("train cutouts --model vit_tinny_patch16_224", "'vit_tiny_patch16_224'"),
+        ("train cutouts --model no/such/run", "no/such/run"),
+        ("train cutouts --modle vit_tiny_patch16_224", "--model"),
+        ("train cutouts --graft svdaa", "'svda'"),
+        ("train cutouts --graft svda:scal=one", "'scale'"),
+        ("train cutouts --graft svda:scale=tow", "'learned'"),
+        (f"train {DATA} {NETWORK} --graft svda:layers=0-2", "0 to 1"),
+        (f"train {DATA} {NETWORK} --graft spc --graft spc:after=9", "1 to 2"),
+        (f"train {DATA} {NETWORK} --freeze blocks.1-2", "'blocks.1'"),
+        (f"train {DATA} {NETWORK} --opt adamm", "'adam'"),
+        (f"train {DATA} {NETWORK} --epochs many", "--epochs"),
+        (f"train {DATA} --model-kwargs patch_size=5", "5 x 5"),
+        ("train", "DATA"),
+        ("list svdaa", "'svda'"),
+        ("demo --quik", "--quick"),
+    ],
+)
+def test_mistakes_end_in_a_message_and_code_2(elsewhere, capsys, words, said):
+    assert call(words) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err + shown.out
+    assert "Traceback" not in shown.err + shown.out
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_weights_that_do_not_fit_are_said_and_nothing_is_written(elsewhere, capsys):
+    save(timm.create_model("test_vit", num_classes=6), elsewhere / "other")
+    assert call(f"train {DATA} --model vit_tiny_patch16_224 --weights other/model.safetensors") == 2
+    assert re.search(r"error: .*do not fit.*missing blocks\.6\.", capsys.readouterr().err)
+    assert [path.name for path in elsewhere.iterdir()] == ["other"]
+
+
+def test_a_folder_in_use_is_refused(elsewhere, capsys):
+    (elsewhere / "here").mkdir()
+    (elsewhere / "here/mine.txt").write_text("mine")
+    assert call(f"train {DATA} {NETWORK} --out here") == 2
+    assert "--out" in capsys.readouterr().err
+    assert [path.name for path in (elsewhere / "here").iterdir()] == ["mine.txt"]
+
+
+def test_an_interrupt_is_code_130_and_keeps_what_was_done(elsewhere, capsys, monkeypatch):
+    from vitreous.train.engine import loop
+
+    def interrupted(job, *others, step=loop.train_epoch):
+        if job.place.epoch == 2:
+            raise KeyboardInterrupt
+        step(job, *others)
+
+    monkeypatch.setattr(loop, "train_epoch", interrupted)
+    assert call(f"train {DATA} {NETWORK} --epochs 3 --out here") == 130
+    assert [line["epoch"] for line in read_metrics(elsewhere / "here")] == [1]
+    assert load("here").num_classes == 6
+    assert "1 of 3 epochs" in (elsewhere / "here/summary.md").read_text()
+
+
+def test_list_shows_every_mechanism_with_its_settings(capsys):
+    assert call("list") == 0
+    shown = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    for name in catalogue():
+        assert name in shown
+        assert re.sub(r"\s+", "", mechanism_class(name).paper) in shown
+        assert all(f"{setting}=" in shown for setting in settings(mechanism_class(name)))
+    assert "scratch_vit_patch4_28" in shown
+
+
+@pytest.mark.parametrize("name", [*catalogue(), "scratch_vit_patch8_224"])
+def test_list_of_one_shows_its_docstring(name, capsys):
+    assert call(f"list {name}") == 0
+    shown = capsys.readouterr().out
+    if name in catalogue():
+        assert mechanism_class(name).__doc__.splitlines()[0] in shown
+        assert all(setting in shown for setting in settings(mechanism_class(name)))
+
+
+def test_version_and_help(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"vitreous {__version__}\n"
+    for words in ("", "--help", "train --help", "list --help", "demo --help"):
+        assert call(words) == 0
+        assert "vitreous" in capsys.readouterr().out
+
+
+def test_every_command_of_the_help_can_be_parsed(capsys):
+    from vitreous.train.settings import HELP, from_words
+
+    commands = re.findall(r"^  vitreous train (.*(?:\n      .*)*)", HELP, re.MULTILINE)
+    assert len(commands) == 3
+    for words in commands:
+        from_words(shlex.split(words))
+
+
+def test_demo_compares_three_and_names_a_command_that_works(elsewhere, capsys):
+    assert call("demo --quick --out show") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert {path.name for path in (elsewhere / "show").iterdir()} == {"plain", "SVDA", "SVD-ViT", "first-look", "report.html"}
+    rows = ("usual backgrounds", "swapped backgrounds", "attention on the", "effective tokens", "seconds")
+    for row in (*rows, "first-look/report.html"):
+        assert row in shown.out
+    assert re.search(r"graft removed:\s+│\s+│\s+0 │\s+0 │", shown.out)
+    following = re.search(r"^  (?:\S*/)?vitreous (train cutouts)( .*)$", shown.out, re.MULTILINE)
+    assert call(f"{following[1]}:train=40,test=24{following[2]} --out more") == 0
+
+
+def test_the_installed_command_prints_no_traceback_and_no_colour_into_a_pipe(elsewhere):
+    words = [sys.executable, "-m", "vitreous", "train", DATA, "--epochs", "1", *NETWORK.split(), "--out", "here"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    again = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")

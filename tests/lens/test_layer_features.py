@@ -1,0 +1,170 @@
+"""What each layer shows on the grid: against a pass written out, and against the record of merged and dropped tokens."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from lens.explicit import GRID, explicit, pixels, vit
+from vitreous import graft, parse
+from vitreous.layers.stream import Stream
+from vitreous.lens import layer_features as module
+from vitreous.lens.layer_features import Collector, has_class_token, modules_around, sights
+from vitreous.lens.tap import trace, watch
+
+PLAIN = {
+    "class": ({}, 1, True),
+    "class and registers": ({"reg_tokens": 3}, 4, True),
+    "patches alone": ({"class_token": False, "global_pool": "avg"}, 0, False),
+    "registers alone": ({"class_token": False, "global_pool": "avg", "reg_tokens": 3}, 3, False),
+}
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=2e-5)
+
+
+def followed(model, images: torch.Tensor, **options) -> list[module.Sight]:
+    layouts = trace(model, images)
+    collector = Collector(layouts, len(images), class_token=has_class_token(model), rollout=True, **options)
+    watch(model, images, collector.see, layouts=layouts, leave=collector.leave)
+    collector.finish()
+    return collector.sights
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_features_and_attention_of_a_plain_vit_are_those_of_a_pass_written_out(kind):
+    changes, prefix, has_class = PLAIN[kind]
+    model, images = vit(**changes), pixels(3)
+    found, expected = followed(model, images), explicit(model, images)
+    assert [sight.layer for sight in found] == [0, 1, 2]
+    assert {sight.key[0] for sight in found} == {f"blocks.{i}.attn" for i in range(3)}
+    joint = torch.eye(expected[0].tokens.shape[1], dtype=torch.float64)
+    for sight, layer in zip(found, expected, strict=True):
+        assert (sight.grid, sight.token_grid) == (GRID, GRID)
+        assert (sight.has_class, sight.prefix, sight.merged) == (has_class, prefix, False)
+        rows = layer.attention[:, :, 0] if has_class else layer.attention.mean(2)
+        close(sight.attention, rows[..., prefix:])
+        close(sight.keys, layer.keys[:, prefix:])
+        close(sight.output, layer.output[:, prefix:])
+        close(sight.tokens, layer.tokens[:, prefix:])
+        joint = (0.5 * layer.attention.mean(1) + 0.5 * torch.eye(joint.shape[-1])) @ joint
+        close(sight.rollout, (joint[:, 0] if has_class else joint.mean(1))[:, prefix:])
+
+
+def test_only_the_images_that_count_are_kept_and_the_rest_of_the_batch_is_told_on():
+    model, images, told = vit(), pixels(4), []
+    layouts = trace(model, images)
+    collector = Collector(layouts, 2, rollout=True, on_tokens=lambda *call: told.append(call))
+    watch(model, images, collector.see, layouts=layouts, leave=collector.leave)
+    for name in ("attention", "keys", "output", "tokens", "rollout"):
+        assert torch.equal(getattr(collector.sights[1], name), getattr(followed(model, images)[1], name)[:2])
+    expected = [(f"blocks.{i}.attn", 0, (4, 25, 24)) for i in range(3)]
+    assert [(name, number, tuple(x.shape)) for name, number, x in told] == expected
+    close(told[1][2], explicit(model, images)[1].tokens)
+
+
+def test_a_sight_is_told_once_and_when_all_of_it_is_there():
+    told = []
+    followed(vit(), pixels(2), done=lambda sight: told.append((sight.layer, sight.tokens is not None)))
+    assert told == [(0, True), (1, True), (2, True)]
+
+
+def test_rollout_ends_where_tokens_are_too_many(monkeypatch):
+    monkeypatch.setattr(module, "ROLLOUT", 24)
+    assert [sight.rollout for sight in followed(vit(), pixels(1))] == [None] * 3
+
+
+@pytest.mark.parametrize("spec", ["evit:keep=0.5,layers=0-1", "token_merging", "spc:after=1", "svda"])
+def test_under_our_grafts_every_value_stands_where_the_record_of_the_tokens_says(spec):
+    model, images = vit(), pixels(3)
+    graft(model, parse(spec))
+    streams, maps, keys = {}, {}, {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda _, args, out, i=i: streams.__setitem__(i, out))
+
+    def see(call):
+        maps[call.name], keys[call.name] = call.map()[:, 0], call.k[:, 0].clone()
+
+    found = followed(model, images)
+    watch(model, images, see)
+    changed = 0
+    for i, sight in enumerate(found):
+        assert (sight.grid, sight.token_grid, sight.has_class, sight.prefix) == (GRID, GRID, True, 1)
+        before = streams[i - 1].state if i and isinstance(streams[i - 1], Stream) else None
+        after = streams[i].state if isinstance(streams[i], Stream) else None
+        x = streams[i].x if isinstance(streams[i], Stream) else streams[i]
+        changed += before is not None and not before.plain
+        for b in range(3):
+            for p in range(24):
+                at = p + 1 if before is None or before.source is None else int(before.source[b, p + 1])
+                weights = maps[f"blocks.{i}.attn"][b, :, 0, at] if at >= 0 else torch.zeros(2)
+                torch.testing.assert_close(sight.attention[b, :, p], weights, rtol=1e-5, atol=1e-7)
+                k = keys[f"blocks.{i}.attn"][b, :, at].flatten() if at >= 0 else torch.zeros(24)
+                torch.testing.assert_close(sight.keys[b, p], k, rtol=1e-5, atol=1e-6)
+                at = p + 1 if after is None or after.source is None else int(after.source[b, p + 1])
+                token = x[b, at] if at >= 0 else torch.zeros(24)
+                torch.testing.assert_close(sight.tokens[b, p], token, rtol=1e-5, atol=1e-6)
+    assert changed == {"svda": 0}.get(spec, 2)  # layers that saw other tokens than the image's own
+
+
+def test_windows_are_put_back_where_they_lie():
+    torch.manual_seed(0)
+    small = {"img_size": 56, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 3}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **small).eval()
+    images, outputs = torch.randn(2, 3, 56, 56), {}
+    for name, child in model.named_modules():
+        if name.endswith(("blocks.0", "blocks.1")):
+            child.register_forward_hook(lambda _, args, out, name=name: outputs.__setitem__(name, out))
+    found = sights(model, images)
+    assert [sight.grid for sight in found] == [(14, 14), (14, 14), (7, 7), (7, 7)]
+    for sight, windows in zip(found, (4, 4, 1, 1), strict=True):
+        assert not sight.has_class
+        total = sight.attention.sum(-1)  # a mean row of each window, which sums to one
+        torch.testing.assert_close(total, torch.full_like(total, windows))
+        torch.testing.assert_close(sight.tokens, outputs[sight.key[0].removesuffix(".attn")].flatten(1, 2))
+
+
+def test_a_shifted_window_pays_attention_where_the_image_is_bright():
+    """Keys that grow with brightness under queries that are the same: attention received is a picture of the image."""
+    torch.manual_seed(0)
+    small = {"img_size": 56, "embed_dim": 16, "depths": (2,), "num_heads": (1,), "num_classes": 3}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **small).eval()
+    attn = model.layers[0].blocks[1].attn
+    with torch.no_grad():
+        attn.qkv.weight.zero_()
+        attn.qkv.bias.zero_()
+        attn.qkv.bias[:16] = 1.0
+        attn.qkv.weight[16:32] = 0.5
+        attn.relative_position_bias_table.zero_()
+    seen = {}
+    model.layers[0].blocks[1].norm1.register_forward_hook(lambda _, args, out: seen.__setitem__("x", out))
+    sight = sights(model, torch.randn(1, 3, 56, 56))[1]
+    brightness = seen["x"].sum(-1).flatten()  # q k = 0.5 * 16 * sum of the token
+    for row, col in ((4, 4), (3, 9), (10, 5)):  # inside one shifted window
+        a, b = row * 14 + col, row * 14 + col + 1
+        ratio = (sight.attention[0, 0, a] / sight.attention[0, 0, b]).log()
+        torch.testing.assert_close(ratio, (brightness[a] - brightness[b]) * 0.5 * 16 / 16**0.5, rtol=1e-3, atol=1e-4)
+
+
+def test_the_block_is_the_outermost_module_around_one_attention_alone():
+    calls = [("encoder.layer.0.attention.self", 0), ("encoder.layer.1.attention.self", 0)]
+    placed = {("encoder.layer.0", 0), ("encoder.layer.1", 0), ("encoder", 0)}
+    assert modules_around(calls, placed) == {
+        "encoder.layer.0": ("tokens", calls[0]), "encoder.layer.0.attention": ("output", calls[0]),
+        "encoder.layer.1": ("tokens", calls[1]), "encoder.layer.1.attention": ("output", calls[1]),
+    }  # fmt: skip
+    both = [("blocks.0.self_attn", 0), ("blocks.0.cross_attn", 0)]
+    assert modules_around(both, {("blocks.0", 0), ("blocks.0.self_attn", 0)}) == {"blocks.0.self_attn": ("tokens", both[0])}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["cls_token", "reg_token"], True), (["reg_token"], False), (["class_embedding"], True), (["weight"], True)],
+)
+def test_registers_alone_are_no_class_token(names, expected):
+    holder = torch.nn.Module()
+    for name in names:
+        holder.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
+    assert has_class_token(torch.nn.Sequential(holder)) is expected
