@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 from speed_common import Results, arguments  # noqa: E402
 
 from vitreous import graft  # noqa: E402
-from vitreous.deploy.export import export
+from vitreous.deploy.export import export  # noqa: E402
 from vitreous.mechanism import parse  # noqa: E402
 
 MODELS = {"ViT-Ti/16": ("vit_tiny_patch16_224", 16), "ViT-B/16": ("vit_base_patch16_224", 4)}

@@ -35,7 +35,7 @@ from common import write  # noqa: E402
 
 from train.interrupting import Moments, differing, in_child  # noqa: E402
 from vitreous.train import TrainSettings, train  # noqa: E402
-from vitreous.train.engine.resume import resume
+from vitreous.train.engine.resume import resume  # noqa: E402
 
 NETWORK = ("patch_size=4", "depth=2", "embed_dim=24", "num_heads=2")
 RECIPE = {

@@ -4,7 +4,7 @@
 
     bare       zero_grad, forward, loss, backward and step by hand, on batches that are tensors already
     decode     JPEG files to such batches by the run's own loader, nothing else
-    vitreous   the steps of `vitreous train` as it takes them (`vitreous.train.engine.loop.steps`): batches made, loss and gradients
+    vitreous   the steps of `vitreous train` as it takes them (`train.engine.loop.steps`): batches made, loss and gradients
                checked, their norms and the losses logged, clipping, schedule
 
 Both sides build model, optimizer and data by the same settings. What is in memory: throughput at least 0.97 of bare. Files:
@@ -28,9 +28,9 @@ sys.path.insert(0, str(HERE.parent))
 from speed_common import Results, arguments  # noqa: E402
 
 from vitreous.train import TrainSettings  # noqa: E402
-from vitreous.train.engine.loop import steps
-from vitreous.train.engine.prepare import Job, prepare
-from vitreous.train.records.run_folder import Run
+from vitreous.train.engine.loop import steps  # noqa: E402
+from vitreous.train.engine.prepare import Job, prepare  # noqa: E402
+from vitreous.train.records.run_folder import Run  # noqa: E402
 
 CLASSES, TESTS = 10, 20
 

@@ -31,6 +31,7 @@ from vitreous.lens.measures import BLOCK, Measures, perturbed
 from vitreous.lens.reading import CHUNK, FORMAT, Columns, Part, Reading, StoredParts, Writer, joined, read, read_part
 from vitreous.lens.tap import Layouts, Refusal, trace, watch
 from vitreous.lens.tap.attention_call import Call
+from vitreous.models.classes import class_names
 
 GIB = 2**30
 
