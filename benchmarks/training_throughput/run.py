@@ -29,42 +29,42 @@ from speed_common import Results, arguments  # noqa: E402
 
 from vitreous.train import TrainSettings  # noqa: E402
 from vitreous.train.engine.loop import steps  # noqa: E402
-from vitreous.train.engine.prepare import Job, prepare  # noqa: E402
+from vitreous.train.engine.session import Session, prepare  # noqa: E402
 from vitreous.train.records.run_folder import Run  # noqa: E402
 
 CLASSES, TESTS = 10, 20
 
 
-def job_of(options, data: str, **settings) -> Job:
-    """A job ready to train; so many epochs that a run of the benchmark never ends them."""
+def job_of(options, data: str, **settings) -> Session:
+    """A session ready to train; so many epochs that a run of the benchmark never ends them."""
     return prepare(TrainSettings(data=data, epochs=10_000, clip_grad=1.0, device=options.device, **settings))
 
 
-def whole_loop(job: Job) -> Iterator[None]:
+def whole_loop(session: Session) -> Iterator[None]:
     """The steps of one epoch after the other."""
     run = Run(Path(tempfile.gettempdir()) / "never-written")  # only a step that is not finite would be
-    job.model.train()
+    session.model.train()
     while True:
-        yield from steps(job, run)
-        job.place = job.place.next_epoch()
+        yield from steps(session, run)
+        session.progress = session.progress.next_epoch()
 
 
-def bare_loop(job: Job, batches: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def bare_loop(session: Session, batches: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """The same model and optimizer, by hand, on a few batches over and over."""
-    job.model.train()
+    session.model.train()
     while True:
         for images, labels in batches:
-            job.optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(job.model(images), labels).backward()
-            job.optimizer.step()
+            session.optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(session.model(images), labels).backward()
+            session.optimizer.step()
             yield
 
 
-def loaded(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
+def loaded(session: Session) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of one epoch after the other."""
     for epoch in range(10**6):
-        job.train.set_epoch(epoch)
-        yield from job.train
+        session.train.set_epoch(epoch)
+        yield from session.train
 
 
 def each(moves: Iterator) -> Callable[[], object]:

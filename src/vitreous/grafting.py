@@ -175,6 +175,16 @@ def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 # -- the parts -----------------------------------------------------------------------------------------------------
 
 
+def penalties(model: nn.Module) -> dict[str, Tensor]:
+    """{name: scalar}: what the modules' own `penalties()` give, weighted as they say, each name summed over modules."""
+    total: dict[str, Tensor] = {}
+    for module in model.modules():
+        if hasattr(module, "penalties"):
+            for name, value in module.penalties().items():
+                total[name] = total[name] + value if name in total else value
+    return total
+
+
 def bare(model: nn.Module) -> None:
     """Raise HostError for a wrapper: a graft belongs into the model inside, before it is wrapped."""
     inner = next((name for name in ("_orig_mod", "module", "model") if isinstance(getattr(model, name, None), nn.Module)), None)

@@ -100,10 +100,10 @@ def test_a_folder_in_use_is_refused(elsewhere, capsys):
 def test_an_interrupt_is_code_130_and_keeps_what_was_done(elsewhere, capsys, monkeypatch):
     from vitreous.train.engine import loop
 
-    def interrupted(job, *others, step=loop.train_epoch):
-        if job.place.epoch == 2:
+    def interrupted(session, *others, step=loop.train_epoch):
+        if session.progress.epoch == 2:
             raise KeyboardInterrupt
-        step(job, *others)
+        step(session, *others)
 
     monkeypatch.setattr(loop, "train_epoch", interrupted)
     assert call(f"train {DATA} {NETWORK} --epochs 3 --out here") == 130

@@ -109,15 +109,15 @@ def test_training_goes_on_without_one_and_stops_where_the_drive_is_gone(tmp_path
     folder = made.write(tmp_path / "photos", made.tree(images=6))
     network = ("patch_size=4", "depth=1", "embed_dim=24", "num_heads=2")
     small = {"image_size": 16, "batch_size": 4, "aug": "crop", "model_kwargs": network, "device": "cpu"}
-    job = prepare(TrainSettings(str(folder), workers=workers, **small))
+    session = prepare(TrainSettings(str(folder), workers=workers, **small))
     hang(folder, "train/cat/1.png")
-    assert sum(len(x) for x, _ in job.train) == 11
-    assert list(job.train.lost.values()) == [f"no answer within {WAIT} s"]
+    assert sum(len(x) for x, _ in session.train) == 11
+    assert list(session.train.lost.values()) == [f"no answer within {WAIT} s"]
     hang(folder, *(f"train/{name}/{i}.png" for name in ("cat", "dog") for i in range(6)))
     timeouts.STALLED.clear()
     said = r"all of a batch, the first 'train/.*' \(the drive does not answer\).* resume"
     with pytest.raises(DataError, match=said) as error:
-        list(job.train)
+        list(session.train)
     assert "Traceback" not in str(error.value)
 
 

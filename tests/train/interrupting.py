@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import signal
@@ -22,6 +23,7 @@ from vitreous.train.engine import loop, resume
 from vitreous.train.engine.prepare import prepare
 from vitreous.train.records.run_folder import Run, read_metrics
 
+ENTRY = importlib.import_module("vitreous.train.train")  # the package has a function of that name
 NAN = float("nan")
 TIMED = ("seconds", "images_per_second")
 APART = ("run.json", "summary.md", "metrics.jsonl", "report.html")  # with times in them
@@ -88,22 +90,22 @@ def at_step(monkeypatch: pytest.MonkeyPatch, update: int, act: Callable[[], Any]
     """Do something in the middle of an update."""
     original = loop.step_gradients
 
-    def struck(job, *batch):
-        if job.updates + 1 == update:
+    def struck(session, *batch):
+        if session.progress.updates + 1 == update:
             act()
-        return original(job, *batch)
+        return original(session, *batch)
 
     monkeypatch.setattr(loop, "step_gradients", struck)
 
 
 def breaking(monkeypatch, change, at=(5,)):
-    """Let `change(job)`, at the start of these updates, break the model for as long as they last."""
-    for module in (loop, resume):
+    """Let `change(session)`, at the start of these updates, break the model for as long as they last."""
+    for module in (ENTRY, resume):
 
         def prepared(settings, *others, **options):
-            job = prepare(settings, *others, **options)
-            change(job, lambda: job.updates + 1 in at and job.model.training)
-            return job
+            session = prepare(settings, *others, **options)
+            change(session, lambda: session.progress.updates + 1 in at and session.model.training)
+            return session
 
         monkeypatch.setattr(module, "prepare", prepared)
 
@@ -111,11 +113,11 @@ def breaking(monkeypatch, change, at=(5,)):
 def output(name, value):
     """Put a value into the output of a module."""
 
-    def change(job, now):
+    def change(session, now):
         def hook(module, inputs, out):
             return out.clone().index_fill_(0, torch.tensor([1]), value) if now() else None
 
-        for model in filter(None, (job.model, job.whole)):
+        for model in filter(None, (session.model, session.whole)):
             model.get_submodule(name).register_forward_hook(hook)
 
     return change

@@ -87,11 +87,11 @@ def spoil(monkeypatch):
     def planned(at, how):
         real = loop.train_epoch
 
-        def spoilt(job, run, stopping, console):
-            real(job, run, stopping, console)
-            if job.place.epoch == at:
+        def spoilt(session, run, stopping, console):
+            real(session, run, stopping, console)
+            if session.progress.epoch == at:
                 with torch.no_grad():
-                    how(job.model)
+                    how(session.model)
 
         monkeypatch.setattr(loop, "train_epoch", spoilt)
 

@@ -300,7 +300,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_end(tmp_path):
     os.kill(children(process)[1], signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
     assert process.returncode != 0
-    assert "vitreous/train/loop.py" not in said  # torchrun shows a traceback of its own, we none
+    assert "vitreous/train/engine/loop.py" not in said  # torchrun shows a traceback of its own, we none
     assert list((folder / "state").glob("*.safetensors"))
     assert main(["resume", str(folder)]) == 2  # one process would not end as two
     done(f"resume {folder}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.interrupting import Moments, differing, in_child
+from train.interrupting import ENTRY, Moments, differing, in_child
 from vitreous.train import load, train
 from vitreous.train.engine import early_stopping, loop
 from vitreous.train.engine.resume import resume
@@ -54,12 +54,12 @@ def falling(monkeypatch):
     def told(logits, labels):
         found = real(logits, labels)
         if len(labels) == 6:  # those held out, one a class
-            found["accuracy"] = given[told.job.place.epoch - 1]
+            found["accuracy"] = given[told.session.progress.epoch - 1]
         return found
 
-    prepare = loop.prepare
-    monkeypatch.setattr(loop, "prepare", lambda *args: setattr(told, "job", prepare(*args)) or told.job)
-    monkeypatch.setattr("vitreous.train.engine.resume.prepare", loop.prepare)
+    prepare = ENTRY.prepare
+    monkeypatch.setattr(ENTRY, "prepare", lambda *args: setattr(told, "session", prepare(*args)) or told.session)
+    monkeypatch.setattr("vitreous.train.engine.resume.prepare", ENTRY.prepare)
     monkeypatch.setattr(loop, "score", told)
 
 

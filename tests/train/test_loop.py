@@ -101,13 +101,13 @@ def test_two_runs_are_equal_and_another_seed_is_not(settings, quiet, tmp_path):
 
 def test_the_loop_does_what_a_loop_by_hand_does(settings, quiet):
     chosen = settings(graft=("svda",), opt="adam", sched="none", weight_decay=0.0, lr=1e-3, clip_grad=0.5)
-    job = prepare(chosen)
-    model, parameters = job.model, list(job.model.parameters())
+    session = prepare(chosen)
+    model, parameters = session.model, list(session.model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
     for epoch in (1, 2):
         model.train()
-        job.train.set_epoch(epoch)
-        for images, labels in job.train:
+        session.train.set_epoch(epoch)
+        for images, labels in session.train:
             loss = torch.nn.functional.cross_entropy(model(images), labels)
             for block in model.blocks:
                 loss = loss + sum(block.attn.penalties().values())
@@ -139,8 +139,8 @@ def test_arms_share_start_and_order(settings):
 
 def test_averaged_weights_are_what_is_saved(settings, quiet):
     chosen = settings(model_ema=0.5, epochs=1, sched="constant")
-    job = prepare(chosen)
-    start = {name: value.clone() for name, value in job.model.state_dict().items()}
+    session = prepare(chosen)
+    start = {name: value.clone() for name, value in session.model.state_dict().items()}
     saved = load(train(chosen, quiet)).state_dict()
     raw = load(train(settings(epochs=1, sched="constant", out=chosen.out + "-raw"), quiet)).state_dict()
     name = "head.weight"
@@ -156,7 +156,7 @@ def test_recipes_run(settings, quiet, recipe):
 
 def test_no_worker_outlives_the_training(settings, quiet):
     before = set(multiprocessing.active_children())
-    gc.disable()  # the job is a cycle, collected at some time or other
+    gc.disable()  # the session is a cycle, collected at some time or other
     try:
         train(settings(epochs=1, aug="pad", workers=1), quiet)
         assert set(multiprocessing.active_children()) <= before
@@ -171,7 +171,7 @@ def test_a_step_that_is_not_finite_is_not_taken(settings, quiet, monkeypatch):
         calls.append(model)
         return {"made": model.head.weight.sum() * (float("nan") if len(calls) >= 5 else 0.0)}
 
-    monkeypatch.setattr("vitreous.train.objectives.penalties", breaks_in_the_fifth_step)
+    monkeypatch.setattr("vitreous.grafting.penalties", breaks_in_the_fifth_step)
     with pytest.raises(
         NotFinite, match=r"made nan.* at step 5, in epoch 2; 1 gradients are not finite, the first of head.weight; it begins "
     ):
@@ -185,8 +185,8 @@ def test_a_step_that_is_not_finite_is_not_taken(settings, quiet, monkeypatch):
 def test_a_run_can_go_on_from_a_run(settings, quiet, tmp_path):
     first = train(settings(graft=("svda",), epochs=1), quiet)
     again = settings(model=str(first), model_kwargs=(), graft=("extra_tokens:tokens=2",), epochs=1, out=str(tmp_path / "b"))
-    job = prepare(again)
-    assert torch.equal(job.model.state_dict()["head.weight"], load(first).head.weight)
+    session = prepare(again)
+    assert torch.equal(session.model.state_dict()["head.weight"], load(first).head.weight)
     assert [record.mechanism.name for record in grafts(load(train(again, quiet)))] == ["svda", "extra_tokens"]
 
 
@@ -249,20 +249,20 @@ def test_real_weights_score_what_is_published_for_them(settings, shared_data):
     chosen = settings(
         data=str(shared_data / "cifar10/cifar10_5k2k.npz"), model=str(shared_data / "weights/vit_cifar10"), model_kwargs=()
     )
-    job = prepare(chosen)
-    accuracy = score(*run_test(job, job.tests["test"], bool))["accuracy"]
+    session = prepare(chosen)
+    accuracy = score(*run_test(session, session.tests["test"], bool))["accuracy"]
     assert accuracy == pytest.approx(0.6900, abs=0.0011)
 
 
 def test_real_weights_are_fitted_to_other_images(settings, shared_data):
     weights = shared_data / "weights/vit_tiny_patch16_224"
     fitted = dict(model="vit_tiny_patch16_224", model_kwargs=(), data="cutouts:train=24,test=12,size=64", image_size=64)
-    job = prepare(
+    session = prepare(
         settings(**fitted, weights=str(weights / "model.safetensors"), freeze=("blocks.0-9",), graft=("svda:layers=10-11",))
     )
     theirs = timm.create_model(f"local-dir:{weights}", pretrained=True, img_size=64, num_classes=6)
-    ours = job.model.state_dict()
+    ours = session.model.state_dict()
     for name, value in theirs.state_dict().items():
         if not name.startswith("head."):
             torch.testing.assert_close(ours[name], value)
-    assert job.inputs.mean == job.inputs.std == (0.5, 0.5, 0.5)  # the weights' own, not the data's
+    assert session.inputs.mean == session.inputs.std == (0.5, 0.5, 0.5)  # the weights' own, not the data's

@@ -62,16 +62,16 @@ def test_strict_stops_before_anything_is_written(recipe, tmp_path, capsys):
 
 def test_what_vanishes_on_the_way_is_added_once(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "PAUSE", 0.0)
-    job, run = prepare.prepare(recipe()), Run(tmp_path / "run")
-    assert write_quarantine(job, run) == []
+    session, run = prepare.prepare(recipe()), Run(tmp_path / "run")
+    assert write_quarantine(session, run) == []
     before = rows(run.folder)
     (tmp_path / "photos/val/cat/1.png").unlink()
-    assert sum(len(x) for x, _ in job.tests["test"]) == 7
-    (said,) = write_quarantine(job, run)
+    assert sum(len(x) for x, _ in session.tests["test"]) == 7
+    (said,) = write_quarantine(session, run)
     assert "val/cat/1.png: no such file or directory" in said
     assert rows(run.folder) == [*before, ["val/cat/1.png", "cat", "test", "no such file or directory"]]
-    list(job.tests["test"])
-    assert write_quarantine(job, run) == []
+    list(session.tests["test"])
+    assert write_quarantine(session, run) == []
     assert len(rows(run.folder)) == len(before) + 1
 
 

@@ -34,8 +34,8 @@ class BadGradient(torch.autograd.Function):
 
 
 def gradient(name):
-    def change(job, now):
-        job.model.get_submodule(name).register_forward_hook(lambda m, i, out: BadGradient.apply(out) if now() else None)
+    def change(session, now):
+        session.model.get_submodule(name).register_forward_hook(lambda m, i, out: BadGradient.apply(out) if now() else None)
 
     return change
 
@@ -43,16 +43,16 @@ def gradient(name):
 def large(name):
     """Finite gradients whose norm is none."""
 
-    def change(job, now):
-        weight = job.model.get_parameter(name)
+    def change(session, now):
+        weight = session.model.get_parameter(name)
         weight.register_hook(lambda g: torch.full_like(g, 1e38) if now() else None)
 
     return change
 
 
 def penalty(name):
-    def change(job, now):
-        module = job.model.get_submodule(name)
+    def change(session, now):
+        module = session.model.get_submodule(name)
         original = module.penalties
         module.penalties = lambda: {name: value * (NAN if now() else 1) for name, value in original().items()}
 
@@ -95,10 +95,10 @@ def test_the_module_is_named_and_nothing_is_poisoned(settings, quiet, monkeypatc
 def test_images_that_are_not_finite_are_named(settings, quiet, monkeypatch):
     original = loop.take_step
 
-    def poisoned(job, run, batch, *others):
-        if job.updates == 1:
+    def poisoned(session, run, batch, *others):
+        if session.progress.updates == 1:
             batch[0][[2, 5]] = NAN
-        original(job, run, batch, *others)
+        original(session, run, batch, *others)
 
     monkeypatch.setattr(loop, "take_step", poisoned)
     with pytest.raises(NotFinite, match="the images themselves, numbers 2, 5 of the batch"):
@@ -109,20 +109,20 @@ def test_the_step_is_replayed_with_its_own_draws(settings, quiet, monkeypatch):
     """Mixup and dropped paths are those of the step that failed: the losses agree to the last digit."""
     seen = []
 
-    def noted(job, parts):
+    def noted(session, parts):
         seen.append({name: value.item() for name, value in parts.items()})
-        return parts | {"made": parts["classification"] * (NAN if job.updates == 4 else 0)}
+        return parts | {"made": parts["classification"] * (NAN if session.progress.updates == 4 else 0)}
 
-    def stepped(job, *batch, original=loop.step_gradients):
-        parts, count = original(job, *batch)
-        return noted(job, parts), count
+    def stepped(session, *batch, original=loop.step_gradients):
+        parts, count = original(session, *batch)
+        return noted(session, parts), count
 
     recipe = settings(mixup=0.3, drop_path=0.3, batch_size=8)
     monkeypatch.setattr(loop, "step_gradients", stepped)
     with pytest.raises(NotFinite):
         train(recipe, quiet)
     monkeypatch.setattr(
-        "vitreous.train.engine.non_finite.step_losses", lambda job, *batch: noted(job, step_losses(job, *batch))
+        "vitreous.train.engine.non_finite.step_losses", lambda session, *batch: noted(session, step_losses(session, *batch))
     )
     assert replay(recipe.out, quiet) == "the loss made"
     assert seen[-1] == seen[-2]
@@ -137,12 +137,16 @@ def test_going_back_leaves_the_step_out(settings, quiet, monkeypatch, tmp_path):
     assert all(value.isfinite().all() for value in load(folder).state_dict().values())
     taken, take_step = [], loop.take_step
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", lambda job, *others: (take_step(job, *others), taken.append(job.updates)))
+        patch.setattr(
+            loop, "take_step", lambda session, *others: (take_step(session, *others), taken.append(session.progress.updates))
+        )
         again = train(settings(**recipe, out=str(tmp_path / "again")), quiet)
     assert differing(folder, again) == ["not-finite.safetensors"]  # which has times in it
     assert taken == [0, 1, 0, 1, 3, 4, 5, 5, 7, 8, 9]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", lambda job, *others: die() if job.updates == 8 else take_step(job, *others))
+        patch.setattr(
+            loop, "take_step", lambda session, *others: die() if session.progress.updates == 8 else take_step(session, *others)
+        )
         killed = tmp_path / "killed"
         assert in_child(lambda: train(settings(**recipe, out=str(killed)), quiet)) == -signal.SIGKILL
     resume(killed, console=quiet)
@@ -169,21 +173,21 @@ def test_it_goes_back_no_more_often_than_told(settings, quiet, monkeypatch, tmp_
 def test_a_damaged_state_is_written_again_after_a_return(settings, quiet, monkeypatch, tmp_path):
     newest, there = tmp_path / "run/state/000000004.safetensors", []
 
-    def damage(job, now):
+    def damage(session, now):
         def hook(module, inputs, out):
             if now():
                 newest.write_bytes(b"damaged")
                 return out * NAN
             return None
 
-        job.model.get_submodule("blocks.0.mlp").register_forward_hook(hook)
+        session.model.get_submodule("blocks.0.mlp").register_forward_hook(hook)
 
     breaking(monkeypatch, damage)
     original = loop.take_step
 
-    def noted(job, *others):
-        original(job, *others)
-        there.append((job.updates + 1, newest.exists()))
+    def noted(session, *others):
+        original(session, *others)
+        there.append((session.progress.updates + 1, newest.exists()))
 
     monkeypatch.setattr(loop, "take_step", noted)
     train(settings(rollbacks=1, save_every=1, batch_size=8), quiet)
@@ -192,10 +196,10 @@ def test_a_damaged_state_is_written_again_after_a_return(settings, quiet, monkey
 
 def test_what_an_earlier_search_left_is_not_found_again(settings):
     """In a copy of the model that is no optimizer's, as of one that is spread over processes."""
-    job = prepare(settings())
-    alone = replace(job, model=copy.deepcopy(job.model))
+    session = prepare(settings())
+    alone = replace(session, model=copy.deepcopy(session.model))
     alone.model.head.weight.grad = torch.full_like(alone.model.head.weight, NAN)
-    assert non_finite.diagnose(alone, next(iter(job.train))) is None
+    assert non_finite.diagnose(alone, next(iter(session.train))) is None
 
 
 def test_a_step_of_a_spread_run_is_replayed_by_one_process_and_told_to_nobody(settings, quiet, monkeypatch, tmp_path):
@@ -213,10 +217,10 @@ def test_a_step_of_a_spread_run_is_replayed_by_one_process_and_told_to_nobody(se
 def test_weights_that_a_step_made_infinite_are_not_saved(settings, quiet, monkeypatch, tmp_path):
     original = loop.take_step
 
-    def bursts(job, *others):
-        original(job, *others)
-        if job.updates == 4:
-            job.model.head.weight.data[0, 0] = float("inf")
+    def bursts(session, *others):
+        original(session, *others)
+        if session.progress.updates == 4:
+            session.model.head.weight.data[0, 0] = float("inf")
 
     monkeypatch.setattr(loop, "take_step", bursts)
     with pytest.raises(NotFinite, match=r"head.weight.*not saved|not finite"):

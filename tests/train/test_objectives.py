@@ -8,7 +8,8 @@ import timm
 import torch
 
 from vitreous import SVDA, graft
-from vitreous.train.objectives import classification_loss, mixing, penalties
+from vitreous.grafting import penalties
+from vitreous.train.objectives import classification_loss, mixing
 from vitreous.train.settings import TrainSettings
 
 

@@ -18,7 +18,7 @@ from vitreous.train.records.run_folder import read_metrics
     [(True, 9_999, "finetune-small"), (True, 10_000, "finetune-large"), (False, 100, "scratch"), (False, 10**6, "scratch")],
 )
 def test_auto_goes_by_weights_and_number_of_images(loaded, images, used):
-    settings, record = recipes.resolve(TrainSettings("cutouts", recipe="auto"), loaded, images)
+    settings, record = TrainSettings("cutouts", recipe="auto").with_recipe(loaded, images)
     assert settings.recipe == record["used"] == used
     assert record["asked"] == "auto"
     assert all(getattr(settings, name) == found["value"] for name, found in record["values"].items())
@@ -27,7 +27,7 @@ def test_auto_goes_by_weights_and_number_of_images(loaded, images, used):
 
 def test_rate_and_warm_up_follow_batch_and_epochs():
     for batch in (16, 64, 256, 1024):
-        settings, _ = recipes.resolve(TrainSettings("cutouts", recipe="finetune-small", batch_size=batch, epochs=7), True, 50)
+        settings, _ = TrainSettings("cutouts", recipe="finetune-small", batch_size=batch, epochs=7).with_recipe(True, 50)
         assert settings.lr == pytest.approx(5e-4 * (batch / 256) ** 0.5, rel=5e-3)
         assert settings.warmup_epochs == pytest.approx(0.7)
 
@@ -35,7 +35,7 @@ def test_rate_and_warm_up_follow_batch_and_epochs():
 @pytest.mark.parametrize("name", ["finetune-small", "finetune-large", "scratch"])
 def test_what_is_given_wins_even_where_it_is_the_plain_default(name):
     given = dict(epochs=10, lr=5e-4, mixup=0.0, cutmix=0.0, drop_path=0.0, warmup_epochs=0.0, layer_decay=1.0, aug="none")
-    settings, record = recipes.resolve(TrainSettings("cutouts", recipe=name, **given), True, 50)
+    settings, record = TrainSettings("cutouts", recipe=name, **given).with_recipe(True, 50)
     assert {key: getattr(settings, key) for key in given} == given
     assert {key for key, found in record["values"].items() if found["from"] == "given"} == set(given)
     assert settings.smoothing == 0.1
@@ -44,15 +44,15 @@ def test_what_is_given_wins_even_where_it_is_the_plain_default(name):
 
 def test_no_recipe_is_the_plain_defaults():
     settings = TrainSettings("cutouts")
-    assert recipes.resolve(settings, True, 50) == (settings, None)
+    assert settings.with_recipe(True, 50) == (settings, None)
     assert {name: getattr(settings, name) for name in recipes.PLAIN} == recipes.PLAIN
 
 
 def test_a_resolved_record_is_read_back_as_it_is():
-    settings, _ = recipes.resolve(TrainSettings("cutouts", recipe="auto"), True, 50)
+    settings, _ = TrainSettings("cutouts", recipe="auto").with_recipe(True, 50)
     kept = json.loads(json.dumps({"settings": {"data": settings.data} | vars(settings)}))
     assert recorded_settings(kept, {}) == settings
-    assert recipes.resolve(settings, True, 10**6)[0] == settings  # as chosen at the start
+    assert settings.with_recipe(True, 10**6)[0] == settings  # as chosen at the start
 
 
 def test_rates_of_other_optimizers_are_not_guessed():
@@ -80,10 +80,10 @@ def test_a_run_records_and_says_what_it_was_given(settings, quiet):
 
 def test_trained_weights_bring_layer_decay_and_drop_path(settings, quiet, tmp_path):
     first = train(settings(epochs=1), quiet)
-    job = prepare(settings(model=str(first), model_kwargs=(), recipe="auto", out=str(tmp_path / "b")))
-    assert job.recipe["used"] == "finetune-small"
-    assert sorted({group["lr_scale"] for group in job.optimizer.param_groups})[-2:] == pytest.approx([0.65, 1.0])
-    assert job.model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    session = prepare(settings(model=str(first), model_kwargs=(), recipe="auto", out=str(tmp_path / "b")))
+    assert session.recipe["used"] == "finetune-small"
+    assert sorted({group["lr_scale"] for group in session.optimizer.param_groups})[-2:] == pytest.approx([0.65, 1.0])
+    assert session.model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -107,15 +107,15 @@ def test_a_recipe_lets_a_new_classifier_on_trained_weights_start_without_an_opin
     known = {"x_train": pixels, "x_test": pixels, "classes": ["a", "b", "c"]}
     np.savez(tmp_path / "other.npz", **known, y_train=np.arange(12) % 3, y_test=np.arange(12) % 3)
     onward = dict(data=str(tmp_path / "other.npz"), model=str(first), model_kwargs=(), epochs=1)
-    plain, job = prepare(settings(**onward)), prepare(settings(**onward, recipe="finetune-small"))
-    assert job.model.head.weight.abs().max() < 1e-4
-    assert not job.model.head.bias.any()
+    plain, session = prepare(settings(**onward)), prepare(settings(**onward, recipe="finetune-small"))
+    assert session.model.head.weight.abs().max() < 1e-4
+    assert not session.model.head.bias.any()
     assert plain.model.head.weight.abs().max() > 1e-2
-    body = {name: value for name, value in job.model.state_dict().items() if not name.startswith("head.")}
+    body = {name: value for name, value in session.model.state_dict().items() if not name.startswith("head.")}
     assert all(value.equal(plain.model.state_dict()[name]) for name, value in body.items())
-    images, labels = next(iter(job.train))
-    assert nn.functional.cross_entropy(job.model.eval()(images), labels).item() == pytest.approx(np.log(3), abs=1e-3)
-    assert any("starts near 0" in remark for remark in job.remarks)
+    images, labels = next(iter(session.train))
+    assert nn.functional.cross_entropy(session.model.eval()(images), labels).item() == pytest.approx(np.log(3), abs=1e-3)
+    assert any("starts near 0" in remark for remark in session.remarks)
     assert not any("starts near 0" in remark for remark in plain.remarks)
     same = prepare(settings(model=str(first), model_kwargs=(), recipe="finetune-small"))
     assert same.model.head.weight.equal(load(first).head.weight)

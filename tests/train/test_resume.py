@@ -117,10 +117,10 @@ def test_several_seeds_go_on_where_they_were(settings, quiet, tmp_path, monkeypa
     train(settings(**few, out=str(there)), quiet)
     original = loop.train_epoch
 
-    def in_the_second(job, *others):
-        if job.settings.seed == 1:
+    def in_the_second(session, *others):
+        if session.settings.seed == 1:
             die()
-        original(job, *others)
+        original(session, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_epoch", in_the_second)

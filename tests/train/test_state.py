@@ -98,26 +98,26 @@ OPTIMIZERS = ["adamw", "sgd", "adam", "nadamw", "radam", "lamb", "lars", "lion",
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "lookahead_adamw"])
 def test_every_kind_of_optimizer_goes_on_exactly(settings, tmp_path, name):
-    def steps(job, numbers):
+    def steps(session, numbers):
         for number in numbers:
             x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(number))
-            job.optimizer.zero_grad()
-            job.model(x).square().mean().backward()
-            job.optimizer.step()
+            session.optimizer.zero_grad()
+            session.model(x).square().mean().backward()
+            session.optimizer.step()
 
     recipe = settings(opt=name)
-    job = prepare(recipe)
+    session = prepare(recipe)
     if name.startswith("lookahead"):
-        job.optimizer = create_optimizer_v2(job.model, opt=name, lr=1e-3)
-    steps(job, range(7))
-    write_state(tmp_path / "a.safetensors", capture(job))
-    steps(job, range(7, 14))
+        session.optimizer = create_optimizer_v2(session.model, opt=name, lr=1e-3)
+    steps(session, range(7))
+    write_state(tmp_path / "a.safetensors", capture(session))
+    steps(session, range(7, 14))
     again = prepare(recipe)
     if name.startswith("lookahead"):
         again.optimizer = create_optimizer_v2(again.model, opt=name, lr=1e-3)
     restore(again, read_state(tmp_path / "a.safetensors"))
     steps(again, range(7, 14))
-    for key, value in job.model.state_dict().items():
+    for key, value in session.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[key], value), key
 
 
@@ -132,18 +132,18 @@ def test_a_state_of_another_model_is_refused(settings):
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_weights_that_are_not_finite_are_not_kept(settings, tmp_path, averaged):
-    job = prepare(settings(model_ema=0.9 if averaged else None))
-    (job.tested if averaged else job.model).head.bias.data[2] = float("nan")
+    session = prepare(settings(model_ema=0.9 if averaged else None))
+    (session.tested if averaged else session.model).head.bias.data[2] = float("nan")
     states = States(tmp_path)
     with pytest.raises(NotFinite, match=r"the first head.bias"):
-        states.save(job)
+        states.save(session)
     assert states.paths() == []
 
 
 def test_the_newest_and_the_one_before_are_kept(settings, tmp_path):
-    job, states = prepare(settings()), States(tmp_path)
-    for job.updates in (0, 3, 12, 12, 1000000):
-        states.save(job)
+    session, states = prepare(settings()), States(tmp_path)
+    for session.progress.updates in (0, 3, 12, 12, 1000000):
+        states.save(session)
     assert [path.name for path in states.paths()] == ["001000000.safetensors", "000000012.safetensors"]
     assert states.load(print)["updates"] == 1000000
     states.clear()
@@ -152,15 +152,15 @@ def test_the_newest_and_the_one_before_are_kept(settings, tmp_path):
 
 
 def test_means_go_on(settings, tmp_path):
-    job, again = prepare(settings()), prepare(settings())
+    session, again = prepare(settings()), prepare(settings())
     values = torch.rand(6, dtype=torch.float64).tolist()
     for value in values[:3]:
-        job.place.losses.add({"total": torch.tensor(value)}, 7)
-    write_state(tmp_path / "a.safetensors", capture(job))
+        session.progress.losses.add({"total": torch.tensor(value)}, 7)
+    write_state(tmp_path / "a.safetensors", capture(session))
     restore(again, read_state(tmp_path / "a.safetensors"))
     whole = Means()
     for value in values:
         whole.add({"total": torch.tensor(value)}, 7)
     for value in values[3:]:
-        again.place.losses.add({"total": torch.tensor(value)}, 7)
-    assert again.place.losses.values() == whole.values()
+        again.progress.losses.add({"total": torch.tensor(value)}, 7)
+    assert again.progress.losses.values() == whole.values()

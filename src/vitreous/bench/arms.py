@@ -11,12 +11,10 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from vitreous.base.errors import SettingError
-from vitreous.grafting import graft, grafts, ungraft
+from vitreous.grafting import graft, grafts, penalties, ungraft
 from vitreous.mechanism import parse
 from vitreous.models import model_folder
-from vitreous.models.create import create_model
-from vitreous.train.engine.prepare import check_patches
-from vitreous.train.objectives import penalties
+from vitreous.models.create import check_patches, create_model
 from vitreous.train.optimizer import parameter_groups
 from vitreous.train.settings import key_values
 

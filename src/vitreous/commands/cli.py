@@ -104,8 +104,8 @@ def calibrate(words: list[str]) -> None:
 
 
 def train(words: list[str]) -> None:
-    from vitreous.train.engine.loop import train
     from vitreous.train.settings import from_words
+    from vitreous.train.train import train
 
     report(train(from_words(words)))
 

@@ -1,8 +1,6 @@
-"""What training lowers: the classification loss, and the penalties that grafted modules name; and what it schedules."""
+"""What training lowers: the classification loss; and what it schedules."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,10 +9,9 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreous import grafting
+from vitreous.train.engine.session import Session
 from vitreous.train.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from vitreous.train.engine.prepare import Job
 
 
 class WeightedCrossEntropy(nn.Module):
@@ -72,25 +69,15 @@ def set_progress(model: nn.Module, progress: float) -> None:
             module.schedule(progress)
 
 
-def penalties(model: nn.Module) -> dict[str, Tensor]:
-    """What the modules' own `penalties()` name, weighted as they say, each name summed over the modules: scalars."""
-    total: dict[str, Tensor] = {}
-    for module in model.modules():
-        if hasattr(module, "penalties"):
-            for name, value in module.penalties().items():
-                total[name] = total[name] + value if name in total else value
-    return total
-
-
-def mixed(job: Job, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def mixed(session: Session, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """A batch as it is loaded, mixed if so told; modules are told how far training is."""
-    set_progress(job.model, job.progress)
-    return (images, labels) if job.mixing is None else job.mixing(images.clone(), labels)  # it mixes in place
+    set_progress(session.model, session.fraction_done)
+    return (images, labels) if session.mixing is None else session.mixing(images.clone(), labels)  # it mixes in place
 
 
-def step_losses(job: Job, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def step_losses(session: Session, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What one step of training lowers, by name, for a batch as it is loaded: scalars, "classification" first."""
-    images, labels = mixed(job, images, labels)
-    with job.autocast():
-        logits = job.model(images)
-    return {"classification": job.loss(logits.float(), labels)} | penalties(job.model)
+    images, labels = mixed(session, images, labels)
+    with session.autocast():
+        logits = session.model(images)
+    return {"classification": session.loss(logits.float(), labels)} | grafting.penalties(session.model)

@@ -27,15 +27,10 @@ the plain defaults already, and the resolution stays the network's own.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
-
-from vitreous.base.errors import SettingError
-
-if TYPE_CHECKING:
-    from vitreous.train.settings import TrainSettings
 
 SMALL = 10_000  # training images, below which a set counts as small
 BASE = 256  # images for which a recipe's learning rate is meant
@@ -74,22 +69,6 @@ RECIPES: dict[str, Values] = {
 NAMES = ("none", "auto", *RECIPES)
 
 
-def fill_plain(settings: TrainSettings) -> None:
-    """Give a frozen record that asks for no recipe the plain values where it has none."""
-    for name, value in PLAIN.items():
-        if getattr(settings, name) is None:
-            object.__setattr__(settings, name, value)
-
-
-def check_recipe(settings: TrainSettings) -> None:
-    """Raise SettingError if a recipe is asked for whose learning rate does not suit the optimizer."""
-    if settings.recipe != "none" and settings.lr is None and not scaled_by_root(settings.opt):
-        raise SettingError(
-            f"Found --recipe {settings.recipe} with --opt {settings.opt} and no --lr. Expected one, since the recipes' "
-            "learning rates are for AdamW and its kin. Give --lr, or leave --opt out."
-        )
-
-
 def scaled_by_root(opt: str) -> bool:
     """True for optimizers whose learning rate timm's train script scales by the root of the batch."""
     return any(kin in opt.lower() for kin in ("ada", "lamb"))
@@ -105,36 +84,29 @@ def choose(loaded: bool, images: int) -> tuple[str, str]:
     )
 
 
-def resolve(settings: TrainSettings, loaded: bool, images: int) -> tuple[TrainSettings, dict[str, Any] | None]:
-    """Settings without gaps, and the record for run.json: the recipe, why it, every value and its source; None without one.
+def resolve(mapping: Mapping[str, Any], name: str) -> Values:
+    """{setting: (value, its source)} of a recipe, or of none: what `mapping` has not None there, else the recipe's, else plain.
 
-    loaded: whether it starts from trained weights. images: in training.
+    mapping: settings by name, batch_size among them.
     """
-    if settings.recipe == "none":
-        return settings, None
-    used, why = choose(loaded, images) if settings.recipe == "auto" else (settings.recipe, "as asked")
-    found: Values = {}
-    for name, plain in PLAIN.items():  # epochs come first, on which the warm-up depends
-        given = getattr(settings, name)
-        if given is not None:
-            found[name] = given, "given"
-        elif name in RECIPES[used]:
-            found[name] = scaled(name, *RECIPES[used][name], settings, found)
+    recipe, values = RECIPES.get(name, {}), {}
+    for setting, plain in PLAIN.items():  # epochs come first, on which the warm-up depends
+        if mapping[setting] is not None:
+            values[setting] = mapping[setting], "given"
+        elif setting in recipe:
+            values[setting] = scaled(setting, *recipe[setting], mapping["batch_size"], values)
         else:
-            found[name] = plain, "plain default"
-    record = {"asked": settings.recipe, "used": used, "why": why}
-    record["values"] = {name: {"value": value, "from": source} for name, (value, source) in found.items()}
-    return replace(settings, recipe=used, **{name: value for name, (value, _) in found.items()}), record
+            values[setting] = plain, "plain default"
+    return values
 
 
-def scaled(name: str, value: Any, source: str, settings: TrainSettings, found: Values) -> tuple[Any, str]:
+def scaled(setting: str, value: Any, source: str, batch_size: int, values: Values) -> tuple[Any, str]:
     """A recipe's value for this run: the rate for the batch by timm's rule, the warm-up for the epochs."""
-    if name == "lr":
-        return float(f"{value * (settings.batch_size / BASE) ** 0.5:.3g}"), (
-            f"{source}, {value:g} x sqrt({settings.batch_size} / {BASE})"
-        )
-    if name == "warmup_epochs":
-        return round(value * found["epochs"][0], 3), source
+    if setting == "lr":
+        rate = float(f"{value * (batch_size / BASE) ** 0.5:.3g}")
+        return rate, f"{source}, {value:g} x sqrt({batch_size} / {BASE})"
+    if setting == "warmup_epochs":
+        return round(value * values["epochs"][0], 3), source
     return value, source
 
 
@@ -143,25 +115,25 @@ def quiet_classifier(model: nn.Module) -> None:
 
     Features of trained networks are large; torch's own start makes of them a loss far above that of a guess.
     """
-    found = model.get_classifier()
-    for layer in found if isinstance(found, tuple) else (found,):
+    heads = model.get_classifier()
+    for layer in heads if isinstance(heads, tuple) else (heads,):
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=HEAD)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
 
-def drop_path(settings: TrainSettings) -> float:
-    """The rate of drop path, which a network is built with, before the images are counted: all recipes have the same."""
-    return COMMON["drop_path"][0] if settings.drop_path is None else settings.drop_path
+def drop_path(rate: float | None) -> float:
+    """The rate of drop path, which a network is built with before images are counted: given, or that of all recipes."""
+    return COMMON["drop_path"][0] if rate is None else rate
 
 
 def remarks(record: dict[str, Any]) -> list[str]:
-    """What to say of a record of `resolve`."""
+    """Lines on the recipe in run.json: its name, why it, its values and their sources."""
     by = {True: [], False: []}
-    for name, found in record["values"].items():
-        if found["from"] != "plain default":
-            text = f"{name} {found['value']}" + ("" if found["from"] == "given" else f" ({found['from']})")
-            by[found["from"] == "given"].append(text)
+    for name, entry in record["values"].items():
+        if entry["from"] != "plain default":
+            text = f"{name} {entry['value']}" + ("" if entry["from"] == "given" else f" ({entry['from']})")
+            by[entry["from"] == "given"].append(text)
     lines = [f"Recipe: {record['used']} ({record['why']}): {', '.join(by[False])}."]
     return lines + ([f"Given, over the recipe: {', '.join(by[True])}."] if by[True] else [])

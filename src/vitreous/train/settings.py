@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ast import literal_eval
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -174,8 +174,13 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
         if self.recipe not in recipes.NAMES:
             raise UnknownName(self.recipe, "recipe", recipes.NAMES)
         if self.recipe == "none":
-            recipes.fill_plain(self)
-        recipes.check_recipe(self)
+            for name, (value, _) in recipes.resolve(vars(self), "none").items():
+                object.__setattr__(self, name, value)
+        if self.lr is None and not recipes.scaled_by_root(self.opt):
+            raise SettingError(
+                f"Found --recipe {self.recipe} with --opt {self.opt} and no --lr. Expected one, since the recipes' "
+                "learning rates are for AdamW and its kin. Give --lr, or leave --opt out."
+            )
         if self.class_weights not in CLASS_WEIGHTS:
             raise UnknownName(self.class_weights, "kind of class weights", CLASS_WEIGHTS)
         if self.sched not in SCHEDULERS:
@@ -209,6 +214,19 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
     def mixed(self) -> bool:
         """True if training images are mixed with each other."""
         return bool(self.mixup or self.cutmix)
+
+    def with_recipe(self, loaded: bool, images: int) -> tuple[TrainSettings, dict[str, Any] | None]:
+        """Settings without gaps, and the record for run.json: the recipe, why it, each value and its source.
+
+        loaded: whether the network starts from trained weights. images: in training. Without a recipe there is no record.
+        """
+        if self.recipe == "none":
+            return self, None
+        name, why = recipes.choose(loaded, images) if self.recipe == "auto" else (self.recipe, "as asked")
+        values = recipes.resolve(vars(self), name)
+        record = {"asked": self.recipe, "used": name, "why": why}
+        record["values"] = {setting: {"value": value, "from": source} for setting, (value, source) in values.items()}
+        return replace(self, recipe=name, **{setting: value for setting, (value, _) in values.items()}), record
 
     def network_arguments(self) -> dict[str, Any]:
         """`model_kwargs` as keyword arguments of `timm.create_model`."""

@@ -9,102 +9,103 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from vitreous import grafting
 from vitreous.base.errors import SettingError
 from vitreous.train import objectives
+from vitreous.train.engine.session import Session
 from vitreous.train.engine.state import random_states, set_random_states
 from vitreous.train.settings import TrainSettings
 
-if TYPE_CHECKING:
-    from vitreous.train.engine.prepare import Job
 
-
-class Pass(nn.Module):
+class StepModule(nn.Module):
     """What is run in a step: images to logits, and with the last part of a batch the penalties.
 
     Both in one forward pass, so that DistributedDataParallel knows every parameter that will get a gradient.
     """
 
-    def __init__(self, job: Job):
+    def __init__(self, session: Session):
         super().__init__()
-        self.model, self.autocast = job.model, job.autocast
+        self.model, self.autocast = session.model, session.autocast
 
     def forward(self, images: Tensor, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast():
             logits = self.model(images)
-        return logits.float(), objectives.penalties(self.model) if last else {}
+        return logits.float(), grafting.penalties(self.model) if last else {}
 
 
-def network(job: Job, sample: Tensor) -> nn.Module:
-    """The `Pass` of a job, its processes joined. sample: some images (B, C, H, W), to see which parameters get a gradient."""
-    alone = Pass(job)
-    if job.team.size == 1 or job.settings.shard:
+def join_processes(session: Session, sample: Tensor) -> nn.Module:
+    """The `StepModule` of a session, its processes joined.
+
+    sample: some images (B, C, H, W), to see which parameters get a gradient.
+    """
+    alone = StepModule(session)
+    if session.team.size == 1 or session.settings.shard:
         return alone
-    job.team.same([*job.model.parameters(), *job.model.buffers()])
-    if job.ema is not None:
-        job.team.same([*job.ema.module.parameters(), *job.ema.module.buffers()])
-    device_ids = [job.device] if job.device.type == "cuda" else None
+    session.team.same([*session.model.parameters(), *session.model.buffers()])
+    if session.ema is not None:
+        session.team.same([*session.ema.module.parameters(), *session.ema.module.buffers()])
+    device_ids = [session.device] if session.device.type == "cuda" else None
     return DistributedDataParallel(alone, device_ids=device_ids, find_unused_parameters=not all_reached(alone, sample))
 
 
-def all_reached(network: Pass, sample: Tensor) -> bool:
+def all_reached(module: StepModule, sample: Tensor) -> bool:
     """Whether every parameter that learns gets a gradient in a step. Random states are put back."""
     before = random_states(sample.device)
-    logits, terms = network(sample, True)
-    learning = [p for p in network.parameters() if p.requires_grad]
+    logits, terms = module(sample, True)
+    learning = [p for p in module.parameters() if p.requires_grad]
     found = torch.autograd.grad(logits.sum() + sum(terms.values()), learning, allow_unused=True)
     set_random_states(before, sample.device)
     return all(gradient is not None for gradient in found)
 
 
-def step_gradients(job: Job, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], int]:
+def step_gradients(session: Session, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], int]:
     """Add the gradients of a step to those of the parameters, from this process's part of a batch as it is loaded.
 
     Returns the losses of the whole batch by name, scalars, "classification" first; and the number of its images.
     """
-    here, size = len(images), job.team.size
-    count = job.team.count(here)
+    here, size = len(images), session.team.size
+    count = session.team.count(here)
     if not count:
-        with job.team.together():
-            job.train.refuse_lost()
+        with session.team.together():
+            session.train.refuse_lost()
     if not here:
-        images, labels = stand_in(job)
-    images, labels = objectives.mixed(job, images, labels)
-    if (parts := job.settings.accumulate) > 1:
-        parts = min(parts, -job.team.most(-len(images)))  # as many in each process: with --shard they meet in every one
+        images, labels = stand_in(session)
+    images, labels = objectives.mixed(session, images, labels)
+    if (parts := session.settings.accumulate) > 1:
+        parts = min(parts, -session.team.most(-len(images)))  # as many in each process: with --shard they meet in every one
     pieces = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
-    mean, terms = torch.zeros((), device=job.device), {}
+    mean, terms = torch.zeros((), device=session.device), {}
     for number, (x, y) in enumerate(pieces, start=1):
-        with joining(job.network, last := number == len(pieces)):
-            logits, terms = job.network(x, last)
-            share = job.loss(logits, y) * (len(x) / count if here else 0)
+        with joining(session.step_module, last := number == len(pieces)):
+            logits, terms = session.step_module(x, last)
+            share = session.loss(logits, y) * (len(x) / count if here else 0)
             (size * share + sum(terms.values())).backward()  # divided by `size` where processes join
         mean = mean + share.detach()
-    return {"classification": job.team.total(mean)} | {name: value.detach() for name, value in terms.items()}, count
+    return {"classification": session.team.total(mean)} | {name: value.detach() for name, value in terms.items()}, count
 
 
 @contextmanager
-def joining(network: nn.Module, last: bool) -> Iterator[None]:
+def joining(module: nn.Module, last: bool) -> Iterator[None]:
     """Let processes join their gradients in the last backward pass of a step only."""
-    if isinstance(network, DistributedDataParallel) and not last:
-        with network.no_sync():
+    if isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
             yield
         return
-    if isinstance(network, Pass) and isinstance(network.model, FSDPModule):
-        network.model.set_requires_gradient_sync(last)
+    if isinstance(module, StepModule) and isinstance(module.model, FSDPModule):
+        module.model.set_requires_gradient_sync(last)
     yield
 
 
-def stand_in(job: Job) -> tuple[Tensor, Tensor]:
+def stand_in(session: Session) -> tuple[Tensor, Tensor]:
     """Two images of noise and labels, which take part and count nothing, where a batch has fewer images than processes."""
-    noise = torch.randn((2, *job.inputs.input_size), generator=torch.Generator().manual_seed(job.settings.seed))
-    return noise.to(job.device), torch.zeros(2, dtype=torch.int64, device=job.device)
+    noise = torch.randn((2, *session.inputs.input_size), generator=torch.Generator().manual_seed(session.settings.seed))
+    return noise.to(session.device), torch.zeros(2, dtype=torch.int64, device=session.device)
 
 
 def check_team(settings: TrainSettings, size: int) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitreous.base.errors import DataError
 from vitreous.train.engine.loader import rejoined
+from vitreous.train.engine.session import Session
 from vitreous.train.engine.sharding import put_together
 from vitreous.train.engine.state import (
     capture,
@@ -25,80 +26,77 @@ from vitreous.train.engine.state import (
 )
 from vitreous.train.objectives import set_progress, step_losses
 
-if TYPE_CHECKING:
-    from vitreous.train.engine.prepare import Job
-
 NAME = "not-finite.safetensors"
 Batch = tuple[Tensor, Tensor]
 
 
-def dump(job: Job, batch: Batch, rng: dict[str, Any], folder: Path) -> None:
+def dump(session: Session, batch: Batch, rng: dict[str, Any], folder: Path) -> None:
     """Write the batch of all processes, before it was mixed, and the state before the step, random states `rng` included."""
-    state, parts = capture(job, rng), job.team.gather(tuple(tensor.cpu() for tensor in batch))
-    if job.team.first:
+    state, parts = capture(session, rng), session.team.gather(tuple(tensor.cpu() for tensor in batch))
+    if session.team.first:
         with writing(folder):
             write_state(folder / NAME, {"state": state, "batch": tuple(map(rejoined, zip(*parts, strict=True)))})
 
 
-def load(job: Job, folder: Path) -> Batch:
-    """Put the job into the state before the step that `dump` kept; returns the batch. Raises DataError if there is none."""
+def load(session: Session, folder: Path) -> Batch:
+    """Put the session into the state before the step that `dump` kept; returns the batch. Raises DataError if there is none."""
     if not (folder / NAME).is_file():
         raise DataError(
             f"Found no {NAME} in {folder}. Expected the record of a step that was not finite, which a run leaves when it "
             "stops at one. There is nothing to replay."
         )
     found = read_state(folder / NAME)
-    restore(job, found["state"])
+    restore(session, found["state"])
     images, labels = found["batch"]
-    return images.to(job.device), labels.to(job.device)
+    return images.to(session.device), labels.to(session.device)
 
 
-def diagnose(job: Job, batch: Batch, rng: dict[str, Any] | None = None) -> str | None:
+def diagnose(session: Session, batch: Batch, rng: dict[str, Any] | None = None) -> str | None:
     """Run the step again, without taking it; says in words where what is not finite begins, None if all is finite.
 
     The random states are put back afterwards.
     """
     images, labels = batch
-    present = random_states(job.device)
+    present = random_states(session.device)
     try:
-        set_random_states(rng or present, job.device)
+        set_random_states(rng or present, session.device)
         if images.is_floating_point() and not torch.isfinite(images).all():
             bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
             return f"the images themselves, numbers {', '.join(map(str, bad[:8]))} of the batch"
-        for name, p in job.model.named_parameters():
+        for name, p in session.model.named_parameters():
             if not torch.isfinite(p).all():
                 return f"the weights themselves, {name}"
-        return first_in_step(job, images, labels)
+        return first_in_step(session, images, labels)
     finally:
-        job.model.zero_grad(set_to_none=True)
-        set_random_states(present, job.device)
+        session.model.zero_grad(set_to_none=True)
+        set_random_states(present, session.device)
 
 
-def find_origin(job: Job, batch: Batch, rng: dict[str, Any]) -> str | None:
+def find_origin(session: Session, batch: Batch, rng: dict[str, Any]) -> str | None:
     """`diagnose` by each process with its part of the batch; the words of the first that finds something."""
-    alone = job
-    if job.whole is not None:
-        put_together(job.model, job.whole)
-        alone = replace(job, model=job.whole)
-    found = job.team.everyone(diagnose(alone, batch, rng) if len(batch[0]) else None)
+    alone = session
+    if session.whole is not None:
+        put_together(session.model, session.whole)
+        alone = replace(session, model=session.whole)
+    found = session.team.everyone(diagnose(alone, batch, rng) if len(batch[0]) else None)
     return next(filter(None, found), None)
 
 
-def first_in_step(job: Job, images: Tensor, labels: Tensor) -> str | None:
+def first_in_step(session: Session, images: Tensor, labels: Tensor) -> str | None:
     """The first module whose output is not finite; else the loss; else the first whose gradient is not."""
-    job.model.train()
-    job.model.zero_grad(set_to_none=True)
-    with watched(job.model) as (outputs, gradients):
-        parts = step_losses(job, images, labels)
+    session.model.train()
+    session.model.zero_grad(set_to_none=True)
+    with watched(session.model) as (outputs, gradients):
+        parts = step_losses(session, images, labels)
         if outputs:
             return f"the output of {outputs[0]}"
         for name, value in parts.items():
             if not torch.isfinite(value):
-                return f"the loss {name}" + by_penalties(job, name)
+                return f"the loss {name}" + by_penalties(session, name)
         sum(parts.values()).backward()
     if gradients:
         return f"the gradient that comes out of {gradients[0]}"
-    norms = {name: p.grad.norm() for name, p in job.model.named_parameters() if p.grad is not None}
+    norms = {name: p.grad.norm() for name, p in session.model.named_parameters() if p.grad is not None}
     for name, norm in norms.items():
         if not finite(norm):
             return f"the gradient of {name}"
@@ -107,15 +105,15 @@ def first_in_step(job: Job, images: Tensor, labels: Tensor) -> str | None:
     return None
 
 
-def by_penalties(job: Job, name: str) -> str:
+def by_penalties(session: Session, name: str) -> str:
     """The modules whose own penalty of that name is not finite, in words."""
-    set_progress(job.model, job.progress)
+    set_progress(session.model, session.fraction_done)
     found = [
         path
-        for path, module in job.model.named_modules()
+        for path, module in session.model.named_modules()
         if hasattr(module, "penalties") and name in (own := module.penalties()) and not torch.isfinite(own[name])
     ]
-    return f", a penalty of {described(job.model, found[0])}" if found else ""
+    return f", a penalty of {described(session.model, found[0])}" if found else ""
 
 
 @contextmanager

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import Progress
-from timm.data import Mixup
 from timm.models import get_model_input_config
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
@@ -27,83 +23,33 @@ from vitreous.grafting import check, graft, grafts
 from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
 from vitreous.models import model_folder
-from vitreous.models.create import adapt, create_model, own_size, tells_apart
+from vitreous.models.create import adapt, check_patches, create_model, own_size, tells_apart
 from vitreous.train import recipes
-from vitreous.train.engine.distributed import check_team
-from vitreous.train.engine.distributed import network as network_of
-from vitreous.train.engine.loader import Inputs, Loader, loader
-from vitreous.train.engine.sharding import check_optimizer, put_together, shard
-from vitreous.train.engine.state import Place, seed_apart
+from vitreous.train.engine.distributed import check_team, join_processes
+from vitreous.train.engine.loader import Inputs, loader
+from vitreous.train.engine.session import Session
+from vitreous.train.engine.sharding import check_optimizer, shard
+from vitreous.train.engine.state import seed_apart
 from vitreous.train.objectives import classification_loss, mixing
 from vitreous.train.optimizer import choose_trainable, make_optimizer, make_scheduler
-from vitreous.train.records.trackers import Followers
+from vitreous.train.records.trackers import Trackers
 from vitreous.train.settings import TrainSettings
 
 SAMPLE = 64  # images on which grafts are checked and calibrated
 READ = 16  # test images that are looked at after every epoch
 
 
-@dataclass
-class Job:
-    """Everything that a run needs, built before anything is written."""
-
-    settings: TrainSettings
-    device: torch.device
-    data: Data
-    inputs: Inputs
-    model: nn.Module
-    loss: nn.Module
-    mixing: Mixup | None
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
-    ema: ModelEmaV3 | None
-    train: Loader
-    tests: dict[str, Loader]
-    sample: ImageSet | None  # what is looked at; None where attention cannot be read
-    remarks: list[str]
-    followers: Followers
-    recipe: dict[str, Any] | None = None  # the record of `recipes.resolve`
-    team: Team = ALONE
-    whole: nn.Module | None = None  # a copy to test, read and save, where the weights are spread (`collect` fills it)
-    network: nn.Module | None = None  # what a step runs: `distributed.Pass`, joined with other processes
-    updates: int = 0
-    place: Place = field(default_factory=Place)
-
-    @property
-    def tested(self) -> nn.Module:
-        """The model that is tested, read and saved: the averaged one, if there is one."""
-        return self.whole or self.averaged
-
-    @property
-    def averaged(self) -> nn.Module:
-        """The moving average of the weights where one is kept, else the model that learns; its weights may be spread."""
-        return self.model if self.ema is None else self.ema.module
-
-    def collect(self) -> None:
-        """Bring `tested` up to date; every process must ask."""
-        if self.whole is not None:
-            put_together(self.averaged, self.whole)
-
-    @property
-    def progress(self) -> float:
-        """0 before the first update, 1 after the last."""
-        return self.updates / (self.settings.epochs * len(self.train))
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp)
-
-
 def prepare(
     settings: TrainSettings, console: Console | None = None, team: Team = ALONE, opening: Callable[..., Data] = open_data
-) -> Job:
+) -> Session:
     """Open the data, build the model, graft, choose what learns; raises VitreousError if they do not fit together.
 
     console: where it is shown how far the reading of files is. opening: `open_data`, or an `OpenOnce` for several runs.
     """
     device = team.device(settings.torch_device())
-    followers = Followers(settings.tracker if team.first else ())
+    trackers = Trackers(settings.tracker if team.first else ())
     data, inputs, model, remarks = data_and_model(settings, console, opening)
-    settings, recipe = recipes.resolve(settings, from_weights(settings), len(data.train))
+    settings, recipe = settings.with_recipe(from_weights(settings), len(data.train))
     check_team(settings, team.size)
     remarks += recipes.remarks(recipe) if recipe else []
     there = len(grafts(model))
@@ -129,7 +75,7 @@ def prepare(
         for spreading in (model, ema.module) if ema else (model,):
             shard(spreading, device, team.size)
     optimizer = make_optimizer(model, settings)
-    job = Job(
+    session = Session(
         settings=settings,
         device=device,
         data=data,
@@ -144,18 +90,18 @@ def prepare(
         tests=tests,
         sample=spaced(data.tests["test"], READ) if readable(whole or model, sample, remarks) else None,
         remarks=remarks,
-        followers=followers,
+        trackers=trackers,
         recipe=recipe,
         team=team,
         whole=whole,
     )
     if grafts(model):
-        with job.autocast():
+        with session.autocast():
             check(model.train(), sample)  # on the path that will run
-    job.network = network_of(job, sample[:2])
+    session.step_module = join_processes(session, sample[:2])
     random_seed(settings.seed)  # dropout, mixup and augmentation draw alike in every arm
-    seed_apart(job)
-    return job
+    seed_apart(session)
+    return session
 
 
 def fetch(settings: TrainSettings, team: Team) -> None:
@@ -174,7 +120,7 @@ def data_and_model(
             f"Found the folder {settings.model}, which has its weights, and --weights or --pretrained. Expected one source. "
             "Leave the other out."
         )
-    loaded, rate = from_weights(settings), recipes.drop_path(settings)
+    loaded, rate = from_weights(settings), recipes.drop_path(settings.drop_path)
     arguments = settings.network_arguments() | ({"drop_path_rate": rate} if rate else {})
     if folder:
         start = partial(model_folder.load, settings.model, foreign=settings.foreign, **arguments)
@@ -277,16 +223,6 @@ def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Inputs:
     )
 
 
-def check_patches(model: nn.Module, size: tuple[int, int]) -> None:
-    """Raise SettingError if the image size is no multiple of the model's patches."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch and any(side % part for side, part in zip(size, patch, strict=True)):
-        raise SettingError(
-            f"Found images of {size[1]} x {size[0]} pixels for patches of {patch[1]} x {patch[0]}. Expected a multiple. Give "
-            f"--image-size {max(1, round(size[0] / patch[0])) * patch[0]}, or --model-kwargs patch_size=N."
-        )
-
-
 def readable(model: nn.Module, sample: Tensor, remarks: list[str]) -> bool:
     """Whether attention can be seen in this model; else a remark why not."""
     try:
@@ -297,17 +233,17 @@ def readable(model: nn.Module, sample: Tensor, remarks: list[str]) -> bool:
     return True
 
 
-def facts(job: Job) -> dict[str, Any]:
+def run_metadata(session: Session) -> dict[str, Any]:
     """What run.json says of data and model."""
-    data, model = job.data, job.model
+    data, model = session.data, session.model
     parameters = list(model.parameters())
     return {
-        "seed": job.settings.seed,
+        "seed": session.settings.seed,
         "data": {
             "name": data.name,
             "classes": list(data.classes),
             "images": {"train": len(data.train)} | {name: len(images) for name, images in data.tests.items()},
-            "inputs": job.inputs.config(),
+            "inputs": session.inputs.config(),
         },
         "model": {
             "architecture": model.pretrained_cfg["architecture"],
@@ -316,7 +252,7 @@ def facts(job: Job) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in parameters),
             "learning": sum(p.numel() for p in parameters if p.requires_grad),
         },
-        "device": str(job.device),
-        "processes": job.team.size,
-        "remarks": job.remarks,
-    } | ({"recipe": job.recipe} if job.recipe else {})
+        "device": str(session.device),
+        "processes": session.team.size,
+        "remarks": session.remarks,
+    } | ({"recipe": session.recipe} if session.recipe else {})

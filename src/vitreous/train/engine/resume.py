@@ -19,13 +19,15 @@ from vitreous.data import Data, OpenOnce, open_data
 from vitreous.models import model_folder
 from vitreous.train.engine import early_stopping, non_finite
 from vitreous.train.engine.lock import locked
-from vitreous.train.engine.loop import go_on, speaker, train_once
-from vitreous.train.engine.prepare import facts, fetch, prepare
+from vitreous.train.engine.loop import go_on
+from vitreous.train.engine.prepare import fetch, prepare, run_metadata
 from vitreous.train.engine.state import restore
 from vitreous.train.records import reproducibility, summary
+from vitreous.train.records.progress_display import speaker
 from vitreous.train.records.run_folder import Run, read_metrics, read_rows
 from vitreous.train.records.trackers import TRACKERS
 from vitreous.train.settings import Repeated, TrainSettings
+from vitreous.train.train import train_once
 
 CONFIG = (conf.FlagCreatePairsOff,)
 RESUME_HELP = """\
@@ -149,10 +151,10 @@ def resume_once(
 ) -> None:
     """Go on with the run of one seed; does nothing if it is finished. opening: as `prepare` takes it."""
     run, say = Run(folder), speaker(console)
-    with ExitStack() as held:
+    with ExitStack() as locks:
         with team.together():
             if team.first:
-                held.enter_context(locked(folder, say))
+                locks.enter_context(locked(folder, say))
         record = model_folder.read_json(folder / "run.json")
         settings = recorded_settings(record, changed)
         if team.first_does(lambda: already_finished(run, settings)):
@@ -162,17 +164,22 @@ def resume_once(
         found = team.first_does(lambda: run.states.load(say))
         fetch(settings, team)
         with team.together():
-            job = prepare(settings, console, team, opening)
+            session = prepare(settings, console, team, opening)
             if team.first:
                 rows = read_rows(folder / "manifest.csv")
-                reproducibility.refuse(reproducibility.since(record, found, job, facts(job), rows), allow_changes, say)
+                reproducibility.refuse(
+                    reproducibility.since(record, found, session, run_metadata(session), rows), allow_changes, say
+                )
         if found is not None:
-            restore(job, found)
-            run.states.latest = job.updates
+            restore(session, found)
+            run.states.latest = session.progress.updates
         if team.first:
-            run.rewind(job.place.epoch, begun=job.updates > 0)
-        say(f"Goes on with {folder} after {job.updates} updates, in epoch {job.place.epoch} of {settings.epochs}.")
-        go_on(job, run, console)
+            run.rewind(session.progress.epoch, begun=session.progress.updates > 0)
+        say(
+            f"Goes on with {folder} after {session.progress.updates} updates, "
+            f"in epoch {session.progress.epoch} of {settings.epochs}."
+        )
+        go_on(session, run, console)
 
 
 def already_finished(run: Run, settings: TrainSettings) -> bool:
@@ -187,12 +194,12 @@ def replay(folder: str | Path, console: Console | None = None) -> str | None:
     record = model_folder.read_json(folder / "run.json")
     torch.set_num_threads(record["machine"]["threads"])
     alone = {"shard": False, "tracker": ()}  # the record is of whole weights, and nobody is told
-    job = prepare(recorded_settings(record, alone), console)
-    batch = non_finite.load(job, folder)
-    origin = non_finite.diagnose(job, batch)
-    place = f"Update {job.updates + 1}, in epoch {job.place.epoch}"
+    session = prepare(recorded_settings(record, alone), console)
+    batch = non_finite.load(session, folder)
+    origin = non_finite.diagnose(session, batch)
+    position = f"Update {session.progress.updates + 1}, in epoch {session.progress.epoch}"
     say = speaker(console)
-    say(f"{place}: what is not finite begins with {origin}." if origin else f"{place}: this time, everything is finite.")
+    say(f"{position}: " + (f"what is not finite begins with {origin}." if origin else "this time, everything is finite."))
     return origin
 
 

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from vitreous.base.errors import SettingError
 from vitreous.base.processes import Lost, naming_the_lost
-from vitreous.train.objectives import penalties
+from vitreous.grafting import penalties
+from vitreous.train.engine.session import Session
 
 
 def shard(model: nn.Module, device: torch.device, size: int) -> None:
@@ -121,3 +122,9 @@ def put_together(source: nn.Module, target: nn.Module) -> None:
     """Copy parameters and buffers of a spread model into a whole one that was made as it was."""
     for place, tensor in zip([*target.parameters(), *target.buffers()], [*source.parameters(), *source.buffers()], strict=True):
         place.copy_(whole(tensor))
+
+
+def collect_weights(session: Session) -> None:
+    """Collective: call on every rank; brings `session.tested` up to date where the weights are spread."""
+    if session.whole is not None:
+        put_together(session.averaged, session.whole)

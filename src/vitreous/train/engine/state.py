@@ -14,9 +14,9 @@ import os
 import random
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -26,10 +26,8 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import DataError, SettingError, VitreousError
 from vitreous.base.files import write
+from vitreous.train.engine.session import Means, Progress, Session
 from vitreous.train.engine.sharding import gathered, spread, spread_state, whole
-
-if TYPE_CHECKING:
-    from vitreous.train.engine.prepare import Job
 
 FORMAT = 1
 FOLDER = "state"
@@ -43,91 +41,54 @@ class NotFinite(VitreousError):
     update: int | None = None
 
 
-class Means:
-    """Weighted means of scalars by name, added up where they lie, without waiting for a device."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-        self.weight = 0
-
-    def add(self, values: dict[str, Tensor], weight: int = 1) -> None:
-        self.weight += weight
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + weight * value.detach().double()
-
-    def values(self) -> dict[str, float]:
-        return {name: (total / self.weight).item() for name, total in self.sums.items()}
-
-
-@dataclass
-class Place:
-    """Where a run is, and what the current epoch came to so far.
-
-    epoch: from 1. step: batches of it that are done. seconds: spent on them. lr: the highest learning rate by now.
-    left_out: numbers of the updates that are not taken, since they failed before a return to a good state.
-    """
-
-    epoch: int = 1
-    step: int = 0
-    seen: int = 0
-    seconds: float = 0.0
-    lr: float = 0.0
-    losses: Means = field(default_factory=Means)
-    norms: Means = field(default_factory=Means)
-    left_out: list[int] = field(default_factory=list)
-
-    def next_epoch(self) -> Place:
-        return Place(epoch=self.epoch + 1, left_out=self.left_out)
-
-
 # -- a run as one structure, and back ------------------------------------------------------------------------------
 
 
-def capture(job: Job, rng: dict[str, Any] | None = None) -> dict[str, Any]:
+def capture(session: Session, rng: dict[str, Any] | None = None) -> dict[str, Any]:
     """What the next step of the run depends on. rng: random states of earlier, in place of the present ones.
 
     Every process must ask, and gets the whole.
 
     The schedule of the learning rate and those of modules follow from `updates`.
     """
-    place = {name: value for name, value in vars(job.place).items() if not isinstance(value, Means)}
-    states = job.team.everyone(rng or random_states(job.device))
+    progress = session.progress
+    place = {name: value for name, value in vars(progress).items() if not isinstance(value, Means)}
+    states = session.team.everyone(rng or random_states(session.device))
     return {
-        "settings": asdict(job.settings) | {"data": job.settings.data},
-        "updates": job.updates,
-        "place": place | {"losses": vars(job.place.losses), "norms": vars(job.place.norms)},
-        "model": gathered(tensors_of(job.model)),
-        "ema": None if job.ema is None else gathered(tensors_of(job.ema.module)),
-        "optimizer": gathered(job.optimizer.state_dict()),
+        "settings": asdict(session.settings) | {"data": session.settings.data},
+        "updates": place.pop("updates"),
+        "place": place | {"losses": vars(progress.losses), "norms": vars(progress.norms)},
+        "model": gathered(tensors_of(session.model)),
+        "ema": None if session.ema is None else gathered(tensors_of(session.ema.module)),
+        "optimizer": gathered(session.optimizer.state_dict()),
         "rng": states[0],
         "rng_of_others": states[1:],
     }
 
 
-def restore(job: Job, found: dict[str, Any]) -> None:
+def restore(session: Session, found: dict[str, Any]) -> None:
     """Put a run, made from the same settings, into a captured state. Raises DataError if it does not fit exactly."""
-    fill(job.model, found["model"], "model")
-    if job.ema is not None:
-        fill(job.ema.module, found["ema"] or {}, "averaged model")
+    fill(session.model, found["model"], "model")
+    if session.ema is not None:
+        fill(session.ema.module, found["ema"] or {}, "averaged model")
     try:
-        job.optimizer.load_state_dict(found["optimizer"])
+        session.optimizer.load_state_dict(found["optimizer"])
     except (ValueError, KeyError) as error:
         raise unfit(f"an optimizer of another form ({error})") from error
-    if digest(*packed(job.optimizer.state_dict())) != digest(*packed(found["optimizer"])):
-        raise unfit(f"an optimizer, {job.settings.opt}, that does not come back as it was")
-    spread_state(job.optimizer)
-    job.updates = found["updates"]
-    place = dict(found["place"])
+    if digest(*packed(session.optimizer.state_dict())) != digest(*packed(found["optimizer"])):
+        raise unfit(f"an optimizer, {session.settings.opt}, that does not come back as it was")
+    spread_state(session.optimizer)
+    place = {"updates": found["updates"]} | found["place"]
     for name in ("losses", "norms"):
         means, kept = Means(), place.pop(name)
-        means.sums = {key: value.to(job.device) for key, value in kept["sums"].items()}
+        means.sums = {key: value.to(session.device) for key, value in kept["sums"].items()}
         means.weight = kept["weight"]
         place[name] = means
-    job.place = Place(**place)
+    session.progress = Progress(**place)
     states = [found["rng"], *found.get("rng_of_others", ())]
-    set_random_states(states[job.team.rank if len(states) == job.team.size else 0], job.device)
-    if len(states) != job.team.size:
-        seed_apart(job)
+    set_random_states(states[session.team.rank if len(states) == session.team.size else 0], session.device)
+    if len(states) != session.team.size:
+        seed_apart(session)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -174,10 +135,10 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     random.setstate(states["python"])
 
 
-def seed_apart(job: Job) -> None:
+def seed_apart(session: Session) -> None:
     """Let dropout and dropped paths differ between processes; what mixup draws from, NumPy's state, stays in step."""
-    if job.team.rank:
-        words = np.random.SeedSequence((job.settings.seed, job.team.rank, job.updates)).generate_state(1)
+    if session.team.rank:
+        words = np.random.SeedSequence((session.settings.seed, session.team.rank, session.progress.updates)).generate_state(1)
         torch.manual_seed(int(words[0]))
 
 
@@ -207,24 +168,24 @@ class States:
         self.folder = folder / FOLDER
         self.latest: int | None = None  # updates of the state that was written last
 
-    def save(self, job: Job) -> None:
+    def save(self, session: Session) -> None:
         """Write the present state, whole or not at all, unless it is there; drop those older than the one before.
 
         Every process must ask; the first one writes.
 
         Raises NotFinite, and SettingError where it cannot be written; what was there is kept then.
         """
-        if self.latest == job.updates:
+        if self.latest == session.progress.updates:
             return
-        check_finite(job.model)
-        if job.ema is not None:
-            check_finite(job.ema.module, "averaged model")
-        self.latest, content = job.updates, capture(job)
-        if not job.team.first:
+        check_finite(session.model)
+        if session.ema is not None:
+            check_finite(session.ema.module, "averaged model")
+        self.latest, content = session.progress.updates, capture(session)
+        if not session.team.first:
             return
         with writing(self.folder.parent):
             self.folder.mkdir(exist_ok=True)
-            write_state(self.folder / f"{job.updates:09d}.safetensors", content)
+            write_state(self.folder / f"{session.progress.updates:09d}.safetensors", content)
             sync_folder(self.folder)
             for path in self.paths()[KEPT:]:
                 path.unlink()

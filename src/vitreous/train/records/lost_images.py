@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from vitreous.data.problems import shown
 from vitreous.data.quarantine import COLUMNS, Quarantined
-from vitreous.train.engine.prepare import Job
+from vitreous.train.engine.session import Session
 from vitreous.train.records.run_folder import Run, read_rows
 
 FILE = "quarantine.csv"
 
 
-def lost(job: Job) -> list[Quarantined]:
+def lost(session: Session) -> list[Quarantined]:
     """Images that could be read at the start and no longer when their batch was made."""
     return [
-        Quarantined(batches.name(i), job.data.classes[batches.images.labels[i]], part, reason)
-        for part, batches in {"train": job.train, **job.tests}.items()
+        Quarantined(batches.name(i), session.data.classes[batches.images.labels[i]], part, reason)
+        for part, batches in {"train": session.train, **session.tests}.items()
         for i, reason in sorted(batches.lost.items())
     ]
 
 
-def gather_lost(job: Job) -> None:
+def gather_lost(session: Session) -> None:
     """Let the first process know which images others could not read; every process must ask."""
-    loaders = [job.train, *job.tests.values()]
-    for found in job.team.gather([(loader.lost, loader.missing) for loader in loaders]):
+    loaders = [session.train, *session.tests.values()]
+    for found in session.team.gather([(loader.lost, loader.missing) for loader in loaders]):
         for loader, (lost_there, missing) in zip(loaders, found, strict=True):
             loader.lost, loader.missing = loader.lost | lost_there, loader.missing | missing
 
 
-def write_quarantine(job: Job, run: Run) -> list[str]:
+def write_quarantine(session: Session, run: Run) -> list[str]:
     """Add to quarantine.csv what is not in it yet; returns a line to say of images lost since the start, if any is new."""
     known = read_rows(run.folder / FILE)
-    late = [bad for bad in lost(job) if bad.cells() not in known]
-    rows = [bad.cells() for bad in job.data.quarantined]
+    late = [bad for bad in lost(session) if bad.cells() not in known]
+    rows = [bad.cells() for bad in session.data.quarantined]
     new = [row for row in rows if row not in known] + [bad.cells() for bad in late]
     if new:
         run.table(FILE, COLUMNS, [*known, *new])

@@ -12,7 +12,7 @@ from vitreous.base.environment import machine, versions
 from vitreous.base.errors import SettingError
 from vitreous.data import ArraySet, Data, FileSet, ImageSet
 from vitreous.data.decoding import Source
-from vitreous.train.engine.prepare import Job
+from vitreous.train.engine.session import Session
 from vitreous.train.settings import TrainSettings
 
 COLUMNS = ["set", "name", "label", "content"]
@@ -64,19 +64,24 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def since(record: dict[str, Any], found: dict[str, Any] | None, job: Job, facts: dict[str, Any], rows: Rows) -> list[str]:
-    """What has changed since a run began, in words. record: its run.json; found: its state; facts: those of now."""
-    differences = between_manifests(rows, manifest(job.data))
+def since(
+    record: dict[str, Any], state: dict[str, Any] | None, session: Session, metadata: dict[str, Any], rows: Rows
+) -> list[str]:
+    """What has changed since a run began, in words.
+
+    record: its run.json. state: its last one, if any. metadata: `run_metadata` of now. rows: its manifest.
+    """
+    differences = between_manifests(rows, manifest(session.data))
     for name in ("data", "model", "device"):
-        differences += between({name: record.get(name)}, {name: facts[name]})
+        differences += between({name: record.get(name)}, {name: metadata[name]})
     processes = {"processes": record.get("processes", 1)}
-    differences += between(processes, {"processes": facts["processes"]})
+    differences += between(processes, {"processes": metadata["processes"]})
     differences += between({"versions": record.get("versions")}, {"versions": versions()})
     present = machine()
     for name in ("platform", "processor", "cuda"):
         differences += between({name: record["machine"].get(name)}, {name: present[name]})
-    if found is not None:
-        differences += between(bearing(found["settings"]), bearing(record["settings"]))
+    if state is not None:
+        differences += between(bearing(state["settings"]), bearing(record["settings"]))
     return differences
 
 

@@ -1,4 +1,4 @@
-"""Trackers: who is told the numbers of every epoch, beside metrics.jsonl, which is always written.
+"""Trackers: programs that get the numbers of every epoch, beside metrics.jsonl, which is always written.
 
 `--tracker tensorboard` needs the extra vitreous[tensorboard] and writes RUN/tensorboard. Anything else that follows `Tracker`
 can be named as package.module.Class, on the command line alone: a run folder never has code imported.
@@ -17,12 +17,12 @@ from vitreous.base.errors import SettingError, UnknownName, VitreousError
 
 
 class Tracker(Protocol):
-    """What is made without arguments, told where a run is, and then told its numbers."""
+    """What a tracker defines; it is made without arguments."""
 
-    def start(self, folder: Path, facts: dict[str, Any], epoch: int) -> None:
+    def start(self, folder: Path, record: dict[str, Any], epoch: int) -> None:
         """Before the first epoch, and again, after `finish`, when the run goes back to an earlier state.
 
-        facts: the run's run.json. epoch: the one that comes next; what was told of it and of later ones is void.
+        record: the run's run.json. epoch: the one that comes next; discards logged epochs from this one on.
         """
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
@@ -44,9 +44,9 @@ class TensorBoard:
             ) from error
         self.open = SummaryWriter
 
-    def start(self, folder: Path, facts: dict[str, Any], epoch: int) -> None:
+    def start(self, folder: Path, record: dict[str, Any], epoch: int) -> None:
         self.writer = self.open(str(folder / "tensorboard"), purge_step=epoch)
-        self.writer.add_text("run", f"```json\n{json.dumps(facts, indent=2)}\n```", epoch)
+        self.writer.add_text("run", f"```json\n{json.dumps(record, indent=2)}\n```", epoch)
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -87,8 +87,8 @@ def make(name: str) -> Tracker:
     return tracker
 
 
-class Followers:
-    """The trackers of a run. One that fails is reported and told nothing more; the run goes on."""
+class Trackers:
+    """The trackers of a run. One that fails is reported and dropped; the run goes on."""
 
     def __init__(self, names: Sequence[str]):
         self.trackers = {name: make(name) for name in names}
@@ -97,28 +97,28 @@ class Followers:
 
     @contextmanager
     def of(self, folder: Path, epoch: int, say: Callable[[str], Any]) -> Iterator[None]:
-        """Told of the run in a folder from this epoch on, while it is entered. say: how a failure is reported."""
+        """While entered, sends the run in a folder to the trackers, from this epoch on. say: how a failure is reported."""
         self.say, self.folder = say, folder
         self.begin(epoch)
         try:
             yield
         finally:
-            self.tell("finish")
+            self.call("finish")
 
     def begin(self, epoch: int) -> None:
         if self.trackers:
-            facts = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-            self.tell("start", self.folder, facts, epoch)
+            record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            self.call("start", self.folder, record, epoch)
 
     def back_to(self, epoch: int) -> None:
-        """The run that they are told of does this epoch and later ones again."""
-        self.tell("finish")
+        """Restart the trackers: this epoch and later ones are done again."""
+        self.call("finish")
         self.begin(epoch)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        self.tell("log", metrics["epoch"], flat(metrics))
+        self.call("log", metrics["epoch"], flat(metrics))
 
-    def tell(self, method: str, *arguments: Any) -> None:
+    def call(self, method: str, *arguments: Any) -> None:
         for name, tracker in list(self.trackers.items()):
             try:
                 getattr(tracker, method)(*arguments)

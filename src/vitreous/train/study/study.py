@@ -32,14 +32,15 @@ from vitreous.grafting import graft
 from vitreous.mechanism import parse
 from vitreous.models import model_folder
 from vitreous.train.engine.lock import locked
-from vitreous.train.engine.loop import speaker, train_once
 from vitreous.train.engine.prepare import data_and_model
 from vitreous.train.engine.resume import recorded_settings, resume_once
 from vitreous.train.engine.state import writing
 from vitreous.train.records import reproducibility
+from vitreous.train.records.progress_display import speaker
 from vitreous.train.records.run_folder import STUDY, taken
 from vitreous.train.settings import DATA, Images, Network, Optimisation, Repeated, Running, TrainSettings
 from vitreous.train.study import compare_arms
+from vitreous.train.train import train_once
 
 FORMAT = 1
 OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run
@@ -95,14 +96,14 @@ def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], cons
     """`study`, by a team of processes."""
     asked, say, opening = plan(settings, grafts), speaker(console), OpenOnce()
     folder = team.first_does(lambda: choose(settings, asked))
-    with ExitStack() as held:
+    with ExitStack() as locks:
         with team.together():
             if team.first:
                 if not (folder / STUDY).is_file():
                     check_arms(settings, grafts, console, opening)
                 with writing(folder):
                     folder.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(locked(folder, say))
+                    locks.enter_context(locked(folder, say))
                     if not (folder / STUDY).is_file():
                         save(folder, {"format": FORMAT, "command": command_line()} | asked)
         runs = run_folders(folder, asked)

@@ -1,0 +1,107 @@
+"""What a run consists of (`Session`) and how far it has come (`Progress`), for all of the engine."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from vitreous.base.processes import ALONE, Team
+from vitreous.data import Data, ImageSet
+from vitreous.train.engine.loader import Inputs, Loader
+from vitreous.train.records.trackers import Trackers
+from vitreous.train.settings import TrainSettings
+
+
+class Means:
+    """Weighted means of scalars by name, added up where they lie, without waiting for a device."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.weight = 0
+
+    def add(self, values: dict[str, Tensor], weight: int = 1) -> None:
+        self.weight += weight
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + weight * value.detach().double()
+
+    def values(self) -> dict[str, float]:
+        return {name: (total / self.weight).item() for name, total in self.sums.items()}
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what the current epoch came to so far.
+
+    updates: steps done since the start, those left out included. epoch: from 1. step: batches of it that are done. seen:
+    images of them. seconds: spent on them. lr: the highest learning rate by now. left_out: numbers of the updates that are
+    not taken, since they failed before a return to a good state.
+    """
+
+    updates: int = 0
+    epoch: int = 1
+    step: int = 0
+    seen: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    losses: Means = field(default_factory=Means)
+    norms: Means = field(default_factory=Means)
+    left_out: list[int] = field(default_factory=list)
+
+    def next_epoch(self) -> Progress:
+        return Progress(updates=self.updates, epoch=self.epoch + 1, left_out=self.left_out)
+
+
+@dataclass
+class Session:
+    """Everything that a run needs, built by `prepare` before anything is written.
+
+    sample: test images that are looked at after every epoch; None where attention cannot be read. recipe: the record of
+    `TrainSettings.with_recipe`. whole: where weights are spread over processes, a copy to test, read and save, which
+    `sharding.collect_weights` fills. step_module: what a step runs, joined with that of other processes.
+    """
+
+    settings: TrainSettings
+    device: torch.device
+    data: Data
+    inputs: Inputs
+    model: nn.Module
+    loss: nn.Module
+    mixing: Mixup | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    ema: ModelEmaV3 | None
+    train: Loader
+    tests: dict[str, Loader]
+    sample: ImageSet | None
+    remarks: list[str]
+    trackers: Trackers
+    recipe: dict[str, Any] | None = None
+    team: Team = ALONE
+    whole: nn.Module | None = None
+    step_module: nn.Module | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested, read and saved: the averaged one, if there is one."""
+        return self.whole or self.averaged
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The moving average of the weights where one is kept, else the model that learns; its weights may be spread."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def fraction_done(self) -> float:
+        """0 before the first update, 1 after the last."""
+        return self.progress.updates / (self.settings.epochs * len(self.train))
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp)
