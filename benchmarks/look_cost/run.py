@@ -55,7 +55,7 @@ def arms_of(model: torch.nn.Module, images: torch.Tensor, device: str) -> dict[s
         measures = Measures(model, **settings)
 
         def act() -> object:
-            watch(model, batch, measures.see, layouts=layouts, leave=measures.leave, ends=measures.ends)
+            watch(model, batch, measures.see, layouts=layouts, on_output=measures.leave, outputs=measures.ends)
             return measures.take()
 
         return act

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from vitreous.lens.coordinates import Shadows, channel, layout
-from vitreous.lens.coordinates.coordinate_tracer import plain_name
+from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer, plain_name
+from vitreous.lens.coordinates.layout import channel, layout
 
 HEIGHT, WIDTH = 6, 8
 
@@ -20,31 +20,31 @@ HEIGHT, WIDTH = 6, 8
 class Following(TorchFunctionMode):
     """Moves shadows along, and notes the layout of every fused attention."""
 
-    def __init__(self, shadows: Shadows):
+    def __init__(self, coordinates: CoordinateTracer):
         super().__init__()
-        self.shadows, self.layouts = shadows, []
+        self.coordinates, self.layouts = coordinates, []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunction():
             out = func(*args, **kwargs or {})
-            self.shadows.follow(func, args, kwargs, out)
+            self.coordinates.follow(func, args, kwargs, out)
             if plain_name(func) == "scaled_dot_product_attention":
-                q, k = (self.shadows.of(tensor) for tensor in args[:2])
-                self.layouts.append((layout(q, k, self.shadows.size), channel(q, k)))
+                q, k = (self.coordinates.of(tensor) for tensor in args[:2])
+                self.layouts.append((layout(q, k, self.coordinates.size), channel(q, k)))
         return out
 
 
 def followed(function, image: Tensor):
     """(output, shadows) of a function of an image."""
-    shadows = Shadows(image)
-    with torch.no_grad(), Following(shadows):
+    coordinates = CoordinateTracer(image)
+    with torch.no_grad(), Following(coordinates):
         out = function(image)
-    return out, shadows
+    return out, coordinates
 
 
 def traced(model: nn.Module, *size: int):
-    shadows = Shadows(image := torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)))
-    with torch.no_grad(), Following(shadows) as mode:
+    coordinates = CoordinateTracer(image := torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad(), Following(coordinates) as mode:
         model.eval()(image)
     return mode.layouts
 
@@ -147,14 +147,14 @@ LINEAR = {
 def test_places_are_the_mean_of_the_pixels_in_the_gradient(name):
     """Second oracle of each call: d out / d pixel, by autograd, weighs the coordinates of the pixels."""
     image = torch.ones(1, CHANNELS, HEIGHT, WIDTH, dtype=torch.float64)
-    out, shadows = followed(LINEAR[name], image)
+    out, coordinates = followed(LINEAR[name], image)
     gradient = torch.autograd.functional.jacobian(LINEAR[name], image).reshape(*out.shape, CHANNELS, HEIGHT, WIDTH).sum(-3)
     total = gradient.sum((-2, -1))  # 0 where nothing of the image is
     y, x = torch.arange(HEIGHT) + 0.5, torch.arange(WIDTH) + 0.5
     mean_y, mean_x = (gradient.sum(-1) * y).sum(-1) / total, (gradient.sum(-2) * x).sum(-1) / total
     moment = (gradient * (y[:, None].square() + x.square())).sum((-2, -1)) / total
-    places = shadows.of(out)
-    assert shadows.reason(out) == ""
+    places = coordinates.of(out)
+    assert coordinates.reason(out) == ""
     assert places.shape == (*out.shape, 4)
     torch.testing.assert_close(places[..., 0], mean_y, equal_nan=True)
     torch.testing.assert_close(places[..., 1], mean_x, equal_nan=True)
@@ -171,16 +171,16 @@ def test_merging_weighs_by_what_was_merged_before():
         to = torch.zeros(1, 2, CHANNELS, dtype=torch.long)
         return torch.zeros_like(x[:, :1]).scatter_reduce(1, to, x[:, :2], "mean", include_self=False)
 
-    out, shadows = followed(merge, torch.ones(1, CHANNELS, HEIGHT, WIDTH))
-    place = shadows.of(out)[0, 0, 0]
+    out, coordinates = followed(merge, torch.ones(1, CHANNELS, HEIGHT, WIDTH))
+    place = coordinates.of(out)[0, 0, 0]
     assert place.tolist() == [0.5, 2.0, pytest.approx(1.25), 4.0]
 
 
 def test_an_extreme_over_an_axis_is_as_the_mean():
     """The winner differs from channel to channel; where a token is does not."""
     image = torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
-    mean, shadows = followed(lambda x: x.unflatten(2, (3, 2)).mean(3), image)
-    want = shadows.of(mean)
+    mean, coordinates = followed(lambda x: x.unflatten(2, (3, 2)).mean(3), image)
+    want = coordinates.of(mean)
     for extreme in (
         lambda x: x.unflatten(2, (3, 2)).max(dim=3).values,
         lambda x: torch.min(x.unflatten(2, (3, 2)), 3)[0],
@@ -188,8 +188,8 @@ def test_an_extreme_over_an_axis_is_as_the_mean():
         lambda x: F.max_pool2d(x, (2, 1)),
         lambda x: F.adaptive_max_pool2d(x, (3, WIDTH)),
     ):
-        out, shadows = followed(extreme, image)
-        torch.testing.assert_close(shadows.of(out), want)
+        out, coordinates = followed(extreme, image)
+        torch.testing.assert_close(coordinates.of(out), want)
 
 
 KEEP = {
@@ -216,8 +216,8 @@ KEEP = {
 
 @pytest.mark.parametrize("name", KEEP)
 def test_what_keeps_places(name):
-    out, shadows = followed(KEEP[name], torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)))
-    places = shadows.of(out)
+    out, coordinates = followed(KEEP[name], torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)))
+    places = coordinates.of(out)
     y, x = torch.meshgrid(torch.arange(HEIGHT) + 0.5, torch.arange(WIDTH) + 0.5, indexing="ij")
     torch.testing.assert_close(places[0, 0, ..., 0], y.double())
     torch.testing.assert_close(places[0, 1, ..., 1], x.double())
@@ -226,26 +226,26 @@ def test_what_keeps_places(name):
 def test_parameters_padding_and_unknown_calls_have_no_place():
     image = torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     token = nn.Parameter(torch.zeros(1, 1, CHANNELS))
-    out, shadows = followed(lambda x: torch.cat([token.expand(1, -1, -1), tokens(x)], 1), image)
-    assert shadows.of(out)[0, 0].isnan().all()
-    assert shadows.of(out)[0, 1:].isfinite().all()
-    assert shadows.of(token) is None
+    out, coordinates = followed(lambda x: torch.cat([token.expand(1, -1, -1), tokens(x)], 1), image)
+    assert coordinates.of(out)[0, 0].isnan().all()
+    assert coordinates.of(out)[0, 1:].isfinite().all()
+    assert coordinates.of(token) is None
 
-    out, shadows = followed(lambda x: F.pad(x, (1, 2, 0, 1)), image)
-    inside = shadows.of(out)[0, 0, :, :, 0].isfinite()
+    out, coordinates = followed(lambda x: F.pad(x, (1, 2, 0, 1)), image)
+    inside = coordinates.of(out)[0, 0, :, :, 0].isfinite()
     assert inside[:HEIGHT, 1 : 1 + WIDTH].all()
     assert inside.sum() == HEIGHT * WIDTH
 
-    out, shadows = followed(lambda x: torch.fft.rfft(x, dim=-1).abs() + 1, image)
-    assert shadows.of(out) is None
-    assert shadows.reason(out) == "fft_rfft lost the places"
-    out, shadows = followed(lambda x: torch.fft.fft(x).real + x, image)
-    assert shadows.of(out) is not None  # the residual sum finds them again
+    out, coordinates = followed(lambda x: torch.fft.rfft(x, dim=-1).abs() + 1, image)
+    assert coordinates.of(out) is None
+    assert coordinates.reason(out) == "fft_rfft lost the places"
+    out, coordinates = followed(lambda x: torch.fft.fft(x).real + x, image)
+    assert coordinates.of(out) is not None  # the residual sum finds them again
 
     for fresh in (torch.zeros_like, lambda x: x.new_ones(3), lambda x: x.argmax(1), lambda x: x > 0):
-        out, shadows = followed(fresh, image)
-        assert shadows.of(out) is None
-        assert shadows.reason(out) == ""
+        out, coordinates = followed(fresh, image)
+        assert coordinates.of(out) is None
+        assert coordinates.reason(out) == ""
 
 
 def test_tokens_chosen_by_values_or_by_chance_are_said_to_be():
@@ -259,28 +259,28 @@ def test_tokens_chosen_by_values_or_by_chance_are_said_to_be():
 
     image = torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     for function, name in ((best, "gather"), (drawn, "getitem")):
-        out, shadows = followed(function, image)
-        assert shadows.of(out).shape == (1, 5, CHANNELS, 4)
-        assert shadows.reason(out).startswith(f"{name} chose tokens")
+        out, coordinates = followed(function, image)
+        assert coordinates.of(out).shape == (1, 5, CHANNELS, 4)
+        assert coordinates.reason(out).startswith(f"{name} chose tokens")
     want = centres((HEIGHT, WIDTH), 1)[image.flatten(2).sum(1).argsort()[0, :5]]
-    out, shadows = followed(best, image)
-    torch.testing.assert_close(shadows.of(out)[0, :, 0, :2], want)
-    out, shadows = followed(lambda x: tokens(x)[:, torch.arange(3)] + 1, image)
-    assert shadows.reason(out) == ""
+    out, coordinates = followed(best, image)
+    torch.testing.assert_close(coordinates.of(out)[0, :, 0, :2], want)
+    out, coordinates = followed(lambda x: tokens(x)[:, torch.arange(3)] + 1, image)
+    assert coordinates.reason(out) == ""
 
 
 def test_tables_are_weak_and_thin():
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    shadows = Shadows(image)
-    with Following(shadows):
+    coordinates = CoordinateTracer(image)
+    with Following(coordinates):
         x = tokens(F.conv2d(image, torch.ones(64, 3, 4, 4), stride=4))
         x = F.linear(F.layer_norm(x, (64,)), torch.ones(192, 64)).reshape(1, 64, 3, 4, 16).permute(2, 0, 3, 1, 4)[0]
-    places = shadows.of(x)  # (1, 4, 64, 16, 4)
+    places = coordinates.of(x)  # (1, 4, 64, 16, 4)
     assert places.stride()[1] == 0 == places.stride()[3]
     assert places.untyped_storage().nbytes() == 64 * 4 * 8
-    held = len(shadows.fields)
+    held = len(coordinates.fields)
     del x, places
-    assert len(shadows.fields) < held
+    assert len(coordinates.fields) < held
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -313,8 +313,8 @@ def attention(side: str):
 @pytest.mark.parametrize("side", ["left", "right", "einsum", "talking heads", "batched", "fused"])
 def test_attention_is_where_its_query_is(side):
     image = torch.randn(1, CHANNELS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(2))
-    out, shadows = followed(attention(side), image)
-    places = shadows.of(out).reshape(2, 49, CHANNELS, 4)
+    out, coordinates = followed(attention(side), image)
+    places = coordinates.of(out).reshape(2, 49, CHANNELS, 4)
     assert places[:, 0].isnan().all()  # the class token's query
     want = centres((HEIGHT, WIDTH), 1)
     for head in range(2):
@@ -331,11 +331,11 @@ def test_channels_attending_to_channels():
         return F.scaled_dot_product_attention(q, q, q) if fused else (q @ q.mT).softmax(-1) @ q
 
     for fused in (True, False):
-        out, shadows = followed(lambda x, fused=fused: function(x, fused), image)
-        q = shadows.of(found["q"])
+        out, coordinates = followed(lambda x, fused=fused: function(x, fused), image)
+        q = coordinates.of(found["q"])
         assert channel(q, q)
         assert not channel(q.transpose(-3, -2), q.transpose(-3, -2))
-        torch.testing.assert_close(shadows.of(out)[0, 0, 1, :, :2], centres((HEIGHT, WIDTH), 1))
+        torch.testing.assert_close(coordinates.of(out)[0, 0, 1, :, :2], centres((HEIGHT, WIDTH), 1))
 
 
 def test_latent_queries_pool_the_image():
@@ -347,10 +347,10 @@ def test_latent_queries_pool_the_image():
         seen["k"] = tokens(image)
         return (latent @ seen["k"].mT).softmax(-1) @ seen["k"]
 
-    out, shadows = followed(function, torch.randn(1, CHANNELS, 9, 9, generator=torch.Generator().manual_seed(0)))
-    keys = shadows.of(seen["k"])
+    out, coordinates = followed(function, torch.randn(1, CHANNELS, 9, 9, generator=torch.Generator().manual_seed(0)))
+    keys = coordinates.of(seen["k"])
     assert layout(None, keys, (9, 9)).queries.isnan().all()
-    found = layout(shadows.of(out), keys, (9, 9))
+    found = layout(coordinates.of(out), keys, (9, 9))
     assert found.queries.isnan().all()
     assert (found.prefix, found.grid, found.key_grid) == (3, None, (9, 9))
 
@@ -457,8 +457,8 @@ def test_a_pooled_mean_is_not_the_patch_in_the_middle():
         return torch.cat([x.mean(1, keepdim=True), x], 1)
 
     image = torch.randn(1, CHANNELS, 28, 28, generator=torch.Generator().manual_seed(0))
-    out, shadows = followed(function, image)
-    places = shadows.of(out)
+    out, coordinates = followed(function, image)
+    places = coordinates.of(out)
     assert torch.equal(places[0, 0, 0, :2], places[0, 25, 0, :2])
     found = layout(places, places, (28, 28))
     assert (found.grid, found.prefix) == ((7, 7), 1)

@@ -28,7 +28,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def followed(model, images: torch.Tensor, **options) -> list[module.Sight]:
     layouts = trace(model, images)
     collector = Collector(layouts, len(images), class_token=has_class_token(model), rollout=True, **options)
-    watch(model, images, collector.see, layouts=layouts, leave=collector.leave)
+    watch(model, images, collector.see, layouts=layouts, on_output=collector.leave)
     collector.finish()
     return collector.sights
 
@@ -57,7 +57,7 @@ def test_only_the_images_that_count_are_kept_and_the_rest_of_the_batch_is_told_o
     model, images, told = vit(), pixels(4), []
     layouts = trace(model, images)
     collector = Collector(layouts, 2, rollout=True, on_tokens=lambda *call: told.append(call))
-    watch(model, images, collector.see, layouts=layouts, leave=collector.leave)
+    watch(model, images, collector.see, layouts=layouts, on_output=collector.leave)
     for name in ("attention", "keys", "output", "tokens", "rollout"):
         assert torch.equal(getattr(collector.sights[1], name), getattr(followed(model, images)[1], name)[:2])
     expected = [(f"blocks.{i}.attn", 0, (4, 25, 24)) for i in range(3)]

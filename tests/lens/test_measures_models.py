@@ -53,7 +53,7 @@ def both(images, seed=0, noise=0.01):
 
 def measured(model, batch, **settings):
     measures = Measures(model, **{"noisy": True} | settings)
-    watch(model, batch, measures.see, leave=measures.leave)
+    watch(model, batch, measures.see, on_output=measures.leave)
     return measures.columns(), measures
 
 
@@ -211,7 +211,7 @@ def test_batches_make_no_difference():
     whole, _ = measured(model, images, noisy=False)
     measures, layouts = Measures(model), trace(model, images)
     for batch in images.split(2):
-        watch(model, batch, measures.see, layouts=layouts, leave=measures.leave)
+        watch(model, batch, measures.see, layouts=layouts, on_output=measures.leave)
     split = measures.columns()
     assert list(split) == list(whole)
     for name, values in whole.items():
@@ -303,7 +303,7 @@ def test_rank_collapse_of_the_residual_stream():
             seen[name] = output
             measures.tokens(f"{name}.attn", 0, output)
 
-    watch(model, images, measures.see, leave=leave)
+    watch(model, images, measures.see, on_output=leave)
     for i in range(2):
         x = seen[f"blocks.{i}"][:3].double()
         wanted = (x - x.mean(1, keepdim=True)).norm(dim=(1, 2)) / x.norm(dim=(1, 2))

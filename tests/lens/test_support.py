@@ -28,7 +28,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 
 from vitreous.base.errors import HostError
 from vitreous.lens.coordinates.layout import Layout
-from vitreous.lens.tap import Call, trace, watch
+from vitreous.lens.tap import AttentionCall, trace, watch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -274,7 +274,7 @@ def enlarge(model: nn.Module, images: Tensor, size: float) -> None:
             norm.eval()
 
 
-def captured(model: nn.Module, images: Tensor) -> tuple[list[tuple[Call, Tensor, Tensor, Tensor]], dict, list[str]]:
+def captured(model: nn.Module, images: Tensor) -> tuple[list[tuple[AttentionCall, Tensor, Tensor, Tensor]], dict, list[str]]:
     """(every call with its map, V and output; what each attention module was given; reasons of refusals)."""
     calls, given, hooks = [], {}, []
 
@@ -284,7 +284,7 @@ def captured(model: nn.Module, images: Tensor) -> tuple[list[tuple[Call, Tensor,
 
         return hook
 
-    def see(call: Call) -> None:
+    def see(call: AttentionCall) -> None:
         calls.append((call, call.map(effective=True), call.v.clone(), call.output.clone()))
 
     layouts = trace(model, images)
@@ -346,7 +346,7 @@ def compare(model: nn.Module, images: Tensor, name: str, rows: dict[type, Row]) 
     assert not refused, refused
 
 
-def check_picture(call: Call) -> None:
+def check_picture(call: AttentionCall) -> None:
     """Grids without holes: none of these models drops tokens."""
     layout = call.layout
     if layout is not None and layout.grid is not None:
@@ -368,7 +368,7 @@ def error(maps: Tensor, v: Tensor, output: Tensor, own_maps: Tensor, own_v: Tens
     return float(max(*(d.abs().max() / size for d in differences), (maps - own_maps).abs().max()))
 
 
-def result(call: Call) -> str:
+def result(call: AttentionCall) -> str:
     kinds = {"token": "map", "channel": "map of channels", "pooling": "weights over places"}
     return kinds[call.kind] + ("" if call.stochastic else ", rows do not sum to one")
 

@@ -82,7 +82,7 @@ def seen(model, x=None, **given):
     def see(call):
         copies = {side: getattr(call, side).clone() for side in ("q", "k", "v", "output") if getattr(call, side) is not None}
         fields = {name: getattr(call, name) for name in ("route", "kind", "error", "layout", "source", "inserted", "scale")}
-        calls.append({"key": (call.name, call.number), "map": call.map(), **copies, **fields})
+        calls.append({"key": (call.name, call.call_index), "map": call.map(), **copies, **fields})
 
     return watch(model, images() if x is None else x, see, **given), calls
 
@@ -351,7 +351,7 @@ def test_a_module_called_twice_is_told_apart_by_number():
     block = model.blocks[0]
     model.blocks = nn.Sequential(block, block)
     ends = []
-    _, calls = seen(model, leave=lambda name, number, output: ends.append((name, number)))
+    _, calls = seen(model, on_output=lambda name, number, output: ends.append((name, number)))
     assert [call["key"] for call in calls] == [("blocks.0.attn", 0), ("blocks.0.attn", 1)]
     assert [end for end in ends if end[0] == "blocks.0"] == [("blocks.0", 0), ("blocks.0", 1)]
     assert ends[-1] == ("", 0)
@@ -360,9 +360,9 @@ def test_a_module_called_twice_is_told_apart_by_number():
 def test_only_the_named_ends_are_told_of_and_nothing_else_changes():
     """Named are a leaf of PyTorch, which has hooks for that alone, and a block."""
     model, everything, named = vit(), [], []
-    whole = seen(model, leave=lambda *end: everything.append(end))[1]
+    whole = seen(model, on_output=lambda *end: everything.append(end))[1]
     before = residue(model)
-    few = seen(model, leave=lambda *end: named.append(end), ends={"blocks.1.attn.qkv", "blocks.0"})[1]
+    few = seen(model, on_output=lambda *end: named.append(end), outputs={"blocks.1.attn.qkv", "blocks.0"})[1]
     assert residue(model) == before
     assert [end[:2] for end in named] == [("blocks.0", 0), ("blocks.1.attn.qkv", 0)]
     outputs = {end[:2]: end[2] for end in everything}
@@ -399,7 +399,7 @@ def test_calls_with_other_places_do_not_share():
 def test_outputs_of_modules_and_their_layouts():
     model, outputs = vit(), {}
     layouts = trace(model, images())
-    watch(model, images(), lambda call: None, layouts=layouts, leave=lambda *end: outputs.setdefault(end[:2], end[2]))
+    watch(model, images(), lambda call: None, layouts=layouts, on_output=lambda *end: outputs.setdefault(end[:2], end[2]))
     with torch.no_grad():
         expected = model.forward_features(images())
     torch.testing.assert_close(outputs["norm", 0], expected, atol=0, rtol=0)

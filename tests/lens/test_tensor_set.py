@@ -7,11 +7,11 @@ import weakref
 
 import torch
 
-from vitreous.lens.tap.tensor_set import Known
+from vitreous.lens.tap.tensor_set import TensorSet
 
 
 def test_a_tensor_is_itself_and_not_its_equal():
-    known, one = Known(), torch.ones(3)
+    known, one = TensorSet(), torch.ones(3)
     assert not known
     known.add([one])
     assert known
@@ -21,7 +21,7 @@ def test_a_tensor_is_itself_and_not_its_equal():
 
 
 def test_nothing_is_kept_alive_and_what_is_gone_is_forgotten():
-    known, stays, goes = Known(), torch.ones(3), torch.ones(3)
+    known, stays, goes = TensorSet(), torch.ones(3), torch.ones(3)
     known.add([stays, goes])
     end = weakref.ref(goes)
     del goes
@@ -33,7 +33,7 @@ def test_nothing_is_kept_alive_and_what_is_gone_is_forgotten():
 
 
 def test_another_tensor_at_the_address_of_one_that_is_gone_is_not_known():
-    known, gone, other = Known(), torch.ones(3), torch.ones(3)
+    known, gone, other = TensorSet(), torch.ones(3), torch.ones(3)
     known.add([gone])
     known.references[id(other)] = known.references.pop(id(gone))  # as if the allocator had given it that address
     assert other not in known

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from vitreous.base.errors import DataError, SettingError
 from vitreous.lens.formulas.scores import bootstrap, ranks
-from vitreous.lens.preserve_state import undisturbed
+from vitreous.lens.preserve_state import preserve_state
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 FILLS = ("mean", "blur")
@@ -109,7 +109,7 @@ def curves(
 
     shape = (*turns.shape[:2], 2, len(inner))  # 2: put in, taken away
     values = torch.empty(shape, dtype=torch.float64)
-    with undisturbed(model):
+    with preserve_state(model):
         judge = Judge(model, images, batch_size, classes)
         emptied = judge.whole(empty)
         for part in torch.arange(values.numel()).split(batch_size):

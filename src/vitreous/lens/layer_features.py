@@ -22,7 +22,7 @@ from vitreous.layers.stream import Stream, take
 from vitreous.lens.coordinates.layout import Layout
 from vitreous.lens.formulas.maps import rollout_map, rollout_step
 from vitreous.lens.tap import Layouts, trace, watch
-from vitreous.lens.tap.attention_call import Call
+from vitreous.lens.tap.attention_call import AttentionCall
 
 FEATURES = {"k": "keys", "o": "output", "x": "tokens"}
 ROLLOUT = 1100  # tokens up to which rollout is followed: its cost grows with their cube
@@ -63,7 +63,7 @@ def sights(model: nn.Module, images: Tensor, layouts: Layouts | None = None) -> 
     """One sight per attention of a pass of images (B, C, h, w). layouts: from `trace`, for callers with several batches."""
     layouts = trace(model, images) if layouts is None else layouts
     collector = Collector(layouts, len(images), class_token=has_class_token(model))
-    watch(model, images, collector.see, layouts=layouts, leave=collector.leave, ends=collector.around)
+    watch(model, images, collector.see, layouts=layouts, on_output=collector.leave, outputs=collector.around)
     return collector.sights
 
 
@@ -95,9 +95,9 @@ class Collector:
         self.joint: Tensor | None = None
         self.spare: Tensor | None = None
 
-    def see(self, call: Call) -> None:
+    def see(self, call: AttentionCall) -> None:
         """Take in one attention."""
-        sight = Sight(len(self.sights), (call.name, call.number), call.kind)
+        sight = Sight(len(self.sights), (call.name, call.call_index), call.kind)
         self.sights.append(sight)
         place = self.place_of(call)
         if place is None or call.kind == "channel":
@@ -114,7 +114,7 @@ class Collector:
         if self.follow:
             sight.rollout = self.rolled(call, place, sight)
 
-    def place_of(self, call: Call) -> Place | None:
+    def place_of(self, call: AttentionCall) -> Place | None:
         """Where the tokens of a call are; None: unknown. Merged, dropped and inserted tokens go by what our grafts recorded."""
         if self.whole is None and call.layout is not None:
             self.whole = without_last(call.layout, call.inserted)
@@ -122,7 +122,7 @@ class Collector:
             return None if call.layout is None else Place(call.layout)
         return None if self.whole is None else Place(self.whole, call.source, call.inserted, self.images)
 
-    def attention(self, call: Call, has_class: bool) -> Tensor:
+    def attention(self, call: AttentionCall, has_class: bool) -> Tensor:
         """(B, H, W, M): the class token's row, or the mean of all rows."""
         effective = call.stochastic
         if has_class or call.output.shape[3] == 1:
@@ -132,7 +132,7 @@ class Collector:
             rows = total / call.output.shape[3]
         return rows.transpose(1, 2)
 
-    def rolled(self, call: Call, place: Place, sight: Sight) -> Tensor | None:
+    def rolled(self, call: AttentionCall, place: Place, sight: Sight) -> Tensor | None:
         """The rollout up to this call, (B, P); it ends where tokens change in number or attend in windows."""
         tokens, keys = call.output.shape[3], call.v.shape[3]
         known = self.joint is not None or sight.layer == 0

@@ -30,7 +30,7 @@ from vitreous.lens.layer_features import Collector, Sight, has_class_token
 from vitreous.lens.measures import BLOCK, Measures, perturbed
 from vitreous.lens.reading import CHUNK, FORMAT, Columns, Part, Reading, StoredParts, Writer, joined, read, read_part
 from vitreous.lens.tap import Layouts, Refusal, trace, watch
-from vitreous.lens.tap.attention_call import Call
+from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.models.classes import class_names
 
 GIB = 2**30
@@ -67,7 +67,7 @@ class Plan:
             self.layouts[shape] = trace(self.model, images)
         return self.layouts[shape]
 
-    def remember(self, call: Call, sight: Sight) -> None:
+    def remember(self, call: AttentionCall, sight: Sight) -> None:
         """Keep what the page says of a layer; its error is the largest of all batches."""
         record = self.layers.setdefault(sight.key, metadata.of_layer(call, sight))
         record["error"] = max(record["error"], call.error)
@@ -288,7 +288,7 @@ def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns
     class_token = has_class_token(plan.model)
     collector = Collector(layouts, count, class_token=class_token, rollout=True, on_tokens=measures.tokens, done=gallery.add)
 
-    def take(call: Call) -> None:
+    def take(call: AttentionCall) -> None:
         measures.see(call)
         collector.see(call)
         plan.remember(call, collector.sights[-1])
@@ -297,7 +297,7 @@ def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns
         measures.leave(name, number, output)
         collector.leave(name, number, output)
 
-    seen = watch(plan.model, images, take, layouts=layouts, leave=leave, ends=measures.ends | collector.around.keys())
+    seen = watch(plan.model, images, take, layouts=layouts, on_output=leave, outputs=measures.ends | collector.around.keys())
     collector.finish()
     foreground = gallery.finish()
     plan.refused |= dict.fromkeys(seen.refused)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitreous.base.errors import DataError, NotReached
 from vitreous.lens.formulas import indicators, spectra
 from vitreous.lens.formulas.row_statistics import Distances, Sweep, same_places
-from vitreous.lens.tap.attention_call import WHOLE, Buffers, Call
+from vitreous.lens.tap.attention_call import WHOLE, AttentionCall, Buffers
 
 SOURCES = ("attention", *spectra.SOURCES)
 KEYS = ("layer", "head", "image", "source", "kind")
@@ -56,7 +56,7 @@ class Measures:
 
         measures = Measures(model)
         for images in batches:
-            watch(model, images, measures.see, leave=measures.leave, ends=measures.ends)
+            watch(model, images, measures.see, on_output=measures.leave, outputs=measures.ends)
         table = measures.columns()            # {column: (rows,)}
 
     With `noisy=True` every batch is `torch.cat([images, perturbed(images, ...)])`: the first half is measured, the second says
@@ -98,9 +98,9 @@ class Measures:
         self._buffers, self._distances = Buffers(), Distances()
 
     @torch.no_grad()
-    def see(self, call: Call) -> None:
+    def see(self, call: AttentionCall) -> None:
         """Measure one attention; its tensors are let go at once."""
-        key = (call.name, call.number)
+        key = (call.name, call.call_index)
         fresh = key not in self.layers
         layer = self.layers.setdefault(key, len(self.layers))
         with torch.autocast(call.v.device.type, enabled=False):
@@ -174,7 +174,7 @@ class Measures:
             )
         return len(x) // 2 if self.noisy else len(x)
 
-    def _add_model(self, layer: int, call: Call) -> None:
+    def _add_model(self, layer: int, call: AttentionCall) -> None:
         """The rows that follow from the model alone, with the first image; from the first call, which shows H and K."""
         module, energies = self._modules.get(call.name), self._energies.pop(call.name, {})
         if self.first or module is None or call.q is None or call.kind == "channel":
@@ -193,7 +193,7 @@ class Measures:
                 values = {name: _numpy(value)[None] for name, value in spectrum.indicators().items()}
                 self._records.append(_Record(layer, spectrum.source, call.kind, values))
 
-    def _add_attention(self, layer: int, first: int, call: Call, count: int) -> None:
+    def _add_attention(self, layer: int, first: int, call: AttentionCall, count: int) -> None:
         """The rows of the map, and of the effective one where it differs."""
         heads, together = self._swept(call, count, effective=False)
         heads |= self._alignment(call, count)
@@ -204,7 +204,7 @@ class Measures:
             heads, _ = self._swept(call, count, effective=True)
             self._records.append(_Record(layer, "attention", "effective", heads, first))
 
-    def _swept(self, call: Call, count: int, effective: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _swept(self, call: AttentionCall, count: int, effective: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """What one sweep over the rows gives: values per head (images, H), and of all heads together (images, 1)."""
         places, queries = self._places(call, count), call.output.shape[3]
         sweep = Sweep(count, self.noisy, not effective or call.stochastic, places, self._buffers, self._distances)
@@ -218,7 +218,7 @@ class Measures:
         alone = _numpy(torch.stack([*heads.values()]))  # one way to numpy for all
         return dict(zip(heads, alone, strict=True)), {k: _numpy(v)[:, None] for k, v in together.items()}
 
-    def _places(self, call: Call, count: int) -> tuple[Tensor, Tensor] | None:
+    def _places(self, call: AttentionCall, count: int) -> tuple[Tensor, Tensor] | None:
         """(y, x) in pixels of queries (B or 1, W, N, 2) and keys (B or 1, W, M, 2); NaN: no place; None: not known.
 
         A token that our own grafts merged stands at the mean of the places that it speaks for, image by image.
@@ -238,7 +238,7 @@ class Measures:
             self._whole = layout.queries[0]
         return layout.queries[None], layout.keys[None]
 
-    def _alignment(self, call: Call, count: int) -> dict[str, np.ndarray]:
+    def _alignment(self, call: AttentionCall, count: int) -> dict[str, np.ndarray]:
         """Cosine of a token's own query and key, before a learned spectrum comes in; nothing where that cannot be told."""
         if call.kind != "token" or call.q is None or call.q.shape != call.k.shape:
             return {}
@@ -259,7 +259,7 @@ class Measures:
         found = {"angular_alignment": _numpy(cosine[:count])}
         return found | ({"angular_alignment_paper": _numpy(cosine[count:])} if self.noisy else {})
 
-    def _add_scores(self, layer: int, first: int, call: Call, count: int) -> None:
+    def _add_scores(self, layer: int, first: int, call: AttentionCall, count: int) -> None:
         """Spectra of the scores, some images at a time: the decomposition works in float64."""
         if call.q is None:
             return

@@ -18,7 +18,7 @@ from vitreous.lens.faithfulness import answer, has_classes
 from vitreous.lens.gallery import about
 from vitreous.lens.layer_features import Sight
 from vitreous.lens.reading import Part
-from vitreous.lens.tap.attention_call import Call
+from vitreous.lens.tap.attention_call import AttentionCall
 
 PACKAGES = ("vitreous", "torch", "timm", "numpy")
 Said = tuple[str | None, float | None]  # a class and its probability; None, None without classes
@@ -44,7 +44,7 @@ def of_model(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_layer(call: Call, sight: Sight) -> dict[str, Any]:
+def of_layer(call: AttentionCall, sight: Sight) -> dict[str, Any]:
     """One captured attention: what it is, where its tokens are, and how its map was verified."""
     layout, note = call.layout, ""
     if sight.merged:
@@ -54,7 +54,7 @@ def of_layer(call: Call, sight: Sight) -> dict[str, Any]:
     return {
         "layer": sight.layer,
         "name": call.name,
-        "number": call.number,
+        "number": call.call_index,
         "kind": call.kind,
         "route": call.route,
         "verified": call.verified,

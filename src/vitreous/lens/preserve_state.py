@@ -12,7 +12,7 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients while the body runs; afterwards every module's mode and the random state as before.
 
     Random state: of torch, numpy and Python, for models that draw from those.

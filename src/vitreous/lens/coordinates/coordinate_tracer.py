@@ -1,7 +1,7 @@
 """Place tracing: where in the image the queries and keys of an attention are, whatever the model.
 
-`Shadows` plants the coordinates of the pixels on the input image and moves them by the very calls that the model makes.
-What an attention call reads, `layout` snaps to a grid: patches, windows, prefix tokens and padding, pooled keys.
+`CoordinateTracer` gives the pixels of the input image their coordinates and moves these by the very calls that the model
+makes. What an attention call reads, `layout` snaps to a grid: patches, windows, prefix tokens and padding, pooled keys.
 
 Parameters (class token, latent queries, position tables) have no place, which is NaN. Unknown calls lose the places.
 """
@@ -16,10 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.lens.coordinates import mixing_rules, view_rules
-from vitreous.lens.coordinates.field import Field, Move, Parts, spread, thin
-from vitreous.lens.coordinates.layout import Layout, channel, layout
-
-__all__ = ["Layout", "Shadows", "channel", "layout"]
+from vitreous.lens.coordinates.field import CoordinateField, Parts, TensorOp, spread, thin
 
 _NAMES = {
     view_rules.keep: """
@@ -95,7 +92,7 @@ def plain_name(func: Any) -> str:
     return name.split(".")[0].strip("_")
 
 
-class Shadows:
+class CoordinateTracer:
     """The places of the tensors of one forward pass of one image. Tables are weak: tensors are not kept alive."""
 
     def __init__(self, image: Tensor):
@@ -108,7 +105,7 @@ class Shadows:
         y = (torch.arange(self.size[0], dtype=torch.float64, device="cpu") + 0.5)[:, None]
         x = (torch.arange(self.size[1], dtype=torch.float64, device="cpu") + 0.5)[None]
         parts = (y, x, y.square() + x.square(), torch.ones((), dtype=torch.float64, device="cpu"))
-        self.fields[image] = Field((tuple(part.expand(image.shape) for part in parts),))
+        self.fields[image] = CoordinateField((tuple(part.expand(image.shape) for part in parts),))
 
     def follow(self, func: Any, args: tuple, kwargs: dict[str, Any] | None, out: Any) -> None:
         """Give the output of a call its places. To be called with torch functions switched off."""
@@ -127,8 +124,8 @@ class Shadows:
         rule = RULES.get(name)
         if rule in _PICKING and any(tensor in self.varying for tensor in given if not tensor.is_floating_point()):
             picked = name
-        move = Move(name, func, args, kwargs, args[0] if name == "setitem" else out, self.field)
-        found = self._moved(rule, move) if placed and rule else None
+        op = TensorOp(name, func, args, kwargs, args[0] if name == "setitem" else out, self.field)
+        found = self._moved(rule, op) if placed and rule else None
         reason = next((self.lost[tensor] for tensor in given if tensor in self.lost), None)
         if placed:
             reason = None if name in _FRESH else name
@@ -139,7 +136,7 @@ class Shadows:
             if field is not None and picked is not None:
                 self.picked[tensor] = picked
 
-    def _set(self, tensor: Tensor, field: Field | None) -> None:
+    def _set(self, tensor: Tensor, field: CoordinateField | None) -> None:
         self.lost.pop(tensor, None)
         if field is None:
             self.fields.pop(tensor, None)
@@ -147,15 +144,15 @@ class Shadows:
             self.fields[tensor] = field
 
     @staticmethod
-    def _moved(rule: Any, move: Move) -> list[Field | None] | None:
+    def _moved(rule: Any, op: TensorOp) -> list[CoordinateField | None] | None:
         """Fields of the outputs, or None where the rule does not fit the call."""
         try:
-            found = rule(move)
+            found = rule(op)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
             return None
         return found if isinstance(found, list) else None if found is None else [found]
 
-    def field(self, value: Any) -> Field | None:
+    def field(self, value: Any) -> CoordinateField | None:
         """The field of a tensor; None: none, or no tensor."""
         return self.fields.get(value) if isinstance(value, Tensor) else None
 

@@ -1,7 +1,7 @@
 """Fields of places: where in the image every element of a tensor comes from, held cheaply.
 
-A place is a point of the input image. A `Field` holds the places of every element of one tensor as four parts that have
-the tensor's own shape: y, x, their second moment y^2 + x^2 (from which follows how far a mean is spread) and the mass
+A place is a point of the input image. A `CoordinateField` holds the places of every element of one tensor as four parts
+that have the tensor's own shape: y, x, their second moment y^2 + x^2 (from which follows how far a mean is spread) and the mass
 (how many tokens were merged into one). Along axes on which places do not differ the parts have stride 0, so a field of
 (1, N, D) costs N numbers, and a view of the tensor is the same view of each part. NaN = no place.
 
@@ -24,19 +24,19 @@ CLOSE = 1e-3  # pixels: places that differ by less are one
 
 
 @dataclass(frozen=True)
-class Field:
+class CoordinateField:
     """The places of one tensor's elements. contracted: a product summed over places (channel attention)."""
 
     sets: tuple[Parts, ...]
     contracted: bool = False
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Field:
+    def each(self, change: Callable[[Tensor], Tensor]) -> CoordinateField:
         """The same change to every part."""
         return replace(self, sets=tuple(tuple(change(part) for part in parts) for parts in self.sets))
 
 
 @dataclass(frozen=True)
-class Move:
+class TensorOp:
     """One call: the function's plain name, its arguments and output, and who knows the fields of its arguments.
 
     A rule is a function (Move) -> Field of the output, a list of Fields (one per output) or None (no place).
@@ -47,7 +47,7 @@ class Move:
     args: tuple
     kwargs: dict[str, Any]
     out: Any
-    field: Callable[[Any], Field | None]
+    field: Callable[[Any], CoordinateField | None]
 
     def bound(self, *names: str) -> dict[str, Any]:
         """Arguments by name, positional and keyword alike."""
@@ -59,7 +59,7 @@ class Move:
         return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
     @property
-    def source(self) -> Field | None:
+    def source(self) -> CoordinateField | None:
         return self.field(self.first)
 
     @property
@@ -129,7 +129,7 @@ def nowhere(shape: Sequence[int]) -> Parts:
     return (torch.full((), torch.nan, dtype=torch.float64, device="cpu").expand(tuple(shape)),) * 4
 
 
-def set_of(field: Field | None, which: int, shape: Sequence[int]) -> Parts:
+def set_of(field: CoordinateField | None, which: int, shape: Sequence[int]) -> Parts:
     """One set of a field; of a field that lacks it, or of none, parts without a place."""
     return field.sets[which] if field and which < len(field.sets) else nowhere(shape)
 

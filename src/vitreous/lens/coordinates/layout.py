@@ -68,7 +68,7 @@ def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None,
 
 
 def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note: str = "") -> Layout | None:
-    """Layout of an attention from raw places (`Shadows.of`), or None if neither queries nor keys have any.
+    """Layout of an attention from raw places (`CoordinateTracer.of`), or None if neither queries nor keys have any.
 
     query: (*leading, N, K, 2 or 4), key: (*leading, M, K, 2 or 4): (y, x), and with 4 the spread and the mass too; None
     for a tensor without places. Leading axes (those of one image) broadcast; K is the axis that the product sums.

@@ -1,7 +1,8 @@
 """Rules for calls that mix values: a mean, a filter, a product or a merge is at the mean place of what it mixes.
 
 Residual sums take the mean of what has a place. A product takes the place of what does not vary along the contracted
-axis: a linear layer its row's, attention its query's. A rule takes a `Move` and returns the `Field` of its output or None.
+axis: a linear layer its row's, attention its query's. A rule takes a `TensorOp` and returns the `CoordinateField` of its
+output or None.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitreous.lens.coordinates.field import (
-    Field,
-    Move,
+    CoordinateField,
     Parts,
+    TensorOp,
     average,
     both,
     constant,
@@ -34,14 +35,14 @@ from vitreous.lens.coordinates.view_rules import pair, refold
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
 
-def combine(move: Move) -> Field | None:
+def combine(op: TensorOp) -> CoordinateField | None:
     """Sums, products, `where` of several tensors: the mean of what has a place.
 
     A single place beside many (a gate from a pooled token) says nothing about them and is left out. Something with one
     set of places beside scores with two (a bias) leaves these as they are.
     """
-    shape = shape_of(move.out)
-    fields = [field for value in (*move.args, *move.kwargs.values()) if (field := move.field(value))]
+    shape = shape_of(op.out)
+    fields = [field for value in (*op.args, *op.kwargs.values()) if (field := op.field(value))]
     most = max((len(field.sets) for field in fields), default=0)
     fields = [field for field in fields if len(field.sets) == most]
     if len(fields) > 1:
@@ -51,31 +52,33 @@ def combine(move: Move) -> Field | None:
     sets = [filled(parts, shape) for parts in fields[0].sets]
     for field in fields[1:]:
         sets = [both(a, filled(parts, shape)) for a, parts in zip(sets, field.sets, strict=True)]
-    return Field(tuple(filled(parts, shape) for parts in sets), any(field.contracted for field in fields))
+    return CoordinateField(tuple(filled(parts, shape) for parts in sets), any(field.contracted for field in fields))
 
 
-def extreme(move: Move) -> Field | None:
+def extreme(op: TensorOp) -> CoordinateField | None:
     """max, min: elementwise of two tensors, or over an axis."""
-    two = isinstance(move.bound("input", "other").get("other"), Tensor)
-    return combine(move) if two else reduce(move)
+    two = isinstance(op.bound("input", "other").get("other"), Tensor)
+    return combine(op) if two else reduce(op)
 
 
 # --- means over axes and footprints -----------------------------------------------------------------------------------
 
 
-def reduce(move: Move) -> Field | None:
+def reduce(op: TensorOp) -> CoordinateField | None:
     """mean, sum, norm, variance, ... over axes: the mean place of what was reduced."""
-    second = ("input", "p", "dim") if move.name in ("norm", "vector_norm") else ("input", "dim")
-    given = move.bound(*second)
-    axes, field = given.get("dim", given.get("axis")), move.source
-    if field is None or not isinstance(move.first, Tensor):
+    second = ("input", "p", "dim") if op.name in ("norm", "vector_norm") else ("input", "dim")
+    given = op.bound(*second)
+    axes, field = given.get("dim", given.get("axis")), op.source
+    if field is None or not isinstance(op.first, Tensor):
         return None
-    size = tuple(move.first.shape)
+    size = tuple(op.first.shape)
     axes = list(range(len(size))) if axes is None or isinstance(axes, bool) or axes == () else axes
     axes = [axis % len(size) for axis in ([axes] if isinstance(axes, int) else axes)]
     kept = [1 if axis in axes else length for axis, length in enumerate(size)]
-    shape = shape_of(move.out)
-    return Field(tuple(tuple(refold(part, shape) for part in filled(over(parts, axes), kept)) for parts in field.sets))
+    shape = shape_of(op.out)
+    return CoordinateField(
+        tuple(tuple(refold(part, shape) for part in filled(over(parts, axes), kept)) for parts in field.sets)
+    )
 
 
 def _channels(parts: Parts, axis: int, groups: int = 1) -> Parts:
@@ -93,17 +96,17 @@ def _kept(part: Tensor, axis: int) -> list[int]:
 
 
 def _spatial(
-    move: Move, axes: int, total: Callable[[Tensor], Tensor], groups: int = 1, sides: Sequence[int] = ()
-) -> Field | None:
+    op: TensorOp, axes: int, total: Callable[[Tensor], Tensor], groups: int = 1, sides: Sequence[int] = ()
+) -> CoordinateField | None:
     """Places (..., C, *space) under an operator on (n, 1, *space), which is given parts of one channel.
 
     sides: (before, after) of each axis, by which the image goes on over its border, so that zero padding pulls nothing in.
     """
-    field, shape = move.source, shape_of(move.out)
+    field, shape = op.source, shape_of(op.out)
     if field is None:
         return None
-    channel = move.first.ndim - axes - 1
-    space = tuple(move.first.shape[channel + 1 :])
+    channel = op.first.ndim - axes - 1
+    space = tuple(op.first.shape[channel + 1 :])
 
     def filtered(parts: Parts) -> Parts:
         parts = _channels(parts, channel, groups)
@@ -116,13 +119,13 @@ def _spatial(
             found = [part.repeat_interleave(shape[channel] // small[-1], channel) for part in found]
         return tuple(part.expand(shape) for part in found)
 
-    return Field(tuple(map(filtered, field.sets)), field.contracted)
+    return CoordinateField(tuple(map(filtered, field.sets)), field.contracted)
 
 
-def convolve(move: Move) -> Field | None:
+def convolve(op: TensorOp) -> CoordinateField | None:
     """Convolution: the mean over the footprint and the channels; padding has no place."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given, axes = move.bound(*names), int(move.name[-2])
+    given, axes = op.bound(*names), int(op.name[-2])
     kernel, groups = tuple(given["weight"].shape[2:]), given.get("groups", 1)
     stride, dilation = _each(given.get("stride", 1), axes), _each(given.get("dilation", 1), axes)
     padding = given.get("padding", 0)
@@ -132,33 +135,33 @@ def convolve(move: Move) -> Field | None:
     else:
         left = _each(padding, axes)
     if {*kernel, *stride, groups} == {1} and not any(left):
-        return linear(move, -1 - axes)
-    return _windowed(move, kernel, stride, left, dilation, groups)
+        return linear(op, -1 - axes)
+    return _windowed(op, kernel, stride, left, dilation, groups)
 
 
-def pool(move: Move) -> Field | list[Field | None] | None:
+def pool(op: TensorOp) -> CoordinateField | list[CoordinateField | None] | None:
     """Average and maximum pooling: the mean over the footprint."""
-    axes = int(move.name[-2])
-    names = ("input", "kernel_size", "stride", "padding", *(("dilation",) if "max" in move.name else ()))
-    given = move.bound(*(names if "lp" not in move.name else ("input", "norm_type", "kernel_size", "stride")))
+    axes = int(op.name[-2])
+    names = ("input", "kernel_size", "stride", "padding", *(("dilation",) if "max" in op.name else ()))
+    given = op.bound(*(names if "lp" not in op.name else ("input", "norm_type", "kernel_size", "stride")))
     kernel = _each(given["kernel_size"], axes)
     stride = _each(given.get("stride") or kernel, axes)
     left, dilation = _each(given.get("padding", 0), axes), _each(given.get("dilation", 1), axes)
-    field = _windowed(move, kernel, stride, left, dilation, move.first.shape[-axes - 1])
-    return field if isinstance(move.out, Tensor) else [field, None]
+    field = _windowed(op, kernel, stride, left, dilation, op.first.shape[-axes - 1])
+    return field if isinstance(op.out, Tensor) else [field, None]
 
 
-def adapt(move: Move) -> Field | list[Field | None] | None:
+def adapt(op: TensorOp) -> CoordinateField | list[CoordinateField | None] | None:
     """Adaptive average and maximum pooling."""
-    axes = int(move.name[-2])
-    out = shape_of(move.out)[-axes:]
+    axes = int(op.name[-2])
+    out = shape_of(op.out)[-axes:]
     operator = getattr(F, f"adaptive_avg_pool{axes}d")
-    field = _each_channel(move, axes, lambda part: operator(part, out))
-    return field if isinstance(move.out, Tensor) else [field, None]
+    field = _each_channel(op, axes, lambda part: operator(part, out))
+    return field if isinstance(op.out, Tensor) else [field, None]
 
 
-def _each_channel(move: Move, axes: int, total: Callable[[Tensor], Tensor]) -> Field | None:
-    return _spatial(move, axes, total, move.first.shape[-axes - 1])
+def _each_channel(op: TensorOp, axes: int, total: Callable[[Tensor], Tensor]) -> CoordinateField | None:
+    return _spatial(op, axes, total, op.first.shape[-axes - 1])
 
 
 def _each(value: int | Sequence[int], axes: int) -> list[int]:
@@ -167,11 +170,11 @@ def _each(value: int | Sequence[int], axes: int) -> list[int]:
 
 
 def _windowed(
-    move: Move, kernel: Sequence[int], stride: Sequence[int], left: Sequence[int], dilation: Sequence[int], groups: int
-) -> Field | None:
+    op: TensorOp, kernel: Sequence[int], stride: Sequence[int], left: Sequence[int], dilation: Sequence[int], groups: int
+) -> CoordinateField | None:
     """Means over windows, as many as the call itself gave."""
     axes, sides = len(kernel), []
-    for i, (size, out) in enumerate(zip(move.first.shape[-axes:], shape_of(move.out)[-axes:], strict=True)):
+    for i, (size, out) in enumerate(zip(op.first.shape[-axes:], shape_of(op.out)[-axes:], strict=True)):
         need = (out - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
         sides += [left[i], need - left[i] - size]
 
@@ -181,7 +184,7 @@ def _windowed(
         ones = torch.ones(1, 1, *kernel, dtype=part.dtype, device="cpu")
         return getattr(F, f"conv{axes}d")(part, ones, stride=tuple(stride), dilation=tuple(dilation))
 
-    return _spatial(move, axes, total, groups, sides)
+    return _spatial(op, axes, total, groups, sides)
 
 
 def _beyond(parts: Parts, axis: int, before: int, after: int) -> Parts:
@@ -198,68 +201,68 @@ def _beyond(parts: Parts, axis: int, before: int, after: int) -> Parts:
     return y, x, width.index_select(axis, inside) + y.square() + x.square(), mass.index_select(axis, inside)
 
 
-def widen(move: Move) -> Field | None:
+def widen(op: TensorOp) -> CoordinateField | None:
     """Transposed convolution: the mean of what reaches a place."""
     names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    given, axes = move.bound(*names), int(move.name[-2])
+    given, axes = op.bound(*names), int(op.name[-2])
     names = ("stride", "padding", "output_padding", "dilation")
     settings = {name: given[name] for name in names if name in given}
     ones = torch.ones(1, 1, *given["weight"].shape[2:], dtype=torch.float64, device="cpu")
     operator = getattr(F, f"conv_transpose{axes}d")
-    return _spatial(move, axes, lambda part: operator(part, ones, **settings))
+    return _spatial(op, axes, lambda part: operator(part, ones, **settings))
 
 
-def resize(move: Move) -> Field | None:
+def resize(op: TensorOp) -> CoordinateField | None:
     """interpolate: bilinear stands in for bicubic."""
-    given = move.bound("input", "size", "scale_factor", "mode", "align_corners")
-    axes, mode = move.first.ndim - 2, given.get("mode", "nearest")
+    given = op.bound("input", "size", "scale_factor", "mode", "align_corners")
+    axes, mode = op.first.ndim - 2, given.get("mode", "nearest")
     mode = "bilinear" if mode == "bicubic" else mode
     corners = given.get("align_corners") if "linear" in mode else None
-    size = shape_of(move.out)[-axes:]
-    return _each_channel(move, axes, lambda part: F.interpolate(part, size, mode=mode, align_corners=corners))
+    size = shape_of(op.out)[-axes:]
+    return _each_channel(op, axes, lambda part: F.interpolate(part, size, mode=mode, align_corners=corners))
 
 
-def sample(move: Move) -> Field | None:
+def sample(op: TensorOp) -> CoordinateField | None:
     """grid_sample: bilinear means at the very points."""
-    given = move.bound("input", "grid", "mode", "padding_mode", "align_corners")
-    axes, mode, grid = move.first.ndim - 2, given.get("mode", "bilinear"), here(given["grid"]).double()
+    given = op.bound("input", "grid", "mode", "padding_mode", "align_corners")
+    axes, mode, grid = op.first.ndim - 2, given.get("mode", "bilinear"), here(given["grid"]).double()
     mode, corners = "nearest" if mode == "nearest" else "bilinear", given.get("align_corners")
 
     def total(part: Tensor) -> Tensor:
         points = grid.expand(part.shape[0], *grid.shape[1:])
         return F.grid_sample(part, points, mode, given.get("padding_mode", "zeros"), corners)
 
-    return _spatial(move, axes, total)
+    return _spatial(op, axes, total)
 
 
-def unpatch(move: Move) -> Field | None:
+def unpatch(op: TensorOp) -> CoordinateField | None:
     """`F.fold`: overlapping windows (C k k) are added up where they lie."""
     names = ("input", "output_size", "kernel_size", "dilation", "padding", "stride")
-    given = move.bound(*names)
+    given = op.bound(*names)
     settings = {name: given[name] for name in names[3:] if name in given}
-    kernel, field, shape = pair(given["kernel_size"]), move.source, shape_of(move.out)
-    if field is None or move.first.ndim != 3:
+    kernel, field, shape = pair(given["kernel_size"]), op.source, shape_of(op.out)
+    if field is None or op.first.ndim != 3:
         return None
-    inner = (move.first.shape[0], shape[1], kernel[0] * kernel[1], move.first.shape[-1])
+    inner = (op.first.shape[0], shape[1], kernel[0] * kernel[1], op.first.shape[-1])
     parts = over(tuple(refold(part, inner) for part in field.sets[0]), 1)
     flat = tuple(part.squeeze(1) for part in filled(parts, (inner[0], 1, *inner[2:])))
     found = average(flat, lambda part: F.fold(part, given["output_size"], kernel, **settings))
-    return Field((tuple(part.expand(shape) for part in found),))
+    return CoordinateField((tuple(part.expand(shape) for part in found),))
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
-def contract(move: Move, operands: Sequence[tuple[Tensor, str]], out: str) -> Field | None:
+def contract(op: TensorOp, operands: Sequence[tuple[Tensor, str]], out: str) -> CoordinateField | None:
     """Places of a product of one or two tensors whose axes have letters, as in einsum; letters not in `out` are summed.
 
     Sets that do not vary along a summed axis give the place: one, or two (rows and columns of scores). A single place
     beside many says nothing and is left out, unless it is no place at all (a class token's query). If all vary: the mean,
     of what a factor without places does not multiply by 0 (a matrix that selects or merges tokens).
     """
-    fixed, loose, own, shape = [], [], [], shape_of(move.out)
+    fixed, loose, own, shape = [], [], [], shape_of(op.out)
     for i, (tensor, letters) in enumerate(operands):
-        field = move.field(tensor)
+        field = op.field(tensor)
         others = "".join(text for j, (_, text) in enumerate(operands) if j != i)
         own += [out.index(letter) for letter in letters if letter in out and letter not in others]
         for parts in field.sets if field else ():
@@ -267,14 +270,15 @@ def contract(move: Move, operands: Sequence[tuple[Tensor, str]], out: str) -> Fi
             (fixed if steady else loose).append(filled(_aligned(parts, letters, out), shape))
     if fixed:
         telling = [parts for parts in fixed if not constant(parts) or parts[0].isnan().all()]
-        return Field(tuple((telling or fixed[:1])[:2]))
+        return CoordinateField(tuple((telling or fixed[:1])[:2]))
     if not loose:
         return None
-    placed = sorted(operands, key=lambda operand: move.field(operand[0]) is None)
-    if len(operands) > 1 and move.field(placed[1][0]) is None and bool((placed[1][0] == 0).any()):
-        return Field((_selected(move.field(placed[0][0]).sets[0], placed[0][1], here(placed[1][0]) != 0, placed[1][1], out),))
-    both_placed = all(move.field(tensor) is not None for tensor, _ in operands)
-    return Field((loose[0],), both_placed and all(still(parts, axis) for parts in loose for axis in own))
+    placed = sorted(operands, key=lambda operand: op.field(operand[0]) is None)
+    if len(operands) > 1 and op.field(placed[1][0]) is None and bool((placed[1][0] == 0).any()):
+        (tensor, letters), (mask, its_letters) = placed
+        return CoordinateField((_selected(op.field(tensor).sets[0], letters, here(mask) != 0, its_letters, out),))
+    both_placed = all(op.field(tensor) is not None for tensor, _ in operands)
+    return CoordinateField((loose[0],), both_placed and all(still(parts, axis) for parts in loose for axis in own))
 
 
 def _selected(parts: Parts, letters: str, mask: Tensor, its_letters: str, out: str) -> Parts:
@@ -299,28 +303,28 @@ def _aligned(parts: Parts, letters: str, out: str) -> Parts:
     return tuple(part.permute(order)[index] for part in over(parts, gone))
 
 
-def linear(move: Move, axis: int = -1) -> Field | None:
+def linear(op: TensorOp, axis: int = -1) -> CoordinateField | None:
     """A linear layer, or a filter of one pixel: the mean over the channels."""
-    shape = shape_of(move.out)
-    return move.source and Field(tuple(filled(over(parts, axis), shape) for parts in move.source.sets))
+    shape = shape_of(op.out)
+    return op.source and CoordinateField(tuple(filled(over(parts, axis), shape) for parts in op.source.sets))
 
 
-def matmul(move: Move) -> Field | None:
+def matmul(op: TensorOp) -> CoordinateField | None:
     """matmul, bmm, baddbmm and the like."""
-    given = [value for value in (*move.args, *move.kwargs.values()) if isinstance(value, Tensor)]
-    a, b = given[1:3] if move.name in ("baddbmm", "addmm", "addmv") else given[:2]
-    if move.name == "rmatmul":
+    given = [value for value in (*op.args, *op.kwargs.values()) if isinstance(value, Tensor)]
+    a, b = given[1:3] if op.name in ("baddbmm", "addmm", "addmv") else given[:2]
+    if op.name == "rmatmul":
         a, b = b, a
     batch = string.ascii_uppercase[: max(a.ndim, b.ndim, 2) - 2]
     left = batch[len(batch) - max(a.ndim - 2, 0) :] + ("mk" if a.ndim > 1 else "k")
     right = batch[len(batch) - max(b.ndim - 2, 0) :] + ("kn" if b.ndim > 1 else "k")
     out = batch + "m" * (a.ndim > 1) + "n" * (b.ndim > 1)
-    return contract(move, [(a, left), (b, right)], out)
+    return contract(op, [(a, left), (b, right)], out)
 
 
-def einsum(move: Move) -> Field | None:
+def einsum(op: TensorOp) -> CoordinateField | None:
     """einsum of one or two tensors, with or without an ellipsis."""
-    text, *tensors = move.args
+    text, *tensors = op.args
     tensors = list(tensors[0]) if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
     if not isinstance(text, str) or len(tensors) > 2:
         return None
@@ -337,29 +341,29 @@ def einsum(move: Move) -> Field | None:
         filled_in.append(side.replace("...", "".join(free[lead - extra :])))
     if any(len(set(side)) < len(side) for side in filled_in):
         return None
-    return contract(move, list(zip(tensors, filled_in, strict=True)), out.replace("...", "".join(free)))
+    return contract(op, list(zip(tensors, filled_in, strict=True)), out.replace("...", "".join(free)))
 
 
-def attend(move: Move) -> Field | None:
+def attend(op: TensorOp) -> CoordinateField | None:
     """scaled_dot_product_attention: the query's place; if channels attend to channels, the value's."""
-    given = move.bound("query", "key", "value")
-    query, value, shape = move.field(given["query"]), move.field(given["value"]), shape_of(move.out)
+    given = op.bound("query", "key", "value")
+    query, value, shape = op.field(given["query"]), op.field(given["value"]), shape_of(op.out)
     if query and still(query.sets[0], -1):
-        return Field((filled(over(query.sets[0], -1), shape),))
-    return value and Field((filled(over(value.sets[0], -2), shape),))
+        return CoordinateField((filled(over(query.sets[0], -1), shape),))
+    return value and CoordinateField((filled(over(value.sets[0], -2), shape),))
 
 
 # --- merges -----------------------------------------------------------------------------------------------------------
 
 
-def merge(move: Move) -> Field | None:
+def merge(op: TensorOp) -> CoordinateField | None:
     """scatter_add, scatter_reduce, index_add, index_reduce: the mean place by mass; the masses add up."""
-    given = move.bound("input", "dim", "index", "source", "reduce")
-    target, source = move.first, given.get("src", given.get("source"))
-    base, field, dim = move.source, move.field(source), given["dim"] % target.ndim
+    given = op.bound("input", "dim", "index", "source", "reduce")
+    target, source = op.first, given.get("src", given.get("source"))
+    base, field, dim = op.source, op.field(source), given["dim"] % target.ndim
     old, new = set_of(base, 0, target.shape), set_of(field, 0, source.shape)
     index = here(given["index"])
-    if move.name.startswith("index"):
+    if op.name.startswith("index"):
         index = index.reshape([-1 if axis == dim else 1 for axis in range(target.ndim)]).expand(source.shape)
     new = tuple(part[tuple(map(slice, index.shape))] for part in new)
     for axis in range(target.ndim):
@@ -375,4 +379,4 @@ def merge(move: Move) -> Field | None:
     for p, q in zip(old[:3], new[:3], strict=True):
         moments = (p.nan_to_num(nan=0.0) * stay).scatter_add(dim, index, q.nan_to_num(nan=0.0) * come)
         found.append(moments / mass)
-    return Field((filled((*found, torch.where(mass > 0, mass, torch.nan)), shape_of(move.out)),))
+    return CoordinateField((filled((*found, torch.where(mass > 0, mass, torch.nan)), shape_of(op.out)),))

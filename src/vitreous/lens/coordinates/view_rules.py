@@ -1,6 +1,6 @@
 """Rules for calls that move values without mixing them: views, gathers, joins, padding, writing into a tensor.
 
-A rule takes a `Move` and returns the `Field` of its output, a list of Fields (one per output) or None (no place).
+A rule takes a `TensorOp` and returns the `CoordinateField` of its output, a list of Fields (one per output) or None (no place).
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreous.lens.coordinates.field import Field, Move, here, over, same, set_of, shape_of, thin
+from vitreous.lens.coordinates.field import CoordinateField, TensorOp, here, over, same, set_of, shape_of, thin
 
 # --- values that stay where they are, and views -----------------------------------------------------------------------
 
 
-def keep(move: Move) -> Field | None:
+def keep(op: TensorOp) -> CoordinateField | None:
     """Elementwise with one tensor, normalisation, activation, softmax, cast, copy."""
-    return move.source and move.source.each(lambda part: thin(part).expand(shape_of(move.out)))
+    return op.source and op.source.each(lambda part: thin(part).expand(shape_of(op.out)))
 
 
-def view(move: Move) -> Field | list[Field] | None:
+def view(op: TensorOp) -> CoordinateField | list[CoordinateField] | None:
     """The same view of every part; several outputs give several fields."""
-    field = move.source
+    field = op.source
     if field is None:
         return None
-    moved = [[move.again(part) for part in parts] for parts in field.sets]
-    if isinstance(move.out, Tensor):
+    moved = [[op.again(part) for part in parts] for parts in field.sets]
+    if isinstance(op.out, Tensor):
         return replace(field, sets=tuple(map(tuple, moved)))
-    count = len(move.out)
+    count = len(op.out)
     return [replace(field, sets=tuple(tuple(p[i] for p in parts) for parts in moved)) for i in range(count)]
 
 
@@ -70,34 +70,34 @@ def refold(part: Tensor, shape: Sequence[int]) -> Tensor:
     return part.reshape(small).expand(tuple(shape))
 
 
-def fold(move: Move) -> Field | None:
+def fold(op: TensorOp) -> CoordinateField | None:
     """reshape, view, flatten, unflatten, squeeze, unsqueeze: elements keep their order."""
-    field, shape = move.source, shape_of(move.out)
-    if field is None or field.sets[0][0].numel() != move.out.numel():
+    field, shape = op.source, shape_of(op.out)
+    if field is None or field.sets[0][0].numel() != op.out.numel():
         return None
     return field.each(lambda part: refold(part, shape))
 
 
-def expand(move: Move) -> Field | None:
-    return move.source and move.source.each(lambda part: part.expand(shape_of(move.out)))
+def expand(op: TensorOp) -> CoordinateField | None:
+    return op.source and op.source.each(lambda part: part.expand(shape_of(op.out)))
 
 
-def slide(move: Move) -> Field | None:
+def slide(op: TensorOp) -> CoordinateField | None:
     """roll and flip: axes of stride 0 need no work."""
-    if "dims" not in move.bound("input", "shifts", "dims") and move.name == "roll":
-        return view(move)
-    return move.source and move.source.each(lambda part: move.again(thin(part)).expand(shape_of(move.out)))
+    if "dims" not in op.bound("input", "shifts", "dims") and op.name == "roll":
+        return view(op)
+    return op.source and op.source.each(lambda part: op.again(thin(part)).expand(shape_of(op.out)))
 
 
-def repeat(move: Move) -> Field | None:
+def repeat(op: TensorOp) -> CoordinateField | None:
     """repeat, tile, repeat_interleave."""
-    field, shape = move.source, shape_of(move.out)
+    field, shape = op.source, shape_of(op.out)
     if field is None:
         return None
 
     def again(part: Tensor) -> Tensor:
-        if len(shape) == 1 or move.name == "repeat_interleave":
-            return move.again(part)
+        if len(shape) == 1 or op.name == "repeat_interleave":
+            return op.again(part)
         lead = part.expand((1,) * (len(shape) - part.ndim) + tuple(part.shape))
         slim = thin(lead)
         times = [1 if have == 1 else want // have for have, want in zip(slim.shape, shape, strict=True)]
@@ -106,14 +106,14 @@ def repeat(move: Move) -> Field | None:
     return field.each(again)
 
 
-def pick(move: Move) -> Field | None:
+def pick(op: TensorOp) -> CoordinateField | None:
     """`tensor[index]` with the very index. Axes after those that the index names are not touched."""
-    field, index = move.source, here(move.args[1])
+    field, index = op.source, here(op.args[1])
     if field is None:
         return None
     items = index if isinstance(index, tuple) else (index,)
     used = sum(item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else item is not None for item in items)
-    shape = shape_of(move.out)
+    shape = shape_of(op.out)
 
     def again(part: Tensor) -> Tensor:
         if not any(isinstance(item, Tensor | list) for item in items) or any(item is Ellipsis for item in items):
@@ -126,14 +126,14 @@ def pick(move: Move) -> Field | None:
     return field.each(again)
 
 
-def gather(move: Move) -> Field | None:
+def gather(op: TensorOp) -> CoordinateField | None:
     """gather, take_along_dim: axes on which neither places nor indices change are not read."""
-    along = move.name == "take_along_dim"
-    given = move.bound("input", *(("indices", "dim") if along else ("dim", "index")))
-    field, index, dim = move.source, here(given["indices" if along else "index"]), given.get("dim")
+    along = op.name == "take_along_dim"
+    given = op.bound("input", *(("indices", "dim") if along else ("dim", "index")))
+    field, index, dim = op.source, here(given["indices" if along else "index"]), given.get("dim")
     if field is None or dim is None:
         return None
-    shape = shape_of(move.out)
+    shape = shape_of(op.out)
 
     def again(part: Tensor) -> Tensor:
         flat = index
@@ -147,41 +147,41 @@ def gather(move: Move) -> Field | None:
     return field.each(again)
 
 
-def select(move: Move) -> Field | None:
+def select(op: TensorOp) -> CoordinateField | None:
     """index_select: other axes of stride 0 are not read."""
-    given = move.bound("input", "dim", "index")
-    dim, index, shape = given["dim"], here(given["index"]), shape_of(move.out)
+    given = op.bound("input", "dim", "index")
+    dim, index, shape = given["dim"], here(given["index"]), shape_of(op.out)
 
     def again(part: Tensor) -> Tensor:
         if part.stride(dim) == 0:
             return part.narrow(dim, 0, 1).expand(shape)
         return thin(part).index_select(dim, index).expand(shape)
 
-    return move.source and move.source.each(again)
+    return op.source and op.source.each(again)
 
 
-def ranked(move: Move) -> list[Field | None] | None:
+def ranked(op: TensorOp) -> list[CoordinateField | None] | None:
     """topk, sort: the values come from where their indices say."""
-    if move.source is None:
+    if op.source is None:
         return None
-    index = here(move.out[1])
-    dim = move.bound("input", *(("k", "dim") if move.name == "topk" else ("dim",))).get("dim", -1)
-    return [move.source.each(lambda part: part.gather(dim, index)), None]
+    index = here(op.out[1])
+    dim = op.bound("input", *(("k", "dim") if op.name == "topk" else ("dim",))).get("dim", -1)
+    return [op.source.each(lambda part: part.gather(dim, index)), None]
 
 
 # --- several tensors into one -----------------------------------------------------------------------------------------
 
 
-def join(move: Move) -> Field | None:
+def join(op: TensorOp) -> CoordinateField | None:
     """cat and stack: what has no place becomes NaN; axes on which no piece changes stay of stride 0."""
-    given = move.bound("tensors", "dim")
+    given = op.bound("tensors", "dim")
     tensors, dim = list(given["tensors"]), given.get("dim", given.get("axis", 0))
-    fields = [move.field(tensor) for tensor in tensors]
+    fields = [op.field(tensor) for tensor in tensors]
     if not any(fields):
         return None
-    shape, new = shape_of(move.out), move.name == "stack"
-    if move.name in ("hstack", "vstack"):
-        dim = 0 if move.name == "vstack" or len(shape) == 1 else 1
+    shape, new = shape_of(op.out), op.name == "stack"
+    if op.name in ("hstack", "vstack"):
+        dim = 0 if op.name == "vstack" or len(shape) == 1 else 1
     sets = []
     for which in range(max(len(field.sets) for field in fields if field)):
         pieces = []
@@ -190,7 +190,7 @@ def join(move: Move) -> Field | None:
                 parts = set_of(field, which, tensor.shape)
                 pieces.append(tuple(part.unsqueeze(dim) for part in parts) if new else parts)
         sets.append(tuple(_joined([piece[i] for piece in pieces], dim, shape) for i in range(4)))
-    return Field(tuple(sets), any(field.contracted for field in fields if field))
+    return CoordinateField(tuple(sets), any(field.contracted for field in fields if field))
 
 
 def _joined(pieces: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
@@ -206,32 +206,32 @@ def _joined(pieces: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
     return torch.cat(pieces, axis).expand(shape)
 
 
-def halve(move: Move) -> Field | None:
+def halve(op: TensorOp) -> CoordinateField | None:
     """glu: half of the axis gates the other half."""
-    dim = move.bound("input", "dim").get("dim", -1)
-    shape = shape_of(move.out)
-    return move.source and Field(tuple(tuple(p.expand(shape) for p in over(parts, dim)) for parts in move.source.sets))
+    dim = op.bound("input", "dim").get("dim", -1)
+    shape = shape_of(op.out)
+    return op.source and CoordinateField(tuple(tuple(p.expand(shape) for p in over(parts, dim)) for parts in op.source.sets))
 
 
-def complex_view(move: Move) -> Field | None:
+def complex_view(op: TensorOp) -> CoordinateField | None:
     """view_as_complex, view_as_real: both numbers of a pair are at one place."""
-    if move.name == "view_as_complex":
-        return move.source and move.source.each(lambda part: part[..., 0])
-    return move.source and move.source.each(lambda part: part[..., None].expand(shape_of(move.out)))
+    if op.name == "view_as_complex":
+        return op.source and op.source.each(lambda part: part[..., 0])
+    return op.source and op.source.each(lambda part: part[..., None].expand(shape_of(op.out)))
 
 
 # --- padding, patches, writing ----------------------------------------------------------------------------------------
 
 
-def pad(move: Move) -> Field | None:
+def pad(op: TensorOp) -> CoordinateField | None:
     """Constant padding has no place; reflection and the like repeat places."""
-    given = move.bound("input", "pad", "mode", "value")
-    sides, field = list(given["pad"]), move.source
+    given = op.bound("input", "pad", "mode", "value")
+    sides, field = list(given["pad"]), op.source
     if field is None:
         return None
-    if move.name == "pad" and given.get("mode", "constant") != "constant":
-        return field.each(move.again)
-    shape = shape_of(move.out)
+    if op.name == "pad" and given.get("mode", "constant") != "constant":
+        return field.each(op.again)
+    shape = shape_of(op.out)
 
     def again(part: Tensor) -> Tensor:
         for axis in range(part.ndim):
@@ -243,20 +243,20 @@ def pad(move: Move) -> Field | None:
     return field.each(again)
 
 
-def patches(move: Move) -> Field | None:
+def patches(op: TensorOp) -> CoordinateField | None:
     """`Tensor.unfold` is a view; `F.unfold` lays windows (C k k) along the channels, its padding has no place."""
-    field = move.source
-    if field is None or move.func in (Tensor.unfold, torch.Tensor.unfold):
-        return view(move)
-    given = move.bound("input", "kernel_size", "dilation", "padding", "stride")
-    padding, channels = pair(given.get("padding", 0)), move.first.shape[-3]
+    field = op.source
+    if field is None or op.func in (Tensor.unfold, torch.Tensor.unfold):
+        return view(op)
+    given = op.bound("input", "kernel_size", "dilation", "padding", "stride")
+    padding, channels = pair(given.get("padding", 0)), op.first.shape[-3]
     settings = {name: given.get(name, 1) for name in ("dilation", "stride")}
 
     def again(part: Tensor) -> Tensor:
         slim = part.narrow(-3, 0, 1) if part.stride(-3) == 0 else part
         wide = F.pad(slim, (padding[1], padding[1], padding[0], padding[0]), value=torch.nan)
         found = F.unfold(wide, given["kernel_size"], **settings).unflatten(-2, (slim.shape[-3], -1))
-        return refold(found.expand(*found.shape[:-3], channels, *found.shape[-2:]), shape_of(move.out))
+        return refold(found.expand(*found.shape[:-3], channels, *found.shape[-2:]), shape_of(op.out))
 
     return field.each(again)
 
@@ -266,31 +266,31 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def write(move: Move) -> Field | None:
+def write(op: TensorOp) -> CoordinateField | None:
     """`tensor[index] = value`, scatter, index_copy, copies into slices: what is written brings its place along."""
-    target = move.first
-    values = move.args[-1] if len(move.args) > 2 else next(reversed(move.kwargs.values()), None)
-    base, field = move.source, move.field(values)
+    target = op.first
+    values = op.args[-1] if len(op.args) > 2 else next(reversed(op.kwargs.values()), None)
+    base, field = op.source, op.field(values)
     if not isinstance(values, Tensor) or (base is None and field is None):
         return base
-    rest = [here(value) for value in move.args[1:]]
+    rest = [here(value) for value in op.args[1:]]
 
     def written(p: Tensor, q: Tensor) -> Tensor:
-        if move.name == "setitem":
+        if op.name == "setitem":
             p, q = _slim(p, q, rest[0])
             p = p.clone(memory_format=torch.contiguous_format)
             p[rest[0]] = q
             return p.expand(target.shape)
         p = p.clone(memory_format=torch.contiguous_format)
-        if len(move.args) > 2:
-            return move.plain(p, *rest[:-1], q)
-        return move.plain(p, *rest, **{n: q if v is values else here(v) for n, v in move.kwargs.items()})
+        if len(op.args) > 2:
+            return op.plain(p, *rest[:-1], q)
+        return op.plain(p, *rest, **{n: q if v is values else here(v) for n, v in op.kwargs.items()})
 
     sets = []
     for which in range(max(len(f.sets) for f in (base, field) if f)):
         pairs = zip(set_of(base, which, target.shape), set_of(field, which, values.shape), strict=True)
         sets.append(tuple(written(p, q) for p, q in pairs))
-    return Field(tuple(sets), bool(base and base.contracted) or bool(field and field.contracted))
+    return CoordinateField(tuple(sets), bool(base and base.contracted) or bool(field and field.contracted))
 
 
 def _slim(p: Tensor, q: Tensor, index: Any) -> tuple[Tensor, Tensor]:
@@ -305,7 +305,7 @@ def _slim(p: Tensor, q: Tensor, index: Any) -> tuple[Tensor, Tensor]:
     return p, q
 
 
-def copy(move: Move) -> Field | None:
+def copy(op: TensorOp) -> CoordinateField | None:
     """copy_: the places of what is copied."""
-    field = move.field(move.args[1])
-    return field and field.each(lambda part: part.expand(shape_of(move.out)))
+    field = op.field(op.args[1])
+    return field and field.each(lambda part: part.expand(shape_of(op.out)))

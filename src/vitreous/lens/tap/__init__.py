@@ -6,18 +6,18 @@ found.py     an attention as it was found, and the fused route
 softmax.py, facts.py, axes.py    the route of models that write attention out: product, softmax, contraction with V
 tracer.py    the traced pass: shapes, places and kinds of every call
 capture.py   brings each attention to one form, checks it and shows it
-call.py      what is shown: a `Call`
+call.py      what is shown: a `AttentionCall`
 """
 
 from vitreous.lens.tap.capture_pass import (
-    Call,
+    AttentionCall,
     Layout,
     Layouts,
+    PassResult,
     Refusal,
-    Seen,
     Traced,
     trace,
     watch,
 )
 
-__all__ = ["Call", "Layout", "Layouts", "Refusal", "Seen", "Traced", "trace", "watch"]
+__all__ = ["AttentionCall", "Layout", "Layouts", "PassResult", "Refusal", "Traced", "trace", "watch"]

@@ -161,7 +161,7 @@ class StoredMap(Map):
 
 
 @dataclass
-class Call:
+class AttentionCall:
     """One attention, seen while it happens. Tensors are valid only during the callback that gets it.
 
     name: dotted path of the innermost running module ("blocks.3.attn"; a leaf of class Softmax is left out).
@@ -182,7 +182,7 @@ class Call:
     """
 
     name: str
-    number: int
+    call_index: int
     route: str
     kind: str
     q: Tensor | None
@@ -218,7 +218,7 @@ class Call:
         return torch.cat([block.clone() for _, block in self.rows(effective=effective)], dim=3)
 
 
-def strips(call: Call) -> list[slice]:
+def strips(call: AttentionCall) -> list[slice]:
     """The rows that a check covers: all of few, or strips from the first to the last."""
     queries = call.maps.size[0]
     if queries <= WHOLE:
@@ -227,7 +227,7 @@ def strips(call: Call) -> list[slice]:
     return [slice(start, start + STRIP) for start in starts]
 
 
-def output_error(call: Call) -> tuple[float, str]:
+def output_error(call: AttentionCall) -> tuple[float, str]:
     """max |A V - output| / max |V| over the rows of `strips`, and what was done, in words.
 
     NaN where both are NaN is no error: rows masked in full, of a plain softmax.
@@ -247,7 +247,7 @@ def output_error(call: Call) -> tuple[float, str]:
     return worst / max(largest, torch.finfo(torch.float32).tiny), words
 
 
-def is_stochastic(call: Call) -> bool:
+def is_stochastic(call: AttentionCall) -> bool:
     """Whether rows of the effective map are non-negative and sum to one, or to zero where they were masked in full."""
     for _, block in call.rows(effective=True):
         total = block.sum(-1)

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vitreous.lens.tap.dataflow import Use
-from vitreous.lens.tap.module_stack import Running
+from vitreous.lens.tap.dataflow import WeightedSum
+from vitreous.lens.tap.module_stack import ModuleStack
 
-Key = tuple[str, int]  # name of a call or module, how-manieth
-Placed = tuple[Tensor, Callable[[Tensor], Tensor]]  # a tensor of the model, and what gives the view of it that a call is about
+Key = tuple[str, int]  # name of a call or module, call index
+OperandView = tuple[Tensor, Callable[[Tensor], Tensor]]  # a tensor of the model, and the function that gives the operand
 Factors = tuple[tuple[tuple[int, str], ...], ...]  # of leading axes, see `Arrangement`
 
 
@@ -29,7 +29,7 @@ class Refusal:
 
 
 @dataclass
-class Raw:
+class AttentionOp:
     """An attention as it was found: leading axes are the call's own.
 
     q, k: each an operand of the product and what brings a tensor with its axes to (..., N, K), (..., M, K); None: unknown.
@@ -37,14 +37,14 @@ class Raw:
     """
 
     route: str
-    q: Placed | None
-    k: Placed | None
+    q: OperandView | None
+    k: OperandView | None
     v: Tensor
     output: Tensor
     mask: Tensor | None = None
     causal: bool = False
     scale: float | None = None
-    use: Use | None = None
+    weighted_sum: WeightedSum | None = None
     heads: int | None = None
 
     @property
@@ -52,7 +52,7 @@ class Raw:
         return tuple(self.output.shape[:-2])
 
 
-def fused(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Raw | str:
+def fused(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> AttentionOp | str:
     """A call of `scaled_dot_product_attention` as it was given, or why it has no map."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None} | dict(zip(names, args, strict=False))
@@ -71,7 +71,7 @@ def fused(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Raw | str
         return x.expand(*lead, *x.shape[axes - 2 :])
 
     scale = 1 / math.sqrt(max(1, q.shape[-1])) if given["scale"] is None else given["scale"]
-    return Raw(
+    return AttentionOp(
         route="fused",
         q=(q, partial(spread, axes=q.ndim)),
         k=(k, partial(spread, axes=k.ndim)),
@@ -109,8 +109,8 @@ class Receiver(ABC):
         self.count, self.refused = 0, []
         self.numbers: Counter[str] = Counter()
 
-    def key(self, running: Running) -> Key:
-        name = running.path
+    def key(self, stack: ModuleStack) -> Key:
+        name = stack.path
         self.numbers[name] += 1
         return name, self.numbers[name] - 1
 
@@ -123,5 +123,5 @@ class Receiver(ABC):
         """Every call of the pass, after it was made."""
 
     @abstractmethod
-    def attention(self, running: Running, raw: Raw) -> None:
+    def attention(self, stack: ModuleStack, op: AttentionOp) -> None:
         """An attention that the pass made."""

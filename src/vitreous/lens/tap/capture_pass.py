@@ -2,7 +2,7 @@
 
 A `torch.overrides.TorchFunctionMode` around one forward pass sees every call of a PyTorch function. Attention comes by two
 routes: `scaled_dot_product_attention`, whose arguments say all, and a softmax written out, found by data flow
-(`lens.softmax`). Nothing is kept: each attention is shown to a callback as a `Call` and forgotten.
+(`lens.softmax`). Nothing is kept: each attention is shown to a callback as a `AttentionCall` and forgotten.
 
 What is shown was checked. Fused route: rows of the map are recomputed from the arguments, and A V must equal the call's own
 output, relative to max |V|. Softmax route, where that holds by construction: entries of the scores are recomputed from the
@@ -27,18 +27,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vitreous.base.errors import DataError, HostError, NotReached
-from vitreous.lens.coordinates import Layout
-from vitreous.lens.preserve_state import undisturbed
-from vitreous.lens.tap.attention_call import Call
-from vitreous.lens.tap.attention_op import Raw, Receiver, Refusal, fused
+from vitreous.lens.coordinates.layout import Layout
+from vitreous.lens.preserve_state import preserve_state
+from vitreous.lens.tap.attention_call import AttentionCall
+from vitreous.lens.tap.attention_op import AttentionOp, Receiver, Refusal, fused
 from vitreous.lens.tap.capture import Capture
-from vitreous.lens.tap.dataflow import Use
-from vitreous.lens.tap.module_stack import Leave, Running
+from vitreous.lens.tap.dataflow import WeightedSum
+from vitreous.lens.tap.module_stack import ModuleStack, OnOutput
 from vitreous.lens.tap.softmax import STARTS, Flow, tensors
-from vitreous.lens.tap.tensor_set import Known
+from vitreous.lens.tap.tensor_set import TensorSet
 from vitreous.lens.tap.tracer import Layouts, Traced, Tracer
 
-__all__ = ["Call", "Layout", "Layouts", "Refusal", "Seen", "Traced", "trace", "watch"]
+__all__ = ["AttentionCall", "Layout", "Layouts", "PassResult", "Refusal", "Traced", "trace", "watch"]
 
 NAMESPACES = {"aten", "prim", "prims", "profiler", "torchvision"}  # operators that hide no attention
 PLAIN = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)  # nearly every call is of one of these
@@ -52,7 +52,7 @@ QUIET = {
 
 
 @dataclass
-class Seen:
+class PassResult:
     """A pass that was watched: the model's output, and what gave no map."""
 
     output: Any
@@ -62,15 +62,15 @@ class Seen:
 def watch(
     model: nn.Module,
     images: Tensor,
-    see: Callable[[Call], None],
+    on_attention: Callable[[AttentionCall], None],
     *,
     layouts: Layouts | None = None,
-    leave: Leave | None = None,
-    ends: Container[str] | None = None,
-) -> Seen:
-    """One forward pass of images (B, C, h, w), pixels as the model takes them; `see` gets every attention.
+    on_output: OnOutput | None = None,
+    outputs: Container[str] | None = None,
+) -> PassResult:
+    """One forward pass of images (B, C, h, w), pixels as the model takes them; `on_attention` gets every attention.
 
-    leave(name, number, output) is called at the end of every module's forward, or of those named in `ends`. layouts: from
+    leave(name, number, output) is called at the end of every module's forward, or of those named in `outputs`. layouts: from
     `trace`, for a caller with several batches of one size; None: traced here. The pass runs in eval mode, without gradients
     and, if compiled, eagerly; hooks, modes and random state are as before, also after an error.
 
@@ -79,9 +79,9 @@ def watch(
     modules = dict(model.named_modules())
     images = fitting(modules, images)
     layouts = trace(model, images) if layouts is None else layouts
-    capture = Capture(see, layouts, len(images))
-    output = through(modules, images, capture, layouts.known, leave, ends)
-    return Seen(output, capture.refused)
+    capture = Capture(on_attention, layouts, len(images))
+    output = through(modules, images, capture, layouts.known, on_output, outputs)
+    return PassResult(output, capture.refused)
 
 
 def trace(model: nn.Module, images: Tensor) -> Layouts:
@@ -89,7 +89,7 @@ def trace(model: nn.Module, images: Tensor) -> Layouts:
     modules = dict(model.named_modules())
     images = fitting(modules, images)[:1]
     tracer = Tracer(images)
-    through(modules, images, tracer, tracer.layouts.known, tracer.leave)
+    through(modules, images, tracer, tracer.layouts.known, tracer.on_output)
     return tracer.layouts
 
 
@@ -117,17 +117,17 @@ def through(
     modules: dict[str, nn.Module],
     images: Tensor,
     receiver: Receiver,
-    known: Known,
-    leave: Leave | None,
-    ends: Container[str] | None = None,
+    known: TensorSet,
+    on_output: OnOutput | None,
+    outputs: Container[str] | None = None,
 ) -> Any:
     """One pass of images through the model, modules[""], its attentions to the receiver. Raises if there was none."""
     model = modules[""]
     if not known:
         known.add(attributes(model))
     known.add((images, *parts(modules, "_parameters"), *parts(modules, "_buffers")))
-    running = Running(modules, leave, ends)
-    with torch._C._EnableTorchFunction(), undisturbed(model), eager(), running, Tap(running, receiver, known) as tap:
+    stack = ModuleStack(modules, on_output, outputs)
+    with torch._C._EnableTorchFunction(), preserve_state(model), eager(), stack, Tap(stack, receiver, known) as tap:
         output = model(images)
     known.tidy()
     if receiver.count:
@@ -170,9 +170,9 @@ def aside(device: torch.device) -> Iterator[None]:
 class Tap(TorchFunctionMode):
     """The mode that sees the calls of one pass, in one thread."""
 
-    def __init__(self, running: Running, receiver: Receiver, known: Known):
+    def __init__(self, stack: ModuleStack, receiver: Receiver, known: TensorSet):
         super().__init__()
-        self.running, self.receiver, self.known, self.flow = running, receiver, known, Flow()
+        self.stack, self.receiver, self.known, self.flow = stack, receiver, known, Flow()
         self.calls, self.heads = 0, None
 
     def __enter__(self) -> Tap:
@@ -204,15 +204,15 @@ class Tap(TorchFunctionMode):
                 found = fused(args, kwargs, out)
             else:
                 follow = name in STARTS or self.flow.facts  # most calls of a pass begin nothing, and there is nothing to go on
-                found = self.flow.follow(name, self.running, func, args, kwargs, given, out) if follow else None
-            if isinstance(found, Use):
-                found = Raw("softmax", *(found.operands() or (None, None)), found.v, found.output, use=found)
-        if isinstance(found, Raw):
+                found = self.flow.follow(name, self.stack, func, args, kwargs, given, out) if follow else None
+            if isinstance(found, WeightedSum):
+                found = AttentionOp("softmax", *(found.operands() or (None, None)), found.v, found.output, weighted_sum=found)
+        if isinstance(found, AttentionOp):
             found.heads = self.heads
             with aside(found.output.device):
-                self.receiver.attention(self.running, found)
+                self.receiver.attention(self.stack, found)
         elif found is not None:
-            self.receiver.refuse(self.running.path, found)
+            self.receiver.refuse(self.stack.path, found)
         return out
 
     def inside(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -246,21 +246,21 @@ class Tap(TorchFunctionMode):
         elif isinstance(func, (OpOverload, OpOverloadPacket)):
             operator = func._qualified_op_name if isinstance(func, OpOverloadPacket) else func.name()
             if operator.split("::")[0] not in NAMESPACES:
-                self.receiver.refuse(self.running.path, f"the kernel {operator} does not show what it computes")
+                self.receiver.refuse(self.stack.path, f"the kernel {operator} does not show what it computes")
         elif isinstance(func, HigherOrderOperator):
             advice = "; use scaled dot product attention (set_attn_implementation('sdpa'))" if "flex" in func.name() else ""
-            self.receiver.refuse(self.running.path, f"the operator {func.name()} does not show what it computes{advice}")
+            self.receiver.refuse(self.stack.path, f"the operator {func.name()} does not show what it computes{advice}")
         for tensor in given:
             if tensor in self.known or not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
                 continue
             if torch._C._functorch.is_batchedtensor(tensor):
                 raise HostError(
-                    f"{self.running.path or 'The model'} runs under torch.vmap, where tensors stand for many. Expected plain "
+                    f"{self.stack.path or 'The model'} runs under torch.vmap, where tensors stand for many. Expected plain "
                     "ones. Give the model a batch in place of vmap over images."
                 )
             if tensor.ndim and tensor.numel() > 1 and self.receiver.strict:
                 raise HostError(
-                    f"{self.running.path or 'The model'} works on a tensor {tuple(tensor.shape)} that no visible call made: it "
+                    f"{self.stack.path or 'The model'} works on a tensor {tuple(tensor.shape)} that no visible call made: it "
                     "came from scripted code, a kernel of another package, numpy or another thread. Expected PyTorch "
                     "functions in one thread. Switch that code off (timm.layers.set_scriptable, "
                     "attn_implementation='sdpa'), or keep such a constant as a buffer."

@@ -58,7 +58,7 @@ class Scores:
 
 
 @dataclass
-class Record:
+class SoftmaxRecord:
     """That there was a softmax, and whether it met a V: kept to the end of a pass, without a tensor."""
 
     path: str
@@ -69,7 +69,7 @@ class Record:
 class Softmax:
     """One softmax of the pass. shape, axis: of its output; scores: None if no product leads here."""
 
-    record: Record
+    record: SoftmaxRecord
     shape: tuple[int, ...]
     axis: int
     scores: Scores | None
@@ -103,7 +103,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Use:
+class WeightedSum:
     """Weights met V. Leading axes are the call's own: effective (..., N, M), v (..., M, Kv), output (..., N, Kv).
 
     probabilities: the softmax's own output in the same form; None: it is `effective`, or cannot be said. whole: no key of

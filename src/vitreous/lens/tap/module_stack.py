@@ -14,27 +14,27 @@ from torch import Tensor, nn
 from vitreous.hosts.block import Block, Close
 from vitreous.layers.stream import PLAIN, Stream, TokenState
 
-Leave = Callable[[str, int, Any], None]
+OnOutput = Callable[[str, int, Any], None]
 
 
-class Running:
-    """A context in which `path` is the dotted path of the innermost running module; `leave` is called at each end.
+class ModuleStack:
+    """A context in which `path` is the dotted path of the innermost running module; `on_output` is called at each end.
 
     leave(name, number, output): after a module's own hooks; number: how-manieth call of that module in this pass.
-    modules: all of a model, by name. ends: names of the modules whose ends `leave` is called at; None: of all. Leaves of
+    modules: all of a model, by name. ends: names of the modules whose ends `on_output` is called at; None: of all. Leaves of
     PyTorch itself that are not among them get no hooks: most modules are such, and what runs in them counts as their
     parent's.
     state: the newest `TokenState` of our own token grafts. Hooks see the thread that entered and no other.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], leave: Leave | None = None, ends: Container[str] | None = None):
-        self.modules, self.leave, self.state = modules, leave, PLAIN
-        self.ends = () if leave is None else ends
+    def __init__(self, modules: dict[str, nn.Module], on_output: OnOutput | None = None, outputs: Container[str] | None = None):
+        self.modules, self.on_output, self.state = modules, on_output, PLAIN
+        self.outputs = () if on_output is None else outputs
         self.stack: list[tuple[str, int, nn.Module]] = []  # name, number, module
         self.counts: Counter[nn.Module] = Counter()
         self.handles: list[Any] = []
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> ModuleStack:
         self.thread = threading.get_ident()
         try:
             for name, module in self.modules.items():
@@ -42,7 +42,7 @@ class Running:
                     continue
                 if "_orig_mod" in name:
                     name = ".".join(part for part in name.split(".") if part != "_orig_mod")
-                if is_leaf(module) and self.ends is not None and name not in self.ends:
+                if is_leaf(module) and self.outputs is not None and name not in self.outputs:
                     continue
                 enter, end = partial(self.enter, name), partial(self.end, name)
                 self.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
@@ -77,15 +77,15 @@ class Running:
         """Hook after a module's forward, which runs also when that raised: then without output."""
         if threading.get_ident() != self.thread:
             return
-        number = 0
+        call_index = 0
         while self.stack:  # modules that an exception left are still on it
-            _, number, popped = self.stack.pop()
+            _, call_index, popped = self.stack.pop()
             if popped is module:
                 break
         self.state = PLAIN if isinstance(module, Close) else newest((output,), self.state)
-        if self.leave is not None and output is not None and (self.ends is None or name in self.ends):
+        if self.on_output is not None and output is not None and (self.outputs is None or name in self.outputs):
             with torch._C.DisableTorchFunction():
-                self.leave(name, number, output)
+                self.on_output(name, call_index, output)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.lens.tap.axes import MATMULS, Axes, Contraction, Label, arranged, contraction, on_meta
-from vitreous.lens.tap.dataflow import Record, Scores, Softmax, Use, Weights, probabilities, product
-from vitreous.lens.tap.module_stack import Running
+from vitreous.lens.tap.dataflow import Scores, Softmax, SoftmaxRecord, WeightedSum, Weights, probabilities, product
+from vitreous.lens.tap.module_stack import ModuleStack
 
 SOFTMAXES = {
     "softmax", "_softmax", "special_softmax", "_safe_softmax", "softmin", "gumbel_softmax", "log_softmax", "_log_softmax",
@@ -68,7 +68,7 @@ class Flow:
 
     def __init__(self):
         self.facts = WeakIdKeyDictionary()
-        self.softmaxes: list[Record] = []
+        self.softmaxes: list[SoftmaxRecord] = []
 
     def clear(self) -> None:
         self.facts = WeakIdKeyDictionary()
@@ -76,7 +76,7 @@ class Flow:
     def follow(
         self,
         name: str,
-        running: Running,
+        stack: ModuleStack,
         func: Callable,
         args: Sequence[Any],
         kwargs: dict[str, Any],
@@ -85,10 +85,10 @@ class Flow:
     ) -> Any:
         """Take note of a call that was made; given: the tensors among its arguments.
 
-        Gives a `Use`, or words that say why weights that met V are no map, or None.
+        Gives a `WeightedSum`, or words that say why weights that met V are no map, or None.
         """
         if name in SOFTMAXES:
-            return self.softmax(name, running.path, args, kwargs, out)
+            return self.softmax(name, stack.path, args, kwargs, out)
         found = contraction(name, args, kwargs)
         if found is not None:
             return self.contracted(found, name, args, kwargs, out)
@@ -106,7 +106,7 @@ class Flow:
             dim = -1 if name == "gumbel_softmax" else F._get_softmax_dim(name, x.ndim, 5)
         fact = self.facts.get(x)
         scores = fact if isinstance(fact, Scores) else fact.softmax.scores if isinstance(fact, Weights) else None
-        record = Record(path)
+        record = SoftmaxRecord(path)
         self.softmaxes.append(record)
         softmax = Softmax(record, tuple(out.shape), dim % max(1, out.ndim), scores)
         self.facts[out] = Weights(softmax, Axes.of(out.shape), log="log" in name)
@@ -161,7 +161,7 @@ class Flow:
             return lambda x: arranged(x, labels, [*lead, *last], sizes)
 
         form_v, form_output = form(theirs, [label, column]), form(c.labels_out, [row, column])
-        return Use(
+        return WeightedSum(
             weights=weights,
             axes=axes,
             effective=arranged(a, own, wanted, sizes),

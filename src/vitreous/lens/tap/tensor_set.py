@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 
-class Known:
+class TensorSet:
     """A set of tensors, each itself and no other of equal values, that keeps none of them alive.
 
     What torch has for this asks and tells in Python several times per tensor; a pass asks for each argument of each call.

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from vitreous.layers.stream import Stream
-from vitreous.lens.coordinates import Layout, Shadows, channel, layout
-from vitreous.lens.tap.attention_op import Factors, Key, Placed, Raw, Receiver, guessed
-from vitreous.lens.tap.module_stack import Running
-from vitreous.lens.tap.tensor_set import Known
+from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer
+from vitreous.lens.coordinates.layout import Layout, channel, layout
+from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, OperandView, Receiver, guessed
+from vitreous.lens.tap.module_stack import ModuleStack
+from vitreous.lens.tap.tensor_set import TensorSet
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Layouts:
 
     calls: dict[Key, Traced] = field(default_factory=dict)
     outputs: dict[Key, Layout] = field(default_factory=dict)
-    known: Known = field(default_factory=Known, repr=False)  # tensors of earlier passes
+    known: TensorSet = field(default_factory=TensorSet, repr=False)  # tensors of earlier passes
 
     def get(self, key: Key) -> Layout | None:
         """The layout of a call; None: unknown."""
@@ -48,35 +49,35 @@ class Tracer(Receiver):
 
     def __init__(self, image: Tensor):
         super().__init__()
-        self.layouts, self.shadows = Layouts(), Shadows(image)
+        self.layouts, self.coordinates = Layouts(), CoordinateTracer(image)
         self.same: dict[bytes, Layout | None] = {}  # most modules leave tokens where they are
         self.tokens: dict[int, Layout] = {}  # the last layout of so many tokens
         self.shared: dict[tuple, Layout] = {}  # layouts of calls by what they say
 
     def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        self.shadows.follow(func, tuple(args), kwargs, out)
+        self.coordinates.follow(func, tuple(args), kwargs, out)
 
-    def attention(self, running: Running, raw: Raw) -> None:
+    def attention(self, stack: ModuleStack, op: AttentionOp) -> None:
         self.count += 1
-        product = raw.use is None or raw.use.product is not None
+        product = op.weighted_sum is None or op.weighted_sum.product is not None
         kind = "token" if product else "pooling"
-        sides = (raw.q, raw.k)
-        if raw.q is None:  # the output is where its query is, V where the keys are
-            sides = (raw.use.place_output, raw.use.place_v)
-        query, key = (self.places(side, x.shape[-2]) for side, x in zip(sides, (raw.output, raw.v), strict=True))
-        found = layout(query, key, self.shadows.size, self.shadows.reason(*(side[0] for side in sides)))
-        if found is None or len(found.factors) != len(raw.lead):
-            found, factors = None, guessed(raw.lead, raw.heads)
+        sides = (op.q, op.k)
+        if op.q is None:  # the output is where its query is, V where the keys are
+            sides = (op.weighted_sum.place_output, op.weighted_sum.place_v)
+        query, key = (self.places(side, x.shape[-2]) for side, x in zip(sides, (op.output, op.v), strict=True))
+        found = layout(query, key, self.coordinates.size, self.coordinates.reason(*(side[0] for side in sides)))
+        if found is None or len(found.factors) != len(op.lead):
+            found, factors = None, guessed(op.lead, op.heads)
         else:
             found = self.once(found)
             factors = found.factors
-        if raw.q is not None and channel(query, key):
+        if op.q is not None and channel(query, key):
             kind, found = "channel", None  # rows and columns of the map are channels, which are nowhere
-        self.layouts.calls[self.key(running)] = Traced(raw.lead, factors, kind, found)
+        self.layouts.calls[self.key(stack)] = Traced(op.lead, factors, kind, found)
 
-    def places(self, side: Placed, count: int) -> Tensor:
+    def places(self, side: OperandView, count: int) -> Tensor:
         """Places (..., count, K, 4) of a side, NaN if it has none; axes on which they do not differ have size 1 or stride 0."""
-        places = self.shadows.of(side[0])
+        places = self.coordinates.of(side[0])
         if places is None:
             return torch.full((count, 1, 4), math.nan)
         places = side[1](narrowed(places))
@@ -90,7 +91,7 @@ class Tracer(Receiver):
         said = [getattr(found, name.name) for name in fields(found) if name.repr]
         return self.shared.setdefault((queries, keys, *said), found)
 
-    def leave(self, name: str, number: int, output: Any) -> None:
+    def on_output(self, name: str, call_index: int, output: Any) -> None:
         """The layout of a module's output (1, N, D), (1, D, N), (1, h, w, D) or (1, D, h, w)."""
         if isinstance(output, Stream):  # for its original tokens, as in `Stream.tokens`
             count = output.x.shape[1] - output.state.inserted if output.state.source is None else output.state.source.shape[1]
@@ -101,10 +102,10 @@ class Tracer(Receiver):
             if found is not None:
                 self.tokens[found.queries.shape[1]] = found
         if found is not None:
-            self.layouts.outputs[name, number] = found
+            self.layouts.outputs[name, call_index] = found
 
     def of_output(self, output: Tensor) -> Layout | None:
-        places = self.shadows.of(output)
+        places = self.coordinates.of(output)
         if places is None or len(output) != 1:
             return None
         places = narrowed(places)
@@ -115,7 +116,7 @@ class Tracer(Receiver):
         places = places.movedim(constant, -2).flatten(1, -3)  # (1, N, 1, 4)
         key = places.numpy().tobytes()
         if key not in self.same:
-            self.same[key] = layout(places, None, self.shadows.size)
+            self.same[key] = layout(places, None, self.coordinates.size)
         return self.same[key]
 
 
