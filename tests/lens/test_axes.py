@@ -26,7 +26,7 @@ CHAINS = {
 
 def viewed(axes, func, x, *args):
     """Axes after func(x, ...); None: they were lost."""
-    return axes and axes.viewed(on_meta(func, (x, *args), {}, x, torch.empty(x.shape, device="meta")), x.shape)
+    return axes and axes.after_view(on_meta(func, (x, *args), {}, x, torch.empty(x.shape, device="meta")), x.shape)
 
 
 def applied(x, chain):

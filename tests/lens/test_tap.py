@@ -799,8 +799,8 @@ def test_models_without_attention_are_refused():
 
 
 def test_a_map_that_does_not_give_the_output_is_refused(monkeypatch):
-    fused = capture_pass.fused
-    monkeypatch.setattr(capture_pass, "fused", lambda *given: replace(fused(*given), scale=0.5))
+    fused = capture_pass.fused_attention
+    monkeypatch.setattr(capture_pass, "fused_attention", lambda *given: replace(fused(*given), scale=0.5))
     with pytest.raises(HostError, match="its map is off by"):
         seen(vit())
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitreous.base.errors import DataError, NotReached
 from vitreous.lens.formulas import indicators, spectra
 from vitreous.lens.formulas.row_statistics import Distances, Sweep, same_places
-from vitreous.lens.tap.attention_call import WHOLE, AttentionCall, Buffers
+from vitreous.lens.tap.attention_call import FULL_CHECK_ROWS, AttentionCall, Buffers
 
 SOURCES = ("attention", *spectra.SOURCES)
 KEYS = ("layer", "head", "image", "source", "kind")
@@ -209,7 +209,7 @@ class Measures:
         places, queries = self._places(call, count), call.output.shape[3]
         sweep = Sweep(count, self.noisy, not effective or call.stochastic, places, self._buffers, self._distances)
         size = max(1, self.block // (call.output[..., 0, 0].numel() * call.v.shape[3]))
-        step = queries if queries <= WHOLE else size  # all rows of a small map are there already, from its check
+        step = queries if queries <= FULL_CHECK_ROWS else size  # all rows of a small map are there already, from its check
         for rows, block in call.rows(step, effective):
             for start in range(0, block.shape[3], size):
                 part = block[..., start : start + size, :]

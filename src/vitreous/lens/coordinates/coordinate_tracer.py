@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.lens.coordinates import mixing_rules, view_rules
-from vitreous.lens.coordinates.field import CoordinateField, Parts, TensorOp, spread, thin
+from vitreous.lens.coordinates.field import CoordinateField, Parts, TensorOp, thin, variance
 
 _NAMES = {
     view_rules.keep: """
@@ -36,14 +36,14 @@ _NAMES = {
     view_rules.fold: """reshape view view_as reshape_as flatten unflatten ravel squeeze unsqueeze unsafe_view atleast_2d
         atleast_3d""",
     view_rules.expand: "expand expand_as broadcast_to",
-    view_rules.slide: "roll flip fliplr flipud",
+    view_rules.roll: "roll flip fliplr flipud",
     view_rules.repeat: "repeat tile repeat_interleave",
     view_rules.pick: "getitem",
     view_rules.gather: "gather take_along_dim",
     view_rules.select: "index_select",
-    view_rules.ranked: "topk sort",
+    view_rules.sort: "topk sort",
     view_rules.join: "cat concat concatenate stack hstack vstack",
-    view_rules.halve: "glu",
+    view_rules.glu: "glu",
     view_rules.complex_view: "view_as_complex view_as_real",
     view_rules.pad: "pad constant_pad_nd",
     view_rules.patches: "unfold",
@@ -57,21 +57,21 @@ _NAMES = {
     mixing_rules.extreme: "max min",
     mixing_rules.reduce: "mean nanmean sum nansum amax amin prod logsumexp norm vector_norm std var median mode",
     mixing_rules.convolve: "conv1d conv2d conv3d",
-    mixing_rules.widen: "conv_transpose1d conv_transpose2d conv_transpose3d",
+    mixing_rules.transpose_convolve: "conv_transpose1d conv_transpose2d conv_transpose3d",
     mixing_rules.pool: "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool1d lp_pool2d lp_pool3d",
     mixing_rules.adapt: """
         adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
         adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
     mixing_rules.resize: "interpolate upsample",
     mixing_rules.sample: "grid_sample",
-    mixing_rules.unpatch: "fold",
+    mixing_rules.fold: "fold",
     mixing_rules.linear: "linear",
     mixing_rules.matmul: "matmul rmatmul mm bmm mv baddbmm addmm addmv",
     mixing_rules.einsum: "einsum",
     mixing_rules.attend: "scaled_dot_product_attention",
     mixing_rules.merge: "scatter_add scatter_reduce index_add index_reduce",
 }
-_FRESH = {  # values that have nothing to do with those of the argument
+_UNRELATED = {  # values that have nothing to do with those of the argument
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones",
     "new_empty", "new_full", "new_tensor", "bernoulli", "zero", "fill", "normal", "uniform", "random", "sign", "heaviside",
     "grad", "base",
@@ -80,7 +80,7 @@ _RANDOM = {
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like", "randint_like",
     "uniform", "random", "exponential", "log_normal", "cauchy", "geometric",
 }  # fmt: skip
-_PICKING = {view_rules.pick, view_rules.gather, view_rules.select, view_rules.ranked, view_rules.write, mixing_rules.merge}
+_INDEXED = {view_rules.pick, view_rules.gather, view_rules.select, view_rules.sort, view_rules.write, mixing_rules.merge}
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
@@ -99,9 +99,9 @@ class CoordinateTracer:
         """image: the input (1, C, h, w). The centre of its first pixel is at (0.5, 0.5)."""
         self.size = (image.shape[-2], image.shape[-1])
         self.fields: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.lost: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that lost its places
+        self.lost_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that lost its places
         self.varying: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that another image, or chance, would change
-        self.picked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that took tokens by such an index
+        self.chosen_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that took tokens by such an index
         y = (torch.arange(self.size[0], dtype=torch.float64, device="cpu") + 0.5)[:, None]
         x = (torch.arange(self.size[1], dtype=torch.float64, device="cpu") + 0.5)[None]
         parts = (y, x, y.square() + x.square(), torch.ones((), dtype=torch.float64, device="cpu"))
@@ -110,47 +110,47 @@ class CoordinateTracer:
     def follow(self, func: Any, args: tuple, kwargs: dict[str, Any] | None, out: Any) -> None:
         """Give the output of a call its places. To be called with torch functions switched off."""
         name, kwargs = plain_name(func), kwargs or {}
-        given = list(_tensors((*args, *kwargs.values())))
-        made = [args[0]] if name == "setitem" else list(_tensors((out,)))
-        outputs = [tensor for tensor in made if tensor.is_floating_point() or tensor.is_complex()]
-        placed = any(tensor in self.fields for tensor in given)
-        varying = placed or name in _RANDOM or any(tensor in self.varying or tensor in self.lost for tensor in given)
-        if varying and name not in _FRESH:
-            for tensor in made:
+        inputs = list(_tensors((*args, *kwargs.values())))
+        results = [args[0]] if name == "setitem" else list(_tensors((out,)))
+        outputs = [tensor for tensor in results if tensor.is_floating_point() or tensor.is_complex()]
+        has_place = any(tensor in self.fields for tensor in inputs)
+        varying = has_place or name in _RANDOM or any(tensor in self.varying or tensor in self.lost_by for tensor in inputs)
+        if varying and name not in _UNRELATED:
+            for tensor in results:
                 self.varying[tensor] = None
         if not outputs:
             return
-        picked = next((self.picked[tensor] for tensor in given if tensor in self.picked), None)
+        chosen_by = next((self.chosen_by[tensor] for tensor in inputs if tensor in self.chosen_by), None)
         rule = RULES.get(name)
-        if rule in _PICKING and any(tensor in self.varying for tensor in given if not tensor.is_floating_point()):
-            picked = name
+        if rule in _INDEXED and any(tensor in self.varying for tensor in inputs if not tensor.is_floating_point()):
+            chosen_by = name
         op = TensorOp(name, func, args, kwargs, args[0] if name == "setitem" else out, self.field)
-        found = self._moved(rule, op) if placed and rule else None
-        reason = next((self.lost[tensor] for tensor in given if tensor in self.lost), None)
-        if placed:
-            reason = None if name in _FRESH else name
-        for tensor, field in zip(outputs, found or [None] * len(outputs), strict=False):
+        fields = self._apply_rule(rule, op) if has_place and rule else None
+        reason = next((self.lost_by[tensor] for tensor in inputs if tensor in self.lost_by), None)
+        if has_place:
+            reason = None if name in _UNRELATED else name
+        for tensor, field in zip(outputs, fields or [None] * len(outputs), strict=False):
             self._set(tensor, field)
-            if field is None and found is None and reason is not None:
-                self.lost[tensor] = reason
-            if field is not None and picked is not None:
-                self.picked[tensor] = picked
+            if field is None and fields is None and reason is not None:
+                self.lost_by[tensor] = reason
+            if field is not None and chosen_by is not None:
+                self.chosen_by[tensor] = chosen_by
 
     def _set(self, tensor: Tensor, field: CoordinateField | None) -> None:
-        self.lost.pop(tensor, None)
+        self.lost_by.pop(tensor, None)
         if field is None:
             self.fields.pop(tensor, None)
         elif tuple(field.sets[0][0].shape) == tuple(tensor.shape):
             self.fields[tensor] = field
 
     @staticmethod
-    def _moved(rule: Any, op: TensorOp) -> list[CoordinateField | None] | None:
+    def _apply_rule(rule: Any, op: TensorOp) -> list[CoordinateField | None] | None:
         """Fields of the outputs, or None where the rule does not fit the call."""
         try:
-            found = rule(op)
+            result = rule(op)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
             return None
-        return found if isinstance(found, list) else None if found is None else [found]
+        return result if isinstance(result, list) else None if result is None else [result]
 
     def field(self, value: Any) -> CoordinateField | None:
         """The field of a tensor; None: none, or no tensor."""
@@ -166,16 +166,20 @@ class CoordinateTracer:
 
     def reason(self, *tensors: Tensor) -> str:
         """What is to be known of the places of these tensors, in words; "" if nothing: who lost them, or who chose them."""
-        lost = next((self.lost[tensor] for tensor in tensors if tensor in self.lost), None)
-        if lost is not None:
-            return f"{lost} lost the places"
-        picked = next((self.picked[tensor] for tensor in tensors if tensor in self.picked), None)
-        return "" if picked is None else f"{picked} chose tokens by their values or by chance: other images have other places"
+        lost_by = next((self.lost_by[tensor] for tensor in tensors if tensor in self.lost_by), None)
+        if lost_by is not None:
+            return f"{lost_by} lost the places"
+        chosen_by = next((self.chosen_by[tensor] for tensor in tensors if tensor in self.chosen_by), None)
+        return (
+            ""
+            if chosen_by is None
+            else f"{chosen_by} chose tokens by their values or by chance: other images have other places"
+        )
 
 
 def _stacked(parts: Parts, shape: tuple[int, ...]) -> Tensor:
     y, x, moment, mass = (thin(part) for part in parts)
-    width = spread((y, x, moment, mass))
+    width = variance((y, x, moment, mass))
     return torch.stack(torch.broadcast_tensors(y, x, width, mass), dim=-1).expand(*shape, 4)
 
 

@@ -28,9 +28,9 @@ class CoordinateField:
     """The places of one tensor's elements. contracted: a product summed over places (channel attention)."""
 
     sets: tuple[Parts, ...]
-    contracted: bool = False
+    is_channel_product: bool = False
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> CoordinateField:
+    def map_parts(self, change: Callable[[Tensor], Tensor]) -> CoordinateField:
         """The same change to every part."""
         return replace(self, sets=tuple(tuple(change(part) for part in parts) for parts in self.sets))
 
@@ -49,7 +49,7 @@ class TensorOp:
     out: Any
     field: Callable[[Any], CoordinateField | None]
 
-    def bound(self, *names: str) -> dict[str, Any]:
+    def arguments(self, *names: str) -> dict[str, Any]:
         """Arguments by name, positional and keyword alike."""
         return dict(zip(names, self.args, strict=False)) | self.kwargs
 
@@ -63,27 +63,27 @@ class TensorOp:
         return self.field(self.first)
 
     @property
-    def plain(self) -> Callable:
+    def out_of_place(self) -> Callable:
         """The function that leaves its argument as it is, where this one works in place: a part may be shared."""
         name = getattr(self.func, "__name__", "")
         if name.endswith("_") and not name.startswith("__"):
             return getattr(Tensor, name[:-1], None) or getattr(torch, name[:-1])
         return self.func
 
-    def again(self, part: Tensor) -> Any:
+    def apply(self, part: Tensor) -> Any:
         """The same call on a part. Index tensors and masks are used as they are."""
-        rest = [here(value) for value in self.args[1:]]
-        kwargs = {name: here(value) for name, value in self.kwargs.items()}
+        rest = [to_cpu(value) for value in self.args[1:]]
+        kwargs = {name: to_cpu(value) for name, value in self.kwargs.items()}
         if self.args:
-            return self.plain(part, *rest, **kwargs)
-        return self.plain(**kwargs | {next(iter(kwargs)): part})
+            return self.out_of_place(part, *rest, **kwargs)
+        return self.out_of_place(**kwargs | {next(iter(kwargs)): part})
 
 
-def here(value: Any) -> Any:
+def to_cpu(value: Any) -> Any:
     """Index tensors to where the parts live, also inside a tuple or list."""
     if isinstance(value, Tensor):
         return value.cpu()
-    return type(value)(map(here, value)) if type(value) in (tuple, list) else value
+    return type(value)(map(to_cpu, value)) if type(value) in (tuple, list) else value
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def thin(part: Tensor) -> Tensor:
     return part
 
 
-def still(parts: Parts, axis: int) -> bool:
+def is_constant_along(parts: Parts, axis: int) -> bool:
     """Whether places do not differ along an axis (NaN is no difference)."""
     for part in parts[:2]:
         if part.shape[axis] > 1 and part.stride(axis) != 0:
@@ -109,7 +109,7 @@ def still(parts: Parts, axis: int) -> bool:
     return True
 
 
-def constant(parts: Parts) -> bool:
+def is_constant(parts: Parts) -> bool:
     """Whether one and the same place, or none, stands everywhere."""
     return all(thin(part).numel() == 1 or _level(thin(part)) for part in parts[:2])
 
@@ -124,14 +124,14 @@ def _level(values: Tensor) -> bool:
     return not finite.numel() or bool(finite.max() - finite.min() <= CLOSE)
 
 
-def nowhere(shape: Sequence[int]) -> Parts:
+def no_place(shape: Sequence[int]) -> Parts:
     """Parts of a tensor without a place."""
     return (torch.full((), torch.nan, dtype=torch.float64, device="cpu").expand(tuple(shape)),) * 4
 
 
-def set_of(field: CoordinateField | None, which: int, shape: Sequence[int]) -> Parts:
+def parts_of_set(field: CoordinateField | None, which: int, shape: Sequence[int]) -> Parts:
     """One set of a field; of a field that lacks it, or of none, parts without a place."""
-    return field.sets[which] if field and which < len(field.sets) else nowhere(shape)
+    return field.sets[which] if field and which < len(field.sets) else no_place(shape)
 
 
 def average(parts: Parts, total: Callable[[Tensor], Tensor]) -> Parts:
@@ -143,7 +143,7 @@ def average(parts: Parts, total: Callable[[Tensor], Tensor]) -> Parts:
     return tuple(total(part.nan_to_num(nan=0.0)) / weight for part in parts)
 
 
-def over(parts: Parts, axes: int | Sequence[int]) -> Parts:
+def mean_over(parts: Parts, axes: int | Sequence[int]) -> Parts:
     """Mean over axes, which stay with length 1."""
     axes = [axes] if isinstance(axes, int) else list(axes)
     parts = tuple(thin(part) for part in parts)
@@ -153,16 +153,16 @@ def over(parts: Parts, axes: int | Sequence[int]) -> Parts:
     return average(tuple(part.expand(shape) for part in parts), lambda part: part.sum(axes, keepdim=True))
 
 
-def both(a: Parts, b: Parts) -> Parts:
+def parts_of_sum(a: Parts, b: Parts) -> Parts:
     """Where the sum of two tensors is, from sets of the same shape: the mean of what has a place.
 
     Where one of them stands for smaller parts of the image (a stream beside its filtered copy, a fine map to which a coarse
     one is added, tokens that attended with the queries of whole regions), it alone.
     """
-    if a is b or all(same(thin(p), thin(q)) for p, q in zip(a, b, strict=True)):
+    if a is b or all(equal_parts(thin(p), thin(q)) for p, q in zip(a, b, strict=True)):
         return a
     a, b = (tuple(torch.broadcast_tensors(*map(thin, parts))) for parts in (a, b))
-    first, second = (float(spread(parts).nanmedian()) for parts in (a, b))
+    first, second = (float(variance(parts).nanmedian()) for parts in (a, b))
     if first > 1.05 * second + CLOSE:
         a, b, first, second = b, a, second, first
     alone = second > 1.05 * first + CLOSE
@@ -170,17 +170,17 @@ def both(a: Parts, b: Parts) -> Parts:
     return tuple(torch.where(only_b, q, torch.where(only_a, p, (p + q) / 2)) for p, q in zip(a, b, strict=True))
 
 
-def spread(parts: Parts) -> Tensor:
+def variance(parts: Parts) -> Tensor:
     """Variance of the pixels that an element stands for, in square pixels, over both axes together."""
     y, x, moment, _ = parts
     return (moment - y.square() - x.square()).clamp(min=0)
 
 
-def same(p: Tensor, q: Tensor) -> bool:
+def equal_parts(p: Tensor, q: Tensor) -> bool:
     """Whether two parts are equal, NaN included."""
     return p.shape == q.shape and torch.equal(p.nan_to_num(nan=-1.0), q.nan_to_num(nan=-1.0))
 
 
-def filled(parts: Parts, shape: Sequence[int]) -> Parts:
+def broadcast(parts: Parts, shape: Sequence[int]) -> Parts:
     """Parts broadcast to a shape without copying."""
     return tuple(thin(part).expand(tuple(shape)) for part in parts)

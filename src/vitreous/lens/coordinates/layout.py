@@ -50,17 +50,17 @@ class Layout:
         return _picture(values, self.key_cells, self.key_grid, "keys")
 
 
-def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None, what: str) -> Tensor:
+def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None, side: str) -> Tensor:
     if cells is None or grid is None:
-        raise ValueError(f"The {what} of this attention are on no grid. Expected a layout with one. Draw them as rows.")
+        raise ValueError(f"The {side} of this attention are on no grid. Expected a layout with one. Draw them as rows.")
     if tuple(values.shape[-2:]) != tuple(cells.shape):
         raise ValueError(
-            f"Values of shape {tuple(values.shape)} do not fit {cells.shape[0]} windows of {cells.shape[1]} {what}. "
+            f"Values of shape {tuple(values.shape)} do not fit {cells.shape[0]} windows of {cells.shape[1]} {side}. "
             f"Expected (..., {cells.shape[0]}, {cells.shape[1]}). Take them from the call that this layout belongs to."
         )
     flat, index = values.flatten(-2), cells.flatten().to(values.device)
-    seen = index >= 0
-    flat, index = flat[..., seen], index[seen]
+    has_cell = index >= 0
+    flat, index = flat[..., has_cell], index[has_cell]
     flat = flat if flat.is_floating_point() else flat.double()
     total = flat.new_zeros(*values.shape[:-2], grid[0] * grid[1]).index_add(-1, index, flat)
     count = torch.bincount(index, minlength=grid[0] * grid[1])
@@ -77,8 +77,8 @@ def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note
     if query is None and key is None:
         return None
     query, key = _alike(query, key)
-    factors, chosen = _divide(query, key)
-    query, key = _chosen(query, chosen), _chosen(key, chosen)  # (W, N, 4), (W, M, 4)
+    factors, window_starts = _divide(query, key)
+    query, key = _one_per_window(query, window_starts), _one_per_window(key, window_starts)  # (W, N, 4), (W, M, 4)
     query, key = _without_pooled(query, key)
     if not bool(query[..., 0].isfinite().any() or key[..., 0].isfinite().any()):
         return None
@@ -94,8 +94,8 @@ def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note
 
 def channel(query: Tensor | None, key: Tensor | None) -> bool:
     """Whether channels attend to channels: places (*leading, N, K, 2 or 4) differ along K, which is summed, not along N."""
-    given = [places for places in (query, key) if places is not None]
-    return bool(given) and all(_differs(places, -2) and not _differs(places, -3) for places in given)
+    present = [places for places in (query, key) if places is not None]
+    return bool(present) and all(_differs(places, -2) and not _differs(places, -3) for places in present)
 
 
 def _differs(places: Tensor, axis: int) -> bool:
@@ -127,9 +127,9 @@ def _tokens(places: Tensor) -> Tensor:
 def _alike(query: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both with the same leading axes; what is missing is NaN; fewer key heads than query heads are repeated."""
     if query is None or key is None:
-        have = query if key is None else key
-        none = have[..., :1, :].mul(torch.nan)
-        return (none, have) if query is None else (have, none)
+        side = query if key is None else key
+        none = side[..., :1, :].mul(torch.nan)
+        return (none, side) if query is None else (side, none)
     while query.ndim < key.ndim:
         query = query[None]
     while key.ndim < query.ndim:
@@ -145,7 +145,7 @@ def _alike(query: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _divide(query: Tensor, key: Tensor) -> tuple[Factors, list[Tensor]]:
     """What each leading axis is made of, and for each axis the indices at which a new window begins."""
-    factors, chosen = [], []
+    factors, window_starts = [], []
     for axis in range(query.ndim - 2):
         count = query.shape[axis]
         ids = _patterns(query, key, axis)
@@ -162,8 +162,8 @@ def _divide(query: Tensor, key: Tensor) -> tuple[Factors, list[Tensor]]:
         else:  # windows that look alike, such as those of padding only
             factors.append(((count, "W"),))
             first = torch.arange(count)
-        chosen.append(first)
-    return tuple(factors), chosen
+        window_starts.append(first)
+    return tuple(factors), window_starts
 
 
 def _patterns(query: Tensor, key: Tensor, axis: int) -> Tensor:
@@ -177,13 +177,13 @@ def _patterns(query: Tensor, key: Tensor, axis: int) -> Tensor:
     if not rows:
         return torch.zeros(count, dtype=torch.long)
     _, ids = torch.cat(rows, dim=1).unique(dim=0, return_inverse=True)
-    seen: dict[int, int] = {}
-    return torch.tensor([seen.setdefault(i, len(seen)) for i in ids.tolist()])
+    numbers: dict[int, int] = {}
+    return torch.tensor([numbers.setdefault(i, len(numbers)) for i in ids.tolist()])
 
 
-def _chosen(places: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+def _one_per_window(places: Tensor, window_starts: Sequence[Tensor]) -> Tensor:
     """(*leading, N, 4) -> (W, N, 4): one of each window."""
-    for axis, index in enumerate(chosen):
+    for axis, index in enumerate(window_starts):
         places = places.index_select(axis, index)
     return places.reshape(-1, *places.shape[-2:])
 
@@ -196,16 +196,16 @@ def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     other side.
     """
     points = [places.flatten(0, -2)[places[..., 0].flatten().isfinite()] for places in (query, key)]
-    known = [(float(p[:, 2].median()), float(p[:, :2].var(0, correction=0).sum())) for p in points if len(p)]
-    found = []
+    spreads = [(float(p[:, 2].median()), float(p[:, :2].var(0, correction=0).sum())) for p in points if len(p)]
+    sides = []
     for places, own in zip((query, key), points, strict=True):
         if len(own):
             middle, width = float(own[:, 2].median()), float(own[:, :2].var(0, correction=0).sum())
             if width <= CLOSE:
-                middle, width = max(known, key=lambda pair: pair[1])
+                middle, width = max(spreads, key=lambda pair: pair[1])
             places = torch.where(places[..., 2:3] > middle + max(0.75 * width, CLOSE), torch.nan, places)
-        found.append(places)
-    return found[0], found[1]
+        sides.append(places)
+    return sides[0], sides[1]
 
 
 # --- grids ------------------------------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def snap(places: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int] | None,
     tokens) the pitch of the others says which; merged tokens make no such grid.
     """
     flat = places.reshape(-1, 4)
-    seen = flat[:, 0].isfinite()
-    points = flat[seen]
+    has_place = flat[:, 0].isfinite()
+    points = flat[has_place]
     if not len(points):
         return None, None
     extent = [float(points[:, i].max() - points[:, i].min()) for i in range(2)]
@@ -230,14 +230,14 @@ def snap(places: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int] | None,
         index = ranks[0][0] * grid[1] + ranks[1][0]
         full = len(index.unique()) == grid[0] * grid[1]
         if full and all(_covers(levels, length) for (_, levels), length in zip(ranks, size, strict=True)):
-            return grid, _cells(index, seen, places)
-    found = _lattice(points, size)
-    return (None, None) if found is None else (found[0], _cells(found[1], seen, places))
+            return grid, _cells(index, has_place, places)
+    lattice = _lattice(points, size)
+    return (None, None) if lattice is None else (lattice[0], _cells(lattice[1], has_place, places))
 
 
-def _cells(index: Tensor, seen: Tensor, places: Tensor) -> Tensor:
-    cells = torch.full(seen.shape, -1, dtype=torch.long)
-    cells[seen] = index
+def _cells(index: Tensor, has_place: Tensor, places: Tensor) -> Tensor:
+    cells = torch.full(has_place.shape, -1, dtype=torch.long)
+    cells[has_place] = index
     return cells.reshape(places.shape[:-1])
 
 

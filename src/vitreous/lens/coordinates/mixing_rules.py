@@ -19,16 +19,16 @@ from vitreous.lens.coordinates.field import (
     Parts,
     TensorOp,
     average,
-    both,
-    constant,
-    filled,
-    here,
-    over,
-    set_of,
+    broadcast,
+    is_constant,
+    is_constant_along,
+    mean_over,
+    parts_of_set,
+    parts_of_sum,
     shape_of,
-    spread,
-    still,
     thin,
+    to_cpu,
+    variance,
 )
 from vitreous.lens.coordinates.view_rules import pair, refold
 
@@ -46,18 +46,18 @@ def combine(op: TensorOp) -> CoordinateField | None:
     most = max((len(field.sets) for field in fields), default=0)
     fields = [field for field in fields if len(field.sets) == most]
     if len(fields) > 1:
-        fields = [field for field in fields if not all(map(constant, field.sets))] or fields[:1]
+        fields = [field for field in fields if not all(map(is_constant, field.sets))] or fields[:1]
     if not fields:
         return None
-    sets = [filled(parts, shape) for parts in fields[0].sets]
+    sets = [broadcast(parts, shape) for parts in fields[0].sets]
     for field in fields[1:]:
-        sets = [both(a, filled(parts, shape)) for a, parts in zip(sets, field.sets, strict=True)]
-    return CoordinateField(tuple(filled(parts, shape) for parts in sets), any(field.contracted for field in fields))
+        sets = [parts_of_sum(a, broadcast(parts, shape)) for a, parts in zip(sets, field.sets, strict=True)]
+    return CoordinateField(tuple(broadcast(parts, shape) for parts in sets), any(field.is_channel_product for field in fields))
 
 
 def extreme(op: TensorOp) -> CoordinateField | None:
     """max, min: elementwise of two tensors, or over an axis."""
-    two = isinstance(op.bound("input", "other").get("other"), Tensor)
+    two = isinstance(op.arguments("input", "other").get("other"), Tensor)
     return combine(op) if two else reduce(op)
 
 
@@ -67,29 +67,29 @@ def extreme(op: TensorOp) -> CoordinateField | None:
 def reduce(op: TensorOp) -> CoordinateField | None:
     """mean, sum, norm, variance, ... over axes: the mean place of what was reduced."""
     second = ("input", "p", "dim") if op.name in ("norm", "vector_norm") else ("input", "dim")
-    given = op.bound(*second)
-    axes, field = given.get("dim", given.get("axis")), op.source
+    arguments = op.arguments(*second)
+    axes, field = arguments.get("dim", arguments.get("axis")), op.source
     if field is None or not isinstance(op.first, Tensor):
         return None
     size = tuple(op.first.shape)
     axes = list(range(len(size))) if axes is None or isinstance(axes, bool) or axes == () else axes
     axes = [axis % len(size) for axis in ([axes] if isinstance(axes, int) else axes)]
-    kept = [1 if axis in axes else length for axis, length in enumerate(size)]
+    reduced_shape = [1 if axis in axes else length for axis, length in enumerate(size)]
     shape = shape_of(op.out)
     return CoordinateField(
-        tuple(tuple(refold(part, shape) for part in filled(over(parts, axes), kept)) for parts in field.sets)
+        tuple(tuple(refold(part, shape) for part in broadcast(mean_over(parts, axes), reduced_shape)) for parts in field.sets)
     )
 
 
 def _channels(parts: Parts, axis: int, groups: int = 1) -> Parts:
     """Mean over channels, or over those of each group where channels have different places."""
     if groups == 1 or all(part.stride(axis) == 0 for part in parts):
-        return over(parts, axis)
+        return mean_over(parts, axis)
     split = tuple(part.unflatten(axis, (groups, -1)) for part in parts)
-    return tuple(part.squeeze(axis) for part in filled(over(split, axis), _kept(split[0], axis)))
+    return tuple(part.squeeze(axis) for part in broadcast(mean_over(split, axis), _shape_with_one(split[0], axis)))
 
 
-def _kept(part: Tensor, axis: int) -> list[int]:
+def _shape_with_one(part: Tensor, axis: int) -> list[int]:
     shape = list(part.shape)
     shape[axis] = 1
     return shape
@@ -113,27 +113,27 @@ def _spatial(
         small = torch.broadcast_shapes(*(thin(part).shape[: channel + 1] for part in parts))
         flat = tuple(thin(part).expand(*small, *space).reshape(-1, 1, *space) for part in parts)
         for axis in range(len(sides) // 2):
-            flat = _beyond(flat, axis - axes, *sides[2 * axis : 2 * axis + 2])
-        found = [part.reshape(*small, *shape[channel + 1 :]) for part in average(flat, total)]
+            flat = _extrapolate(flat, axis - axes, *sides[2 * axis : 2 * axis + 2])
+        filtered_parts = [part.reshape(*small, *shape[channel + 1 :]) for part in average(flat, total)]
         if small[-1] > 1:
-            found = [part.repeat_interleave(shape[channel] // small[-1], channel) for part in found]
-        return tuple(part.expand(shape) for part in found)
+            filtered_parts = [part.repeat_interleave(shape[channel] // small[-1], channel) for part in filtered_parts]
+        return tuple(part.expand(shape) for part in filtered_parts)
 
-    return CoordinateField(tuple(map(filtered, field.sets)), field.contracted)
+    return CoordinateField(tuple(map(filtered, field.sets)), field.is_channel_product)
 
 
 def convolve(op: TensorOp) -> CoordinateField | None:
     """Convolution: the mean over the footprint and the channels; padding has no place."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given, axes = op.bound(*names), int(op.name[-2])
-    kernel, groups = tuple(given["weight"].shape[2:]), given.get("groups", 1)
-    stride, dilation = _each(given.get("stride", 1), axes), _each(given.get("dilation", 1), axes)
-    padding = given.get("padding", 0)
+    arguments, axes = op.arguments(*names), int(op.name[-2])
+    kernel, groups = tuple(arguments["weight"].shape[2:]), arguments.get("groups", 1)
+    stride, dilation = _per_axis(arguments.get("stride", 1), axes), _per_axis(arguments.get("dilation", 1), axes)
+    padding = arguments.get("padding", 0)
     if isinstance(padding, str):
         reach = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         left = [n // 2 for n in reach] if padding == "same" else [0] * axes
     else:
-        left = _each(padding, axes)
+        left = _per_axis(padding, axes)
     if {*kernel, *stride, groups} == {1} and not any(left):
         return linear(op, -1 - axes)
     return _windowed(op, kernel, stride, left, dilation, groups)
@@ -143,10 +143,10 @@ def pool(op: TensorOp) -> CoordinateField | list[CoordinateField | None] | None:
     """Average and maximum pooling: the mean over the footprint."""
     axes = int(op.name[-2])
     names = ("input", "kernel_size", "stride", "padding", *(("dilation",) if "max" in op.name else ()))
-    given = op.bound(*(names if "lp" not in op.name else ("input", "norm_type", "kernel_size", "stride")))
-    kernel = _each(given["kernel_size"], axes)
-    stride = _each(given.get("stride") or kernel, axes)
-    left, dilation = _each(given.get("padding", 0), axes), _each(given.get("dilation", 1), axes)
+    arguments = op.arguments(*(names if "lp" not in op.name else ("input", "norm_type", "kernel_size", "stride")))
+    kernel = _per_axis(arguments["kernel_size"], axes)
+    stride = _per_axis(arguments.get("stride") or kernel, axes)
+    left, dilation = _per_axis(arguments.get("padding", 0), axes), _per_axis(arguments.get("dilation", 1), axes)
     field = _windowed(op, kernel, stride, left, dilation, op.first.shape[-axes - 1])
     return field if isinstance(op.out, Tensor) else [field, None]
 
@@ -164,7 +164,7 @@ def _each_channel(op: TensorOp, axes: int, total: Callable[[Tensor], Tensor]) ->
     return _spatial(op, axes, total, op.first.shape[-axes - 1])
 
 
-def _each(value: int | Sequence[int], axes: int) -> list[int]:
+def _per_axis(value: int | Sequence[int], axes: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * axes if len(values) == 1 else values
 
@@ -187,7 +187,7 @@ def _windowed(
     return _spatial(op, axes, total, groups, sides)
 
 
-def _beyond(parts: Parts, axis: int, before: int, after: int) -> Parts:
+def _extrapolate(parts: Parts, axis: int, before: int, after: int) -> Parts:
     """Parts longer on both sides of an axis (or cut): places go on as at the border, spread and mass stay."""
     y, x, _, mass = parts
     size = mass.shape[axis]
@@ -196,58 +196,58 @@ def _beyond(parts: Parts, axis: int, before: int, after: int) -> Parts:
     inner = (2 * inside - wanted).clamp(0, size - 1)  # mirrored at the border
     far = torch.where(inner == inside, 0.0, (wanted - inside) / (inside - inner)).double()
     far = far.reshape(-1, *(1,) * (-1 - axis))
-    width = spread(parts)
+    width = variance(parts)
     y, x = (p.index_select(axis, inside) + (p.index_select(axis, inside) - p.index_select(axis, inner)) * far for p in (y, x))
     return y, x, width.index_select(axis, inside) + y.square() + x.square(), mass.index_select(axis, inside)
 
 
-def widen(op: TensorOp) -> CoordinateField | None:
+def transpose_convolve(op: TensorOp) -> CoordinateField | None:
     """Transposed convolution: the mean of what reaches a place."""
     names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    given, axes = op.bound(*names), int(op.name[-2])
+    arguments, axes = op.arguments(*names), int(op.name[-2])
     names = ("stride", "padding", "output_padding", "dilation")
-    settings = {name: given[name] for name in names if name in given}
-    ones = torch.ones(1, 1, *given["weight"].shape[2:], dtype=torch.float64, device="cpu")
+    settings = {name: arguments[name] for name in names if name in arguments}
+    ones = torch.ones(1, 1, *arguments["weight"].shape[2:], dtype=torch.float64, device="cpu")
     operator = getattr(F, f"conv_transpose{axes}d")
     return _spatial(op, axes, lambda part: operator(part, ones, **settings))
 
 
 def resize(op: TensorOp) -> CoordinateField | None:
     """interpolate: bilinear stands in for bicubic."""
-    given = op.bound("input", "size", "scale_factor", "mode", "align_corners")
-    axes, mode = op.first.ndim - 2, given.get("mode", "nearest")
+    arguments = op.arguments("input", "size", "scale_factor", "mode", "align_corners")
+    axes, mode = op.first.ndim - 2, arguments.get("mode", "nearest")
     mode = "bilinear" if mode == "bicubic" else mode
-    corners = given.get("align_corners") if "linear" in mode else None
+    corners = arguments.get("align_corners") if "linear" in mode else None
     size = shape_of(op.out)[-axes:]
     return _each_channel(op, axes, lambda part: F.interpolate(part, size, mode=mode, align_corners=corners))
 
 
 def sample(op: TensorOp) -> CoordinateField | None:
     """grid_sample: bilinear means at the very points."""
-    given = op.bound("input", "grid", "mode", "padding_mode", "align_corners")
-    axes, mode, grid = op.first.ndim - 2, given.get("mode", "bilinear"), here(given["grid"]).double()
-    mode, corners = "nearest" if mode == "nearest" else "bilinear", given.get("align_corners")
+    arguments = op.arguments("input", "grid", "mode", "padding_mode", "align_corners")
+    axes, mode, grid = op.first.ndim - 2, arguments.get("mode", "bilinear"), to_cpu(arguments["grid"]).double()
+    mode, corners = "nearest" if mode == "nearest" else "bilinear", arguments.get("align_corners")
 
     def total(part: Tensor) -> Tensor:
         points = grid.expand(part.shape[0], *grid.shape[1:])
-        return F.grid_sample(part, points, mode, given.get("padding_mode", "zeros"), corners)
+        return F.grid_sample(part, points, mode, arguments.get("padding_mode", "zeros"), corners)
 
     return _spatial(op, axes, total)
 
 
-def unpatch(op: TensorOp) -> CoordinateField | None:
+def fold(op: TensorOp) -> CoordinateField | None:
     """`F.fold`: overlapping windows (C k k) are added up where they lie."""
     names = ("input", "output_size", "kernel_size", "dilation", "padding", "stride")
-    given = op.bound(*names)
-    settings = {name: given[name] for name in names[3:] if name in given}
-    kernel, field, shape = pair(given["kernel_size"]), op.source, shape_of(op.out)
+    arguments = op.arguments(*names)
+    settings = {name: arguments[name] for name in names[3:] if name in arguments}
+    kernel, field, shape = pair(arguments["kernel_size"]), op.source, shape_of(op.out)
     if field is None or op.first.ndim != 3:
         return None
     inner = (op.first.shape[0], shape[1], kernel[0] * kernel[1], op.first.shape[-1])
-    parts = over(tuple(refold(part, inner) for part in field.sets[0]), 1)
-    flat = tuple(part.squeeze(1) for part in filled(parts, (inner[0], 1, *inner[2:])))
-    found = average(flat, lambda part: F.fold(part, given["output_size"], kernel, **settings))
-    return CoordinateField((tuple(part.expand(shape) for part in found),))
+    parts = mean_over(tuple(refold(part, inner) for part in field.sets[0]), 1)
+    flat = tuple(part.squeeze(1) for part in broadcast(parts, (inner[0], 1, *inner[2:])))
+    means = average(flat, lambda part: F.fold(part, arguments["output_size"], kernel, **settings))
+    return CoordinateField((tuple(part.expand(shape) for part in means),))
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -266,33 +266,35 @@ def contract(op: TensorOp, operands: Sequence[tuple[Tensor, str]], out: str) -> 
         others = "".join(text for j, (_, text) in enumerate(operands) if j != i)
         own += [out.index(letter) for letter in letters if letter in out and letter not in others]
         for parts in field.sets if field else ():
-            steady = all(still(parts, axis) for axis, letter in enumerate(letters) if letter not in out)
-            (fixed if steady else loose).append(filled(_aligned(parts, letters, out), shape))
+            steady = all(is_constant_along(parts, axis) for axis, letter in enumerate(letters) if letter not in out)
+            (fixed if steady else loose).append(broadcast(_aligned(parts, letters, out), shape))
     if fixed:
-        telling = [parts for parts in fixed if not constant(parts) or parts[0].isnan().all()]
-        return CoordinateField(tuple((telling or fixed[:1])[:2]))
+        informative = [parts for parts in fixed if not is_constant(parts) or parts[0].isnan().all()]
+        return CoordinateField(tuple((informative or fixed[:1])[:2]))
     if not loose:
         return None
-    placed = sorted(operands, key=lambda operand: op.field(operand[0]) is None)
-    if len(operands) > 1 and op.field(placed[1][0]) is None and bool((placed[1][0] == 0).any()):
-        (tensor, letters), (mask, its_letters) = placed
-        return CoordinateField((_selected(op.field(tensor).sets[0], letters, here(mask) != 0, its_letters, out),))
-    both_placed = all(op.field(tensor) is not None for tensor, _ in operands)
-    return CoordinateField((loose[0],), both_placed and all(still(parts, axis) for parts in loose for axis in own))
+    by_place = sorted(operands, key=lambda operand: op.field(operand[0]) is None)
+    if len(operands) > 1 and op.field(by_place[1][0]) is None and bool((by_place[1][0] == 0).any()):
+        (tensor, letters), (mask, its_letters) = by_place
+        return CoordinateField((_masked_mean(op.field(tensor).sets[0], letters, to_cpu(mask) != 0, its_letters, out),))
+    both_have_places = all(op.field(tensor) is not None for tensor, _ in operands)
+    return CoordinateField(
+        (loose[0],), both_have_places and all(is_constant_along(parts, axis) for parts in loose for axis in own)
+    )
 
 
-def _selected(parts: Parts, letters: str, mask: Tensor, its_letters: str, out: str) -> Parts:
+def _masked_mean(parts: Parts, letters: str, mask: Tensor, its_letters: str, out: str) -> Parts:
     """Means over summed letters of what a mask, an operand of its own, lets through."""
     shape = parts[0].shape
     gone = [letter not in out for letter in letters]
     slim = tuple(thin(part) for part in parts)
-    kept = [max(part.shape[axis] for part in slim) if not gone[axis] else shape[axis] for axis in range(len(shape))]
+    small_shape = [max(part.shape[axis] for part in slim) if not gone[axis] else shape[axis] for axis in range(len(shape))]
     sizes = dict(zip(its_letters, mask.shape, strict=True)) | dict(zip(letters, shape, strict=True))
-    found = average(
-        tuple(part.expand(kept) for part in slim),
+    means = average(
+        tuple(part.expand(small_shape) for part in slim),
         lambda part: torch.einsum(f"{letters},{its_letters}->{out}", part, mask.to(part.dtype)),
     )
-    return filled(found, [sizes[letter] for letter in out])
+    return broadcast(means, [sizes[letter] for letter in out])
 
 
 def _aligned(parts: Parts, letters: str, out: str) -> Parts:
@@ -300,19 +302,19 @@ def _aligned(parts: Parts, letters: str, out: str) -> Parts:
     gone = [axis for axis, letter in enumerate(letters) if letter not in out]
     order = [letters.index(letter) for letter in out if letter in letters] + gone
     index = (*(slice(None) if letter in letters else None for letter in out), *(0 for _ in gone))
-    return tuple(part.permute(order)[index] for part in over(parts, gone))
+    return tuple(part.permute(order)[index] for part in mean_over(parts, gone))
 
 
 def linear(op: TensorOp, axis: int = -1) -> CoordinateField | None:
     """A linear layer, or a filter of one pixel: the mean over the channels."""
     shape = shape_of(op.out)
-    return op.source and CoordinateField(tuple(filled(over(parts, axis), shape) for parts in op.source.sets))
+    return op.source and CoordinateField(tuple(broadcast(mean_over(parts, axis), shape) for parts in op.source.sets))
 
 
 def matmul(op: TensorOp) -> CoordinateField | None:
     """matmul, bmm, baddbmm and the like."""
-    given = [value for value in (*op.args, *op.kwargs.values()) if isinstance(value, Tensor)]
-    a, b = given[1:3] if op.name in ("baddbmm", "addmm", "addmv") else given[:2]
+    tensors = [value for value in (*op.args, *op.kwargs.values()) if isinstance(value, Tensor)]
+    a, b = tensors[1:3] if op.name in ("baddbmm", "addmm", "addmv") else tensors[:2]
     if op.name == "rmatmul":
         a, b = b, a
     batch = string.ascii_uppercase[: max(a.ndim, b.ndim, 2) - 2]
@@ -328,13 +330,13 @@ def einsum(op: TensorOp) -> CoordinateField | None:
     tensors = list(tensors[0]) if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
     if not isinstance(text, str) or len(tensors) > 2:
         return None
-    given, _, out = text.replace(" ", "").partition("->")
-    sides = given.split(",")
+    inputs, _, out = text.replace(" ", "").partition("->")
+    sides = inputs.split(",")
     lead = max(tensor.ndim - len(side.replace("...", "")) for side, tensor in zip(sides, tensors, strict=True))
-    free = [letter for letter in string.ascii_letters if letter not in given][:lead]
+    free = [letter for letter in string.ascii_letters if letter not in inputs][:lead]
     if "->" not in text:
-        once = sorted(letter for letter in set(given) - set(",.") if given.count(letter) == 1)
-        out = "..." * ("..." in given) + "".join(once)
+        once = sorted(letter for letter in set(inputs) - set(",.") if inputs.count(letter) == 1)
+        out = "..." * ("..." in inputs) + "".join(once)
     filled_in = []
     for side, tensor in zip(sides, tensors, strict=True):
         extra = tensor.ndim - len(side.replace("...", ""))
@@ -346,11 +348,11 @@ def einsum(op: TensorOp) -> CoordinateField | None:
 
 def attend(op: TensorOp) -> CoordinateField | None:
     """scaled_dot_product_attention: the query's place; if channels attend to channels, the value's."""
-    given = op.bound("query", "key", "value")
-    query, value, shape = op.field(given["query"]), op.field(given["value"]), shape_of(op.out)
-    if query and still(query.sets[0], -1):
-        return CoordinateField((filled(over(query.sets[0], -1), shape),))
-    return value and CoordinateField((filled(over(value.sets[0], -2), shape),))
+    arguments = op.arguments("query", "key", "value")
+    query, value, shape = op.field(arguments["query"]), op.field(arguments["value"]), shape_of(op.out)
+    if query and is_constant_along(query.sets[0], -1):
+        return CoordinateField((broadcast(mean_over(query.sets[0], -1), shape),))
+    return value and CoordinateField((broadcast(mean_over(value.sets[0], -2), shape),))
 
 
 # --- merges -----------------------------------------------------------------------------------------------------------
@@ -358,11 +360,11 @@ def attend(op: TensorOp) -> CoordinateField | None:
 
 def merge(op: TensorOp) -> CoordinateField | None:
     """scatter_add, scatter_reduce, index_add, index_reduce: the mean place by mass; the masses add up."""
-    given = op.bound("input", "dim", "index", "source", "reduce")
-    target, source = op.first, given.get("src", given.get("source"))
-    base, field, dim = op.source, op.field(source), given["dim"] % target.ndim
-    old, new = set_of(base, 0, target.shape), set_of(field, 0, source.shape)
-    index = here(given["index"])
+    arguments = op.arguments("input", "dim", "index", "source", "reduce")
+    target, source = op.first, arguments.get("src", arguments.get("source"))
+    base, field, dim = op.source, op.field(source), arguments["dim"] % target.ndim
+    old, new = parts_of_set(base, 0, target.shape), parts_of_set(field, 0, source.shape)
+    index = to_cpu(arguments["index"])
     if op.name.startswith("index"):
         index = index.reshape([-1 if axis == dim else 1 for axis in range(target.ndim)]).expand(source.shape)
     new = tuple(part[tuple(map(slice, index.shape))] for part in new)
@@ -371,12 +373,12 @@ def merge(op: TensorOp) -> CoordinateField | None:
             old, new = (tuple(part.narrow(axis, 0, 1) for part in parts) for parts in (old, new))
             index = index.narrow(axis, 0, 1)
     stay, come = (torch.where(parts[0].isnan(), 0.0, parts[3]).contiguous() for parts in (old, new))
-    if given.get("include_self", True) is False:
+    if arguments.get("include_self", True) is False:
         hit = torch.zeros_like(stay).scatter_add(dim, index, torch.ones_like(come))
         stay = stay.masked_fill(hit > 0, 0.0)
     mass = stay.scatter_add(dim, index, come)
-    found = []
+    means = []
     for p, q in zip(old[:3], new[:3], strict=True):
         moments = (p.nan_to_num(nan=0.0) * stay).scatter_add(dim, index, q.nan_to_num(nan=0.0) * come)
-        found.append(moments / mass)
-    return CoordinateField((filled((*found, torch.where(mass > 0, mass, torch.nan)), shape_of(op.out)),))
+        means.append(moments / mass)
+    return CoordinateField((broadcast((*means, torch.where(mass > 0, mass, torch.nan)), shape_of(op.out)),))

@@ -13,14 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitreous.lens.coordinates.field import CoordinateField, TensorOp, here, over, same, set_of, shape_of, thin
+from vitreous.lens.coordinates.field import (
+    CoordinateField,
+    TensorOp,
+    equal_parts,
+    mean_over,
+    parts_of_set,
+    shape_of,
+    thin,
+    to_cpu,
+)
 
 # --- values that stay where they are, and views -----------------------------------------------------------------------
 
 
 def keep(op: TensorOp) -> CoordinateField | None:
     """Elementwise with one tensor, normalisation, activation, softmax, cast, copy."""
-    return op.source and op.source.each(lambda part: thin(part).expand(shape_of(op.out)))
+    return op.source and op.source.map_parts(lambda part: thin(part).expand(shape_of(op.out)))
 
 
 def view(op: TensorOp) -> CoordinateField | list[CoordinateField] | None:
@@ -28,7 +37,7 @@ def view(op: TensorOp) -> CoordinateField | list[CoordinateField] | None:
     field = op.source
     if field is None:
         return None
-    moved = [[op.again(part) for part in parts] for parts in field.sets]
+    moved = [[op.apply(part) for part in parts] for parts in field.sets]
     if isinstance(op.out, Tensor):
         return replace(field, sets=tuple(map(tuple, moved)))
     count = len(op.out)
@@ -75,18 +84,18 @@ def fold(op: TensorOp) -> CoordinateField | None:
     field, shape = op.source, shape_of(op.out)
     if field is None or field.sets[0][0].numel() != op.out.numel():
         return None
-    return field.each(lambda part: refold(part, shape))
+    return field.map_parts(lambda part: refold(part, shape))
 
 
 def expand(op: TensorOp) -> CoordinateField | None:
-    return op.source and op.source.each(lambda part: part.expand(shape_of(op.out)))
+    return op.source and op.source.map_parts(lambda part: part.expand(shape_of(op.out)))
 
 
-def slide(op: TensorOp) -> CoordinateField | None:
+def roll(op: TensorOp) -> CoordinateField | None:
     """roll and flip: axes of stride 0 need no work."""
-    if "dims" not in op.bound("input", "shifts", "dims") and op.name == "roll":
+    if "dims" not in op.arguments("input", "shifts", "dims") and op.name == "roll":
         return view(op)
-    return op.source and op.source.each(lambda part: op.again(thin(part)).expand(shape_of(op.out)))
+    return op.source and op.source.map_parts(lambda part: op.apply(thin(part)).expand(shape_of(op.out)))
 
 
 def repeat(op: TensorOp) -> CoordinateField | None:
@@ -95,27 +104,27 @@ def repeat(op: TensorOp) -> CoordinateField | None:
     if field is None:
         return None
 
-    def again(part: Tensor) -> Tensor:
+    def change(part: Tensor) -> Tensor:
         if len(shape) == 1 or op.name == "repeat_interleave":
-            return op.again(part)
+            return op.apply(part)
         lead = part.expand((1,) * (len(shape) - part.ndim) + tuple(part.shape))
         slim = thin(lead)
         times = [1 if have == 1 else want // have for have, want in zip(slim.shape, shape, strict=True)]
         return slim.repeat(times).expand(shape)
 
-    return field.each(again)
+    return field.map_parts(change)
 
 
 def pick(op: TensorOp) -> CoordinateField | None:
     """`tensor[index]` with the very index. Axes after those that the index names are not touched."""
-    field, index = op.source, here(op.args[1])
+    field, index = op.source, to_cpu(op.args[1])
     if field is None:
         return None
     items = index if isinstance(index, tuple) else (index,)
     used = sum(item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else item is not None for item in items)
     shape = shape_of(op.out)
 
-    def again(part: Tensor) -> Tensor:
+    def change(part: Tensor) -> Tensor:
         if not any(isinstance(item, Tensor | list) for item in items) or any(item is Ellipsis for item in items):
             return part[index]
         for axis in range(used, part.ndim):
@@ -123,19 +132,19 @@ def pick(op: TensorOp) -> CoordinateField | None:
                 part = part.narrow(axis, 0, 1)
         return part[index].expand(shape)
 
-    return field.each(again)
+    return field.map_parts(change)
 
 
 def gather(op: TensorOp) -> CoordinateField | None:
     """gather, take_along_dim: axes on which neither places nor indices change are not read."""
     along = op.name == "take_along_dim"
-    given = op.bound("input", *(("indices", "dim") if along else ("dim", "index")))
-    field, index, dim = op.source, here(given["indices" if along else "index"]), given.get("dim")
+    arguments = op.arguments("input", *(("indices", "dim") if along else ("dim", "index")))
+    field, index, dim = op.source, to_cpu(arguments["indices" if along else "index"]), arguments.get("dim")
     if field is None or dim is None:
         return None
     shape = shape_of(op.out)
 
-    def again(part: Tensor) -> Tensor:
+    def change(part: Tensor) -> Tensor:
         flat = index
         for axis in range(part.ndim):
             if axis == dim % part.ndim or part.stride(axis) != 0 or part.shape[axis] == 1:
@@ -144,29 +153,29 @@ def gather(op: TensorOp) -> CoordinateField | None:
                 part, flat = part.narrow(axis, 0, 1), flat.narrow(axis, 0, 1)
         return (torch.take_along_dim(part, flat, dim) if along else part.gather(dim, flat)).expand(shape)
 
-    return field.each(again)
+    return field.map_parts(change)
 
 
 def select(op: TensorOp) -> CoordinateField | None:
     """index_select: other axes of stride 0 are not read."""
-    given = op.bound("input", "dim", "index")
-    dim, index, shape = given["dim"], here(given["index"]), shape_of(op.out)
+    arguments = op.arguments("input", "dim", "index")
+    dim, index, shape = arguments["dim"], to_cpu(arguments["index"]), shape_of(op.out)
 
-    def again(part: Tensor) -> Tensor:
+    def change(part: Tensor) -> Tensor:
         if part.stride(dim) == 0:
             return part.narrow(dim, 0, 1).expand(shape)
         return thin(part).index_select(dim, index).expand(shape)
 
-    return op.source and op.source.each(again)
+    return op.source and op.source.map_parts(change)
 
 
-def ranked(op: TensorOp) -> list[CoordinateField | None] | None:
+def sort(op: TensorOp) -> list[CoordinateField | None] | None:
     """topk, sort: the values come from where their indices say."""
     if op.source is None:
         return None
-    index = here(op.out[1])
-    dim = op.bound("input", *(("k", "dim") if op.name == "topk" else ("dim",))).get("dim", -1)
-    return [op.source.each(lambda part: part.gather(dim, index)), None]
+    index = to_cpu(op.out[1])
+    dim = op.arguments("input", *(("k", "dim") if op.name == "topk" else ("dim",))).get("dim", -1)
+    return [op.source.map_parts(lambda part: part.gather(dim, index)), None]
 
 
 # --- several tensors into one -----------------------------------------------------------------------------------------
@@ -174,8 +183,8 @@ def ranked(op: TensorOp) -> list[CoordinateField | None] | None:
 
 def join(op: TensorOp) -> CoordinateField | None:
     """cat and stack: what has no place becomes NaN; axes on which no piece changes stay of stride 0."""
-    given = op.bound("tensors", "dim")
-    tensors, dim = list(given["tensors"]), given.get("dim", given.get("axis", 0))
+    arguments = op.arguments("tensors", "dim")
+    tensors, dim = list(arguments["tensors"]), arguments.get("dim", arguments.get("axis", 0))
     fields = [op.field(tensor) for tensor in tensors]
     if not any(fields):
         return None
@@ -187,10 +196,10 @@ def join(op: TensorOp) -> CoordinateField | None:
         pieces = []
         for tensor, field in zip(tensors, fields, strict=True):
             if tensor.ndim == len(shape) - new and tensor.numel():  # cat takes empty pieces of any shape
-                parts = set_of(field, which, tensor.shape)
+                parts = parts_of_set(field, which, tensor.shape)
                 pieces.append(tuple(part.unsqueeze(dim) for part in parts) if new else parts)
         sets.append(tuple(_joined([piece[i] for piece in pieces], dim, shape) for i in range(4)))
-    return CoordinateField(tuple(sets), any(field.contracted for field in fields if field))
+    return CoordinateField(tuple(sets), any(field.is_channel_product for field in fields if field))
 
 
 def _joined(pieces: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
@@ -198,7 +207,7 @@ def _joined(pieces: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
         fixed = all(piece.stride(axis) == 0 or piece.shape[axis] == 1 for piece in pieces)
         if fixed and axis != dim % len(shape):
             pieces = [piece.narrow(axis, 0, 1) for piece in pieces]
-        elif fixed and all(same(thin(pieces[0]), thin(piece)) for piece in pieces[1:]):
+        elif fixed and all(equal_parts(thin(pieces[0]), thin(piece)) for piece in pieces[1:]):
             return pieces[0].narrow(axis, 0, 1).expand(shape)  # halves of a rotation, say: one place
     slim = torch.broadcast_shapes(*(piece.select(dim, 0).shape for piece in pieces))
     axis = dim % len(shape)
@@ -206,18 +215,20 @@ def _joined(pieces: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
     return torch.cat(pieces, axis).expand(shape)
 
 
-def halve(op: TensorOp) -> CoordinateField | None:
+def glu(op: TensorOp) -> CoordinateField | None:
     """glu: half of the axis gates the other half."""
-    dim = op.bound("input", "dim").get("dim", -1)
+    dim = op.arguments("input", "dim").get("dim", -1)
     shape = shape_of(op.out)
-    return op.source and CoordinateField(tuple(tuple(p.expand(shape) for p in over(parts, dim)) for parts in op.source.sets))
+    return op.source and CoordinateField(
+        tuple(tuple(p.expand(shape) for p in mean_over(parts, dim)) for parts in op.source.sets)
+    )
 
 
 def complex_view(op: TensorOp) -> CoordinateField | None:
     """view_as_complex, view_as_real: both numbers of a pair are at one place."""
     if op.name == "view_as_complex":
-        return op.source and op.source.each(lambda part: part[..., 0])
-    return op.source and op.source.each(lambda part: part[..., None].expand(shape_of(op.out)))
+        return op.source and op.source.map_parts(lambda part: part[..., 0])
+    return op.source and op.source.map_parts(lambda part: part[..., None].expand(shape_of(op.out)))
 
 
 # --- padding, patches, writing ----------------------------------------------------------------------------------------
@@ -225,22 +236,22 @@ def complex_view(op: TensorOp) -> CoordinateField | None:
 
 def pad(op: TensorOp) -> CoordinateField | None:
     """Constant padding has no place; reflection and the like repeat places."""
-    given = op.bound("input", "pad", "mode", "value")
-    sides, field = list(given["pad"]), op.source
+    arguments = op.arguments("input", "pad", "mode", "value")
+    sides, field = list(arguments["pad"]), op.source
     if field is None:
         return None
-    if op.name == "pad" and given.get("mode", "constant") != "constant":
-        return field.each(op.again)
+    if op.name == "pad" and arguments.get("mode", "constant") != "constant":
+        return field.map_parts(op.apply)
     shape = shape_of(op.out)
 
-    def again(part: Tensor) -> Tensor:
+    def change(part: Tensor) -> Tensor:
         for axis in range(part.ndim):
             back = 2 * (part.ndim - 1 - axis)
             if part.stride(axis) == 0 and part.shape[axis] > 1 and not any(sides[back : back + 2]):
                 part = part.narrow(axis, 0, 1)
         return F.pad(part, sides, value=torch.nan).expand(shape)
 
-    return field.each(again)
+    return field.map_parts(change)
 
 
 def patches(op: TensorOp) -> CoordinateField | None:
@@ -248,17 +259,17 @@ def patches(op: TensorOp) -> CoordinateField | None:
     field = op.source
     if field is None or op.func in (Tensor.unfold, torch.Tensor.unfold):
         return view(op)
-    given = op.bound("input", "kernel_size", "dilation", "padding", "stride")
-    padding, channels = pair(given.get("padding", 0)), op.first.shape[-3]
-    settings = {name: given.get(name, 1) for name in ("dilation", "stride")}
+    arguments = op.arguments("input", "kernel_size", "dilation", "padding", "stride")
+    padding, channels = pair(arguments.get("padding", 0)), op.first.shape[-3]
+    settings = {name: arguments.get(name, 1) for name in ("dilation", "stride")}
 
-    def again(part: Tensor) -> Tensor:
+    def change(part: Tensor) -> Tensor:
         slim = part.narrow(-3, 0, 1) if part.stride(-3) == 0 else part
         wide = F.pad(slim, (padding[1], padding[1], padding[0], padding[0]), value=torch.nan)
-        found = F.unfold(wide, given["kernel_size"], **settings).unflatten(-2, (slim.shape[-3], -1))
-        return refold(found.expand(*found.shape[:-3], channels, *found.shape[-2:]), shape_of(op.out))
+        windows = F.unfold(wide, arguments["kernel_size"], **settings).unflatten(-2, (slim.shape[-3], -1))
+        return refold(windows.expand(*windows.shape[:-3], channels, *windows.shape[-2:]), shape_of(op.out))
 
-    return field.each(again)
+    return field.map_parts(change)
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -273,7 +284,7 @@ def write(op: TensorOp) -> CoordinateField | None:
     base, field = op.source, op.field(values)
     if not isinstance(values, Tensor) or (base is None and field is None):
         return base
-    rest = [here(value) for value in op.args[1:]]
+    rest = [to_cpu(value) for value in op.args[1:]]
 
     def written(p: Tensor, q: Tensor) -> Tensor:
         if op.name == "setitem":
@@ -283,14 +294,14 @@ def write(op: TensorOp) -> CoordinateField | None:
             return p.expand(target.shape)
         p = p.clone(memory_format=torch.contiguous_format)
         if len(op.args) > 2:
-            return op.plain(p, *rest[:-1], q)
-        return op.plain(p, *rest, **{n: q if v is values else here(v) for n, v in op.kwargs.items()})
+            return op.out_of_place(p, *rest[:-1], q)
+        return op.out_of_place(p, *rest, **{n: q if v is values else to_cpu(v) for n, v in op.kwargs.items()})
 
     sets = []
     for which in range(max(len(f.sets) for f in (base, field) if f)):
-        pairs = zip(set_of(base, which, target.shape), set_of(field, which, values.shape), strict=True)
+        pairs = zip(parts_of_set(base, which, target.shape), parts_of_set(field, which, values.shape), strict=True)
         sets.append(tuple(written(p, q) for p, q in pairs))
-    return CoordinateField(tuple(sets), bool(base and base.contracted) or bool(field and field.contracted))
+    return CoordinateField(tuple(sets), bool(base and base.is_channel_product) or bool(field and field.is_channel_product))
 
 
 def _slim(p: Tensor, q: Tensor, index: Any) -> tuple[Tensor, Tensor]:
@@ -308,4 +319,4 @@ def _slim(p: Tensor, q: Tensor, index: Any) -> tuple[Tensor, Tensor]:
 def copy(op: TensorOp) -> CoordinateField | None:
     """copy_: the places of what is copied."""
     field = op.field(op.args[1])
-    return field and field.each(lambda part: part.expand(shape_of(op.out)))
+    return field and field.map_parts(lambda part: part.expand(shape_of(op.out)))

@@ -14,9 +14,9 @@ from torch import Tensor
 from vitreous.base.errors import HostError
 from vitreous.lens.coordinates.layout import Layout
 
-CAP = 1 << 24  # entries of a buffer (64 MiB): what a block of rows may take, however large batch and sequence are
-WHOLE = 256  # up to this many rows the check covers all of them; beyond, strips spread over the rows
-STRIPS, STRIP = 8, 8
+MAX_ENTRIES = 1 << 24  # entries of a buffer (64 MiB): what a block of rows may take, however large batch and sequence are
+FULL_CHECK_ROWS = 256  # up to this many rows the check covers all of them; beyond, strips spread over the rows
+STRIP_COUNT, STRIP_ROWS = 8, 8
 
 
 class Buffers:
@@ -28,12 +28,12 @@ class Buffers:
     def __init__(self):
         self.flat: list[Tensor | None] = [None, None]
 
-    def take(self, which: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    def take(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """Buffer 0 or 1 as a contiguous float32 tensor of this shape; what it held is lost."""
-        size, flat = math.prod(shape), self.flat[which]
+        size, flat = math.prod(shape), self.flat[index]
         if flat is None or flat.numel() < size or flat.device != device:
-            self.flat[which] = flat = None  # the old one goes before the larger one comes
-            self.flat[which] = flat = torch.empty(size, device=device, dtype=torch.float32)
+            self.flat[index] = flat = None  # the old one goes before the larger one comes
+            self.flat[index] = flat = torch.empty(size, device=device, dtype=torch.float32)
         return flat[:size].view(shape)
 
 
@@ -87,7 +87,7 @@ class Map(ABC):
     def slices(self, size: int) -> Iterator[slice]:
         """All rows in order, at most `size` at a time, and no more than a buffer may hold."""
         queries, keys = self.size
-        step = max(1, min(size, CAP // max(1, math.prod(self.groups) * keys)))
+        step = max(1, min(size, MAX_ENTRIES // max(1, math.prod(self.groups) * keys)))
         for start in range(0, queries, step):
             yield slice(start, min(start + step, queries))
 
@@ -218,13 +218,13 @@ class AttentionCall:
         return torch.cat([block.clone() for _, block in self.rows(effective=effective)], dim=3)
 
 
-def strips(call: AttentionCall) -> list[slice]:
+def checked_rows(call: AttentionCall) -> list[slice]:
     """The rows that a check covers: all of few, or strips from the first to the last."""
     queries = call.maps.size[0]
-    if queries <= WHOLE:
-        return list(call.maps.slices(WHOLE))
-    starts = (i * (queries - STRIP) // (STRIPS - 1) for i in range(STRIPS))
-    return [slice(start, start + STRIP) for start in starts]
+    if queries <= FULL_CHECK_ROWS:
+        return list(call.maps.slices(FULL_CHECK_ROWS))
+    starts = (i * (queries - STRIP_ROWS) // (STRIP_COUNT - 1) for i in range(STRIP_COUNT))
+    return [slice(start, start + STRIP_ROWS) for start in starts]
 
 
 def output_error(call: AttentionCall) -> tuple[float, str]:
@@ -232,19 +232,19 @@ def output_error(call: AttentionCall) -> tuple[float, str]:
 
     NaN where both are NaN is no error: rows masked in full, of a plain softmax.
     """
-    v, worst, covered = call.v.float(), 0.0, strips(call)
-    for rows in covered:
-        again, own = call.maps.block(rows, effective=True, fresh=True) @ v, call.output[..., rows, :].float()
-        error = (again - own).abs_()
+    v, worst, slices = call.v.float(), 0.0, checked_rows(call)
+    for rows in slices:
+        recomputed, output = call.maps.block(rows, effective=True, fresh=True) @ v, call.output[..., rows, :].float()
+        error = (recomputed - output).abs_()
         largest = error.max().item()
         if math.isnan(largest):
-            largest = error.masked_fill_(again.isnan() & own.isnan(), 0).max().item()
+            largest = error.masked_fill_(recomputed.isnan() & output.isnan(), 0).max().item()
         worst = largest if math.isnan(largest) else max(worst, largest)
-    largest, count = v.abs().nan_to_num_(0).max().item(), sum(rows.stop - rows.start for rows in covered)
-    words = "output recomputed" if count == call.maps.size[0] else f"output recomputed for {count} of {call.maps.size[0]} rows"
+    largest, count = v.abs().nan_to_num_(0).max().item(), sum(rows.stop - rows.start for rows in slices)
+    text = "output recomputed" if count == call.maps.size[0] else f"output recomputed for {count} of {call.maps.size[0]} rows"
     if not largest:
-        words += ", which says nothing: V is zero"
-    return worst / max(largest, torch.finfo(torch.float32).tiny), words
+        text += ", which says nothing: V is zero"
+    return worst / max(largest, torch.finfo(torch.float32).tiny), text
 
 
 def is_stochastic(call: AttentionCall) -> bool:

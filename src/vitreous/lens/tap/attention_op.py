@@ -52,16 +52,16 @@ class AttentionOp:
         return tuple(self.output.shape[:-2])
 
 
-def fused(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> AttentionOp | str:
+def fused_attention(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> AttentionOp | str:
     """A call of `scaled_dot_product_attention` as it was given, or why it has no map."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None} | dict(zip(names, args, strict=False))
-    given |= kwargs
-    q, k, v = given["query"], given["key"], given["value"]
+    arguments = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None} | dict(zip(names, args, strict=False))
+    arguments |= kwargs
+    q, k, v = arguments["query"], arguments["key"], arguments["value"]
     if q.is_nested:
         return "nested tensors have no map of one shape; give images of one size"
-    if given["dropout_p"]:
-        return f"dropout {given['dropout_p']} is on even in eval mode, so the map is random"
+    if arguments["dropout_p"]:
+        return f"dropout {arguments['dropout_p']} is on even in eval mode, so the map is random"
     lead = out.shape[:-2]
 
     def spread(x: Tensor, axes: int) -> Tensor:
@@ -70,20 +70,20 @@ def fused(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Attention
             x = x.repeat_interleave(lead[-1] // x.shape[axes - 3], dim=axes - 3)
         return x.expand(*lead, *x.shape[axes - 2 :])
 
-    scale = 1 / math.sqrt(max(1, q.shape[-1])) if given["scale"] is None else given["scale"]
+    scale = 1 / math.sqrt(max(1, q.shape[-1])) if arguments["scale"] is None else arguments["scale"]
     return AttentionOp(
         route="fused",
         q=(q, partial(spread, axes=q.ndim)),
         k=(k, partial(spread, axes=k.ndim)),
         v=spread(v, v.ndim),
         output=out,
-        mask=given["attn_mask"],
-        causal=given["is_causal"],
+        mask=arguments["attn_mask"],
+        causal=arguments["is_causal"],
         scale=float(scale),
     )
 
 
-def guessed(lead: Sequence[int], heads: int | None) -> Factors:
+def guess_factors(lead: Sequence[int], heads: int | None) -> Factors:
     """Factors of leading axes of one image where places do not tell: the last axis is heads, others are windows.
 
     heads: how many there are, if the module said so; they are inside of windows in one axis with them.
@@ -107,12 +107,12 @@ class Receiver(ABC):
 
     def __init__(self):
         self.count, self.refused = 0, []
-        self.numbers: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def key(self, stack: ModuleStack) -> Key:
         name = stack.path
-        self.numbers[name] += 1
-        return name, self.numbers[name] - 1
+        self.counts[name] += 1
+        return name, self.counts[name] - 1
 
     def refuse(self, name: str, reason: str) -> None:
         refusal = Refusal(name, reason)

@@ -30,37 +30,37 @@ class Contraction:
 
 
 MATMULS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "addmm"}
-NAMED = ("input", "batch1", "mat1", "other", "tensor2", "batch2", "mat2")  # operands by keyword, in order
+OPERAND_NAMES = ("input", "batch1", "mat1", "other", "tensor2", "batch2", "mat2")  # operands by keyword, in order
 
 
 def contraction(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Contraction | None:
     """The call as a contraction of two tensors, or None if it is none, or one of another form."""
     if name == "einsum":
-        return of_einsum(args)
+        return einsum_contraction(args)
     if name not in MATMULS:
         return None
-    given = [*args, *(kwargs[key] for key in NAMED if key in kwargs)]
-    given = [x for x in given if isinstance(x, Tensor)]
+    operands = [*args, *(kwargs[key] for key in OPERAND_NAMES if key in kwargs)]
+    operands = [x for x in operands if isinstance(x, Tensor)]
     if name in ("baddbmm", "addmm"):
-        given = given[1:]
-    if len(given) != 2 or min(x.ndim for x in given) < 2:
+        operands = operands[1:]
+    if len(operands) != 2 or min(x.ndim for x in operands) < 2:
         return None
-    a, b = reversed(given) if name == "__rmatmul__" else given
+    a, b = reversed(operands) if name == "__rmatmul__" else operands
     lead = tuple(range(max(a.ndim, b.ndim) - 2))
     own = [lead[len(lead) - (x.ndim - 2) :] for x in (a, b)]
     return Contraction(a, b, (*own[0], "n", "c"), (*own[1], "c", "m"), (*lead, "n", "m"), frozenset(lead))
 
 
-def of_einsum(args: Sequence[Any]) -> Contraction | None:
+def einsum_contraction(args: Sequence[Any]) -> Contraction | None:
     operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
     if not isinstance(args[0], str) or len(operands) != 2:
         return None
     left, _, right = args[0].replace(" ", "").partition("->")
     inputs = left.split(",")
-    labels = [expand(term, x.ndim) for term, x in zip(inputs, operands, strict=True)]
+    labels = [expand_ellipsis(term, x.ndim) for term, x in zip(inputs, operands, strict=True)]
     if "->" in args[0]:
         longest = max(sum(isinstance(label, int) for label in own) for own in labels)
-        out = expand(right, len(right.replace("...", "")) + (longest if "..." in right else 0))
+        out = expand_ellipsis(right, len(right.replace("...", "")) + (longest if "..." in right else 0))
     else:
         every = [label for own in labels for label in own]
         out = tuple(sorted({label for label in every if isinstance(label, int)}, reverse=True))
@@ -70,14 +70,14 @@ def of_einsum(args: Sequence[Any]) -> Contraction | None:
     return Contraction(operands[0], operands[1], *labels, out, frozenset(label for label in out if isinstance(label, int)))
 
 
-def expand(term: str, ndim: int) -> tuple[Label, ...]:
+def expand_ellipsis(term: str, ndim: int) -> tuple[Label, ...]:
     """Letters of one operand, with "..." as numbers that count from its right."""
     before, dots, after = term.partition("...")
     count = ndim - len(before) - len(after)
     return (*before, *(range(count - 1, -1, -1) if dots else ()), *after)
 
 
-def arranged(x: Tensor, labels: Sequence[Label], wanted: Sequence[Label], sizes: dict[Label, int]) -> Tensor:
+def arrange(x: Tensor, labels: Sequence[Label], wanted: Sequence[Label], sizes: dict[Label, int]) -> Tensor:
     """x with one axis per wanted label (and more behind), in that order, a view; axes of size 1, or absent, are expanded."""
     more = range(len(labels), x.ndim)
     x = x.permute(*(labels.index(label) for label in wanted if label in labels), *more)
@@ -104,7 +104,7 @@ class Axes:
         strides = torch.empty(tuple(shape), device="meta").stride()
         return cls(tuple(shape), tuple(((n, s),) for n, s in zip(shape, strides, strict=True)))
 
-    def viewed(self, view: Tensor, shape: Sequence[int]) -> Axes | None:
+    def after_view(self, view: Tensor, shape: Sequence[int]) -> Axes | None:
         """Axes after a view. view: what the view gave of a contiguous tensor of `shape`, that of these axes.
 
         Its strides say which parts of which axes it took. None if that cannot be said of an axis.
@@ -117,26 +117,26 @@ class Axes:
                 inner *= size
             stride *= n
         start = view.storage_offset()
-        taken = [span(parts, n, s, start) for n, s in zip(view.shape, view.stride(), strict=True)]
-        if any(digits is None for digits in taken):
+        view_digits = [axis_digits(parts, n, s, start) for n, s in zip(view.shape, view.stride(), strict=True)]
+        if any(digits is None for digits in view_digits):
             return None
         offset = self.offset + sum(start // inner % size * (base or 0) for size, base, inner in parts)
-        return Axes(self.shape, tuple(taken), offset)
+        return Axes(self.shape, tuple(view_digits), offset)
 
     def broadcast(self, shape: Sequence[int]) -> Axes:
         """Axes after a broadcast to a shape."""
-        known = (((1, 0),),) * (len(shape) - len(self.digits)) + self.digits
+        padded = (((1, 0),),) * (len(shape) - len(self.digits)) + self.digits
         spread = (
-            digits if math.prod(size for size, _ in digits) == n else ((n, 0),) for digits, n in zip(known, shape, strict=True)
+            digits if math.prod(size for size, _ in digits) == n else ((n, 0),) for digits, n in zip(padded, shape, strict=True)
         )
         return Axes(self.shape, tuple(spread), self.offset)
 
-    def renewed(self, axis: int, size: int) -> Axes:
+    def with_new_axis(self, axis: int, size: int) -> Axes:
         """Axes after the entries of one were mixed."""
         return Axes(self.shape, (*self.digits[:axis], ((size, None),), *self.digits[axis + 1 :]), self.offset)
 
     @property
-    def known(self) -> bool:
+    def traceable(self) -> bool:
         """False if an axis is new."""
         return all(base is not None for digits in self.digits for _, base in digits)
 
@@ -144,11 +144,11 @@ class Axes:
         """Flat index in the first tensor of each entry at coordinate 0 of the other axes: int64, one axis per given one."""
         total = torch.tensor(self.offset)
         for axis in axes:
-            total = total[..., None] + along(self.digits[axis])
+            total = total[..., None] + flat_steps(self.digits[axis])
         return total
 
 
-def span(parts: Sequence[tuple[int, int | None, int]], n: int, stride: int, start: int) -> tuple[Digit, ...] | None:
+def axis_digits(parts: Sequence[tuple[int, int | None, int]], n: int, stride: int, start: int) -> tuple[Digit, ...] | None:
     """The parts, outermost first, that an axis of n entries a stride apart runs over; None if it ends within one."""
     if n == 1 or stride == 0:
         return ((n, 0),)
@@ -166,7 +166,7 @@ def span(parts: Sequence[tuple[int, int | None, int]], n: int, stride: int, star
     return tuple(digits) if math.prod(size for size, _ in digits) == n else None
 
 
-def along(digits: Sequence[Digit]) -> Tensor:
+def flat_steps(digits: Sequence[Digit]) -> Tensor:
     """Flat steps of each entry of an axis: int64 (n,)."""
     steps = torch.zeros(1, dtype=torch.int64)
     for size, stride in digits:

@@ -16,7 +16,7 @@ from vitreous.lens.tap.attention_call import (
     is_stochastic,
     output_error,
 )
-from vitreous.lens.tap.attention_op import AttentionOp, Factors, Receiver, guessed
+from vitreous.lens.tap.attention_op import AttentionOp, Factors, Receiver, guess_factors
 from vitreous.lens.tap.module_stack import ModuleStack
 from vitreous.lens.tap.tracer import Layouts, Traced
 
@@ -36,12 +36,12 @@ class Capture(Receiver):
     def attention(self, stack: ModuleStack, op: AttentionOp) -> None:
         name, call_index = self.key(stack)
         traced = self.layouts.calls.get((name, call_index))
-        arranged = arranged_batch(op, traced, self.batch)
-        if arranged is None:
+        arrangement = batch_arrangement(op, traced, self.batch)
+        if arrangement is None:
             shape, batch = tuple(op.output.shape), self.batch
             self.refuse(name, f"no axis of its output {shape} is the batch of {batch}: it is one for all images, or mixes them")
             return
-        call = self.call(name, call_index, stack, op, traced, arranged)
+        call = self.call(name, call_index, stack, op, traced, arrangement)
         tolerance = max(TOLERANCE, 4 * precision(op))
         if not call.error <= tolerance:
             self.refuse(name, f"its map is off by {call.error:.2g}, more than {tolerance:.2g} ({call.verified})")
@@ -53,15 +53,15 @@ class Capture(Receiver):
             call.maps = None
 
     def call(
-        self, name: str, call_index: int, stack: ModuleStack, op: AttentionOp, traced: Traced | None, arranged: Arrangement
+        self, name: str, call_index: int, stack: ModuleStack, op: AttentionOp, traced: Traced | None, arrangement: Arrangement
     ) -> AttentionCall:
-        v, output = arranged.merge(op.v), arranged.merge(op.output)
-        q, k = (None if side is None else arranged.merge(side[1](side[0])) for side in (op.q, op.k))
+        v, output = arrangement.merge(op.v), arrangement.merge(op.output)
+        q, k = (None if side is None else arrangement.merge(side[1](side[0])) for side in (op.q, op.k))
         weighted_sum, state = op.weighted_sum, stack.state
         if weighted_sum is None:
-            maps = ComputedMap(q, k, op.mask, op.causal, op.scale, arranged, self.buffers)
+            maps = ComputedMap(q, k, op.mask, op.causal, op.scale, arrangement, self.buffers)
         else:
-            maps = StoredMap(weighted_sum.probabilities, weighted_sum.effective, arranged, self.buffers)
+            maps = StoredMap(weighted_sum.probabilities, weighted_sum.effective, arrangement, self.buffers)
         layout = traced.layout if traced is not None and state.source is None else None
         if layout is not None and (layout.queries.shape[1], layout.keys.shape[1]) != (output.shape[3], v.shape[3]):
             layout = None  # another number of tokens than in the traced pass
@@ -102,25 +102,25 @@ def precision(op: AttentionOp) -> float:
     return max(*steps, FLOAT32[torch.get_float32_matmul_precision()])
 
 
-def arranged_batch(op: AttentionOp, traced: Traced | None, batch: int) -> Arrangement | None:
+def batch_arrangement(op: AttentionOp, traced: Traced | None, batch: int) -> Arrangement | None:
     """The arrangement of a call in a pass with `batch` images: the axis that grew holds the batch, outermost."""
     lead = op.lead
     if traced is None or len(traced.lead) != len(lead):
         if not lead or lead[0] % batch:
-            return arrangement(guessed(lead, op.heads)) if batch == 1 else None
-        inner = guessed((lead[0] // batch, *lead[1:]), op.heads)
-        return arrangement((((batch, "B"), *inner[0]), *inner[1:]))
+            return cached_arrangement(guess_factors(lead, op.heads)) if batch == 1 else None
+        inner = guess_factors((lead[0] // batch, *lead[1:]), op.heads)
+        return cached_arrangement((((batch, "B"), *inner[0]), *inner[1:]))
     grown = [i for i, (n, m) in enumerate(zip(lead, traced.lead, strict=True)) if n != m]
     if batch == 1:
-        return arrangement(guessed(lead, op.heads) if grown else traced.factors)
+        return cached_arrangement(guess_factors(lead, op.heads) if grown else traced.factors)
     if len(grown) != 1 or lead[grown[0]] != batch * traced.lead[grown[0]]:
         return None
     factors = list(traced.factors)
     factors[grown[0]] = ((batch, "B"), *factors[grown[0]])
-    return arrangement(tuple(factors))
+    return cached_arrangement(tuple(factors))
 
 
 @lru_cache(maxsize=64)
-def arrangement(factors: Factors) -> Arrangement:
+def cached_arrangement(factors: Factors) -> Arrangement:
     """The arrangement of these factors; most calls of a pass have the same."""
     return Arrangement(factors)

@@ -30,21 +30,22 @@ from vitreous.base.errors import DataError, HostError, NotReached
 from vitreous.lens.coordinates.layout import Layout
 from vitreous.lens.preserve_state import preserve_state
 from vitreous.lens.tap.attention_call import AttentionCall
-from vitreous.lens.tap.attention_op import AttentionOp, Receiver, Refusal, fused
+from vitreous.lens.tap.attention_op import AttentionOp, Receiver, Refusal, fused_attention
 from vitreous.lens.tap.capture import Capture
 from vitreous.lens.tap.dataflow import WeightedSum
 from vitreous.lens.tap.module_stack import ModuleStack, OnOutput
-from vitreous.lens.tap.softmax import STARTS, Flow, tensors
+from vitreous.lens.tap.softmax import STARTS, DataFlow, tensors
 from vitreous.lens.tap.tensor_set import TensorSet
 from vitreous.lens.tap.tracer import Layouts, Traced, Tracer
 
 __all__ = ["AttentionCall", "Layout", "Layouts", "PassResult", "Refusal", "Traced", "trace", "watch"]
 
 NAMESPACES = {"aten", "prim", "prims", "profiler", "torchvision"}  # operators that hide no attention
-PLAIN = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)  # nearly every call is of one of these
+# Nearly every call of a pass is of one of these.
+ORDINARY_CALLS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
 GETTERS = {"T", "mT", "H", "mH", "data", "real", "imag"}  # attributes that are tensors
 # They give no tensor that needs following; most calls of a pass are of these.
-QUIET = {
+WITHOUT_TENSORS = {
     "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "__len__", "__get__", "__set__",
     "item", "tolist", "storage_offset", "element_size", "nelement", "ndimension", "__bool__", "__int__", "__float__",
     "__index__", "__repr__", "__format__", "__hash__", "get_device", "data_ptr", "untyped_storage", "is_same_size", "numpy",
@@ -77,59 +78,65 @@ def watch(
     Raises HostError for a model that cannot be seen, or without attention; NotReached if no call arrived at all.
     """
     modules = dict(model.named_modules())
-    images = fitting(modules, images)
+    images = prepare_images(modules, images)
     layouts = trace(model, images) if layouts is None else layouts
     capture = Capture(on_attention, layouts, len(images))
-    output = through(modules, images, capture, layouts.known, on_output, outputs)
+    output = run_pass(modules, images, capture, layouts.earlier_tensors, on_output, outputs)
     return PassResult(output, capture.refused)
 
 
 def trace(model: nn.Module, images: Tensor) -> Layouts:
     """A pass of the first image, in which the places of every call are found. Raises as `watch`."""
     modules = dict(model.named_modules())
-    images = fitting(modules, images)[:1]
+    images = prepare_images(modules, images)[:1]
     tracer = Tracer(images)
-    through(modules, images, tracer, tracer.layouts.known, tracer.on_output)
+    run_pass(modules, images, tracer, tracer.layouts.earlier_tensors, tracer.on_output)
     return tracer.layouts
 
 
-def fitting(modules: dict[str, nn.Module], images: Tensor) -> Tensor:
+def prepare_images(modules: dict[str, nn.Module], images: Tensor) -> Tensor:
     """Images on the device and in the precision of the model of these modules. Raises DataError, HostError."""
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-        found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
-        raise DataError(f"Found {found}. Expected at least one image, as (B, C, h, w). Add the batch axis: images[None].")
+        description = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise DataError(f"Found {description}. Expected at least one image, as (B, C, h, w). Add the batch axis: images[None].")
     for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise HostError(
                 f"{name or 'The model'} is a {type(module).__name__}, scripted or traced code that runs out of sight. Expected "
                 "modules that run in Python. Give the model from before torch.jit."
             )
-    like = next((p for p in parts(modules, "_parameters") if p.is_floating_point()), None)
+    like = next((p for p in registered_tensors(modules, "_parameters") if p.is_floating_point()), None)
     return images if like is None else images.to(like.device, like.dtype)
 
 
-def parts(modules: dict[str, nn.Module], registry: str) -> Iterator[Tensor]:
+def registered_tensors(modules: dict[str, nn.Module], registry: str) -> Iterator[Tensor]:
     """What the modules hold in "_parameters" or "_buffers". The model's own methods walk the tree once for each."""
     return (x for module in modules.values() for x in getattr(module, registry).values() if x is not None)
 
 
-def through(
+def run_pass(
     modules: dict[str, nn.Module],
     images: Tensor,
     receiver: Receiver,
-    known: TensorSet,
+    visible: TensorSet,
     on_output: OnOutput | None,
     outputs: Container[str] | None = None,
 ) -> Any:
     """One pass of images through the model, modules[""], its attentions to the receiver. Raises if there was none."""
     model = modules[""]
-    if not known:
-        known.add(attributes(model))
-    known.add((images, *parts(modules, "_parameters"), *parts(modules, "_buffers")))
+    if not visible:
+        visible.add(attribute_tensors(model))
+    visible.add((images, *registered_tensors(modules, "_parameters"), *registered_tensors(modules, "_buffers")))
     stack = ModuleStack(modules, on_output, outputs)
-    with torch._C._EnableTorchFunction(), preserve_state(model), eager(), stack, Tap(stack, receiver, known) as tap:
+    with (
+        torch._C._EnableTorchFunction(),
+        preserve_state(model),
+        force_eager(),
+        stack,
+        Tap(stack, receiver, visible) as tap,
+    ):
         output = model(images)
-    known.tidy()
+    visible.tidy()
     if receiver.count:
         return output
     name = type(model).__name__
@@ -145,7 +152,7 @@ def through(
     )
 
 
-def attributes(model: nn.Module) -> Iterator[Tensor]:
+def attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors that modules keep in plain attributes, lists and dicts, such as tables made in an earlier pass."""
     for module in model.modules():
         for key, value in vars(module).items():
@@ -154,14 +161,14 @@ def attributes(model: nn.Module) -> Iterator[Tensor]:
 
 
 @contextmanager
-def eager() -> Iterator[None]:
+def force_eager() -> Iterator[None]:
     """Compiled code runs as it was written, while the body runs; for the whole process, as torch.compiler has it."""
     with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
         yield
 
 
 @contextmanager
-def aside(device: torch.device) -> Iterator[None]:
+def outside_tap(device: torch.device) -> Iterator[None]:
     """Calculations of ours: unseen by taps, in the precision they say."""
     with torch._C.DisableTorchFunction(), torch.autocast(device.type, enabled=False):
         yield
@@ -170,9 +177,9 @@ def aside(device: torch.device) -> Iterator[None]:
 class Tap(TorchFunctionMode):
     """The mode that sees the calls of one pass, in one thread."""
 
-    def __init__(self, stack: ModuleStack, receiver: Receiver, known: TensorSet):
+    def __init__(self, stack: ModuleStack, receiver: Receiver, visible: TensorSet):
         super().__init__()
-        self.stack, self.receiver, self.known, self.flow = stack, receiver, known, Flow()
+        self.stack, self.receiver, self.visible, self.flow = stack, receiver, visible, DataFlow()
         self.calls, self.heads = 0, None
 
     def __enter__(self) -> Tap:
@@ -187,35 +194,36 @@ class Tap(TorchFunctionMode):
         self.flow.clear()
 
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None):
-        kwargs, name = {} if kwargs is None else kwargs, plain(func)
-        if name in QUIET or threading.get_ident() != self.thread:
+        kwargs, name = {} if kwargs is None else kwargs, function_name(func)
+        if name in WITHOUT_TENSORS or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
         self.calls += 1
         if func is F.multi_head_attention_forward:
-            return self.inside(func, args, kwargs)
+            return self.run_body(func, args, kwargs)
         with torch._C.DisableTorchFunction():
-            given = tensors((*args, *kwargs.values()))
-            self.arriving(func, given)
+            inputs = tensors((*args, *kwargs.values()))
+            self.check_inputs(func, inputs)
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            self.known.add(tensors(out))
+            self.visible.add(tensors(out))
             self.receiver.follow(func, args, kwargs, out)
             if name == "scaled_dot_product_attention":
-                found = fused(args, kwargs, out)
+                result = fused_attention(args, kwargs, out)
             else:
-                follow = name in STARTS or self.flow.facts  # most calls of a pass begin nothing, and there is nothing to go on
-                found = self.flow.follow(name, self.stack, func, args, kwargs, given, out) if follow else None
-            if isinstance(found, WeightedSum):
-                found = AttentionOp("softmax", *(found.operands() or (None, None)), found.v, found.output, weighted_sum=found)
-        if isinstance(found, AttentionOp):
-            found.heads = self.heads
-            with aside(found.output.device):
-                self.receiver.attention(self.stack, found)
-        elif found is not None:
-            self.receiver.refuse(self.stack.path, found)
+                follow = name in STARTS or self.flow.roles  # most calls of a pass begin nothing, and there is nothing to go on
+                result = self.flow.follow(name, self.stack, func, args, kwargs, inputs, out) if follow else None
+            if isinstance(result, WeightedSum):
+                q, k = result.operands() or (None, None)
+                result = AttentionOp("softmax", q, k, result.v, result.output, weighted_sum=result)
+        if isinstance(result, AttentionOp):
+            result.heads = self.heads
+            with outside_tap(result.output.device):
+                self.receiver.attention(self.stack, result)
+        elif result is not None:
+            self.receiver.refuse(self.stack.path, result)
         return out
 
-    def inside(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def run_body(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the body of a function that would hide its calls, with this mode on.
 
         A copy of it under other globals, in which nothing overrides functions, runs its body and does not ask again.
@@ -225,13 +233,13 @@ class Tap(TorchFunctionMode):
         body.__kwdefaults__ = func.__kwdefaults__
         outer, self.heads = self.heads, kwargs.get("num_heads", args[4] if len(args) > 4 else None)
         try:
-            with self.pushed():
+            with self.reenter():
                 return body(*args, **kwargs)
         finally:
             self.heads = outer
 
     @contextmanager
-    def pushed(self) -> Iterator[None]:
+    def reenter(self) -> Iterator[None]:
         """This mode on the stack again, from inside itself."""
         TorchFunctionMode.__enter__(self)
         try:
@@ -239,9 +247,9 @@ class Tap(TorchFunctionMode):
         finally:
             TorchFunctionMode.__exit__(self, None, None, None)
 
-    def arriving(self, func: Callable, given: Sequence[Tensor]) -> None:
+    def check_inputs(self, func: Callable, inputs: Sequence[Tensor]) -> None:
         """Look at a call before it is made: kernels that hide what they do, and tensors that came from such."""
-        if isinstance(func, PLAIN):
+        if isinstance(func, ORDINARY_CALLS):
             pass
         elif isinstance(func, (OpOverload, OpOverloadPacket)):
             operator = func._qualified_op_name if isinstance(func, OpOverloadPacket) else func.name()
@@ -250,8 +258,8 @@ class Tap(TorchFunctionMode):
         elif isinstance(func, HigherOrderOperator):
             advice = "; use scaled dot product attention (set_attn_implementation('sdpa'))" if "flex" in func.name() else ""
             self.receiver.refuse(self.stack.path, f"the operator {func.name()} does not show what it computes{advice}")
-        for tensor in given:
-            if tensor in self.known or not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
+        for tensor in inputs:
+            if tensor in self.visible or not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
                 continue
             if torch._C._functorch.is_batchedtensor(tensor):
                 raise HostError(
@@ -265,10 +273,10 @@ class Tap(TorchFunctionMode):
                     "functions in one thread. Switch that code off (timm.layers.set_scriptable, "
                     "attn_implementation='sdpa'), or keep such a constant as a buffer."
                 )
-            self.known.add([tensor])
+            self.visible.add([tensor])
 
 
-def plain(func: Callable) -> str:
+def function_name(func: Callable) -> str:
     """The name of a function without what tells its forms apart; that of an attribute for its getter."""
     name = getattr(func, "__name__", "")
     if name == "__get__":

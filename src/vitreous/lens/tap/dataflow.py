@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitreous.lens.tap.axes import Axes, Contraction, Label, along, unravel
+from vitreous.lens.tap.axes import Axes, Contraction, Label, flat_steps, unravel
 
 POWERS = {"exp", "exp2", "special_exp2"}
 DIVISIONS = {"div", "true_divide", "truediv", "rtruediv", "rdiv", "itruediv", "mul", "rmul", "imul"}
@@ -30,7 +30,7 @@ class Product:
         """The sampled entries against their computation from the operands: largest difference over the largest entry."""
         c, coordinates = self.contraction, unravel(self.positions, self.shape)
         sides = ((c.a, c.labels_a), (c.b, c.labels_b))
-        rows = [take(x, labels, c.labels_out, coordinates).cpu().double() for x, labels in sides]  # (S, K) each
+        rows = [operand_rows(x, labels, c.labels_out, coordinates).cpu().double() for x, labels in sides]  # (S, K) each
         values = self.values.cpu().double()
         finite = values.isfinite()
         if rows[0].shape != rows[1].shape or not finite.any():
@@ -48,13 +48,14 @@ class Scores:
 
     product: Product
     axes: Axes | None
-    power: bool = False
-    divided: bool = False
+    has_exp: bool = False
+    has_division: bool = False
 
-    def after(self, name: str, axes: Axes | None) -> Scores:
+    def after_call(self, name: str, axes: Axes | None) -> Scores:
         """The fact after a call that changed values."""
         name = name.strip("_")
-        return Scores(self.product, axes, self.power or name in POWERS, self.divided or (self.power and name in DIVISIONS))
+        has_division = self.has_division or (self.has_exp and name in DIVISIONS)
+        return Scores(self.product, axes, self.has_exp or name in POWERS, has_division)
 
 
 @dataclass
@@ -85,8 +86,8 @@ class Weights:
 
     softmax: Softmax
     axes: Axes | None
-    kept: Tensor | None = None
-    gone: bool = False
+    original: Tensor | None = None
+    overwritten: bool = False
     mixed: bool = False
     log: bool = False
     lossy: bool = False
@@ -116,9 +117,9 @@ class WeightedSum:
     probabilities: Tensor | None
     v: Tensor
     output: Tensor
-    whole: bool
-    place_v: tuple[Tensor, Callable[[Tensor], Tensor]]
-    place_output: tuple[Tensor, Callable[[Tensor], Tensor]]
+    all_keys: bool
+    v_view: tuple[Tensor, Callable[[Tensor], Tensor]]
+    output_view: tuple[Tensor, Callable[[Tensor], Tensor]]
 
     @property
     def note(self) -> str:
@@ -126,12 +127,12 @@ class WeightedSum:
             return "dropout is on between softmax and V, even in eval mode"
         if self.mixed and self.probabilities is None:
             return "the softmax's own output is gone or of another shape; probabilities are the effective map"
-        return "" if self.whole else "some keys of the softmax are left out at V"
+        return "" if self.all_keys else "some keys of the softmax are left out at V"
 
     @property
     def mixed(self) -> bool:
         """Values were changed, or keys left out, between softmax and V."""
-        return self.weights.mixed or not self.whole
+        return self.weights.mixed or not self.all_keys
 
     @property
     def product(self) -> Product | None:
@@ -144,41 +145,42 @@ class WeightedSum:
         """
         softmax = self.weights.softmax
         scores = softmax.scores
-        if scores is None or scores.axes is None or not scores.axes.known or not self.axes.known:
+        if scores is None or scores.axes is None or not scores.axes.traceable or not self.axes.traceable:
             return None
         c, place = scores.product.contraction, scores.axes.digits[softmax.axis]
         strides = Axes.of(scores.product.shape).digits
-        found = [
+        key_labels = [
             label
             for label, ((n, stride),) in zip(c.labels_out, strides, strict=True)
             if len(place) == 1 and stride <= place[0][1] < n * stride
         ]
-        if len(found) != 1 or (found[0] in c.labels_a) == (found[0] in c.labels_b):
+        if len(key_labels) != 1 or (key_labels[0] in c.labels_a) == (key_labels[0] in c.labels_b):
             return None
         sides = [(c.b, c.labels_b), (c.a, c.labels_a)]
-        (k, of_k), (q, of_q) = sides if found[0] in c.labels_b else sides[::-1]
+        (k, of_k), (q, of_q) = sides if key_labels[0] in c.labels_b else sides[::-1]
         if any(sum(label not in c.labels_out for label in labels) != 1 for labels in (of_k, of_q)):
             return None
         lead = range(len(self.axes.digits) - 2)
         at_q, at_k = (self.coordinates((*lead, axis), scores) for axis in (len(lead), len(lead) + 1))
-        return (q, lambda x: take(x, of_q, c.labels_out, at_q)), (k, lambda x: take(x, of_k, c.labels_out, at_k))
+        of_out = c.labels_out
+        return (q, lambda x: operand_rows(x, of_q, of_out, at_q)), (k, lambda x: operand_rows(x, of_k, of_out, at_k))
 
     def coordinates(self, axes: Sequence[int], scores: Scores) -> list[Tensor]:
         """For every entry along these axes of the map, where it was in the product: one index per axis of that."""
         inside = unravel(self.axes.index(axes), self.axes.shape)
-        steps = (along(digits)[at] for digits, at in zip(scores.axes.digits, inside, strict=True))
+        steps = (flat_steps(digits)[at] for digits, at in zip(scores.axes.digits, inside, strict=True))
         return unravel(sum(steps) + scores.axes.offset, scores.axes.shape)
 
 
-def take(x: Tensor, labels: Sequence[Label], known: Sequence[Label], coordinates: Sequence[Tensor]) -> Tensor:
+def operand_rows(x: Tensor, labels: Sequence[Label], indexed_labels: Sequence[Label], coordinates: Sequence[Tensor]) -> Tensor:
     """Rows of an operand: x with one axis per label (and more behind), at coordinates of the known ones -> (..., the rest)."""
-    order = sorted(range(len(labels)), key=lambda i: labels[i] not in known)
-    at = [coordinates[known.index(labels[i])] for i in order if labels[i] in known]
+    order = sorted(range(len(labels)), key=lambda i: labels[i] not in indexed_labels)
+    at = [coordinates[indexed_labels.index(labels[i])] for i in order if labels[i] in indexed_labels]
     x = x.permute(*order, *range(len(labels), x.ndim))
     return x[tuple(index if x.shape[i] > 1 else index * 0 for i, index in enumerate(at))]
 
 
-def product(c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Product:
+def make_product(c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Product:
     """The fact of a product, with entries spread over it. Of `baddbmm` without what it adds."""
     positions = torch.linspace(0, max(0, out.numel() - 1), min(SAMPLES, out.numel()), dtype=torch.float64).long()
     coordinates = tuple(unravel(positions, out.shape))
@@ -189,11 +191,12 @@ def product(c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, An
     return Product(c, tuple(out.shape), positions, values)
 
 
-def probabilities(weights: Weights, a: Tensor, axes: Axes, whole: bool) -> Tensor | None:
+def recover_probabilities(weights: Weights, a: Tensor, axes: Axes, all_keys: bool) -> Tensor | None:
     """The softmax's own output with the axes of the map at V; None if it is that map, or cannot be had."""
-    kept = weights.kept
-    if not (weights.mixed or not whole) or kept is None or not axes.known:
+    original = weights.original
+    if not (weights.mixed or not all_keys) or original is None or not axes.traceable:
         return None
-    kept, parts = kept.contiguous(), [part for digits in axes.digits for part in digits]
-    kept = kept.as_strided([n for n, _ in parts], [stride for _, stride in parts], kept.storage_offset() + axes.offset)
-    return kept.reshape([math.prod(n for n, _ in digits) for digits in axes.digits])
+    original, parts = original.contiguous(), [part for digits in axes.digits for part in digits]
+    offset = original.storage_offset() + axes.offset
+    original = original.as_strided([n for n, _ in parts], [stride for _, stride in parts], offset)
+    return original.reshape([math.prod(n for n, _ in digits) for digits in axes.digits])

@@ -44,9 +44,9 @@ class ModuleStack:
                     name = ".".join(part for part in name.split(".") if part != "_orig_mod")
                 if is_leaf(module) and self.outputs is not None and name not in self.outputs:
                     continue
-                enter, end = partial(self.enter, name), partial(self.end, name)
+                enter, exit = partial(self.enter, name), partial(self.exit, name)
                 self.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-                self.handles.append(module.register_forward_hook(end, always_call=True))
+                self.handles.append(module.register_forward_hook(exit, always_call=True))
         except BaseException:
             self.__exit__()
             raise
@@ -71,9 +71,9 @@ class ModuleStack:
         self.counts[module] += 1
         if isinstance(module, Block) and args and isinstance(args[0], Tensor):
             self.state = PLAIN  # a stream of tokens begins here, or has not begun
-        self.state = newest((*args, *kwargs.values()), self.state)
+        self.state = newest_state((*args, *kwargs.values()), self.state)
 
-    def end(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+    def exit(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         """Hook after a module's forward, which runs also when that raised: then without output."""
         if threading.get_ident() != self.thread:
             return
@@ -82,7 +82,7 @@ class ModuleStack:
             _, call_index, popped = self.stack.pop()
             if popped is module:
                 break
-        self.state = PLAIN if isinstance(module, Close) else newest((output,), self.state)
+        self.state = PLAIN if isinstance(module, Close) else newest_state((output,), self.state)
         if self.on_output is not None and output is not None and (self.outputs is None or name in self.outputs):
             with torch._C.DisableTorchFunction():
                 self.on_output(name, call_index, output)
@@ -93,7 +93,7 @@ def is_leaf(module: nn.Module) -> bool:
     return not module._modules and type(module).__module__.startswith("torch.nn.modules.")
 
 
-def newest(values: Iterable[Any], state: TokenState) -> TokenState:
+def newest_state(values: Iterable[Any], state: TokenState) -> TokenState:
     """The last state among values, alone, in a stream or in a tuple; `state` if there is none."""
     for value in values:
         if isinstance(value, Stream):
@@ -101,5 +101,5 @@ def newest(values: Iterable[Any], state: TokenState) -> TokenState:
         elif isinstance(value, TokenState):
             state = value
         elif isinstance(value, tuple):
-            state = newest(value, state)
+            state = newest_state(value, state)
     return state

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitreous.lens.tap.axes import MATMULS, Axes, Contraction, Label, arranged, contraction, on_meta
-from vitreous.lens.tap.dataflow import Scores, Softmax, SoftmaxRecord, WeightedSum, Weights, probabilities, product
+from vitreous.lens.tap.axes import MATMULS, Axes, Contraction, Label, arrange, contraction, on_meta
+from vitreous.lens.tap.dataflow import Scores, Softmax, SoftmaxRecord, WeightedSum, Weights, make_product, recover_probabilities
 from vitreous.lens.tap.module_stack import ModuleStack
 
 SOFTMAXES = {
@@ -54,24 +54,24 @@ def tensors(value: Any) -> list[Tensor]:
         value = value.values()
     elif not isinstance(value, (list, tuple)):
         return []
-    found = []
+    result = []
     for item in value:
         if isinstance(item, Tensor):
-            found.append(item)
+            result.append(item)
         elif isinstance(item, (list, tuple, dict)):
-            found += tensors(item)
-    return found
+            result += tensors(item)
+    return result
 
 
-class Flow:
+class DataFlow:
     """What is known of tensors, from the calls of one pass. Holds no tensor longer than the model does."""
 
     def __init__(self):
-        self.facts = WeakIdKeyDictionary()
+        self.roles = WeakIdKeyDictionary()
         self.softmaxes: list[SoftmaxRecord] = []
 
     def clear(self) -> None:
-        self.facts = WeakIdKeyDictionary()
+        self.roles = WeakIdKeyDictionary()
 
     def follow(
         self,
@@ -80,7 +80,7 @@ class Flow:
         func: Callable,
         args: Sequence[Any],
         kwargs: dict[str, Any],
-        given: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         out: Any,
     ) -> Any:
         """Take note of a call that was made; given: the tensors among its arguments.
@@ -89,12 +89,12 @@ class Flow:
         """
         if name in SOFTMAXES:
             return self.softmax(name, stack.path, args, kwargs, out)
-        found = contraction(name, args, kwargs)
-        if found is not None:
-            return self.contracted(found, name, args, kwargs, out)
-        sources = [(x, self.facts[x]) for x in {id(x): x for x in given}.values() if x in self.facts]
+        contracted = contraction(name, args, kwargs)
+        if contracted is not None:
+            return self.follow_contraction(contracted, name, args, kwargs, out)
+        sources = [(x, self.roles[x]) for x in {id(x): x for x in inputs}.values() if x in self.roles]
         if sources:
-            self.passed(sources, name, func, args, kwargs, out)
+            self.propagate(sources, name, func, args, kwargs, out)
         return None
 
     def softmax(self, name: str, path: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
@@ -104,41 +104,41 @@ class Flow:
         dim = kwargs.get("dim", args[place] if len(args) > place else None)
         if dim is None:
             dim = -1 if name == "gumbel_softmax" else F._get_softmax_dim(name, x.ndim, 5)
-        fact = self.facts.get(x)
-        scores = fact if isinstance(fact, Scores) else fact.softmax.scores if isinstance(fact, Weights) else None
+        role = self.roles.get(x)
+        scores = role if isinstance(role, Scores) else role.softmax.scores if isinstance(role, Weights) else None
         record = SoftmaxRecord(path)
         self.softmaxes.append(record)
         softmax = Softmax(record, tuple(out.shape), dim % max(1, out.ndim), scores)
-        self.facts[out] = Weights(softmax, Axes.of(out.shape), log="log" in name)
+        self.roles[out] = Weights(softmax, Axes.of(out.shape), log="log" in name)
 
-    def contracted(self, c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Any:
+    def follow_contraction(self, c: Contraction, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Any:
         for x, own, other, theirs in ((c.a, c.labels_a, c.b, c.labels_b), (c.b, c.labels_b, c.a, c.labels_a)):
-            fact = self.facts.get(x)
-            key = fact.key_axis() if isinstance(fact, Weights) else None
+            role = self.roles.get(x)
+            key = role.key_axis() if isinstance(role, Weights) else None
             if key is None:
                 continue
             label = own[key[0]]
             if label in theirs and label not in c.labels_out:
-                return self.used(c, (x, own), (other, theirs), out, fact, key)
+                return self.attention(c, (x, own), (other, theirs), out, role, key)
             if label in c.labels_out and label not in theirs:  # heads are mixed
-                self.facts[out] = self.changed(fact, x, carried(fact.axes, own, c.labels_out, out.shape))
+                self.roles[out] = self.change_weights(role, x, contracted_axes(role.axes, own, c.labels_out, out.shape))
                 return None
         for x, own in ((c.a, c.labels_a), (c.b, c.labels_b)):
-            fact = self.facts.get(x)
-            if not isinstance(fact, Scores):
+            role = self.roles.get(x)
+            if not isinstance(role, Scores):
                 continue
-            if fact.divided:
+            if role.has_division:
                 return "weights are made of exp and a division, not of a softmax; use torch.softmax, or a fused attention"
             other = c.b if x is c.a else c.a
             if isinstance(other, nn.Parameter):
-                axes = None if fact.axes is None else carried(fact.axes, own, c.labels_out, out.shape)
-                self.facts[out] = fact.after(name, axes)
+                axes = None if role.axes is None else contracted_axes(role.axes, own, c.labels_out, out.shape)
+                self.roles[out] = role.after_call(name, axes)
                 return None
         if not any(isinstance(x, nn.Parameter) for x in (c.a, c.b)) and out.is_floating_point():
-            self.facts[out] = Scores(product(c, name, args, kwargs, out), Axes.of(out.shape))
+            self.roles[out] = Scores(make_product(c, name, args, kwargs, out), Axes.of(out.shape))
         return None
 
-    def used(self, c: Contraction, of_a: tuple, of_v: tuple, out: Tensor, weights: Weights, key: tuple[int, bool]) -> Any:
+    def attention(self, c: Contraction, of_a: tuple, of_v: tuple, out: Tensor, weights: Weights, key: tuple[int, bool]) -> Any:
         (a, own), (v, theirs) = of_a, of_v
         if weights.softmax.scores is None and weights.mixed:
             return None  # a gate on something else, not weights over places
@@ -155,84 +155,86 @@ class Flow:
         sizes = dict(zip(c.labels_out, out.shape, strict=True)) | {label: a.shape[key[0]]}
         sizes = {"row": 1, "column": 1} | sizes
         wanted = [*lead, row, label]
-        axes = rearranged(weights.axes, own, wanted, sizes)
+        axes = arranged_axes(weights.axes, own, wanted, sizes)
 
         def form(labels: Sequence[Label], last: Sequence[Label]) -> Callable[[Tensor], Tensor]:
-            return lambda x: arranged(x, labels, [*lead, *last], sizes)
+            return lambda x: arrange(x, labels, [*lead, *last], sizes)
 
         form_v, form_output = form(theirs, [label, column]), form(c.labels_out, [row, column])
         return WeightedSum(
             weights=weights,
             axes=axes,
-            effective=arranged(a, own, wanted, sizes),
-            probabilities=probabilities(weights, a, axes, key[1]),
+            effective=arrange(a, own, wanted, sizes),
+            probabilities=recover_probabilities(weights, a, axes, key[1]),
             v=form_v(v),
             output=form_output(out),
-            whole=key[1],
-            place_v=(v, form_v),
-            place_output=(out, form_output),
+            all_keys=key[1],
+            v_view=(v, form_v),
+            output_view=(out, form_output),
         )
 
-    def changed(self, fact: Weights, x: Tensor, axes: Axes | None, into: Tensor | None = None, **fields: Any) -> Weights:
+    def change_weights(self, role: Weights, x: Tensor, axes: Axes | None, into: Tensor | None = None, **fields: Any) -> Weights:
         """The fact of a tensor that came from x by a change of values; into: the tensor itself, if it may be x."""
-        overwritten = into is x and fact.kept is None
-        kept = fact.kept if fact.kept is not None or fact.gone or overwritten else x
-        return replace(fact, axes=axes, kept=kept, gone=fact.gone or overwritten, mixed=True, **fields)
+        overwritten = into is x and role.original is None
+        original = role.original if role.original is not None or role.overwritten or overwritten else x
+        return replace(role, axes=axes, original=original, overwritten=role.overwritten or overwritten, mixed=True, **fields)
 
-    def passed(self, sources: list, name: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    def propagate(
+        self, sources: list, name: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any
+    ) -> None:
         outs = tensors(out) or ([args[0]] if name == "__setitem__" else [])
         outs = [x for x in outs if x.is_floating_point()]
         if not outs:
             return
-        x, fact = principal(sources, outs[0].shape)
-        if isinstance(fact, Weights):
+        x, role = leading_source(sources, outs[0].shape)
+        if isinstance(role, Weights):
             for _, other in sources:
                 if isinstance(other, Weights):
-                    other.softmax.record.used |= other.softmax is not fact.softmax and outs[0].shape == x.shape
+                    other.softmax.record.used |= other.softmax is not role.softmax and outs[0].shape == x.shape
         indexed = name == "__getitem__" and len(tensors((*args, *kwargs.values()))) > 1
         if name in VIEWS and not indexed:
-            for y, axes in zip(outs, views(fact.axes, x, func, args, kwargs), strict=False):
-                self.facts[y] = moved(fact, x, axes, y)
-        elif name in COPIES or (name in DROPOUTS and not drops(args, kwargs)):
+            for y, axes in zip(outs, view_axes(role.axes, x, func, args, kwargs), strict=False):
+                self.roles[y] = move_role(role, x, axes, y)
+        elif name in COPIES or (name in DROPOUTS and not is_dropping(args, kwargs)):
             for y in outs:
                 if y is not x and y.shape == x.shape:
-                    self.facts[y] = moved(fact, x, fact.axes, y)
-        elif isinstance(fact, Scores):
-            self.facts_of_scores(fact, x, name, outs)
+                    self.roles[y] = move_role(role, x, role.axes, y)
+        elif isinstance(role, Scores):
+            self.update_scores(role, x, name, outs)
         else:
-            self.facts_of_weights(fact, x, name, outs[0])
+            self.update_weights(role, x, name, outs[0])
 
-    def facts_of_scores(self, fact: Scores, x: Tensor, name: str, outs: list[Tensor]) -> None:
+    def update_scores(self, role: Scores, x: Tensor, name: str, outs: list[Tensor]) -> None:
         for y in outs:
             tail = y.shape[y.ndim - x.ndim :] if y.ndim >= x.ndim else None
             if tail is not None and all(n == m or m == 1 for n, m in zip(tail, x.shape, strict=True)):
-                axes = None if fact.axes is None or name in MOVES else fact.axes.broadcast(y.shape)
+                axes = None if role.axes is None or name in MOVES else role.axes.broadcast(y.shape)
             elif name in MOVES:
                 axes = None
             else:
-                self.facts.pop(y, None)
+                self.roles.pop(y, None)
                 continue
-            self.facts[y] = fact.after(name, axes)
+            self.roles[y] = role.after_call(name, axes)
 
-    def facts_of_weights(self, fact: Weights, x: Tensor, name: str, y: Tensor) -> None:
-        key = fact.key_axis()
-        if fact.log and name in ("exp", "exp_", "special_exp") and not fact.mixed:
-            self.facts[y] = replace(fact, log=False, kept=None)
+    def update_weights(self, role: Weights, x: Tensor, name: str, y: Tensor) -> None:
+        key = role.key_axis()
+        if role.log and name in ("exp", "exp_", "special_exp") and not role.mixed:
+            self.roles[y] = replace(role, log=False, original=None)
             return
-        axes, mixing = fact.axes, {"linear": x.ndim - 1, "conv1d": 1, "conv2d": 1, "conv3d": 1}.get(name)
+        axes, mixing = role.axes, {"linear": x.ndim - 1, "conv1d": 1, "conv2d": 1, "conv3d": 1}.get(name)
         if key is None or key[0] == mixing or len(y.shape) != len(x.shape) or name in MOVES:
-            self.facts.pop(y, None)
+            self.roles.pop(y, None)
             return
         differ = [i for i, (n, m) in enumerate(zip(y.shape, x.shape, strict=True)) if n != m]
         if differ and differ != [mixing]:
-            self.facts.pop(y, None)
+            self.roles.pop(y, None)
             return
         if differ:
-            axes = axes.renewed(mixing, y.shape[mixing])
-        self.facts[y] = self.changed(fact, x, axes, y, lossy=fact.lossy or name in DROPOUTS)
+            axes = axes.with_new_axis(mixing, y.shape[mixing])
+        self.roles[y] = self.change_weights(role, x, axes, y, lossy=role.lossy or name in DROPOUTS)
 
 
-def principal(sources: list[tuple[Tensor, Scores | Weights]], shape: Sequence[int]) -> tuple[Tensor, Scores | Weights]:
+def leading_source(sources: list[tuple[Tensor, Scores | Weights]], shape: Sequence[int]) -> tuple[Tensor, Scores | Weights]:
     """The tensor whose fact the result of a call inherits: weights before scores, then those of the result's shape.
 
     Of several products the one that has a value of its own for every entry (q k^T beside relative positions, which repeat);
@@ -240,66 +242,68 @@ def principal(sources: list[tuple[Tensor, Scores | Weights]], shape: Sequence[in
     """
 
     def rank(source: tuple[Tensor, Scores | Weights]) -> tuple[bool, ...]:
-        x, fact = source
-        if isinstance(fact, Weights):
-            return False, fact.softmax.scores is None, x.shape != shape
-        return True, repeats(x, fact, shape), x.shape != shape
+        x, role = source
+        if isinstance(role, Weights):
+            return False, role.softmax.scores is None, x.shape != shape
+        return True, repeats(x, role, shape), x.shape != shape
 
-    x, fact = min(sources, key=rank)
-    if isinstance(fact, Scores) and not repeats(x, fact, shape):
-        rivals = [(y, other) for y, other in sources if isinstance(other, Scores) and other.product is not fact.product]
+    x, role = min(sources, key=rank)
+    if isinstance(role, Scores) and not repeats(x, role, shape):
+        rivals = [(y, other) for y, other in sources if isinstance(other, Scores) and other.product is not role.product]
         if any(not repeats(y, other, shape) for y, other in rivals):
-            fact = replace(fact, axes=None)
-    return x, fact
+            role = replace(role, axes=None)
+    return x, role
 
 
-def repeats(x: Tensor, fact: Scores, shape: Sequence[int]) -> bool:
+def repeats(x: Tensor, role: Scores, shape: Sequence[int]) -> bool:
     """Whether these scores, broadcast to a shape, have entries that come from one of the product, or from nobody knows."""
-    if fact.axes is None or len(shape) < x.ndim:
+    if role.axes is None or len(shape) < x.ndim:
         return True
-    return any(size > 1 and not stride for digits in fact.axes.broadcast(shape).digits for size, stride in digits)
+    return any(size > 1 and not stride for digits in role.axes.broadcast(shape).digits for size, stride in digits)
 
 
-def views(axes: Axes | None, x: Tensor, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Axes | None]:
+def view_axes(
+    axes: Axes | None, x: Tensor, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Iterator[Axes | None]:
     """Axes of what a view gives of x, one per output; None where that is no view after all (x[:, [0, 2]])."""
     stand_in = torch.empty(x.shape, device="meta")
     try:
-        given = on_meta(func, args, kwargs, x, stand_in)
+        result = on_meta(func, args, kwargs, x, stand_in)
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-        given = ()
-    for view in tensors(given):
+        result = ()
+    for view in tensors(result):
         same = view.untyped_storage()._cdata == stand_in.untyped_storage()._cdata
-        yield axes.viewed(view, x.shape) if same and axes is not None else None
+        yield axes.after_view(view, x.shape) if same and axes is not None else None
     yield from repeat(None)
 
 
-def moved(fact: Scores | Weights, x: Tensor, axes: Axes | None, y: Tensor) -> Scores | Weights:
+def move_role(role: Scores | Weights, x: Tensor, axes: Axes | None, y: Tensor) -> Scores | Weights:
     """The fact of y, which has the values of x in other places."""
-    if isinstance(fact, Scores):
-        return replace(fact, axes=axes)
-    return replace(fact, axes=axes, kept=fact.kept if fact.kept is not None or fact.gone or y is x else x)
+    if isinstance(role, Scores):
+        return replace(role, axes=axes)
+    return replace(role, axes=axes, original=role.original if role.original is not None or role.overwritten or y is x else x)
 
 
-def drops(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def is_dropping(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a dropout is switched on: F.dropout(input, p, training), torch.dropout(input, p, train)."""
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     return bool(p) and kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
 
 
-def carried(axes: Axes, own: Sequence[Label], out: Sequence[Label], shape: Sequence[int]) -> Axes:
+def contracted_axes(axes: Axes, own: Sequence[Label], out: Sequence[Label], shape: Sequence[int]) -> Axes:
     """Axes after a contraction with something else: those that are left, and new ones.
 
     If one axis was mixed into one of equal size, as heads are, that stands in its place.
     """
-    gone, new = [x for x in own if x not in out], [x for x in out if x not in own]
-    known = dict(zip(own, axes.digits, strict=True))
-    if len(gone) == len(new) == 1 and math.prod(n for n, _ in known[gone[0]]) == shape[out.index(new[0])]:
-        known[new[0]] = known[gone[0]]
-    digits = tuple(known.get(label, ((n, None),)) for label, n in zip(out, shape, strict=True))
+    removed, new = [x for x in own if x not in out], [x for x in out if x not in own]
+    digits_of = dict(zip(own, axes.digits, strict=True))
+    if len(removed) == len(new) == 1 and math.prod(n for n, _ in digits_of[removed[0]]) == shape[out.index(new[0])]:
+        digits_of[new[0]] = digits_of[removed[0]]
+    digits = tuple(digits_of.get(label, ((n, None),)) for label, n in zip(out, shape, strict=True))
     return Axes(axes.shape, digits, axes.offset).broadcast(shape)
 
 
-def rearranged(axes: Axes, own: Sequence[Label], wanted: Sequence[Label], sizes: dict[Label, int]) -> Axes:
+def arranged_axes(axes: Axes, own: Sequence[Label], wanted: Sequence[Label], sizes: dict[Label, int]) -> Axes:
     """Axes of what `arranged` gives."""
     digits = tuple(axes.digits[own.index(label)] if label in own else ((1, 0),) for label in wanted)
     return Axes(axes.shape, digits, axes.offset).broadcast([sizes[label] for label in wanted])

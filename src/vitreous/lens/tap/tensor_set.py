@@ -21,8 +21,8 @@ class TensorSet:
         return bool(self.references)
 
     def __contains__(self, tensor: Tensor) -> bool:
-        found = self.references.get(id(tensor))
-        return found is not None and found() is tensor  # another may have come to the address of one that is gone
+        reference = self.references.get(id(tensor))
+        return reference is not None and reference() is tensor  # another may have come to the address of one that is gone
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Take in tensors."""
@@ -31,4 +31,4 @@ class TensorSet:
 
     def tidy(self) -> None:
         """Forget those that are gone."""
-        self.references = {at: found for at, found in self.references.items() if found() is not None}
+        self.references = {at: reference for at, reference in self.references.items() if reference() is not None}

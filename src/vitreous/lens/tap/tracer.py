@@ -13,7 +13,7 @@ from torch import Tensor
 from vitreous.layers.stream import Stream
 from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer
 from vitreous.lens.coordinates.layout import Layout, channel, layout
-from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, OperandView, Receiver, guessed
+from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, OperandView, Receiver, guess_factors
 from vitreous.lens.tap.module_stack import ModuleStack
 from vitreous.lens.tap.tensor_set import TensorSet
 
@@ -37,7 +37,7 @@ class Layouts:
 
     calls: dict[Key, Traced] = field(default_factory=dict)
     outputs: dict[Key, Layout] = field(default_factory=dict)
-    known: TensorSet = field(default_factory=TensorSet, repr=False)  # tensors of earlier passes
+    earlier_tensors: TensorSet = field(default_factory=TensorSet, repr=False)  # tensors of earlier passes
 
     def get(self, key: Key) -> Layout | None:
         """The layout of a call; None: unknown."""
@@ -50,9 +50,9 @@ class Tracer(Receiver):
     def __init__(self, image: Tensor):
         super().__init__()
         self.layouts, self.coordinates = Layouts(), CoordinateTracer(image)
-        self.same: dict[bytes, Layout | None] = {}  # most modules leave tokens where they are
-        self.tokens: dict[int, Layout] = {}  # the last layout of so many tokens
-        self.shared: dict[tuple, Layout] = {}  # layouts of calls by what they say
+        self.layouts_by_places: dict[bytes, Layout | None] = {}  # most modules leave tokens where they are
+        self.layouts_by_count: dict[int, Layout] = {}  # the last layout of so many tokens
+        self.shared_layouts: dict[tuple, Layout] = {}  # layouts of calls by what they say
 
     def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         self.coordinates.follow(func, tuple(args), kwargs, out)
@@ -63,64 +63,64 @@ class Tracer(Receiver):
         kind = "token" if product else "pooling"
         sides = (op.q, op.k)
         if op.q is None:  # the output is where its query is, V where the keys are
-            sides = (op.weighted_sum.place_output, op.weighted_sum.place_v)
+            sides = (op.weighted_sum.output_view, op.weighted_sum.v_view)
         query, key = (self.places(side, x.shape[-2]) for side, x in zip(sides, (op.output, op.v), strict=True))
-        found = layout(query, key, self.coordinates.size, self.coordinates.reason(*(side[0] for side in sides)))
-        if found is None or len(found.factors) != len(op.lead):
-            found, factors = None, guessed(op.lead, op.heads)
+        call_layout = layout(query, key, self.coordinates.size, self.coordinates.reason(*(side[0] for side in sides)))
+        if call_layout is None or len(call_layout.factors) != len(op.lead):
+            call_layout, factors = None, guess_factors(op.lead, op.heads)
         else:
-            found = self.once(found)
-            factors = found.factors
+            call_layout = self.share(call_layout)
+            factors = call_layout.factors
         if op.q is not None and channel(query, key):
-            kind, found = "channel", None  # rows and columns of the map are channels, which are nowhere
-        self.layouts.calls[self.key(stack)] = Traced(op.lead, factors, kind, found)
+            kind, call_layout = "channel", None  # rows and columns of the map are channels, which are nowhere
+        self.layouts.calls[self.key(stack)] = Traced(op.lead, factors, kind, call_layout)
 
     def places(self, side: OperandView, count: int) -> Tensor:
         """Places (..., count, K, 4) of a side, NaN if it has none; axes on which they do not differ have size 1 or stride 0."""
         places = self.coordinates.of(side[0])
         if places is None:
             return torch.full((count, 1, 4), math.nan)
-        places = side[1](narrowed(places))
+        places = side[1](narrow_constant_axes(places))
         return places.expand(*places.shape[:-3], count, *places.shape[-2:])
 
-    def once(self, found: Layout) -> Layout:
+    def share(self, call_layout: Layout) -> Layout:
         """The layout of an earlier call that says the same, else this one: calls that share one are soon compared."""
-        queries, keys = found.queries.numpy().tobytes(), found.keys.numpy().tobytes()
-        if queries == keys and found.queries.shape == found.keys.shape:
-            found = replace(found, keys=found.queries)
-        said = [getattr(found, name.name) for name in fields(found) if name.repr]
-        return self.shared.setdefault((queries, keys, *said), found)
+        queries, keys = call_layout.queries.numpy().tobytes(), call_layout.keys.numpy().tobytes()
+        if queries == keys and call_layout.queries.shape == call_layout.keys.shape:
+            call_layout = replace(call_layout, keys=call_layout.queries)
+        details = [getattr(call_layout, name.name) for name in fields(call_layout) if name.repr]
+        return self.shared_layouts.setdefault((queries, keys, *details), call_layout)
 
     def on_output(self, name: str, call_index: int, output: Any) -> None:
         """The layout of a module's output (1, N, D), (1, D, N), (1, h, w, D) or (1, D, h, w)."""
         if isinstance(output, Stream):  # for its original tokens, as in `Stream.tokens`
             count = output.x.shape[1] - output.state.inserted if output.state.source is None else output.state.source.shape[1]
-            found = self.tokens.get(count)
+            output_layout = self.layouts_by_count.get(count)
         else:
             output = output[0] if isinstance(output, tuple) and output else output  # tokens, and what else a block hands on
-            found = self.of_output(output) if isinstance(output, Tensor) and output.ndim in (3, 4) else None
-            if found is not None:
-                self.tokens[found.queries.shape[1]] = found
-        if found is not None:
-            self.layouts.outputs[name, call_index] = found
+            output_layout = self.layout_of_output(output) if isinstance(output, Tensor) and output.ndim in (3, 4) else None
+            if output_layout is not None:
+                self.layouts_by_count[output_layout.queries.shape[1]] = output_layout
+        if output_layout is not None:
+            self.layouts.outputs[name, call_index] = output_layout
 
-    def of_output(self, output: Tensor) -> Layout | None:
+    def layout_of_output(self, output: Tensor) -> Layout | None:
         places = self.coordinates.of(output)
         if places is None or len(output) != 1:
             return None
-        places = narrowed(places)
+        places = narrow_constant_axes(places)
         varying = [axis for axis in range(1, output.ndim) if places.shape[axis] > 1]
         if len(varying) != output.ndim - 2 or varying[-1] - varying[0] != len(varying) - 1:
             return None
         constant = next(axis for axis in range(1, output.ndim) if axis not in varying)
         places = places.movedim(constant, -2).flatten(1, -3)  # (1, N, 1, 4)
         key = places.numpy().tobytes()
-        if key not in self.same:
-            self.same[key] = layout(places, None, self.coordinates.size)
-        return self.same[key]
+        if key not in self.layouts_by_places:
+            self.layouts_by_places[key] = layout(places, None, self.coordinates.size)
+        return self.layouts_by_places[key]
 
 
-def narrowed(places: Tensor) -> Tensor:
+def narrow_constant_axes(places: Tensor) -> Tensor:
     """Places (..., 4) with size 1 in place of axes along which nothing differs."""
     for axis in range(places.ndim - 1):
         if places.stride(axis) == 0:
