@@ -10,7 +10,7 @@ import torch
 
 from vitreous import SPC, SVDA, graft, grafts, ungraft
 from vitreous.base.errors import DataError, UnknownName
-from vitreous.models.create import create, read_weights
+from vitreous.models.create import create_model, read_weights
 from vitreous.train import load, save
 
 NET = dict(img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=2, num_classes=3)
@@ -140,7 +140,7 @@ def test_a_file_of_weights_finds_its_number_of_classes(model, images, tmp_path):
     arguments = {name: value for name, value in NET.items() if name != "num_classes"}
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "old.pth")
     for name in ("model.safetensors", "old.pth"):
-        assert torch.equal(create("vit_tiny_patch16_224", weights=tmp_path / name, **arguments)(images), model(images))
+        assert torch.equal(create_model("vit_tiny_patch16_224", weights=tmp_path / name, **arguments)(images), model(images))
 
 
 class Hostile:
@@ -190,17 +190,17 @@ def test_no_network_is_said_with_a_way_out(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(DataError, match="--weights PATH"):
-        create("vit_tiny_patch16_224", pretrained=True)
+        create_model("vit_tiny_patch16_224", pretrained=True)
 
 
 def test_unknown_names_offer_near_ones():
     with pytest.raises(UnknownName, match="'vit_tiny_patch16_224'"):
-        create("vit_tinny_patch16_224")
+        create_model("vit_tinny_patch16_224")
     with pytest.raises(UnknownName, match="vit_tiny_patch16_224"):
-        create("vit_tiny_patch16_224.no_such_tag")
+        create_model("vit_tiny_patch16_224.no_such_tag")
 
 
 def test_a_new_network_does_not_claim_published_weights(tmp_path):
-    save(create("vit_tiny_patch16_224", **NET), tmp_path)
+    save(create_model("vit_tiny_patch16_224", **NET), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
     assert not {"tag", "license", "hf_hub_id", "url"} & set(config)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vitreous.base.errors import DataError, VitreousError
 from vitreous.commands.cli import main
-from vitreous.models.create import create, read_weights
+from vitreous.models.create import create_model, read_weights
 from vitreous.train import load, save
 
 NET = dict(img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=2, num_classes=3)
@@ -102,7 +102,7 @@ def test_a_pickle_is_never_executed(folder, tmp_path, kind, name):
         refused(folder, "cannot be read safely")
     else:
         with pytest.raises(DataError, match="cannot be read safely"):
-            create("vit_tiny_patch16_224", weights=folder / name)
+            create_model("vit_tiny_patch16_224", weights=folder / name)
     assert not marker.exists()
     if kind == "bare":  # the payload is a real one
         pickle.loads(data)
