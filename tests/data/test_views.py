@@ -13,7 +13,7 @@ from timm.data import create_transform, resolve_model_data_config
 from lens.explicit import vit
 from vitreous.base.errors import DataError, HostError, SettingError
 from vitreous.data import Cutouts, Pictures
-from vitreous.data.sources import unlabelled
+from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.data.views import Views
 
 

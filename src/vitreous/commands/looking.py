@@ -22,7 +22,7 @@ from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import free_folder, writable
 from vitreous.base.processes import ALONE, Team, connected
 from vitreous.data import ImageSet
-from vitreous.data.sources import unlabelled
+from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.grafting import grafts
 from vitreous.lens.direction import Direction, find_direction
 from vitreous.lens.look import look

@@ -19,7 +19,7 @@ from torchvision import transforms
 from vitreous.base.errors import DataError, HostError, SettingError
 from vitreous.data import ImageSet
 from vitreous.data.decoding import Source
-from vitreous.data.sources import unlabelled
+from vitreous.data.sources.unlabelled import unlabelled
 
 QUALITY = 85  # of the JPEG pictures that a reading keeps
 BEGINNING = 1 << 14  # bytes of a file that tell it from others of its name and size

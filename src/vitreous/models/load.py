@@ -15,7 +15,7 @@ from tyro import conf
 
 from vitreous.base.errors import DataError, HostError, SettingError
 from vitreous.data.decoding import Unreadable
-from vitreous.data.sources import unlabelled
+from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.data.views import Views
 from vitreous.models import model_folder
 from vitreous.models.classes import class_names

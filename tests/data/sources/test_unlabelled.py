@@ -11,7 +11,7 @@ from PIL import Image
 
 from vitreous.base.errors import DataError
 from vitreous.data import Pictures
-from vitreous.data.sources import unlabelled
+from vitreous.data.sources.unlabelled import unlabelled
 
 STRANGE = 'it\'s a <script>alert(1)</script> "cat" (1).png'
 

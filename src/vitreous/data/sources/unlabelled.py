@@ -41,7 +41,7 @@ class Pictures(ImageSet):
         return part
 
 
-def photographs(
+def unlabelled(
     given: str | Path | Image.Image | Iterable[str | Path | Image.Image], masks: str | Path | None = None
 ) -> ImageSet:
     """Images by path or as PIL images (all the one or all the other); a folder or tar archive gives all of its images, sorted.
