@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous import AdaptFormer, check, graft, new_parameters
-from vitreous.data import ImageSet, open_data
+from vitreous.data import Samples, open_data
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -44,7 +44,7 @@ def network(data: Path, classes: int) -> nn.Module:
 
 
 @torch.no_grad()
-def frozen_tokens(model: nn.Module, images: ImageSet) -> Tensor:
+def frozen_tokens(model: nn.Module, images: Samples) -> Tensor:
     """Tokens (n, N, D) behind the blocks that stay frozen in both arms."""
     images.transform = lambda image: torch.from_numpy(np.array(image.convert("RGB").resize((SIZE, SIZE), 3))).permute(2, 0, 1)
     parts = []

@@ -5,12 +5,12 @@ import pytest
 from PIL import Image
 
 from vitreous.base.errors import DataError
-from vitreous.data import ArraySet, Data, open_data
+from vitreous.data import ArraySamples, Data, open_data
 from vitreous.data.holdout import HELD_OUT, hold_out
 
 
 def made(images, labels):
-    train, test = ArraySet(images, labels), ArraySet(images[:2], labels[:2])
+    train, test = ArraySamples(images, labels), ArraySamples(images[:2], labels[:2])
     classes = tuple(str(k) for k in range(max(labels) + 1))
     return Data("made", train, {"test": test}, classes, 1, images.shape[1:3], (0.5,), (0.5,))
 

@@ -6,7 +6,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from vitreous.base.errors import DataError, SettingError, UnknownName, VitreousError
-from vitreous.data import ArraySet, OpenOnce, open_data, quarantine
+from vitreous.data import ArraySamples, OpenOnce, open_data, quarantine
 from vitreous.data.samples import balanced, pixel_statistics
 
 
@@ -151,4 +151,4 @@ def test_statistics_equal_numpy(channels):
 @pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 4), (3, 8, 8, 3)])
 def test_arrays_that_are_no_images(shape):
     with pytest.raises(DataError, match="expected"):
-        ArraySet(np.zeros(shape, np.uint8), [0] * 4)
+        ArraySamples(np.zeros(shape, np.uint8), [0] * 4)

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from lens.explicit import vit
 from vitreous.base.errors import DataError, HostError, SettingError
-from vitreous.data import Cutouts, Pictures
+from vitreous.data import Cutouts, PictureSamples
 from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.data.views import Views
 
@@ -46,7 +46,7 @@ def test_a_compiled_model_is_prepared_for_as_the_one_inside():
 
 def test_the_mask_follows_resizing_and_cropping():
     white = Image.fromarray(np.where(mask_of()[..., None], 255, 0).repeat(3, -1).astype(np.uint8))
-    view = Views(vit(), Pictures([white], masks=[mask_of()]))[0]
+    view = Views(vit(), PictureSamples([white], masks=[mask_of()]))[0]
     assert view.mask.shape == (16, 24)
     assert np.array_equal(view.mask, view.picture[..., 0] > 127)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(view.mask_png().tobytes()))), view.mask)
@@ -147,5 +147,5 @@ def test_images_of_other_contents_have_another_identity(tmp_path):
     y[1, 0, 0, 0] = 1e-6
     assert identity(x) == identity(x.clone()) != identity(y)
     assert identity(x, np.ones((2, 16, 24))) != identity(x)
-    scenes = [Pictures([picture(0), picture(1)], masks=[None, mask]) for mask in (None, mask_of())]
+    scenes = [PictureSamples([picture(0), picture(1)], masks=[None, mask]) for mask in (None, mask_of())]
     assert identity(scenes[0]) != identity(scenes[1])

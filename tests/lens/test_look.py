@@ -16,7 +16,7 @@ from torch import nn
 from lens.explicit import GRID, PATCH, explicit, pixels, vit
 from vitreous import graft, parse
 from vitreous.base.errors import DataError, HostError, SettingError
-from vitreous.data import Cutouts, Pictures
+from vitreous.data import Cutouts, PictureSamples
 from vitreous.data.views import Views
 from vitreous.lens import look as module
 from vitreous.lens import reading as reading_module
@@ -115,7 +115,7 @@ def test_tensors_paths_pictures_folders_and_sets_read_the_same(tmp_path):
     for i, image in enumerate(pictures):
         image.save(tmp_path / f"{i}.png")
     expected = look(model, torch.stack([Views(model, pictures)[i].pixels for i in range(3)]))
-    forms = [pictures, tmp_path, [tmp_path / f"{i}.png" for i in range(3)], str(tmp_path), Pictures(pictures)]
+    forms = [pictures, tmp_path, [tmp_path / f"{i}.png" for i in range(3)], str(tmp_path), PictureSamples(pictures)]
     for form in forms:
         same(look(model, form), expected)
     assert [image["name"] for image in look(model, tmp_path).images] == ["0.png", "1.png", "2.png"]
@@ -331,10 +331,10 @@ def test_scores_against_masks_are_those_computed_by_hand():
 def test_images_without_masks_have_no_scores_beside_others_that_have(tmp_path):
     scenes = [Cutouts(1, size=24, seed=i).image(0) for i in range(3)]
     mask = Cutouts(1, size=24, seed=1).mask(0)
-    reading = look(vit(), Pictures(scenes, masks=[None, mask, None]))
+    reading = look(vit(), PictureSamples(scenes, masks=[None, mask, None]))
     assert set(reading.scores()["image"]) == {1}
     assert [image["mask"] for image in reading.images] == [False, True, False]
-    assert look(vit(), Pictures(scenes)).scores() == {}
+    assert look(vit(), PictureSamples(scenes)).scores() == {}
 
 
 def test_curves_take_many_images_in_batches_and_survive_shuffled_weights_that_show_nothing(monkeypatch):

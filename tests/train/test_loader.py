@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from vitreous.base.errors import DataError
-from vitreous.data import ArraySet, Cutouts
+from vitreous.data import ArraySamples, Cutouts
 from vitreous.data.decoding import Unreadable
 from vitreous.train.engine import loader as train_inputs
 from vitreous.train.engine.loader import Batches, Inputs, in_memory, loader, posterized, transform
@@ -35,7 +35,7 @@ def test_whole_batches_equal_single_transforms_bit_for_bit(images):
 
 def test_grey_images_without_normalisation_are_pixels_over_255():
     pixels = np.arange(2 * 16 * 16, dtype=np.uint8).reshape(2, 16, 16, 1)
-    batch, _ = next(iter(loader(ArraySet(pixels, [0, 1]), Inputs((1, 16, 16), (0.0,), (1.0,)), 2)))
+    batch, _ = next(iter(loader(ArraySamples(pixels, [0, 1]), Inputs((1, 16, 16), (0.0,), (1.0,)), 2)))
     assert torch.equal(batch, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
 
 
@@ -149,7 +149,7 @@ def test_what_is_left_out_is_not_decoded(images):
 
 
 def test_augmentation_of_an_image_depends_on_seed_and_epoch_and_index(images):
-    same = ArraySet(np.repeat(images.images[:1], 4, 0), [0] * 4)
+    same = ArraySamples(np.repeat(images.images[:1], 4, 0), [0] * 4)
 
     def made(seed, epoch):
         batches = loader(same, Inputs((3, 24, 24), MEAN, STD), 4, aug="crop", seed=seed)

@@ -20,7 +20,7 @@ from tyro import conf
 
 from vitreous.base import statistics
 from vitreous.commands.looking import DIRECTION
-from vitreous.data import ArraySet, Cutouts
+from vitreous.data import ArraySamples, Cutouts
 from vitreous.grafting import ungraft
 from vitreous.lens.direction import Direction
 from vitreous.lens.look import look
@@ -90,7 +90,7 @@ def first_look(folder: Path, seed: int, console: Console) -> None:
     """Look at the shipped model on a few scenes, half of them on swapped backgrounds, and write its report."""
     usual, swapped = (Cutouts(12, split=split, seed=seed) for split in ("test", "swapped"))
     images, masks = (np.concatenate([getattr(part, name) for part in (usual, swapped)]) for name in ("images", "masks"))
-    scenes = ArraySet(images, np.concatenate([usual.labels, swapped.labels]), masks)
+    scenes = ArraySamples(images, np.concatenate([usual.labels, swapped.labels]), masks)
     model = model_folder.load(SHIPPED)
     about = {"name": "cutouts, shipped", "weights": "run"}
     reading = look(model, scenes, direction=Direction.load(SHIPPED / DIRECTION), curves=4, seed=seed, out=folder, about=about)

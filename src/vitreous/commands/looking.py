@@ -21,7 +21,7 @@ from vitreous.base.environment import torch_device
 from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import free_folder, writable
 from vitreous.base.processes import ALONE, Team, connected
-from vitreous.data import ImageSet
+from vitreous.data import Samples
 from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.grafting import grafts
 from vitreous.lens.direction import Direction, find_direction
@@ -209,7 +209,7 @@ def open_model(name: str, source: Model, console: Console, team: Team = ALONE) -
     return model.to(team.device(torch_device(source.device))), facts
 
 
-def only_readable(images: ImageSet, console: Console) -> ImageSet:
+def only_readable(images: Samples, console: Console) -> Samples:
     """The images that can be decoded; the others are named. Raises DataError if there is none."""
     kept, reasons = [], []
     for i in track(range(len(images)), "reading", console=console, transient=True, disable=not console.is_terminal):

@@ -1,9 +1,27 @@
 """Images to train and test on: named sets, folders and archives, and made scenes with known masks."""
 
 from vitreous.data.open import OpenOnce, open_data
-from vitreous.data.samples import ArraySet, Data, ImageSet
+from vitreous.data.samples import ArraySamples, Data, Samples, check_target
 from vitreous.data.sources.cutouts import Cutouts
-from vitreous.data.sources.listing import FileSet
-from vitreous.data.sources.unlabelled import Pictures, unlabelled
+from vitreous.data.sources.listing import FileSamples
+from vitreous.data.sources.unlabelled import PictureSamples, unlabelled
+from vitreous.data.targets import ClassIndex, ClassSet, Mask, NoTarget, Picture, Target
 
-__all__ = ["ArraySet", "Cutouts", "Data", "FileSet", "ImageSet", "OpenOnce", "Pictures", "open_data", "unlabelled"]
+__all__ = [
+    "ArraySamples",
+    "ClassIndex",
+    "ClassSet",
+    "Cutouts",
+    "Data",
+    "FileSamples",
+    "Mask",
+    "NoTarget",
+    "OpenOnce",
+    "Picture",
+    "PictureSamples",
+    "Samples",
+    "Target",
+    "check_target",
+    "open_data",
+    "unlabelled",
+]

@@ -10,25 +10,27 @@ import numpy as np
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import contents
 from vitreous.data.quarantine import Progress
-from vitreous.data.samples import Data, ImageSet
-from vitreous.data.sources.listing import FileSet, lowest
+from vitreous.data.samples import Data, Samples
+from vitreous.data.sources.listing import FileSamples, lowest
 
 HELD_OUT = "held-out"  # the set's name among the tests
 
 
 def hold_out(data: Data, share: float, progress: Progress | None = None) -> Data:
-    """The same data with a share of each class's training images, 0 to 1, as the first of the tests, "held-out".
+    """The same data with a share of each class's training images as the first of the tests, "held-out".
 
-    Those with the lowest digests of their contents: the same images give the same split, whatever their names and order, and
-    copies of an image in one class stay on one side. A class of one distinct image keeps it. progress: told (images read,
-    images in all).
+    share: 0 to 1. Of other targets than one class, a share of each of their strata. Those with the lowest digests of
+    their contents are held out: the same images give the same split, whatever their names and order, and
+    copies of an image in one class stay on one side. A class of one distinct image keeps it.
+    progress: called with (images read, images in all).
 
     Raises DataError if nothing can be set aside.
     """
     digests = digests_of(data.train, progress)
     chosen = np.zeros(len(data.train), bool)
-    for label in np.unique(data.train.labels):
-        members = np.flatnonzero(data.train.labels == label)
+    strata = data.train.target.strata()
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
         there = [digests[i] for i in members]
         low = lowest(there, share)
         chosen[members] = [digest in low for digest in there]
@@ -41,9 +43,9 @@ def hold_out(data: Data, share: float, progress: Progress | None = None) -> Data
     return replace(data, train=data.train.subset(np.flatnonzero(~chosen)), tests=tests)
 
 
-def digests_of(images: ImageSet, progress: Progress | None = None) -> list[str]:
+def digests_of(images: Samples, progress: Progress | None = None) -> list[str]:
     """SHA-256 of each image: of its file where it has one, else of its pixels."""
-    if isinstance(images, FileSet):
+    if isinstance(images, FileSamples):
         found = (contents(source, name) for source, name in zip(images.sources, images.names, strict=True))
     else:
         found = (np.asarray(images.image(i)).tobytes() for i in range(len(images)))

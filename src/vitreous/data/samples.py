@@ -1,10 +1,11 @@
-"""What yields images: one small interface, held in memory or read on demand, and the record of a whole data set."""
+"""Samples (images with targets), those in memory, the record of a whole data set, and checks of its targets."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,61 +13,70 @@ from PIL import Image
 
 from vitreous.base.errors import DataError
 from vitreous.data.quarantine import Quarantined
+from vitreous.data.targets import ClassIndex, Indices, NoTarget, Target
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
-class ImageSet(torch.utils.data.Dataset, ABC):
-    """Labelled images in a fixed order. A kind of set says where a picture comes from: `image`, `mask` and `subset`.
+class Samples(torch.utils.data.Dataset, ABC):
+    """Images with their targets, in a fixed order. A kind of samples has `image`, `mask` and `subset`.
 
-    labels: (n,) int64 class indices. channels: 1 (greyscale, PIL mode L) or 3 (RGB). transform: PIL image -> tensor,
-    timm's convention; None hands out the PIL image.
+    target: what each image is learned with; a sequence of n class indices is a `ClassIndex`. channels: 1 (greyscale, PIL
+    mode L) or 3 (RGB). transform: PIL image -> tensor, timm's convention; None hands out the PIL image.
     """
 
-    def __init__(self, labels: Sequence[int] | np.ndarray, channels: int, transform: Transform | None = None):
-        self.labels = np.asarray(labels, np.int64)
+    def __init__(self, target: Target | Indices, channels: int, transform: Transform | None = None):
+        self.target = target if isinstance(target, Target) else ClassIndex(target)
         self.channels = channels
         self.transform = transform
 
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64 class indices; -1 for every image where the target is another."""
+        return self.target.values if isinstance(self.target, ClassIndex) else np.full(len(self), -1)
+
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.target)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor | Image.Image, int]:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor | Image.Image, Any]:
         image = self.image(i)
-        return (image if self.transform is None else self.transform(image)), int(self.labels[i])
+        return (image if self.transform is None else self.transform(image)), self.target[i]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor | Image.Image, int]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor | Image.Image, Any]]:
         """A whole batch in one call, which torch's DataLoader prefers."""
         return [self[i] for i in indices]
 
     @abstractmethod
-    def image(self, i: int) -> Image.Image:
-        """The picture as it is stored, before any transform."""
+    def image(self, i: int) -> Image.Image | np.ndarray:
+        """The image as it is stored, before any transform.
+
+        A PIL picture, a clip (T, H, W, C) or a volume (D, H, W, C). Every source of today gives pictures.
+        """
 
     @abstractmethod
     def mask(self, i: int) -> np.ndarray | None:
-        """The (height, width) bool foreground of `image(i)`; None where it is not known."""
+        """The (height, width) bool foreground of `image(i)`; None where there is none to score against."""
 
     @abstractmethod
-    def subset(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
-        """The same kind of set with these items, in this order."""
+    def subset(self, indices: Indices) -> Samples:
+        """The same kind of samples: those of these indices, in this order."""
 
 
-class ArraySet(ImageSet):
-    """Images in memory: `images` (n, H, W, C) uint8 and, where known, `masks` (n, H, W) bool."""
+class ArraySamples(Samples):
+    """Images in memory: `images` (n, H, W, C) uint8 and, where there are some, `masks` (n, H, W) bool."""
 
-    def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray, masks: np.ndarray | None = None):
+    def __init__(self, images: np.ndarray, target: Target | Indices, masks: np.ndarray | None = None):
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
             raise DataError(
                 f"Found images of shape {images.shape} and type {images.dtype}; expected (n, height, width, 1 or 3) "
-                "of type uint8. Convert the array before making a set of it."
+                "of type uint8. Convert the array before making samples of it."
             )
-        if len(images) != len(labels):
+        if len(images) != len(target):
             raise DataError(
-                f"Found {len(images)} images and {len(labels)} labels; expected one label per image. "
+                f"Found {len(images)} images and {len(target)} labels; expected one label per image. "
                 "Check that both come from the same split and that no file was cut short."
             )
-        super().__init__(labels, images.shape[3])
+        super().__init__(target, images.shape[3])
         self.images = images
         self.masks = masks
 
@@ -77,9 +87,9 @@ class ArraySet(ImageSet):
     def mask(self, i: int) -> np.ndarray | None:
         return None if self.masks is None else self.masks[i]
 
-    def subset(self, indices: Sequence[int] | np.ndarray) -> ArraySet:
+    def subset(self, indices: Indices) -> ArraySamples:
         masks = None if self.masks is None else self.masks[indices]
-        part = ArraySet(self.images[indices], self.labels[indices], masks)
+        part = ArraySamples(self.images[indices], self.target.subset(indices), masks)
         part.transform = self.transform
         return part
 
@@ -88,14 +98,15 @@ class ArraySet(ImageSet):
 class Data:
     """A data set, ready to train on.
 
-    tests: always has "test". classes: name of each label. image_size: (height, width) that a transform should bring
-    the images to: the size asked for, else their own. mean, std: suggested normalisation of pixels in [0, 1], per
-    channel. quarantined: images that cannot be read and are in none of the sets. remarks: what to say of the files.
+    tests: always has "test". classes: name of each class, empty where the target has none. image_size:
+    (height, width) that a transform should bring the images to: the size asked for, else their own.
+    mean, std: suggested normalisation of pixels in [0, 1], per channel. quarantined: images that cannot
+    be read and are in none of the sets. remarks: lines about the files, for people.
     """
 
     name: str
-    train: ImageSet
-    tests: dict[str, ImageSet]
+    train: Samples
+    tests: dict[str, Samples]
     classes: tuple[str, ...]
     channels: int
     image_size: tuple[int, int]
@@ -105,27 +116,41 @@ class Data:
     remarks: tuple[str, ...] = ()
 
     def limited(self, limit: int, seed: int = 0) -> Data:
-        """The same data with at most `limit` training images, balanced over the classes; the tests stay whole."""
-        return replace(self, train=self.train.subset(balanced(self.train.labels, limit, seed)))
+        """The same data with at most `limit` training images, balanced over the strata of its target; the tests stay whole."""
+        return replace(self, train=self.train.subset(balanced(self.train.target.strata(), limit, seed)))
 
 
-def balanced(labels: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
-    """Indices of at most `limit` items, the classes as equal in number as the labels allow; drawn by `seed`.
+def check_target(data: Data, wanted: type[Target], task: str) -> None:
+    """Raise DataError unless every part of the data carries the target that a task learns from.
 
-    A smaller limit gives a part of what a larger one gives, so that learning curves are nested.
+    `NoTarget` takes any data. task: its text form, for the error.
     """
-    classes = np.unique(labels)
+    for part, samples in {"train": data.train, **data.tests}.items():
+        if wanted is not NoTarget and not isinstance(samples.target, wanted):
+            raise DataError(
+                f"Found {data.name!r}, whose {part} images have {samples.target.noun} each. Expected {wanted.noun}, which the "
+                f"task {task} learns. Choose a task that fits, or other data."
+            )
+
+
+def balanced(strata: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
+    """Indices of at most `limit` samples, as equal in number over the strata as these allow; drawn by `seed`.
+
+    strata: (n,) numbers, for a `ClassIndex` the classes. A smaller limit gives a part of what a larger one gives, so that
+    learning curves are nested.
+    """
+    classes = np.unique(strata)
     if limit < len(classes):
         raise DataError(
             f"Found a limit of {limit} images; expected at least one for each of the {len(classes)} classes. "
             f"Ask for {len(classes)} or more."
         )
-    order = np.random.default_rng(seed).permutation(len(labels))
-    turn = np.empty(len(labels), np.int64)  # the how-manieth of its class an item is, in drawn order
-    for label in classes:
-        members = order[labels[order] == label]
-        turn[members] = np.arange(len(members))
-    return order[np.argsort(turn[order], kind="stable")][:limit]
+    order = np.random.default_rng(seed).permutation(len(strata))
+    rank = np.empty(len(strata), np.int64)  # of a sample within its stratum, in drawn order
+    for stratum in classes:
+        members = order[strata[order] == stratum]
+        rank[members] = np.arange(len(members))
+    return order[np.argsort(rank[order], kind="stable")][:limit]
 
 
 def pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

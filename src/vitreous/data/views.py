@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from vitreous.base.errors import DataError, HostError, SettingError
-from vitreous.data import ImageSet
+from vitreous.data import Samples
 from vitreous.data.decoding import Source
 from vitreous.data.sources.unlabelled import unlabelled
 
@@ -65,9 +65,9 @@ class Views(Sequence[View]):
             self.given = given_masks(masks, self.tensors)
             self.mean, self.std = tensor_statistics(self.tensors, self.config)
             return
-        if isinstance(images, ImageSet) and masks is not None:
+        if isinstance(images, Samples) and masks is not None:
             raise DataError("Found masks beside a set of images, which has its own. Expected one source. Leave masks out.")
-        self.images = images if isinstance(images, ImageSet) else unlabelled(images, masks)
+        self.images = images if isinstance(images, Samples) else unlabelled(images, masks)
         if self.config is None:
             raise SettingError(
                 f"Found images and a {type(model).__name__} without a pretrained_cfg, which would say how to prepare them. "
@@ -158,7 +158,7 @@ def of_file(source: Source) -> list[Any]:
         return []
 
 
-def of_pixels(images: ImageSet, i: int) -> list[str]:
+def of_pixels(images: Samples, i: int) -> list[str]:
     """Digests of an image and its mask; nothing of one that cannot be read."""
     try:
         image, mask = images.image(i), images.mask(i)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vitreous.base.errors import DataError
-from vitreous.data import Pictures
+from vitreous.data import PictureSamples
 from vitreous.data.sources.unlabelled import unlabelled
 
 STRANGE = 'it\'s a <script>alert(1)</script> "cat" (1).png'
@@ -78,18 +78,18 @@ def test_what_a_camera_and_an_animation_hold_is_seen_as_people_see_it(tmp_path):
     assert same(found.image(2), picture(3).convert("L").convert("RGB"))
     assert np.array_equal(np.asarray(found.image(3))[..., 1], (np.arange(96) * 600 // 256).reshape(8, 12))
     opened = unlabelled([Image.open(path) for path in files])  # the same images when they are opened first
-    assert isinstance(opened, Pictures)
+    assert isinstance(opened, PictureSamples)
     assert opened.names == [f"image {i}" for i in range(4)]
     assert all(same(opened.image(i), found.image(i)) for i in range(4))
 
 
 def test_pictures_keep_masks_and_names_in_a_part_of_them():
     masks = [np.eye(3, dtype=bool), None, np.ones((3, 3), bool)]
-    part = Pictures([picture(i) for i in range(3)], ["a", "b", "c"], masks).subset([2, 0])
+    part = PictureSamples([picture(i) for i in range(3)], ["a", "b", "c"], masks).subset([2, 0])
     assert part.names == ["c", "a"]
     assert part.mask(0) is masks[2]
     assert same(part.image(1), picture(0))
-    assert Pictures([picture(0)]).mask(0) is None
+    assert PictureSamples([picture(0)]).mask(0) is None
 
 
 def test_masks_in_the_folder_and_boxes_are_found(folder):

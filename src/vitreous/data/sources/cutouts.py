@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vitreous.base.errors import SettingError
-from vitreous.data.samples import ArraySet, Data, pixel_statistics
+from vitreous.data.samples import ArraySamples, Data, pixel_statistics
 
 SPLITS = ("train", "test", "swapped")
 CHUNK = 128  # scenes made at once: enough to spread the cost of the calls, few enough to stay in the cache
@@ -53,7 +53,7 @@ def crescent(u, v):
 SHAPES = {shape.__name__: shape for shape in (disc, square, triangle, star, cross, ring, bar, crescent)}
 
 
-class Cutouts(ArraySet):
+class Cutouts(ArraySamples):
     """n scenes of size x size RGB pixels, made at once and held in memory with their masks.
 
     Scene i has class i % classes and depends on (size, classes, seed, split, correlation, i) alone, never on n. In

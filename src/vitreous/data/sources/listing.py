@@ -14,7 +14,8 @@ from vitreous.data.decoding import Source, decode
 from vitreous.data.object_boxes import Foreground, foreground_mask
 from vitreous.data.problems import listed
 from vitreous.data.quarantine import Examined, Progress, Quarantined, examine, lines
-from vitreous.data.samples import Data, ImageSet, pixel_statistics
+from vitreous.data.samples import Data, Samples, pixel_statistics
+from vitreous.data.targets import Indices, Target
 
 PARTS = {
     "train": "train", "training": "train",
@@ -46,7 +47,7 @@ class Listing:
         return Counter((self.part(name), label) for name, label in self.classes.items())
 
 
-class FileSet(ImageSet):
+class FileSamples(Samples):
     """Images in files, in the memory of a read archive or in a table, decoded when asked for.
 
     names, sources: path and origin of each image. foregrounds: {name: its mask or boxes}; what has none
@@ -57,11 +58,11 @@ class FileSet(ImageSet):
         self,
         names: Sequence[str],
         sources: Sequence[Source],
-        labels: Sequence[int] | np.ndarray,
+        target: Target | Indices,
         channels: int = 3,
         foregrounds: dict[str, Foreground] | None = None,
     ):
-        super().__init__(labels, channels)
+        super().__init__(target, channels)
         self.names = list(names)
         self.sources = list(sources)
         self.foregrounds = foregrounds or {}
@@ -76,9 +77,9 @@ class FileSet(ImageSet):
         width, height = self.image(i).size
         return foreground_mask(foreground, self.names[i], width, height)
 
-    def subset(self, indices: Sequence[int] | np.ndarray) -> FileSet:
+    def subset(self, indices: Indices) -> FileSamples:
         names, sources = [self.names[i] for i in indices], [self.sources[i] for i in indices]
-        part = FileSet(names, sources, self.labels[indices], self.channels, self.foregrounds)
+        part = FileSamples(names, sources, self.target.subset(indices), self.channels, self.foregrounds)
         part.transform = self.transform
         return part
 
@@ -107,7 +108,7 @@ def assemble(
     classes = class_names(listing, quarantined, names)
     label = {name: k for k, name in enumerate(classes)}
     sets = {
-        part: FileSet(
+        part: FileSamples(
             some, [listing.files[n] for n in some], [label[listing.classes[n]] for n in some], foregrounds=listing.foregrounds
         )
         for part, some in names.items()
@@ -207,7 +208,7 @@ def class_names(listing: Listing, quarantined: Sequence[Quarantined], names: dic
     return tuple(sorted(wanted))
 
 
-def survey(images: ImageSet) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
+def survey(images: Samples) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
     """(height, width) if all images of a sample agree, else 224 x 224; mean and deviation of its pixels."""
     chosen = np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int))
     pixels = [np.asarray(images.image(int(i))) for i in chosen]

@@ -13,7 +13,7 @@ import numpy as np
 import torchvision
 
 from vitreous.base.errors import DataError
-from vitreous.data.samples import ArraySet, Data, pixel_statistics
+from vitreous.data.samples import ArraySamples, Data, pixel_statistics
 from vitreous.data.sources.archives import is_archive
 from vitreous.data.sources.folders import image_folder
 
@@ -43,7 +43,7 @@ def idx_folder(path: Path) -> Data:
     return _data(path.resolve().name, sets, tuple(str(label) for label in range(count)))
 
 
-def _idx_sets(path: Path) -> dict[str, ArraySet]:
+def _idx_sets(path: Path) -> dict[str, ArraySamples]:
     sets = {}
     for part, stem in (("train", "train"), ("test", "t10k")):
         image_file, label_file = (_idx_file(path, f"{stem}-{kind}") for kind in ("images-idx3", "labels-idx1"))
@@ -53,7 +53,7 @@ def _idx_sets(path: Path) -> dict[str, ArraySet]:
                 f"Found {len(images)} images in {str(image_file)!r} and {len(labels)} labels in "
                 f"{str(label_file)!r}; expected as many of each. Fetch both again."
             )
-        sets[part] = ArraySet(images[..., None], labels, images > 0)
+        sets[part] = ArraySamples(images[..., None], labels, images > 0)
     return sets
 
 
@@ -153,7 +153,7 @@ def cifar_npz(name: str, path: Path) -> Data:
             f"Found {str(path)!r}, which cannot be read ({error}); expected a whole .npz file of plain arrays. "
             "Save it again, without Python objects."
         ) from error
-    sets = {part: ArraySet(arrays[f"x_{part}"], arrays[f"y_{part}"].ravel()) for part in ("train", "test")}
+    sets = {part: ArraySamples(arrays[f"x_{part}"], arrays[f"y_{part}"].ravel()) for part in ("train", "test")}
     return _data(name, sets, tuple(str(label) for label in arrays["classes"]))
 
 
@@ -174,7 +174,7 @@ def _cifar_binary(name: str, path: Path) -> Data:
             raw = np.concatenate([np.fromfile(path / file, np.uint8) for file in names])
             records = raw.reshape(-1, label_bytes + 3072)
             images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            sets[part] = ArraySet(np.ascontiguousarray(images), records[:, label_bytes - 1])
+            sets[part] = ArraySamples(np.ascontiguousarray(images), records[:, label_bytes - 1])
     except (OSError, ValueError) as error:
         raise DataError(
             f"Found {str(path)!r}, which cannot be read as {name} ({error}); expected {labels_file.name} and "
@@ -196,7 +196,7 @@ def _cifar_python(name: str, path: Path, download: bool) -> Data:
             "since a pickle of unknown origin can run code when it is read. Unpack the archive again, use the binary "
             "version, or download=True."
         ) from error
-    return _data(name, {part: ArraySet(s.data, s.targets) for part, s in parts.items()}, tuple(parts["train"].classes))
+    return _data(name, {part: ArraySamples(s.data, s.targets) for part, s in parts.items()}, tuple(parts["train"].classes))
 
 
 def _download(reader, root: Path) -> None:
@@ -209,7 +209,7 @@ def _download(reader, root: Path) -> None:
         ) from error
 
 
-def _data(name: str, sets: dict[str, ArraySet], classes: tuple[str, ...]) -> Data:
+def _data(name: str, sets: dict[str, ArraySamples], classes: tuple[str, ...]) -> Data:
     for part, images in sets.items():
         if not len(images) or images.labels.min() < 0 or images.labels.max() >= len(classes):
             labels = f"labels {images.labels.min()} to {images.labels.max()}" if len(images) else "no image"

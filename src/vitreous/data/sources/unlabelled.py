@@ -12,18 +12,19 @@ from PIL import Image
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import Source, contents, converted, is_image
 from vitreous.data.object_boxes import Foreground, match_masks, part_masks, read_boxes
-from vitreous.data.samples import ImageSet
+from vitreous.data.samples import Samples
 from vitreous.data.sources.archives import is_archive, list_files
-from vitreous.data.sources.listing import FileSet
+from vitreous.data.sources.listing import FileSamples
+from vitreous.data.targets import Indices, NoTarget
 
 TWICE = re.compile(r" \(\d+\)$")  # the number behind a name that was taken: cat.jpg (2)
 
 
-class Pictures(ImageSet):
+class PictureSamples(Samples):
     """PIL images in memory, as files of them would be read, with a name each and, where known, a (height, width) mask."""
 
     def __init__(self, images: Sequence[Image.Image], names: Sequence[str] = (), masks: Sequence[np.ndarray | None] = ()):
-        super().__init__([-1] * len(images), 3)
+        super().__init__(NoTarget(len(images)), 3)
         self.names = list(names) or [f"image {i}" for i in range(len(images))]
         self.images = list(images)
         self.masks = list(masks) or [None] * len(images)
@@ -34,16 +35,16 @@ class Pictures(ImageSet):
     def mask(self, i: int) -> np.ndarray | None:
         return self.masks[i]
 
-    def subset(self, indices: Sequence[int] | np.ndarray) -> Pictures:
+    def subset(self, indices: Indices) -> PictureSamples:
         picked = [[values[i] for i in indices] for values in (self.images, self.names, self.masks)]
-        part = Pictures(*picked)
+        part = PictureSamples(*picked)
         part.transform = self.transform
         return part
 
 
 def unlabelled(
     given: str | Path | Image.Image | Iterable[str | Path | Image.Image], masks: str | Path | None = None
-) -> ImageSet:
+) -> Samples:
     """Images by path or as PIL images (all the one or all the other); a folder or tar archive gives all of its images, sorted.
 
     masks: a folder of .png masks by the images' relative names, or a boxes.csv (columns file, x0, y0, x1, y1); by default a
@@ -64,7 +65,7 @@ def unlabelled(
             raise DataError("Found PIL images and paths together. Expected one kind. Open the files, or give paths alone.")
         if masks is not None:
             raise DataError("Found masks for PIL images. Expected them for files. Give paths, or tensors and an array.")
-        return Pictures(pictures)
+        return PictureSamples(pictures)
     files: dict[str, Source] = {}
     foregrounds: dict[str, Foreground] = {}
     for item in items:
@@ -78,7 +79,7 @@ def unlabelled(
         raise DataError("Found no images. Expected at least one. Give paths of images, or of folders that hold some.")
     if masks is not None:
         foregrounds |= _beside(Path(masks).expanduser(), files)
-    return FileSet(list(files), list(files.values()), [-1] * len(files), foregrounds=foregrounds)
+    return FileSamples(list(files), list(files.values()), NoTarget(len(files)), foregrounds=foregrounds)
 
 
 def _files(path: Path) -> tuple[dict[str, Source], dict[str, Foreground]]:

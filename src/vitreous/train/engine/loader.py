@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from vitreous.base.errors import DataError, SettingError
 from vitreous.base.processes import ALONE, Team
-from vitreous.data import ArraySet, ImageSet
+from vitreous.data import ArraySamples, Samples
 from vitreous.data.decoding import Unreadable
 from vitreous.data.timeouts import DriveGone
 from vitreous.train.engine.signals import held_back, leave_to_parent
@@ -185,13 +185,13 @@ class Batches(Dataset):
     Pixel for pixel what `transform` gives one by one. flip: mirror half of them, drawn by (seed, epoch, index).
     """
 
-    def __init__(self, images: ArraySet, inputs: Inputs, flip: bool, seed: int):
-        self.pixels, self.labels = images.images, images.labels  # (n, H, W, C) uint8, (n,)
+    def __init__(self, images: ArraySamples, inputs: Inputs, flip: bool, seed: int):
+        self.pixels, self.target = images.images, images.target  # (n, H, W, C) uint8, n targets
         self.mean, self.std = (torch.tensor(value).view(-1, 1, 1) for value in (inputs.mean, inputs.std))
         self.flip, self.seed = flip, seed
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.target)
 
     def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict[int, str]]:
         epoch, rows = batch
@@ -199,7 +199,7 @@ class Batches(Dataset):
         if self.flip:
             chosen = torch.from_numpy(np.random.default_rng((FLIP, self.seed, epoch)).random(len(self))[rows] < 0.5)
             x[chosen] = x[chosen].flip(-1)
-        return x.sub_(self.mean).div_(self.std), torch.from_numpy(self.labels[rows]), {}
+        return x.sub_(self.mean).div_(self.std), self.target.take(rows), {}
 
 
 class Prepared(Dataset):
@@ -209,7 +209,7 @@ class Prepared(Dataset):
     are left out of it. even: then one more image is left out where the others would be odd in number.
     """
 
-    def __init__(self, images: ImageSet, change: Callable, seed: int, even: bool = False):
+    def __init__(self, images: Samples, change: Callable, seed: int, even: bool = False):
         self.images, self.change, self.seed, self.even = images, change, seed, even
 
     def __len__(self) -> int:
@@ -225,7 +225,7 @@ class Prepared(Dataset):
         kept = [i for i in rows.tolist() if i in made]
         kept = kept[: len(kept) // 2 * 2] if self.even else kept
         x = torch.stack([made[i] for i in kept]) if kept else torch.empty(0)
-        return x, torch.from_numpy(self.images.labels[kept]), lost
+        return x, self.images.target.take(kept), lost
 
     def attempt(self, epoch: int, indices: list[int]) -> tuple[dict[int, Tensor], dict[int, str]]:
         """Tensors by index of the images that can be read, and the reasons why others cannot."""
@@ -252,7 +252,7 @@ class Loader:
     worker process that is killed is replaced once in an iteration, then DataError is raised.
     """
 
-    def __init__(self, images: ImageSet, batches: Dataset, order: Order, workers: int = 0, strict: bool = False):
+    def __init__(self, images: Samples, batches: Dataset, order: Order, workers: int = 0, strict: bool = False):
         self.images, self.batches, self.order, self.workers, self.strict = images, batches, order, workers, strict
         self.lost: dict[int, str] = {}
         self.missing: set[int] = set()
@@ -338,7 +338,7 @@ class Loader:
 
 
 def loader(
-    images: ImageSet,
+    images: Samples,
     inputs: Inputs,
     batch_size: int,
     *,
@@ -360,9 +360,9 @@ def loader(
     return Loader(images, Prepared(images, transform(inputs, aug), seed, even), order, workers, strict)
 
 
-def in_memory(images: ImageSet, inputs: Inputs) -> bool:
+def in_memory(images: Samples, inputs: Inputs) -> bool:
     """True if the pixels lie in memory in the very size that the network takes."""
-    return isinstance(images, ArraySet) and images.images.shape[1:3] == inputs.input_size[1:] and inputs.crop_pct == 1.0
+    return isinstance(images, ArraySamples) and images.images.shape[1:3] == inputs.input_size[1:] and inputs.crop_pct == 1.0
 
 
 def as_it_is(batch: tuple) -> tuple:

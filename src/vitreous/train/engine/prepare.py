@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import HostError, NotReached, SettingError
 from vitreous.base.processes import ALONE, Team
-from vitreous.data import ArraySet, Data, ImageSet, open_data
+from vitreous.data import ArraySamples, Data, Samples, open_data
 from vitreous.data.holdout import hold_out
 from vitreous.grafting import check, graft, grafts
 from vitreous.lens.tap import trace
@@ -142,7 +142,7 @@ def data_and_model(
             progress=progress,
         )
         data = hold_out(data, settings.hold_out, progress) if settings.hold_out else data
-    in_memory = isinstance(data.train, ArraySet)  # all of one size, which a new network can take
+    in_memory = isinstance(data.train, ArraySamples)  # all of one size, which a new network can take
     size = data.image_size if settings.image_size or loaded or in_memory else own
     quiet = loaded and settings.recipe != "none" and not tells_apart(model, data.classes)
     if loaded and get_model_input_config(model)["input_size"][0] == data.channels:
@@ -194,7 +194,7 @@ def set_checkpointing(model: nn.Module, settings: TrainSettings) -> None:
         ) from error
 
 
-def spaced(images: ImageSet, most: int) -> ImageSet:
+def spaced(images: Samples, most: int) -> Samples:
     """At most so many of the images, evenly spaced, always the same."""
     return images.subset(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))
 
@@ -212,7 +212,7 @@ def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Inputs:
         mean, std = tuple(data.mean), tuple(data.std)
     size = get_model_input_config(model)["input_size"][1:]
     size = size if config.get("fixed_input_size") else data.image_size
-    whole = isinstance(data.train, ArraySet) and data.train.images.shape[1:3] == tuple(size)
+    whole = isinstance(data.train, ArraySamples) and data.train.images.shape[1:3] == tuple(size)
     return Inputs(
         input_size=(channels, *size),
         mean=mean,

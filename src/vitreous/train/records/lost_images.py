@@ -13,7 +13,7 @@ FILE = "quarantine.csv"
 def lost(session: Session) -> list[Quarantined]:
     """Images that could be read at the start and no longer when their batch was made."""
     return [
-        Quarantined(batches.name(i), session.data.classes[batches.images.labels[i]], part, reason)
+        Quarantined(batches.name(i), batches.images.target.class_text(i, session.data.classes), part, reason)
         for part, batches in {"train": session.train, **session.tests}.items()
         for i, reason in sorted(batches.lost.items())
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from vitreous.base.environment import machine, versions
 from vitreous.base.errors import SettingError
-from vitreous.data import ArraySet, Data, FileSet, ImageSet
+from vitreous.data import ArraySamples, Data, FileSamples, Samples
 from vitreous.data.decoding import Source
 from vitreous.train.engine.session import Session
 from vitreous.train.settings import TrainSettings
@@ -26,16 +26,16 @@ def manifest(data: Data) -> Rows:
     return [row for name, images in {"train": data.train, **data.tests}.items() for row in rows_of(name, images)]
 
 
-def rows_of(part: str, images: ImageSet) -> Rows:
-    if isinstance(images, FileSet):
+def rows_of(part: str, images: Samples) -> Rows:
+    if isinstance(images, FileSamples):
         return [
-            (part, name, str(label), size(source))
-            for name, source, label in zip(images.names, images.sources, images.labels.tolist(), strict=True)
+            (part, name, images.target.record(i), size(source))
+            for i, (name, source) in enumerate(zip(images.names, images.sources, strict=True))
         ]
     found = hashlib.sha256()
-    if isinstance(images, ArraySet):
+    if isinstance(images, ArraySamples):
         found.update(images.images.tobytes())
-    found.update(images.labels.tobytes())
+    found.update(images.target.content())
     return [(part, f"{len(images)} images", "", f"sha256 {found.hexdigest()}")]
 
 
