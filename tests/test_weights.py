@@ -13,8 +13,9 @@ import torch
 import vitreous
 from vitreous.commands.demo import NETWORK
 from vitreous.data import open_data
+from vitreous.data.preprocess import Preprocess
 from vitreous.models import model_folder
-from vitreous.train.engine.loader import Inputs, loader
+from vitreous.train.engine.loader import loader
 
 FOLDER = Path(vitreous.__file__).parent / "weights" / "cutouts"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -48,7 +49,7 @@ def test_accuracy_is_what_the_readme_says(name):
     stated = float(re.search(rf"`{name}`\) \| ([0-9.]+) %", README).group(1))
     model, data = model_folder.load(FOLDER), open_data("cutouts:train=6")
     config = model.pretrained_cfg
-    inputs = Inputs(**{key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")})
+    inputs = Preprocess(**{key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")})
     right = [(model(images).argmax(1) == labels).numpy() for images, labels in loader(data.tests[name], inputs, 250)]
     assert model_folder.read_json(FOLDER / "config.json")["label_names"] == list(data.classes)
     assert 100 * np.concatenate(right).mean() == pytest.approx(stated, abs=0.15)  # two scenes, for another machine's roundings

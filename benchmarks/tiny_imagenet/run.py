@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitreous.base.statistics import paired, wilson
+from vitreous.data.preprocess import Preprocess
 from vitreous.train import TrainSettings
-from vitreous.train.engine.loader import Inputs, loader
+from vitreous.train.engine.loader import loader
 from vitreous.train.engine.prepare import data_and_model
 from vitreous.train.records.run_folder import read_metrics
 
@@ -181,7 +182,7 @@ def onnx(photos: Path, weights: Path) -> dict:
     record = json.loads((run / "run.json").read_text())
     data, *_ = data_and_model(TrainSettings(str(photos), model=str(run)))
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    batches = loader(data.tests["test"], Inputs(**record["data"]["inputs"]), 64)
+    batches = loader(data.tests["test"], Preprocess(**record["data"]["inputs"]), 64)
     guesses = np.concatenate([session.run(["logits"], {"images": x.numpy()})[0].argmax(1) for x, _ in batches])
     with open(run / "predictions.csv", encoding="utf-8", newline="") as table:
         same = sum(int(row["predicted"]) == guess for row, guess in zip(csv.DictReader(table), guesses, strict=True))

@@ -24,11 +24,11 @@ from vitreous import graft, grafts
 from vitreous.base.errors import GraftError
 from vitreous.commands.cli import main
 from vitreous.data import Cutouts
+from vitreous.data.preprocess import Preprocess
 from vitreous.deploy import export, formats, predict
 from vitreous.mechanism import mechanism_class
 from vitreous.models.load import open_images
 from vitreous.train import load, save
-from vitreous.train.engine.loader import Inputs, transform
 
 SHIPPED = Path(vitreous.__file__).parent / "weights/cutouts"
 NET = dict(img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=2, num_classes=3)
@@ -107,7 +107,7 @@ def test_images_are_prepared_as_in_training(photos):
     views = predict.open_images(model, ["photos"])
     config = json.loads(Path("run/config.json").read_text())["pretrained_cfg"]
     names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    trained = transform(Inputs(**{name: config[name] for name in names}))
+    trained = Preprocess(**{name: config[name] for name in names})
     batch = next(predict.prepared(views, 5))
     for image in batch:
         assert torch.equal(image.pixels, trained(Image.open(photos / image.name).convert("RGB")))

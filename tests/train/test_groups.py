@@ -79,8 +79,9 @@ def test_a_program_that_ends_does_not_wait_for_its_workers():
     """Though a pass is still held by something when Python exits; workers are deaf to the SIGTERM that they then get."""
     text = """
 from vitreous.data import Cutouts
-from vitreous.train.inputs import Inputs, loader
-batches = loader(Cutouts(4, size=16), Inputs((3, 16, 16), (0, 0, 0), (1, 1, 1)), 2, aug="crop", shuffle=True, workers=2)
+from vitreous.data.preprocess import Preprocess
+from vitreous.train.engine.loader import loader
+batches = loader(Cutouts(4, size=16), Preprocess((3, 16, 16), (0, 0, 0), (1, 1, 1)), 2, aug="crop", shuffle=True, workers=2)
 held = iter(batches)
 next(held)
 print("done")

@@ -12,12 +12,14 @@ from timm.data import create_transform
 
 from vitreous.base.errors import DataError
 from vitreous.data import ArraySamples, Cutouts
+from vitreous.data.augmentation import posterized, training_transform
 from vitreous.data.decoding import Unreadable
+from vitreous.data.preprocess import Preprocess
 from vitreous.train.engine import loader as train_inputs
-from vitreous.train.engine.loader import Batches, Inputs, in_memory, loader, posterized, transform
+from vitreous.train.engine.loader import Batches, in_memory, loader
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-OWN = Inputs((3, 16, 16), MEAN, STD)
+OWN = Preprocess((3, 16, 16), MEAN, STD)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def images():
 
 def test_whole_batches_equal_single_transforms_bit_for_bit(images):
     batch, labels = next(iter(loader(images, OWN, 10)))
-    single = transform(OWN)
+    single = training_transform(OWN)
     expected = torch.stack([single(images.image(i)) for i in range(10)])
     assert torch.equal(batch, expected)
     assert labels.tolist() == images.labels.tolist()
@@ -35,12 +37,12 @@ def test_whole_batches_equal_single_transforms_bit_for_bit(images):
 
 def test_grey_images_without_normalisation_are_pixels_over_255():
     pixels = np.arange(2 * 16 * 16, dtype=np.uint8).reshape(2, 16, 16, 1)
-    batch, _ = next(iter(loader(ArraySamples(pixels, [0, 1]), Inputs((1, 16, 16), (0.0,), (1.0,)), 2)))
+    batch, _ = next(iter(loader(ArraySamples(pixels, [0, 1]), Preprocess((1, 16, 16), (0.0,), (1.0,)), 2)))
     assert torch.equal(batch, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
 
 
 def test_other_sizes_are_resized_and_cropped_as_timm_does(images):
-    inputs = Inputs((3, 24, 24), MEAN, STD, crop_pct=0.75)
+    inputs = Preprocess((3, 24, 24), MEAN, STD, crop_pct=0.75)
     assert not in_memory(images, inputs)
     batch, _ = next(iter(loader(images, inputs, 3)))
     theirs = create_transform((3, 24, 24), crop_pct=0.75, interpolation="bicubic", mean=MEAN, std=STD)
@@ -87,7 +89,7 @@ def test_even_leaves_the_last_batch_out(images):
 
 
 def test_workers_give_what_one_process_gives(images):
-    inputs = Inputs((3, 24, 24), MEAN, STD)
+    inputs = Preprocess((3, 24, 24), MEAN, STD)
     alone, parallel = (next(iter(loader(images, inputs, 5, workers=n)))[0] for n in (0, 1))
     assert torch.equal(alone, parallel)
 
@@ -98,7 +100,7 @@ AUGMENTATIONS = ["none", "flip", "pad", "crop", "rand-m9-mstd0.5-inc1", "augmix-
 @pytest.mark.parametrize("aug", AUGMENTATIONS)
 def test_number_of_workers_changes_no_batch(images, aug):
     """Nor do the global states, which stay as they were."""
-    inputs, made = Inputs((3, 24, 24), MEAN, STD), {}
+    inputs, made = Preprocess((3, 24, 24), MEAN, STD), {}
     for workers in (0, 1, 2):
         torch.manual_seed(workers)
         random.seed(workers)
@@ -120,7 +122,7 @@ def test_number_of_workers_changes_no_batch(images, aug):
 @pytest.mark.parametrize("aug", ["flip", "rand-m9-mstd0.5-inc1"])
 def test_an_epoch_goes_on_from_any_batch_without_what_came_before(images, aug, workers):
     for size in (16, 24):  # in memory as they are, and transformed one by one
-        inputs = Inputs((3, size, size), MEAN, STD)
+        inputs = Preprocess((3, size, size), MEAN, STD)
         whole = loader(images, inputs, 3, aug=aug, shuffle=True, seed=1)
         whole.set_epoch(7)
         expected = list(whole)
@@ -142,7 +144,7 @@ def test_what_is_left_out_is_not_decoded(images):
             seen.append(i)
             return super().image(i)
 
-    batches = loader(Watched(10, size=16), Inputs((3, 24, 24), MEAN, STD), 4)
+    batches = loader(Watched(10, size=16), Preprocess((3, 24, 24), MEAN, STD), 4)
     batches.set_epoch(1, start=2)
     assert len(next(iter(batches))[0]) == 2
     assert seen == [8, 9]
@@ -152,7 +154,7 @@ def test_augmentation_of_an_image_depends_on_seed_and_epoch_and_index(images):
     same = ArraySamples(np.repeat(images.images[:1], 4, 0), [0] * 4)
 
     def made(seed, epoch):
-        batches = loader(same, Inputs((3, 24, 24), MEAN, STD), 4, aug="crop", seed=seed)
+        batches = loader(same, Preprocess((3, 24, 24), MEAN, STD), 4, aug="crop", seed=seed)
         batches.set_epoch(epoch)
         return [x.numpy().tobytes() for x in next(iter(batches))[0]]
 
@@ -182,7 +184,7 @@ def fading(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_vanish_are_left_out_of_their_batches_and_told(fading, workers):
-    inputs = Inputs((3, 24, 24), MEAN, STD)
+    inputs = Preprocess((3, 24, 24), MEAN, STD)
     expected = list(loader(fading, inputs, 4, shuffle=True, seed=1))
     fading.gone, fading.once = (2, 7), (5,)
     batches = loader(fading, inputs, 4, shuffle=True, seed=1, workers=workers)
@@ -198,15 +200,15 @@ def test_images_that_vanish_are_left_out_of_their_batches_and_told(fading, worke
 
 def test_batches_that_are_mixed_in_pairs_stay_even(fading):
     fading.gone = (1,)
-    assert [len(x) for x, _ in loader(fading, Inputs((3, 24, 24), MEAN, STD), 4, even=True)] == [2, 4]
+    assert [len(x) for x, _ in loader(fading, Preprocess((3, 24, 24), MEAN, STD), 4, even=True)] == [2, 4]
 
 
 def test_a_strict_run_stops_at_the_first_and_any_run_at_a_batch_of_none(fading):
     fading.gone = (1,)
     with pytest.raises(DataError, match=r"'image 1' \(no such file\)"):
-        list(loader(fading, Inputs((3, 24, 24), MEAN, STD), 4, strict=True))
+        list(loader(fading, Preprocess((3, 24, 24), MEAN, STD), 4, strict=True))
     fading.gone = (4, 5, 6, 7)
-    batches = loader(fading, Inputs((3, 24, 24), MEAN, STD), 4)
+    batches = loader(fading, Preprocess((3, 24, 24), MEAN, STD), 4)
     with pytest.raises(DataError, match="4 images that can no longer be read, all of a batch"):
         list(batches)
 
@@ -227,7 +229,7 @@ class Deadly(Cutouts):
 def test_a_worker_that_is_killed_is_replaced_once(tmp_path, deaths, monkeypatch):
     waiting = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(waiting, "__defaults__", (0.3,))  # seconds until it looks after its workers, in place of 5
-    inputs, images = Inputs((3, 24, 24), MEAN, STD), Deadly(10, size=16)
+    inputs, images = Preprocess((3, 24, 24), MEAN, STD), Deadly(10, size=16)
     images.folder = str(tmp_path)
     expected = list(loader(images, inputs, 2, aug="crop", shuffle=True, seed=2))
     for k in range(deaths):
@@ -265,7 +267,7 @@ def test_what_a_worker_stumbles_on_is_not_taken_for_its_death(error, monkeypatch
         raise error("of its own")
 
     monkeypatch.setattr(Cutouts, "image", broken)
-    batches = loader(Cutouts(4, size=16), Inputs((3, 16, 16), (0, 0, 0), (1, 1, 1)), 2, aug="crop", workers=1)
+    batches = loader(Cutouts(4, size=16), Preprocess((3, 16, 16), (0, 0, 0), (1, 1, 1)), 2, aug="crop", workers=1)
     with pytest.raises(error, match="of its own"):
         next(iter(batches))
 
@@ -273,7 +275,7 @@ def test_what_a_worker_stumbles_on_is_not_taken_for_its_death(error, monkeypatch
 def test_posterize_may_be_asked_for_no_bits_at_all():
     """As timm asks at the highest magnitude, where Pillow 13 raises."""
     image = Image.fromarray(np.full((4, 4, 3), 200, np.uint8))
-    change = transform(Inputs((3, 4, 4), MEAN, STD), "rand-m10-inc1")
+    change = training_transform(Preprocess((3, 4, 4), MEAN, STD), "rand-m10-inc1")
     assert np.asarray(posterized(image, 0)).max() == 128
     operations = [op for step in change.transforms for op in getattr(step, "ops", [])]
     (op,) = (op for op in operations if op.name == "PosterizeIncreasing")
@@ -296,7 +298,7 @@ def test_workers_never_get_the_signals_of_their_group(monkeypatch):
         return Image.new("RGB", (16, 16), "white" if blocked else "black")
 
     monkeypatch.setattr(Cutouts, "image", told)
-    batches = loader(Cutouts(4, size=16), Inputs((3, 16, 16), (0, 0, 0), (1, 1, 1)), 2, aug="crop", workers=1)
+    batches = loader(Cutouts(4, size=16), Preprocess((3, 16, 16), (0, 0, 0), (1, 1, 1)), 2, aug="crop", workers=1)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert next(iter(batches))[0].min() == 1
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -21,6 +21,7 @@ from tyro import conf
 from vitreous.base import statistics
 from vitreous.commands.looking import DIRECTION
 from vitreous.data import ArraySamples, Cutouts
+from vitreous.data.preprocess import Preprocess
 from vitreous.grafting import ungraft
 from vitreous.lens.direction import Direction
 from vitreous.lens.look import look
@@ -28,7 +29,7 @@ from vitreous.lens.reading import Reading
 from vitreous.models import model_folder
 from vitreous.models.create import read_weights
 from vitreous.report.page import write as write_report
-from vitreous.train.engine.loader import Inputs, loader
+from vitreous.train.engine.loader import loader
 from vitreous.train.records.run_folder import choose_folder, read_metrics, read_table
 from vitreous.train.settings import TrainSettings
 from vitreous.train.train import train
@@ -186,7 +187,7 @@ def indicator(reading: Reading, name: str, source: str = "attention") -> str | N
 
 
 @torch.no_grad()
-def left_behind(folder: Path, scenes: Cutouts, inputs: Inputs) -> float:
+def left_behind(folder: Path, scenes: Cutouts, inputs: Preprocess) -> float:
     """Largest difference of logits between a trained model with its grafts taken out and one that never had any.
 
     The second is built by timm alone and given the same host weights.
@@ -200,10 +201,10 @@ def left_behind(folder: Path, scenes: Cutouts, inputs: Inputs) -> float:
     return (model.eval()(images) - never(images)).abs().max().item()
 
 
-def test_scenes(folder: Path, count: int, seed: int) -> tuple[Cutouts, Inputs]:
+def test_scenes(folder: Path, count: int, seed: int) -> tuple[Cutouts, Preprocess]:
     """Test scenes, and how the run in the folder prepared its own."""
     inputs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]["inputs"]
-    return Cutouts(count, split="test", seed=seed), Inputs(**inputs)
+    return Cutouts(count, split="test", seed=seed), Preprocess(**inputs)
 
 
 def from_words(words: Sequence[str]) -> DemoSettings:

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
-from timm.models import get_model_input_config
 from torch import Tensor, nn
-from torchvision import transforms
 
 from vitreous.base.errors import DataError, HostError, SettingError
 from vitreous.data import Samples
 from vitreous.data.decoding import Source
+from vitreous.data.preprocess import Preprocess, picture
 from vitreous.data.sources.unlabelled import unlabelled
 
 QUALITY = 85  # of the JPEG pictures that a reading keeps
@@ -58,27 +56,31 @@ class Views(Sequence[View]):
     """
 
     def __init__(self, model: nn.Module, images: Any, masks: Any = None, inputs: dict[str, Any] | None = None):
-        self.config = config_of(model) if inputs is None else inputs
+        own = Preprocess.of_model(model)
+        self.preprocess = own if inputs is None else Preprocess.from_config({**(own.config() if own else {}), **inputs})
         self.tensors = images if isinstance(images, Tensor) else None
         if self.tensors is not None:
             check_images(self.tensors)
             self.given = given_masks(masks, self.tensors)
-            self.mean, self.std = tensor_statistics(self.tensors, self.config)
+            self.mean, self.std = tensor_statistics(self.tensors, self.preprocess)
             return
         if isinstance(images, Samples) and masks is not None:
             raise DataError("Found masks beside a set of images, which has its own. Expected one source. Leave masks out.")
         self.images = images if isinstance(images, Samples) else unlabelled(images, masks)
-        if self.config is None:
+        if self.preprocess is None:
             raise SettingError(
                 f"Found images and a {type(model).__name__} without a pretrained_cfg, which would say how to prepare them. "
                 "Expected a timm model, or a tensor. Give a tensor (B, C, H, W) that you prepared, or say how with inputs."
             )
-        channels = self.config["input_size"][0]
+        channels = self.preprocess.input_size[0]
         if channels not in (1, 3):
-            raise HostError(f"Found a model of {channels} channels. Expected 1 or 3 for images. Give a tensor (B, C, H, W).")
-        self.mean, self.std = (tuple(self.config[name]) for name in ("mean", "std"))
-        self.transform = create_transform(**self.config, is_training=False)
-        self.geometry = transforms.Compose([step for step in self.transform.transforms if moves(step)])
+            raise HostError(f"Found a model of {channels} channels. Expected 1 or 3 for images. Give a tensor (B, C, h, w).")
+        self.mean, self.std = self.preprocess.mean, self.preprocess.std
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """How images are prepared, in timm's words; None where that is not known."""
+        return None if self.preprocess is None else self.preprocess.config()
 
     def __len__(self) -> int:
         return len(self.images if self.tensors is None else self.tensors)
@@ -86,12 +88,12 @@ class Views(Sequence[View]):
     def __getitem__(self, i: int) -> View:
         if self.tensors is not None:
             x, mask = self.tensors[i], None if self.given is None else self.given[i]
-            return View(f"image {i}", x, self.picture(x), mask, x.shape[-1], x.shape[-2])
+            return View(f"image {i}", x, picture(x, self.mean, self.std), mask, x.shape[-1], x.shape[-2])
         image, mask = self.images.image(i), self.images.mask(i)
-        x = self.transform(image.convert("L" if self.config["input_size"][0] == 1 else "RGB"))
-        if mask is not None:
-            mask = np.asarray(self.geometry(Image.fromarray(mask).convert("L"))) > 127
-        return View(self.name(i), x, self.picture(x), mask, image.width, image.height, int(self.images.labels[i]))
+        x = self.preprocess(image)
+        mask = None if mask is None else self.preprocess.mask(mask)
+        label = int(self.images.labels[i])
+        return View(self.name(i), x, self.preprocess.picture(x), mask, image.width, image.height, label)
 
     def readable(self, i: int) -> bool:
         """Whether image i can be shown, found out by reading it."""
@@ -120,28 +122,6 @@ class Views(Sequence[View]):
                 entry.append([mask[0], of_file(mask[1])] if isinstance(mask, tuple) else mask)
         return found
 
-    def picture(self, x: Tensor) -> np.ndarray:
-        """pixels (C, h, w) -> (h, w, 3) uint8. Where mean and std are not known, the values' own range is black to white."""
-        x = x.detach().cpu().float()
-        if self.mean is not None:
-            x = x * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
-        else:
-            x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)
-        if x.shape[0] != 3:
-            x = x.mean(0, keepdim=True).expand(3, -1, -1)
-        return (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-
-
-def config_of(model: nn.Module) -> dict[str, Any] | None:
-    """input_size (as the model was built), mean, std, interpolation and crop of a timm model; None for one without."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if not getattr(model, "pretrained_cfg", None):
-        return None
-    config = resolve_model_data_config(model) | {"input_size": get_model_input_config(model)["input_size"]}
-    if len(config["mean"]) == 3 and config["input_size"][0] == 1:  # statistics of colours for a model of grey images
-        config |= {name: (sum(config[name]) / 3,) for name in ("mean", "std")}
-    return config
-
 
 def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -167,17 +147,15 @@ def of_pixels(images: Samples, i: int) -> list[str]:
     return [digest(image.tobytes()), "" if mask is None else digest(mask.tobytes())]
 
 
-def moves(step: Any) -> bool:
-    """True for the steps of a transform that move pixels, which a mask must follow."""
-    return not isinstance(step, transforms.Normalize) and not type(step).__name__.endswith(("ToTensor", "ToNumpy"))
+def tensor_statistics(images: Tensor, preprocess: Preprocess | None) -> tuple[tuple | None, tuple | None]:
+    """mean and std by which tensors (B, C, h, w) were normalised: the model's, or (0, 1), or None where neither fits.
 
-
-def tensor_statistics(images: Tensor, config: dict[str, Any] | None) -> tuple[tuple | None, tuple | None]:
-    """mean and std that bring the tensors back to [0, 1]: those of the config, or none at all (0, 1), or not known."""
+    They fit if they bring all values back to [0, 1].
+    """
     channels = images.shape[1]
     candidates = [((0.0,) * channels, (1.0,) * channels)]
-    if config is not None and len(config["mean"]) == channels:
-        candidates.insert(0, (tuple(config["mean"]), tuple(config["std"])))
+    if preprocess is not None and len(preprocess.mean) == channels:
+        candidates.insert(0, (preprocess.mean, preprocess.std))
     for mean, std in candidates:
         pixels = images.detach().float() * images.new_tensor(std).float().view(-1, 1, 1)
         pixels = pixels + images.new_tensor(mean).float().view(-1, 1, 1)

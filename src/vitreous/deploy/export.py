@@ -20,15 +20,14 @@ from tyro import conf
 from vitreous.base.environment import versions
 from vitreous.base.errors import DataError, GraftError, HostError, SettingError
 from vitreous.base.files import writable, write, write_text
+from vitreous.data.preprocess import Preprocess
 from vitreous.data.quarantine import shown
-from vitreous.data.views import config_of
 from vitreous.deploy import formats
 from vitreous.grafting import check, grafts, new_parameters
 from vitreous.models.load import (
     CONFIG,
     RunName,
     check_new,
-    inputs_of,
     logits_of,
     names_of,
     open_images,
@@ -147,13 +146,13 @@ def check_mechanisms(model: nn.Module, to: str) -> None:
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """What a file says of its model: classes in the order of logits, how to prepare images, mechanisms."""
-    if config_of(model) is None:
+    if Preprocess.of_model(model) is None:
         raise HostError(f"Found a {type(model).__name__} without a pretrained_cfg. Expected a timm model. Train one first.")
     return {
         "architecture": str(model.pretrained_cfg.get("architecture", type(model).__name__)),
         "classes": names_of(model),
         "named": bool(model.pretrained_cfg.get("label_names")),
-        **inputs_of(config_of(model)),
+        **Preprocess.of_model(model).config(),
         "mechanisms": [str(record.mechanism) for record in grafts(model)],
         "versions": versions(),
     }
@@ -161,7 +160,7 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
 
 def samples_of(model: nn.Module, images: Sequence[str | Path]) -> dict[str, Tensor]:
     """Pixels to compare on: "seeded" noise and, where there are some, "given" images (B, C, h, w). Raises DataError."""
-    size = config_of(model)["input_size"]
+    size = Preprocess.of_model(model).input_size
     found = {"seeded": torch.randn(SEEDED, *size, generator=torch.Generator().manual_seed(0))}
     if images:
         batch = next(prepared(open_images(model, images), GIVEN))

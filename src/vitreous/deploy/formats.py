@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.base.errors import DataError, HostError, SettingError
-from vitreous.data.views import config_of
+from vitreous.data.preprocess import Preprocess
 from vitreous.grafting import grafts, ungraft
 from vitreous.models import model_folder
 
@@ -41,7 +41,7 @@ def exported(model: nn.Module) -> tuple[torch.export.ExportedProgram, Facts]:
 
     Raises HostError for a model that torch.export cannot follow.
     """
-    size = config_of(model)["input_size"]
+    size = Preprocess.of_model(model).input_size
     try:
         program = traced(model, torch.zeros(EXAMPLES, *size), {0: torch.export.Dim("batch")})
         return program, {"batch": "any"}

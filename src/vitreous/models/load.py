@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +84,7 @@ def one(views: Views, i: int) -> Prepared:
         return Prepared(name, None, error.reason)
     except DataError as error:
         return Prepared(name, None, str(error))
-    mode = "L" if views.config["input_size"][0] == 1 else "RGB"
-    return Prepared(name, views.transform(image.convert(mode)))
+    return Prepared(name, views.preprocess(image))
 
 
 def check_new(path: Path) -> None:
@@ -94,13 +93,6 @@ def check_new(path: Path) -> None:
         raise SettingError(f"Found {path} already. Expected a new file. Choose another --out, or move that one away.")
     if not path.parent.is_dir():
         raise SettingError(f"Found no folder {path.parent}. Expected one for {path.name}. Make it, or choose another --out.")
-
-
-def inputs_of(views_config: dict[str, Any]) -> dict[str, Any]:
-    """How images are prepared, as plain JSON: input size, mean, std, interpolation and crop."""
-    words = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    found = {word: views_config[word] for word in words if word in views_config}
-    return {word: list(value) if isinstance(value, tuple | list) else value for word, value in found.items()}
 
 
 @torch.no_grad()

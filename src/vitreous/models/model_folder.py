@@ -41,7 +41,7 @@ def save(model: nn.Module, folder: str | Path, *, classes: Sequence[str] = (), i
     """Write the three files into the folder, each at once or not at all: an interrupted save leaves the old file.
 
     classes: name of each label. inputs: mean, std, input_size, crop_pct, interpolation with which it was trained
-    (`Inputs.config`), if they are not those the model came with.
+    (`Preprocess.config`), if they are not those the model came with.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

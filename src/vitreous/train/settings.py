@@ -17,9 +17,9 @@ from tyro import conf
 
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import SettingError, UnknownName
+from vitreous.data.augmentation import check_augmentation
 from vitreous.mechanism import parse
 from vitreous.train import recipes
-from vitreous.train.engine.loader import check_augmentation
 from vitreous.train.records.trackers import check_tracker
 
 CLASS_WEIGHTS = ("none", "balanced")

@@ -1,4 +1,4 @@
-"""From images to batches: what a network takes, timm's transforms that bring images there, and loaders."""
+"""Batches of samples, in memory or decoded by worker processes: their order, their parts per process, and `Loader`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import auto_augment, create_transform
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms
 
-from vitreous.base.errors import DataError, SettingError
+from vitreous.base.errors import DataError
 from vitreous.base.processes import ALONE, Team
 from vitreous.data import ArraySamples, Samples
+from vitreous.data.augmentation import training_transform
 from vitreous.data.decoding import Unreadable
+from vitreous.data.preprocess import Preprocess
 from vitreous.data.timeouts import DriveGone
 from vitreous.train.engine.signals import held_back, leave_to_parent
 from vitreous.train.engine.workers import (
@@ -32,85 +28,9 @@ from vitreous.train.engine.workers import (
     worker_killed,
 )
 
-AUGMENTATIONS = ("none", "flip", "pad", "crop")
 ORDER, FLIP, AUGMENT = range(3)  # what a draw is for: first part of its key
 NO_DRIVE = "the drive does not answer"
 PAUSE = 0.5  # seconds before a file that cannot be read is tried again
-AUTO_AUGMENT = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a network takes, in timm's words: pixels of [0, 1] less `mean`, over `std`, per channel.
-
-    input_size: (channels, height, width). crop_pct: share of a side that the centre crop keeps. crop_mode: timm's.
-    """
-
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-    crop_mode: str = "center"
-
-    def config(self) -> dict[str, Any]:
-        """As timm's `create_transform` and the `pretrained_cfg` of a config.json take it."""
-        return asdict(self)
-
-
-def transform(inputs: Inputs, aug: str | None = None) -> Callable:
-    """PIL image to tensor (C, H, W). aug: None to test; else as in `TrainSettings`, none being the same as to test."""
-    to_test = create_transform(**inputs.config(), is_training=False)
-    if aug in (None, "none"):
-        return to_test
-    height, width = inputs.input_size[1:]
-    if aug in ("flip", "pad"):
-        steps = [transforms.RandomHorizontalFlip()]
-        if aug == "pad":
-            steps = [transforms.RandomCrop((height, width), padding=(width // 8, height // 8)), *steps]
-            steps += [transforms.RandomRotation(15, transforms.InterpolationMode.BILINEAR)]
-        *resize, to_tensor, normalize = to_test.transforms
-        return transforms.Compose([*resize, *steps, to_tensor, normalize])
-    training = create_transform(
-        inputs.input_size,
-        is_training=True,
-        auto_augment=None if aug == "crop" else aug,
-        color_jitter=0.0,
-        interpolation=inputs.interpolation,
-        mean=inputs.mean,
-        std=inputs.std,
-    )
-    mend_posterize(training)
-    return training
-
-
-def mend_posterize(training: transforms.Compose) -> None:
-    """Let timm's posterize keep at least one bit: it may ask for none, which Pillow 13 refuses (and older ones made black)."""
-    for step in training.transforms:
-        for chain in getattr(step, "policy", [getattr(step, "ops", [])]):
-            for op in chain:
-                if op.aug_fn is auto_augment.posterize:
-                    op.aug_fn = posterized
-
-
-def posterized(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's posterize, of at least one bit."""
-    return auto_augment.posterize(image, max(bits, 1))
-
-
-def check_augmentation(aug: str) -> None:
-    """Raise SettingError unless `transform` knows the text."""
-    if aug in AUGMENTATIONS:
-        return
-    try:
-        known = AUTO_AUGMENT.get(aug.partition("-")[0], auto_augment_transform)(aug, {})
-    except (AssertionError, ValueError, KeyError, IndexError):
-        known = None
-    if known is None:
-        raise SettingError(
-            f"Found --aug {aug}. Expected {', '.join(AUGMENTATIONS)}, or timm's auto-augment text, which starts with "
-            "rand, augmix, original or v0. Write for example rand-m9-mstd0.5-inc1."
-        )
 
 
 class Order(Sampler[tuple[int, np.ndarray]]):
@@ -182,24 +102,23 @@ def drawn_from(*key: int) -> Iterator[None]:
 class Batches(Dataset):
     """Images in memory that need no resizing, a whole batch normalised at once: indices to (B, C, H, W), labels (B).
 
-    Pixel for pixel what `transform` gives one by one. flip: mirror half of them, drawn by (seed, epoch, index).
+    Bit for bit what `Preprocess` gives one by one. flip: mirror half of them, drawn by (seed, epoch, index).
     """
 
-    def __init__(self, images: ArraySamples, inputs: Inputs, flip: bool, seed: int):
+    def __init__(self, images: ArraySamples, inputs: Preprocess, flip: bool, seed: int):
         self.pixels, self.target = images.images, images.target  # (n, H, W, C) uint8, n targets
-        self.mean, self.std = (torch.tensor(value).view(-1, 1, 1) for value in (inputs.mean, inputs.std))
-        self.flip, self.seed = flip, seed
+        self.inputs, self.flip, self.seed = inputs, flip, seed
 
     def __len__(self) -> int:
         return len(self.target)
 
     def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict[int, str]]:
         epoch, rows = batch
-        x = torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        x = self.inputs.normalize(self.pixels[rows])
         if self.flip:
             chosen = torch.from_numpy(np.random.default_rng((FLIP, self.seed, epoch)).random(len(self))[rows] < 0.5)
             x[chosen] = x[chosen].flip(-1)
-        return x.sub_(self.mean).div_(self.std), self.target.take(rows), {}
+        return x, self.target.take(rows), {}
 
 
 class Prepared(Dataset):
@@ -339,7 +258,7 @@ class Loader:
 
 def loader(
     images: Samples,
-    inputs: Inputs,
+    inputs: Preprocess,
     batch_size: int,
     *,
     aug: str | None = None,
@@ -357,10 +276,10 @@ def loader(
     order = Order(len(images), batch_size, shuffle=shuffle, even=even, seed=seed, team=team)
     if in_memory(images, inputs) and aug in (None, "none", "flip"):
         return Loader(images, Batches(images, inputs, aug == "flip", seed), order)
-    return Loader(images, Prepared(images, transform(inputs, aug), seed, even), order, workers, strict)
+    return Loader(images, Prepared(images, training_transform(inputs, aug), seed, even), order, workers, strict)
 
 
-def in_memory(images: Samples, inputs: Inputs) -> bool:
+def in_memory(images: Samples, inputs: Preprocess) -> bool:
     """True if the pixels lie in memory in the very size that the network takes."""
     return isinstance(images, ArraySamples) and images.images.shape[1:3] == inputs.input_size[1:] and inputs.crop_pct == 1.0
 

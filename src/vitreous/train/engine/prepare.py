@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from vitreous.base.errors import HostError, NotReached, SettingError
 from vitreous.base.processes import ALONE, Team
 from vitreous.data import ArraySamples, Data, Samples, open_data
 from vitreous.data.holdout import hold_out
+from vitreous.data.preprocess import Preprocess
 from vitreous.grafting import check, graft, grafts
 from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
@@ -26,7 +28,7 @@ from vitreous.models import model_folder
 from vitreous.models.create import adapt, check_patches, create_model, own_size, tells_apart
 from vitreous.train import recipes
 from vitreous.train.engine.distributed import check_team, join_processes
-from vitreous.train.engine.loader import Inputs, loader
+from vitreous.train.engine.loader import loader
 from vitreous.train.engine.session import Session
 from vitreous.train.engine.sharding import check_optimizer, shard
 from vitreous.train.engine.state import seed_apart
@@ -112,7 +114,7 @@ def fetch(settings: TrainSettings, team: Team) -> None:
 
 def data_and_model(
     settings: TrainSettings, console: Console | None = None, opening: Callable[..., Data] = open_data
-) -> tuple[Data, Inputs, nn.Module, list[str]]:
+) -> tuple[Data, Preprocess, nn.Module, list[str]]:
     """Data and a model for them, in agreement about classes, channels and image size; and what was done for that."""
     folder = model_folder.is_folder(settings.model)
     if folder and (settings.weights or settings.pretrained):
@@ -199,28 +201,18 @@ def spaced(images: Samples, most: int) -> Samples:
     return images.subset(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))
 
 
-def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Inputs:
+def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Preprocess:
     """How images are prepared: as the loaded weights want it, else by the data's own mean and standard deviation.
 
     A network that is made for pixels of [0, 1] as they are (mean 0, std 1) gets them so.
     """
-    config, channels = model.pretrained_cfg, data.channels
-    mean, std = (tuple(config[name]) for name in ("mean", "std"))
-    if len(mean) != channels:  # weights for colour that were adapted to grey, or the reverse
-        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
+    own, config = Preprocess.of_model(model).of_channels(data.channels), model.pretrained_cfg
+    mean, std = own.mean, own.std
     if not loaded and (set(mean), set(std)) != ({0.0}, {1.0}):
         mean, std = tuple(data.mean), tuple(data.std)
-    size = get_model_input_config(model)["input_size"][1:]
-    size = size if config.get("fixed_input_size") else data.image_size
+    size = own.input_size[1:] if config.get("fixed_input_size") else data.image_size
     whole = isinstance(data.train, ArraySamples) and data.train.images.shape[1:3] == tuple(size)
-    return Inputs(
-        input_size=(channels, *size),
-        mean=mean,
-        std=std,
-        interpolation=config.get("interpolation", "bicubic"),
-        crop_pct=1.0 if whole else config.get("crop_pct") or 1.0,
-        crop_mode=config.get("crop_mode") or "center",
-    )
+    return replace(own, input_size=(data.channels, *size), mean=mean, std=std, crop_pct=1.0 if whole else own.crop_pct)
 
 
 def readable(model: nn.Module, sample: Tensor, remarks: list[str]) -> bool:

@@ -13,8 +13,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vitreous.base.processes import ALONE, Team
-from vitreous.data import Data, ImageSet
-from vitreous.train.engine.loader import Inputs, Loader
+from vitreous.data import Data, Samples
+from vitreous.data.preprocess import Preprocess
+from vitreous.train.engine.loader import Loader
 from vitreous.train.records.trackers import Trackers
 from vitreous.train.settings import TrainSettings
 
@@ -70,7 +71,7 @@ class Session:
     settings: TrainSettings
     device: torch.device
     data: Data
-    inputs: Inputs
+    inputs: Preprocess
     model: nn.Module
     loss: nn.Module
     mixing: Mixup | None
@@ -79,7 +80,7 @@ class Session:
     ema: ModelEmaV3 | None
     train: Loader
     tests: dict[str, Loader]
-    sample: ImageSet | None
+    sample: Samples | None
     remarks: list[str]
     trackers: Trackers
     recipe: dict[str, Any] | None = None
