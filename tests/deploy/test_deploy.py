@@ -398,7 +398,7 @@ def test_the_pages_script_runs_the_file_without_our_package(photos, crop_pct):
     assert len(script.splitlines()) <= 20
     model = load(SHIPPED)
     model.pretrained_cfg["crop_pct"] = crop_pct
-    export(model, "model.onnx", "onnx")
+    export.export(model, "model.onnx", "onnx")
     scenes = Cutouts(2, size=50, seed=3)
     scenes.image(0).crop((0, 0, 50, 37)).save("wide.png")
     exif = Image.Exif()

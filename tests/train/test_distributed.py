@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from data.test_named import make_fashion
 from PIL import Image
 
+from data.sources.test_named import make_fashion
 from train.conftest import SMALL
 from train.interrupting import NAN, at_step, breaking, differing, in_team, output
 from vitreous.base.errors import DataError, SettingError
