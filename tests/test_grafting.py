@@ -276,7 +276,7 @@ class Reduce(nn.Module):
             sizes = torch.cat([weights.sum(1), sizes[:, 1:]], dim=1)
         source = torch.where(source < keep, source, 0)
         x = torch.cat([original[:, :keep], inserted], dim=1)
-        return x, TokenState(torch.cat([sizes[:, :keep], extra], dim=1) if self.weigh else None, source, state.read)
+        return x, TokenState(torch.cat([sizes[:, :keep], extra], dim=1) if self.weigh else None, source, state.read_out)
 
 
 def reducer(station: str, drop: int = 3, weigh: bool = True, layer: int = 1) -> Elsewhere:

@@ -12,7 +12,9 @@ from torch import nn
 from contract.hosts import HOSTS, ROTARY, build, images
 from vitreous import graft, slots
 from vitreous.base.errors import GraftError, HostError, SettingError
-from vitreous.hosts.block import Block, Close
+from vitreous.hosts.block import Block
+from vitreous.hosts.read_out import read_tokens
+from vitreous.hosts.stream_ends import StreamEnd
 
 # What the head of each host reads: (first, end) of the tokens, and whether it pools over them.
 READS = {
@@ -49,7 +51,7 @@ def test_families():
 def test_which_tokens_the_head_reads(name):
     """Those that it says, and no other: every other token may be anything."""
     model = build(name)
-    (start, stop), pooled = slots.read_tokens(model)
+    (start, stop), pooled = read_tokens(model)
     assert ((start, stop), pooled) == READS[name]
     features = model.forward_features(images())
     reads, other = features.clone(), torch.full_like(features, 7.0)
@@ -106,7 +108,7 @@ def test_a_station_opens_the_stream_from_its_block_on():
     model = build("plain")
     changes = slots.add_step(model, 2, "before", nn.Identity())
     assert list(changes) == ["blocks.2", "blocks.3", "norm"]
-    assert [type(value) for value in changes.values()] == [Block, Block, Close]
+    assert [type(value) for value in changes.values()] == [Block, Block, StreamEnd]
     assert len(changes["blocks.2"].steps("before")) == 1
     assert not changes["blocks.3"].steps("before")
     for path, value in changes.items():
@@ -119,7 +121,7 @@ def test_a_station_opens_the_stream_from_its_block_on():
 class OwnBlock(Block):
     """A block of ours with an MLP half of its own."""
 
-    def feed(self, x):
+    def mlp_half(self, x):
         return x
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from vitreous.base.errors import GraftError, HostError, SettingError
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention
-from vitreous.hosts.block import STATIONS, Block, Close, check_halves
-from vitreous.hosts.stream_ends import Embed, Grid
+from vitreous.hosts.block import STATIONS, Block, check_halves
+from vitreous.hosts.read_out import read_tokens
+from vitreous.hosts.stream_ends import Embed, Grid, StreamEnd
 
 WALKS = ("forward_features", "forward_intermediates")
 Changes = dict[str, Any]
@@ -210,21 +211,9 @@ def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Cha
             check_halves(block, f"blocks.{i}")
             if not isinstance(block.attn, Attention):
                 changes[f"blocks.{i}.attn"] = Attention.of(plain_attention(model, i, "A step after attention"))
-    if not isinstance(model.norm, Close):
-        changes["norm"] = Close.of(model.norm, *read_tokens(model))
+    if not isinstance(model.norm, StreamEnd):
+        changes["norm"] = StreamEnd.of(model.norm, *read_tokens(model))
     return changes
-
-
-def read_tokens(model: nn.Module) -> tuple[tuple[int, int | None], bool]:
-    """((start, stop), pooled): which tokens the host's head reads, and whether it pools over them."""
-    if type(model).forward_head is not VisionTransformer.forward_head:
-        return (0, prefix(model)), False  # distilled DeiT: a head each for the class and the distillation token
-    pooled_from = 0 if model.pool_include_prefix else prefix(model)
-    if model.attn_pool is not None or model.global_pool in ("avg", "avgmax", "max"):
-        return (pooled_from, None), True
-    if has_class_token(model):
-        return (0, 1), False
-    return (pooled_from, None), True
 
 
 def check_read_out(model: nn.Module, mechanism: str) -> None:
@@ -239,13 +228,13 @@ def check_read_out(model: nn.Module, mechanism: str) -> None:
 
 def check_running(model: nn.Module) -> None:
     """Raise GraftError if a model with token grafts was set, since, to run in a way that would pass them by."""
-    if isinstance(getattr(model, "norm", None), Close):
+    if isinstance(getattr(model, "norm", None), StreamEnd):
         check_host(model, tokens=True)
 
 
 def read_out_moved(model: nn.Module) -> str | None:
     """Why the read-out at `norm` no longer fits the head, or None. `reset_classifier(n, pool)` can change the head."""
-    if isinstance(model.norm, Close):
+    if isinstance(model.norm, StreamEnd):
         heads, pooled = read_tokens(model)
         if (model.norm.heads, model.norm.pooled) != (heads, pooled):
             return f"norm reads inserted tokens into {model.norm.heads}, but the head now reads {heads}"
@@ -269,7 +258,7 @@ def check_pool(model: nn.Module, mechanism: str) -> None:
             "that pools without a module. Call model.reset_classifier(classes, 'avg') before grafting, or take the other "
             "graft out first (vitreous.ungraft)."
         )
-    earlier = [record.mechanism for record in getattr(model, "grafts", ()) if "class_head" in record.mechanism.needs]
+    earlier = [record.mechanism for record in getattr(model, "grafts", ()) if "class_head" in record.mechanism.requires]
     if earlier:
         raise GraftError(
             f"{earlier[0]} is in the model, which needs a head that reads no patches. Expected none such, since {mechanism} "
@@ -285,7 +274,7 @@ def prefix_at_pool(model: nn.Module) -> int:
 def pool_changes(model: nn.Module, pool: nn.Module) -> Changes:
     """Changes that let `pool`, (B, N, D) -> (B, D), see the patches and stand for what the head did before.
 
-    From then on the head reads patches, so whatever reads inserted tokens (`Close`, a gated step) reads into these.
+    From then on the head reads patches, so whatever reads inserted tokens (`StreamEnd`, a gated step) reads into these.
     """
     changes: Changes = {"attn_pool": pool}
     if getattr(model, "pool_include_prefix", False):

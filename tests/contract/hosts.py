@@ -118,7 +118,7 @@ def folder(text: str) -> str:
 
 
 def refused(text: str) -> frozenset[str]:
-    return frozenset().union(*(LACKING[need] for need in vitreous.parse(text).needs))
+    return frozenset().union(*(LACKING[word] for word in vitreous.parse(text).requires))
 
 
 def features_change(text: str) -> bool:

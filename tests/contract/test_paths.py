@@ -24,7 +24,7 @@ from contract.hosts import (
 )
 from vitreous import check, graft, grafts, new_parameters, parse, ungraft
 from vitreous.base.errors import GraftError, MaskError, NotReached
-from vitreous.hosts.block import Close
+from vitreous.hosts.stream_ends import StreamEnd
 from vitreous.layers.stream import Stream
 
 
@@ -156,7 +156,7 @@ def test_reentrant_checkpointing_switched_on_later_is_noticed(text):
     model = grafted(text)
     timm.layers.set_reentrant_ckpt(True)
     try:
-        if isinstance(model.norm, Close):
+        if isinstance(model.norm, StreamEnd):
             with pytest.raises(GraftError, match="re-entrant"):
                 check(model, images())
         else:

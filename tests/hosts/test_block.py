@@ -12,7 +12,7 @@ from contract.hosts import build, images
 from vitreous import slots
 from vitreous.base.errors import GraftError, HostError, MaskError
 from vitreous.hosts.attention import Attention
-from vitreous.hosts.block import STATIONS, Block, Close, check_halves
+from vitreous.hosts.block import STATIONS, Block, check_halves
 from vitreous.layers.stream import PLAIN, Stream, TokenState
 
 D = 16
@@ -43,7 +43,7 @@ class Merge(nn.Module):
         weights = sizes[:, -2:, None] / sizes[:, -2:].sum(1)[:, None, None]
         x = torch.cat([x[:, :-2], (x[:, -2:] * weights).sum(1, keepdim=True)], dim=1)
         sizes = torch.cat([sizes[:, :-2], sizes[:, -2:].sum(1, keepdim=True)], dim=1)
-        return x, TokenState(sizes, source.clamp_max(n - 2), state.read)
+        return x, TokenState(sizes, source.clamp_max(n - 2), state.read_out)
 
 
 class Note(nn.Module):
@@ -69,7 +69,7 @@ def test_the_two_halves_make_the_host(kind):
     ours, note = Block.of(host), Note()
     ours.attn = Attention.of(host.attn)
     ours.add_step("between", note)
-    assert ours.halved
+    assert ours.splits_halves
     lower = torch.ones(6, 6, dtype=torch.bool).tril()
     for mask in ({}, {"is_causal": True}, {"attn_mask": lower}):
         assert torch.equal(ours(tokens(), **mask), host(tokens(), **mask))
@@ -98,7 +98,7 @@ def test_attention_with_scores_of_its_own_is_told_of_the_tokens(kind):
     ours.attn = Telling.of(ours.attn)
     torch.testing.assert_close(ours(tokens()), plain(tokens()))
     assert ours.attn.told.plain
-    state = TokenState(read=(True, False))
+    state = TokenState(read_out=(True, False))
     torch.testing.assert_close(ours(Stream(tokens(), state)).x, plain(Stream(tokens(), state)).x)
     assert ours.attn.told is state
 
@@ -110,7 +110,7 @@ def test_attention_that_must_be_told_needs_known_halves():
     ours = Block.of(Unknown(D, 2))
     ours.attn = Telling.of(ours.attn)
     with pytest.raises(HostError, match=r"is a Unknown, whose attention.*Expected one of"):
-        ours(Stream(tokens(), TokenState(read=(True,))))
+        ours(Stream(tokens(), TokenState(read_out=(True,))))
 
 
 def test_between_needs_known_halves():
@@ -165,7 +165,7 @@ def test_sizes_in_attention_equal_duplicated_tokens(kind):
 @pytest.mark.parametrize(
     "state",
     [
-        TokenState(read=(True,)),
+        TokenState(read_out=(True,)),
         TokenState(sizes=torch.ones(2, 6)),
         TokenState(source=torch.arange(6).expand(2, 6)),
     ],
@@ -187,28 +187,6 @@ def test_a_step_that_changes_tokens_under_a_mask_is_refused_in_its_own_block(mas
     ours(tokens())
     with pytest.raises(MaskError, match=next(iter(mask))):
         ours(tokens(), **mask)
-
-
-def test_a_head_that_pools_refuses_dropped_places():
-    state = TokenState(source=torch.tensor([[0, 1, 2, -1, 3, 4, 5]] * 2), dropped=True)
-    assert Close.of(nn.LayerNorm(D), (0, 1), False)(Stream(tokens(), state)).shape == (2, 7, D)
-    with pytest.raises(GraftError, match=r"nothing stands for them\. Expected a head that reads class tokens\. Merge"):
-        Close.of(nn.LayerNorm(D), (1, None), True)(Stream(tokens(), state))
-
-
-def test_close_ends_the_stream():
-    norm = nn.LayerNorm(D)
-    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
-    close = Close.of(norm, (0, 1), False)
-    x = tokens()
-    assert torch.equal(close(x), norm(x))
-    read = (True, False, True)
-    out = close(Stream(x, TokenState(source=torch.tensor([[2, 0, 1, 1]] * 2), read=read)))
-    placed = norm(x)[:, [2, 0, 1, 1]]
-    torch.testing.assert_close(out[:, 0], (placed[:, 0] + norm(x)[:, 3] + norm(x)[:, 5]) / 3)
-    assert torch.equal(out[:, 1:], placed[:, 1:])
-    unread = close(Stream(x, TokenState(read=(False,) * 2)))
-    assert torch.equal(unread, norm(x[:, :4]))
 
 
 @pytest.mark.parametrize("station", ["between", "after"])

@@ -8,8 +8,17 @@ import pickle
 import pytest
 import torch
 from timm.layers import PatchEmbed
+from torch import nn
 
-from vitreous.hosts.stream_ends import Embed, Grid
+from vitreous.base.errors import GraftError
+from vitreous.hosts.stream_ends import Embed, Grid, StreamEnd
+from vitreous.layers.stream import Stream, TokenState
+
+D = 8
+
+
+def tokens(n: int = 6) -> torch.Tensor:
+    return torch.randn(2, n, D, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("options", [{}, {"output_fmt": "NHWC"}, {"norm_layer": torch.nn.LayerNorm, "bias": False}])
@@ -36,3 +45,25 @@ def test_grid_is_shared_on_adoption_and_in_copies():
         twin(torch.randn(1, 3, 8, 20))
         assert grid.shape == (2, 5)
         assert ours.grid.shape == (4, 4)
+
+
+def test_a_head_that_pools_refuses_dropped_places():
+    state = TokenState(source=torch.tensor([[0, 1, 2, -1, 3, 4, 5]] * 2), dropped=True)
+    assert StreamEnd.of(nn.LayerNorm(D), (0, 1), False)(Stream(tokens(), state)).shape == (2, 7, D)
+    with pytest.raises(GraftError, match=r"nothing stands for them\. Expected a head that reads class tokens\. Merge"):
+        StreamEnd.of(nn.LayerNorm(D), (1, None), True)(Stream(tokens(), state))
+
+
+def test_the_norm_ends_the_stream():
+    norm = nn.LayerNorm(D)
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    end = StreamEnd.of(norm, (0, 1), False)
+    x = tokens()
+    assert torch.equal(end(x), norm(x))
+    read = (True, False, True)
+    out = end(Stream(x, TokenState(source=torch.tensor([[2, 0, 1, 1]] * 2), read_out=read)))
+    placed = norm(x)[:, [2, 0, 1, 1]]
+    torch.testing.assert_close(out[:, 0], (placed[:, 0] + norm(x)[:, 3] + norm(x)[:, 5]) / 3)
+    assert torch.equal(out[:, 1:], placed[:, 1:])
+    unread = end(Stream(x, TokenState(read_out=(False,) * 2)))
+    assert torch.equal(unread, norm(x[:, :4]))

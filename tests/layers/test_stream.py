@@ -1,4 +1,4 @@
-"""Token state against loops: inserting, restoring, back to the picture, and the read-out."""
+"""Token state against loops: inserting, restoring, and back to the picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from vitreous.layers.stream import (
     follow,
     insert,
     opened,
-    read_out,
     restore,
     split,
     to_grid,
@@ -33,21 +32,21 @@ def test_a_bare_tensor_is_plain():
     assert same is x
     assert state.plain
     assert state.inserted == 0
-    assert opened(Stream(x, TokenState(read=(True,)))) == (x, TokenState(read=(True,)))
+    assert opened(Stream(x, TokenState(read_out=(True,)))) == (x, TokenState(read_out=(True,)))
     with pytest.raises(FrozenInstanceError):
-        state.read = (True,)
+        state.read_out = (True,)
 
 
 def test_inserted_tokens_stand_at_the_end_and_count_one():
     x, sizes = tokens(2, 4), torch.tensor([[2.0, 1, 1, 3]] * 2)
     state = TokenState(sizes=sizes, source=torch.zeros(2, 7, dtype=torch.long))
-    more, after = insert(x, state, tokens(2, 2, seed=1), read=True)
-    more, after = insert(more, after, tokens(2, 1, seed=2).double(), read=False)
+    more, after = insert(x, state, tokens(2, 2, seed=1), read_out=True)
+    more, after = insert(more, after, tokens(2, 1, seed=2).double(), read_out=False)
     assert more.dtype == x.dtype
-    assert after.read == (True, True, False)
+    assert after.read_out == (True, True, False)
     assert after.sizes.tolist() == [[2, 1, 1, 3, 1, 1, 1]] * 2
     assert after.source is state.source
-    assert state.read == ()  # the earlier state is as it was
+    assert state.read_out == ()  # the earlier state is as it was
     present, inserted = split(more, after)
     assert torch.equal(present, x)
     assert torch.equal(inserted, torch.cat([tokens(2, 2, seed=1), tokens(2, 1, seed=2)], dim=1))
@@ -60,7 +59,7 @@ def test_restore_is_the_loop(data):
     drawn = st.lists(st.integers(0, n - 1), min_size=b * places, max_size=b * places)
     source = torch.tensor(data.draw(drawn)).view(b, places)
     x = tokens(b, n + m)
-    state = TokenState(source=source, read=(False,) * m)
+    state = TokenState(source=source, read_out=(False,) * m)
     restored, inserted = restore(x, state)
     for i in range(b):
         for place in range(places):
@@ -77,14 +76,14 @@ def test_restore_is_the_loop(data):
 def test_places_follow_their_tokens_through_several_reductions(data):
     """Against a loop that walks every place through every step; a dropped one stays dropped, and reads as 0."""
     counts = [7, *sorted((data.draw(st.integers(1, 7)) for _ in range(3)), reverse=True)]
-    state, walks = TokenState(read=(True,)), list(range(7))
+    state, walks = TokenState(read_out=(True,)), list(range(7))
     for before, after in itertools.pairwise(counts):
         to = data.draw(st.lists(st.integers(-1, after - 1), min_size=before, max_size=before))
         sizes = torch.ones(1, after + 1) if data.draw(st.booleans()) else None
         state = follow(state, torch.tensor([to]), sizes, dropped=-1 in to)
         walks = [-1 if place == -1 else to[place] for place in walks]
         assert state.sizes is sizes
-        assert state.read == (True,)
+        assert state.read_out == (True,)
     assert state.dropped or -1 not in walks
     assert state.source.tolist() == [walks]
     x = tokens(1, counts[-1] + 1)
@@ -95,7 +94,7 @@ def test_places_follow_their_tokens_through_several_reductions(data):
 def test_back_to_the_picture():
     """Two prefix tokens, a 2 x 3 grid, of which the patches 0 and 1, and 4 and 5, were merged; one inserted token."""
     source = torch.tensor([[0, 1, 2, 2, 3, 4, 5, 5]])
-    state = TokenState(source=source, read=(True,))
+    state = TokenState(source=source, read_out=(True,))
     value = torch.arange(7.0)[None]  # prefix 0 1, patches 2 3 4 5, inserted 6
     assert to_grid(value, state, (2, 3), prefix=2).tolist() == [[[2, 2, 3], [4, 5, 5]]]
     channels = torch.stack([value, -value], dim=-1)
@@ -103,35 +102,3 @@ def test_back_to_the_picture():
     assert torch.equal(to_grid(channels, state, (2, 3), prefix=2)[..., 1], -to_grid(value, state, (2, 3), prefix=2))
     with pytest.raises(ValueError, match=r"7 patches do not fill a grid of 2 x 3.*Expected.*Take"):
         to_grid(value, state, (2, 3), prefix=1)
-
-
-@pytest.mark.parametrize("m", [1, 4])
-def test_read_out_into_single_tokens_is_a_mean(m):
-    x, more = tokens(2, 6), tokens(2, m, seed=1)
-    out = read_out(x, more, slice(0, 2), pooled=False)
-    for head in (0, 1):
-        torch.testing.assert_close(out[:, head], torch.cat([x[:, head : head + 1], more], dim=1).mean(1))
-    assert torch.equal(out[:, 2:], x[:, 2:])
-
-
-@pytest.mark.parametrize("m", [1, 4])
-@pytest.mark.parametrize("heads", [slice(0, None), slice(2, None)])
-def test_read_out_into_a_pool_is_the_mean_over_all(m, heads):
-    """The mean over the pooled tokens becomes that over pooled and inserted ones; what differs between them stays."""
-    x, more = tokens(2, 6), tokens(2, m, seed=1)
-    out = read_out(x, more, heads, pooled=True)
-    assert out.shape == x.shape
-    torch.testing.assert_close(out[:, heads].mean(1), torch.cat([x[:, heads], more], dim=1).mean(1))
-    torch.testing.assert_close(out[:, heads] - out[:, -1:], x[:, heads] - x[:, -1:])
-    assert torch.equal(out[:, : heads.start], x[:, : heads.start])
-
-
-def test_read_out_in_an_attention_pool_leaves_the_weights():
-    """softmax(q k^T) is blind to a vector that all keys share."""
-    x, more, q = tokens(1, 6), tokens(1, 2, seed=1), torch.randn(3, generator=torch.Generator().manual_seed(3))
-    out = read_out(x, more, slice(0, None), pooled=True)
-    weights = (x @ q).softmax(-1)
-    torch.testing.assert_close((out @ q).softmax(-1), weights)
-    share = 2 / (6 + 2)
-    pooled = weights @ x[0]
-    torch.testing.assert_close(weights @ out[0], pooled + share * (more.mean(1) - x.mean(1)))

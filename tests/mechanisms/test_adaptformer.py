@@ -59,7 +59,7 @@ def test_adds_the_formula_to_the_hosts_block(options):
     graft(model, AdaptFormer(bottleneck=3, strength=0.7))
     block = learned(model).blocks[1]
     x = torch.randn(2, 17, 24, dtype=torch.float64)
-    behind_attention, _ = block.attend(x, None, False)
+    behind_attention, _ = block.attention_half(x, None, False)
     plain = block.host.forward(block, x)
     added = [[by_loops(block.adapter, row, 0.7) for row in image] for image in behind_attention.tolist()]
     assert (block(x) - (plain + torch.tensor(added, dtype=torch.float64))).abs().max() < 1e-12
@@ -81,7 +81,7 @@ def test_drop_path_takes_the_mlp_and_leaves_the_adapter():
     block.drop_path2 = DropPath(1.0)
     x = torch.randn(2, 17, 24, dtype=torch.float64)
     block.train()
-    assert torch.equal(block.feed(x), x + block.adapter(x))
+    assert torch.equal(block.mlp_half(x), x + block.adapter(x))
 
 
 @pytest.mark.parametrize(("bottleneck", "expected"), [(64, 1_189_632), (8, 156_768), (1, 27_660)])

@@ -65,14 +65,14 @@ def by_hand(x, q, k, keep, prefix, inserted=0):
 def test_keeps_and_fuses_as_the_formula_says(prefix, inserted):
     n = prefix + 11 + inserted
     x, q, k = drawn(2, n, 6), drawn(2, 3, n, 4, seed=3), drawn(2, 3, n, 4, seed=4)
-    state = TokenState(read=(True,) * inserted)
+    state = TokenState(read_out=(True,) * inserted)
     out, after = Reorganize(EViT(keep=0.6), prefix)(x, state, (q, k, None))
     expected, places = by_hand(x, q, k, 0.6, prefix, inserted)
     assert out.shape == (2, prefix + 7 + 1 + inserted, 6)
     torch.testing.assert_close(out, expected)
     assert after.source.tolist() == places
     assert after.sizes is None
-    assert after.read == state.read
+    assert after.read_out == state.read_out
 
 
 def test_scores_are_the_attention_that_the_host_computes():

@@ -147,7 +147,7 @@ def test_any_image_size_has_its_own_mask(size):
 def test_inserted_tokens_are_seen_as_without_a_mask():
     model = graft(vit(), "extra_tokens:tokens=2,kind=register", "gaussian_mask")
     check(model, pictures())
-    mask = model.blocks[1].attn.mask(16, TokenState(read=(False, False)))
+    mask = model.blocks[1].attn.mask(16, TokenState(read_out=(False, False)))
     assert torch.equal(mask[:, :14, :14], model.blocks[1].attn.mask(14))
     assert (mask[:, 14:] == 1).all()
     assert (mask[:, :, 14:] == 1).all()

@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 
 from vitreous import SPC, ExtraTokens, GGeM, check, graft, new_parameters, ungraft
 from vitreous.base.errors import GraftError, HostError, NotReached, SettingError
-from vitreous.layers.stream import read_out
+from vitreous.hosts.read_out import read_out
 from vitreous.mechanisms.head.ggem import PowerMean, power_mean
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}

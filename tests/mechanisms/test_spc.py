@@ -226,7 +226,7 @@ def test_inserted_tokens_are_no_part_of_a_later_decomposition():
     x = tokens()
     once, state = step(x, TokenState(), None)
     twice, state = step(once, state, None)
-    assert state.read == (True,) * 8
+    assert state.read_out == (True,) * 8
     assert (twice[:, 17:21] - twice[:, 21:]).abs().max() < 1e-12
 
 

@@ -74,7 +74,7 @@ def test_merges_as_the_loop_does(data):
     x, k = drawn(2, n, 5, seed=seed), drawn(2, 3, n, 4, seed=seed + 1)
     sizes = torch.randint(1, 6, (2, n), generator=torch.Generator().manual_seed(seed)).double()
     known = data.draw(st.booleans())
-    state = TokenState(sizes=sizes if known else None, read=(True,) * inserted)
+    state = TokenState(sizes=sizes if known else None, read_out=(True,) * inserted)
     out, after = Merge(merging, prefix)(x, state, (None, k, None))
     if patches == 1:
         assert out is x

@@ -1,4 +1,4 @@
-"""A host block with stations for token steps, and the norm that closes the stream.
+"""A host block with stations for token steps.
 
 Every path by which timm reaches its blocks (the sequence, one by one with a mask, checkpointed, sliced, for
 intermediates) calls the block itself, so this is where steps can live without a path that misses them.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from vitreous.base.errors import GraftError, HostError, MaskError
+from vitreous.base.errors import HostError, MaskError
 from vitreous.hosts.attention import Attention
 from vitreous.layers.adoption import adopt
-from vitreous.layers.stream import PLAIN, Stream, TokenState, opened, read_out, restore
+from vitreous.layers.stream import PLAIN, Stream, TokenState, opened
 
 STATIONS = ("before", "between", "after")
 
@@ -26,8 +25,8 @@ class Block(nn.Module):
 
     A step is a module `(x (B, n, D), state, qkv) -> (x, state)`. At `between`, qkv = (q, k, v), (B, H, n, K) each, with q
     scaled such that the scores are q k^T; elsewhere it is None.
-    Subclasses may override `attend` or `feed`; as long as none is overridden and nothing stands at `between`, the host's
-    forward runs as it is written, whatever the block family.
+    Subclasses may override `attention_half` or `mlp_half`. As long as none is overridden and nothing
+    stands at `between`, the host's forward runs as it is written, whatever the block family.
     """
 
     host: type[nn.Module]
@@ -54,12 +53,14 @@ class Block(nn.Module):
         return self._modules.get(station) or ()
 
     @property
-    def halved(self) -> bool:
+    def splits_halves(self) -> bool:
         """True if the two halves have to be run apart."""
         own = type(self)
-        return bool(self.steps("between")) or own.attend is not Block.attend or own.feed is not Block.feed
+        return (
+            bool(self.steps("between")) or own.attention_half is not Block.attention_half or own.mlp_half is not Block.mlp_half
+        )
 
-    def placed(self, state: TokenState) -> bool:
+    def needs_state(self, state: TokenState) -> bool:
         """True if the attention has to be told which token speaks for which place; raises HostError if it cannot be."""
         attention = getattr(self, "attn", None)
         wanted = not state.plain and isinstance(attention, Attention) and not attention.softmax_of_product
@@ -72,36 +73,36 @@ class Block(nn.Module):
         for step in self.steps("before"):
             x, state = step(x, state, None)
         mask = token_mask(state, attn_mask, is_causal, x)
-        if self.halved or self.placed(state):
-            x, qkv = self.attend(x, mask, is_causal, state)
+        if self.splits_halves or self.needs_state(state):
+            x, qkv = self.attention_half(x, mask, is_causal, state)
             for step in self.steps("between"):
                 q, k, v = qkv
                 x, state = step(x, state, (q * self.attn.scale, k, v))
             token_mask(state, attn_mask, is_causal, x)  # raises: a step that changed the tokens knew of no mask
-            x = self.feed(x)
+            x = self.mlp_half(x)
         else:
             x = self.host.forward(self, x, attn_mask=mask, is_causal=is_causal)
         for step in self.steps("after"):
             x, state = step(x, state, None)
         return x if state.plain else Stream(x, state)
 
-    def attend(
+    def attention_half(
         self, x: Tensor, mask: Tensor | None, is_causal: bool, state: TokenState = PLAIN
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """The first half: x (B, n, D) -> x plus attention, and the (q, k, v) it was made of, if a step wants them.
 
-        Only then `attn` has to be one of ours: a mechanism that overrides `feed` alone takes any attention.
+        Only then `attn` has to be one of ours: a mechanism that overrides `mlp_half` alone takes any attention.
         """
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         arguments = {"attn_mask": mask, "is_causal": is_causal} | ({"seen": seen} if self.steps("between") else {})
-        arguments |= {"state": state} if self.placed(state) else {}
+        arguments |= {"state": state} if self.needs_state(state) else {}
         if self.host is TimmBlock:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **arguments)))
         else:  # ResPostBlock
             x = x + self.drop_path1(self.norm1(self.attn(x, **arguments)))
         return x, seen[0] if seen else None
 
-    def feed(self, x: Tensor) -> Tensor:
+    def mlp_half(self, x: Tensor) -> Tensor:
         """The second half: x (B, n, D) -> x plus MLP."""
         if self.host is TimmBlock:
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -139,36 +140,3 @@ def token_mask(state: TokenState, attn_mask: Tensor | None, is_causal: bool, x: 
             "Call the model without a mask, or take the token graft out first (vitreous.ungraft)."
         )
     return None if state.sizes is None else state.sizes.log().to(x.dtype)[:, None, None, :]
-
-
-class Close(nn.Module):
-    """The host's `norm`, where the stream of tokens ends: restore every place, norm, read inserted tokens, let them leave.
-
-    heads (start, stop): the tokens that the host's head reads; pooled: whether it pools over them (see `read_out`). Raises
-    GraftError if it would pool over places whose tokens were dropped.
-    """
-
-    host: type[nn.Module]
-
-    @classmethod
-    def of(cls, norm: nn.Module, heads: tuple[int, int | None], pooled: bool) -> Close:
-        new = adopt(cls, norm)
-        new.host, new.heads, new.pooled = type(norm), heads, pooled
-        return new
-
-    def forward(self, x: Tensor | Stream) -> Tensor:
-        if not isinstance(x, Stream):
-            return self.host.forward(self, x)
-        if x.state.dropped and self.pooled:
-            raise GraftError(
-                "The head pools over all patches, but some were dropped and nothing stands for them. Expected a head that "
-                "reads class tokens. Merge or fuse tokens where they are dropped now, or use another pooling."
-            )
-        tokens, inserted = restore(x.x, x.state)
-        tokens = self.host.forward(self, tokens)
-        wanted = [i for i, read in enumerate(x.state.read) if read]
-        if not wanted:
-            return tokens
-        if len(wanted) < inserted.shape[1]:
-            inserted = torch.stack([inserted[:, i] for i in wanted], dim=1)
-        return read_out(tokens, self.host.forward(self, inserted), slice(*self.heads), pooled=self.pooled)

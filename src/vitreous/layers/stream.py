@@ -1,7 +1,7 @@
 """Which token speaks for which place: state that travels with the tokens, and the way back to the picture.
 
 Tokens lie in the order `prefix, patches, inserted`. Steps may merge or drop tokens (then `sizes` and `source` say what
-became of the original ones) and may append tokens at the end (then `read` has one entry for each).
+became of the original ones) and may append tokens at the end (then `read_out` has one entry for each).
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ class TokenState:
     sizes:  (B, n) how many original tokens each present one stands for; None: one each. Inserted tokens count 1.
     source: (B, N) for each of the N original tokens, the index of the present one that speaks for it; -1: it was dropped,
         and none does; None: itself.
-    read:   one entry per inserted token, in order: True if the read-out at `norm` takes it in.
+    read_out: one entry per inserted token, in order: True if the read-out at `norm` takes it in.
     dropped: True if some places may have no token (-1 in source).
     """
 
     sizes: Tensor | None = None
     source: Tensor | None = None
-    read: tuple[bool, ...] = ()
+    read_out: tuple[bool, ...] = ()
     dropped: bool = False
 
     @property
     def inserted(self) -> int:
         """The number of inserted tokens; they stand at the end."""
-        return len(self.read)
+        return len(self.read_out)
 
     @property
     def plain(self) -> bool:
         """True if every token is an original one in its own place."""
-        return self.sizes is None and self.source is None and not self.read
+        return self.sizes is None and self.source is None and not self.read_out
 
 
 PLAIN = TokenState()
@@ -73,14 +73,14 @@ def opened(x: Tensor | Stream) -> tuple[Tensor, TokenState]:
     return (x.x, x.state) if isinstance(x, Stream) else (x, TokenState())
 
 
-def insert(x: Tensor, state: TokenState, tokens: Tensor, *, read: bool) -> tuple[Tensor, TokenState]:
-    """Append tokens (B, m, D) at the end of x (B, n, D); `read`: the read-out at `norm` takes them in."""
+def insert(x: Tensor, state: TokenState, tokens: Tensor, *, read_out: bool) -> tuple[Tensor, TokenState]:
+    """Append tokens (B, m, D) at the end of x (B, n, D); `read_out`: the read-out at `norm` takes them in."""
     m = tokens.shape[1]
     sizes = state.sizes
     if sizes is not None:
         sizes = torch.cat([sizes, sizes.new_ones(sizes.shape[0], m)], dim=1)
     x = torch.cat([x, tokens.to(x.dtype)], dim=1)  # (B, n + m, D)
-    return x, replace(state, sizes=sizes, read=state.read + (read,) * m)
+    return x, replace(state, sizes=sizes, read_out=state.read_out + (read_out,) * m)
 
 
 def follow(state: TokenState, to: Tensor, sizes: Tensor | None, *, dropped: bool = False) -> TokenState:
@@ -132,26 +132,6 @@ def to_grid(value: Tensor, state: TokenState, grid: tuple[int, int], prefix: int
         )
     picture = patches.unflatten(1, grid)
     return picture if value.ndim == 3 else picture[..., 0]
-
-
-def read_out(tokens: Tensor, inserted: Tensor, heads: slice, *, pooled: bool) -> Tensor:
-    """Let the head see the inserted tokens, through the tokens that it reads anyway: tokens (B, N, D), inserted (B, m, D).
-
-    pooled=False (class and distillation tokens): each becomes the mean of itself and the inserted ones.
-    pooled=True (the head pools over `heads`): the pooled tokens move by one common vector, such that their mean becomes
-    the mean over pooled and inserted tokens together. In an attention pool a common vector leaves the weights as they are
-    (softmax ignores what all keys share), so there too the inserted tokens get their even share m / (n + m).
-    Feature maps keep their shape.
-    """
-    m = inserted.shape[1]
-    target = tokens[:, heads]  # (B, n, D)
-    if pooled:
-        share = m / (target.shape[1] + m)
-        target = target + share * (inserted.mean(1, keepdim=True) - target.mean(1, keepdim=True))
-    else:
-        target = (target + inserted.sum(1, keepdim=True)) / (1 + m)
-    start, stop, _ = heads.indices(tokens.shape[1])
-    return torch.cat([tokens[:, :start], target, tokens[:, stop:]], dim=1)
 
 
 # A lone block that hands on a Stream can be exported, too.

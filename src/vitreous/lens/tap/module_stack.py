@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitreous.hosts.block import Block, Close
+from vitreous.hosts.block import Block
+from vitreous.hosts.stream_ends import StreamEnd
 from vitreous.layers.stream import PLAIN, Stream, TokenState
 
 OnOutput = Callable[[str, int, Any], None]
@@ -82,7 +83,7 @@ class ModuleStack:
             _, call_index, popped = self.stack.pop()
             if popped is module:
                 break
-        self.state = PLAIN if isinstance(module, Close) else newest_state((output,), self.state)
+        self.state = PLAIN if isinstance(module, StreamEnd) else newest_state((output,), self.state)
         if self.on_output is not None and output is not None and (self.outputs is None or name in self.outputs):
             with torch._C.DisableTorchFunction():
                 self.on_output(name, call_index, output)

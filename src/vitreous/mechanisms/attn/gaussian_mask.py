@@ -38,7 +38,7 @@ class GaussianMask(Mechanism):
     """
 
     paper: ClassVar[str] = "Li, Zhang 2023, arXiv 2309.05375"
-    needs: ClassVar[tuple[str, ...]] = ("attention",)
+    requires: ClassVar[tuple[str, ...]] = ("attention",)
     no_decay: ClassVar[tuple[str, ...]] = ("alpha", "deviation")
     examples: ClassVar[tuple[str, ...]] = ("gaussian_mask:kernels=2,start=wide,layers=1+3",)
 
@@ -58,7 +58,7 @@ class GaussianMask(Mechanism):
         generator = torch.Generator().manual_seed(self.seed)
         for i in slots.layer_indices(model, self.layers):
             new = MaskedAttention.of(slots.plain_attention(model, i, self.name))
-            new.begin(self, generator, grid, slots.prefix(model))
+            new.initialise(self, generator, grid, slots.prefix(model))
             changes[f"blocks.{i}.attn"] = new
         return changes
 
@@ -66,7 +66,7 @@ class GaussianMask(Mechanism):
 class MaskedAttention(Attention):
     """The host's attention with scores multiplied by the mask; alpha, deviation (H, R)."""
 
-    def begin(self, settings: GaussianMask, generator: torch.Generator, grid: Grid, prefix: int) -> None:
+    def initialise(self, settings: GaussianMask, generator: torch.Generator, grid: Grid, prefix: int) -> None:
         self.grid, self.prefix = grid, prefix
         shape = self.num_heads, settings.kernels
         if settings.start == "paper":

@@ -41,7 +41,7 @@ class SVDA(Mechanism):
     """
 
     paper: ClassVar[str] = "Arampatzakis et al. 2026, arXiv 2602.10994"
-    needs: ClassVar[tuple[str, ...]] = ("attention",)
+    requires: ClassVar[tuple[str, ...]] = ("attention",)
     no_decay: ClassVar[tuple[str, ...]] = ("sigma", "log_scale")
     examples: ClassVar[tuple[str, ...]] = ("svda:scale=learned,start=gentle,layers=0+2",)
 
@@ -65,7 +65,7 @@ class SVDA(Mechanism):
         changes = {}
         for i in layers:
             new = SpectralAttention.of(slots.plain_attention(model, i, "svda"))
-            new.begin(self, generator, share=1 / len(layers))
+            new.initialise(self, generator, share=1 / len(layers))
             changes[f"blocks.{i}.attn"] = new
         return changes
 
@@ -77,7 +77,7 @@ class SVDA(Mechanism):
 class SpectralAttention(Attention):
     """The host's attention with unit queries and keys and a spectrum sigma (H, K) between them."""
 
-    def begin(self, settings: SVDA, generator: torch.Generator, share: float) -> None:
+    def initialise(self, settings: SVDA, generator: torch.Generator, share: float) -> None:
         """Draw sigma and set the scale; share: this layer's part in means over layers."""
         heads, width = self.num_heads, self.head_dim
         noise = torch.randn(heads, width, generator=generator)

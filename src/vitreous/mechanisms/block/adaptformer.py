@@ -35,7 +35,7 @@ class AdaptFormer(Mechanism):
     """
 
     paper: ClassVar[str] = "Chen et al. 2022, arXiv 2205.13535"
-    needs: ClassVar[tuple[str, ...]] = ("halves",)
+    requires: ClassVar[tuple[str, ...]] = ("halves",)
     exact_at_init: ClassVar[bool] = True
     examples: ClassVar[tuple[str, ...]] = ("adaptformer:layers=1+3,bottleneck=5,strength=1.0,dropout=0.0",)
 
@@ -68,8 +68,8 @@ class AdaptFormer(Mechanism):
 class AdaptedBlock(Block):
     """The host's block with an adapter beside its MLP."""
 
-    def feed(self, x: Tensor) -> Tensor:
-        return super().feed(x) + self.adapter(x)
+    def mlp_half(self, x: Tensor) -> Tensor:
+        return super().mlp_half(x) + self.adapter(x)
 
 
 class Adapter(nn.Module):

@@ -36,7 +36,7 @@ class ChannelViT(Mechanism):
     """
 
     paper: ClassVar[str] = "Bao, Sivanandan, Karaletsos 2024, arXiv 2309.16108"
-    needs: ClassVar[tuple[str, ...]] = ("tokens",)
+    requires: ClassVar[tuple[str, ...]] = ("tokens",)
     keeps_weights: ClassVar[bool] = False
     no_decay: ClassVar[tuple[str, ...]] = ("channel_embed",)
     examples: ClassVar[tuple[str, ...]] = ("channelvit:sampling=false",)
@@ -54,7 +54,7 @@ class ChannelViT(Mechanism):
         slots.check_host(model)
         slots.check_patch_drop(model, self.name)
         embed = ChannelEmbed.of(slots.plain_embedding(model, self.name))
-        embed.begin(self, slots.width(model))
+        embed.initialise(self, slots.width(model))
         return {"patch_embed": embed, "patch_drop": Fold.of(model.patch_drop, embed.channels, slots.prefix(model))}
 
 
@@ -90,7 +90,7 @@ class ChannelEmbed(Embed):
 
     channels: Channels
 
-    def begin(self, settings: ChannelViT, width: int) -> None:
+    def initialise(self, settings: ChannelViT, width: int) -> None:
         """Make the projection of one channel and the embedding (C, D)."""
         host = self.proj
         known = host.in_channels if settings.channels is None else settings.channels

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitreous import slots
 from vitreous.base.errors import HostError, SettingError
+from vitreous.hosts.read_out import read_tokens
 from vitreous.layers.stream import TokenState, follow, split, take
 from vitreous.mechanism import Mechanism
 
@@ -55,7 +56,7 @@ class EViT(Mechanism):
             )
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def requires(self) -> tuple[str, ...]:
         return ("tokens", "class_token", "attention", "halves", *(() if self.fuse else ("class_head",)))
 
     @property
@@ -69,7 +70,7 @@ class EViT(Mechanism):
                 "The model has no class token, whose attention says which patches stay. Expected a host with one. Use "
                 "token_merging here, which needs none."
             )
-        if not self.fuse and slots.read_tokens(model)[1]:
+        if not self.fuse and read_tokens(model)[1]:
             raise HostError(
                 "The head of this model pools over the patches, and with fuse=false nothing stands for the dropped ones. "
                 "Expected a head that reads class tokens. Use fuse=true here."

@@ -41,7 +41,7 @@ class ExtraTokens(Mechanism):
             raise SettingError(f"Found tokens={self.tokens}. Expected 1 or more. Give such a number.")
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def requires(self) -> tuple[str, ...]:
         return ("tokens", "read") if self.kind == "class" else ("tokens",)
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
@@ -50,15 +50,15 @@ class ExtraTokens(Mechanism):
             slots.check_read_out(model, "extra_tokens:kind=class")
         generator = torch.Generator().manual_seed(self.seed)
         start = 0.02 * torch.randn(1, self.tokens, slots.width(model), generator=generator)
-        return slots.add_step(model, 0, "before", Learned(start, read=self.kind == "class"))
+        return slots.add_step(model, 0, "before", Learned(start, read_out=self.kind == "class"))
 
 
 class Learned(nn.Module):
     """The token step: append the learned tokens (1, m, D) to every image."""
 
-    def __init__(self, start: Tensor, read: bool):
+    def __init__(self, start: Tensor, read_out: bool):
         super().__init__()
-        self.learned, self.read = nn.Parameter(start), read
+        self.learned, self.read_out = nn.Parameter(start), read_out
 
     def forward(self, x: Tensor, state: TokenState, qkv: None) -> tuple[Tensor, TokenState]:
-        return insert(x, state, self.learned.expand(x.shape[0], -1, -1), read=self.read)
+        return insert(x, state, self.learned.expand(x.shape[0], -1, -1), read_out=self.read_out)

@@ -12,6 +12,7 @@ from torch.nn.utils import skip_init
 
 from vitreous import slots
 from vitreous.base.errors import SettingError
+from vitreous.hosts.read_out import read_tokens
 from vitreous.layers.spectral import leading_subspace, unit_rows
 from vitreous.layers.stream import TokenState, insert, split
 from vitreous.mechanism import Mechanism
@@ -77,7 +78,7 @@ class SPC(Mechanism):
             raise SettingError(f"Found a learned sketch with basis={self.basis}. Expected basis=svd. Change one of them.")
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def requires(self) -> tuple[str, ...]:
         return ("tokens", "read", *(("class_token",) if self.sign == "class" else ()))
 
     @property
@@ -92,7 +93,7 @@ class SPC(Mechanism):
             raise SettingError(
                 "Found sign=class on a model without a class token. Expected one to compare with. Use sign=mean or sum."
             )
-        step = Components(self, slots.width(model), *slots.read_tokens(model))
+        step = Components(self, slots.width(model), *read_tokens(model))
         return slots.add_step(model, after - 1, "after", step)
 
 
@@ -121,7 +122,7 @@ class Components(nn.Module):
         tokens, _ = split(x, state)  # (B, M, D): inserted ones are no part of the picture
         made = self.spc_tokens(tokens)  # (B, tokens, D)
         if self.gate is None:
-            return insert(x, state, made, read=True)
+            return insert(x, state, made, read_out=True)
         # Component tokens are about sqrt(M) times as long as the tokens they are made of; the gate works on usual length.
         added = (self.gate * made.to(x.dtype)).sum(1, keepdim=True) / tokens.shape[1] ** 0.5  # (B, 1, D)
         start, stop, _ = slice(*self.heads).indices(tokens.shape[1])
