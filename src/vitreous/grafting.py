@@ -303,7 +303,10 @@ def convert(module: nn.Module, like: Tensor | None, known: set[int]) -> None:
         for name, tensor in getattr(module, kind).items():
             if tensor is None or id(tensor) in known:
                 continue
-            target = tensor.data.to(like.device, like.dtype if tensor.is_floating_point() else None)
+            dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+            if (tensor.device, tensor.dtype) == (like.device, dtype):
+                continue  # an equal copy of a buffer would be another object
+            target = tensor.data.to(like.device, dtype)
             if kind == "_parameters":
                 tensor.data = target
             else:

@@ -20,9 +20,8 @@ from vitreous.base.text_form import Settings
 class Mechanism(Settings):
     """Base of all mechanisms. Subclasses are frozen, keyword-only dataclasses whose settings all have defaults.
 
-    paper: authors, year, arXiv id. requires: what a host must have, else it is refused: "tokens" that may come and go,
-    "class_token", known "attention", known "halves" of its blocks, a head that can "read" inserted tokens, a head that
-    reads no patches ("class_head"), one whose "pool" has no weights. keeps_weights: a plain checkpoint of the host still
+    paper: authors, year, arXiv id. requires: what a host must offer, else it is refused (words of
+    `hosts.host.CAPABILITIES`). keeps_weights: a plain checkpoint of the host still
     loads. exact_at_init: the grafted model equals the host before training. static_shapes: token counts do not depend on
     the data. onnx: the grafted model exports. no_decay: names of parameters that weight decay must leave alone. examples:
     further settings, in text form, that the laws are tested with. Where a setting decides, requires and exact_at_init are

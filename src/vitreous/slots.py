@@ -20,7 +20,7 @@ from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention
 from vitreous.hosts.block import STATIONS, Block, check_halves
 from vitreous.hosts.read_out import read_tokens
-from vitreous.hosts.stream_ends import Embed, Grid, StreamEnd
+from vitreous.hosts.stream_ends import Embed, StreamEnd
 
 WALKS = ("forward_features", "forward_intermediates")
 Changes = dict[str, Any]
@@ -49,7 +49,13 @@ def check_host(model: nn.Module, *, tokens: bool = False) -> None:
             f"The model is a timm {name}, which lays positions over a fixed list of tokens. Expected timm's "
             "VisionTransformer for a token mechanism. Use a mechanism of the attention slot here, such as svda."
         )
-    if tokens and use_reentrant_ckpt():
+    if tokens:
+        check_checkpointing()
+
+
+def check_checkpointing() -> None:
+    """Raise GraftError under re-entrant gradient checkpointing, which does not look inside a stream."""
+    if use_reentrant_ckpt():
         raise GraftError(
             "timm is set to re-entrant gradient checkpointing, which cannot see parameters behind inserted tokens and "
             "would leave them without gradient. Expected timm's default. Call timm.layers.set_reentrant_ckpt(False) "
@@ -76,7 +82,7 @@ def width(model: nn.Module) -> int:
 
 def heads(model: nn.Module) -> int:
     """The number of attention heads of a block."""
-    return next(module.num_heads for module in model.blocks[0].modules() if hasattr(module, "num_heads"))
+    return next(module.num_heads for module in model.blocks.modules() if hasattr(module, "num_heads"))
 
 
 def layer_indices(model: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:
@@ -165,12 +171,26 @@ def plain_embedding(model: nn.Module, mechanism: str) -> PatchEmbed:
     )
 
 
-def image_grid(model: nn.Module, mechanism: str) -> tuple[Grid, Changes]:
-    """The grid of the images in each pass, and the changes that make it known. Raises HostError."""
-    if isinstance(model.patch_embed, Embed):
-        return model.patch_embed.grid, {}
-    new = Embed.of(plain_embedding(model, mechanism))
-    return new.grid, {"patch_embed": new}
+def open_stream(model: nn.Module, mechanism: str, embed: Embed | None = None) -> Changes:
+    """Changes after which every block, and the attention in it, gets a state with the grid of the images.
+
+    The patch embedding (or `embed`, which adopted it) opens the stream, all blocks hand it on, `norm` ends it. What is there
+    already stays. Raises HostError where the patch embedding is not timm's, GraftError under re-entrant checkpointing.
+    """
+    check_checkpointing()
+    changes: Changes = {} if embed is None else {"patch_embed": embed}
+    if embed is None and not isinstance(model.patch_embed, Embed):
+        changes["patch_embed"] = Embed.of(plain_embedding(model, mechanism), prefix(model))
+    changes |= {f"blocks.{i}": Block.of(block) for i, block in enumerate(model.blocks) if not isinstance(block, Block)}
+    return changes | stream_end(model)
+
+
+def stream_end(model: nn.Module) -> Changes:
+    """The change that lets `norm` end the stream for the head as it is now; none if it does already."""
+    heads, pooled = read_tokens(model)
+    if isinstance(model.norm, StreamEnd) and (model.norm.heads, model.norm.pooled) == (heads, pooled):
+        return {}
+    return {"norm": StreamEnd.of(model.norm, heads, pooled)}
 
 
 def check_patch_drop(model: nn.Module, mechanism: str) -> None:
@@ -211,9 +231,7 @@ def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Cha
             check_halves(block, f"blocks.{i}")
             if not isinstance(block.attn, Attention):
                 changes[f"blocks.{i}.attn"] = Attention.of(plain_attention(model, i, "A step after attention"))
-    if not isinstance(model.norm, StreamEnd):
-        changes["norm"] = StreamEnd.of(model.norm, *read_tokens(model))
-    return changes
+    return changes | stream_end(model)
 
 
 def check_read_out(model: nn.Module, mechanism: str) -> None:
@@ -227,14 +245,15 @@ def check_read_out(model: nn.Module, mechanism: str) -> None:
 
 
 def check_running(model: nn.Module) -> None:
-    """Raise GraftError if a model with token grafts was set, since, to run in a way that would pass them by."""
+    """Raise GraftError if a model with a stream was set, since, to run in a way that would pass grafts by."""
     if isinstance(getattr(model, "norm", None), StreamEnd):
-        check_host(model, tokens=True)
+        check_checkpointing()
 
 
 def read_out_moved(model: nn.Module) -> str | None:
     """Why the read-out at `norm` no longer fits the head, or None. `reset_classifier(n, pool)` can change the head."""
-    if isinstance(model.norm, StreamEnd):
+    steps = any(block.steps(station) for block in model.blocks if isinstance(block, Block) for station in STATIONS)
+    if steps and isinstance(model.norm, StreamEnd):
         heads, pooled = read_tokens(model)
         if (model.norm.heads, model.norm.pooled) != (heads, pooled):
             return f"norm reads inserted tokens into {model.norm.heads}, but the head now reads {heads}"

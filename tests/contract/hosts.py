@@ -96,15 +96,18 @@ TEXTS = [text for stem in vitreous.catalogue() for text in (stem, *mechanism_cla
 ROTARY = frozenset({"eva", "eva02", "dinov3", "rope_mixed", "grouped"})
 PARALLEL = frozenset({"parallel_scaling", "parallel_things"})
 
-# The hosts that lack what a mechanism may say it needs. Any refusal beside these is a mistake.
+# The hosts that lack what a mechanism may require. Any refusal beside these is a mistake.
 LACKING = {
-    "tokens": ROTARY,
+    "stream": frozenset(),
+    "grid": frozenset(),
+    "insert": ROTARY,
+    "remove": ROTARY,
     "class_token": frozenset({"test_vit2", "test_vit3", "test_vit4"}),
     "attention": PARALLEL | {"diff_attention"},
-    "halves": PARALLEL | ROTARY,
-    "read": frozenset({"max"}),
+    "halves": PARALLEL,
+    "reads_inserted": frozenset({"max"}),
     "class_head": frozenset({"test_vit2", "test_vit3", "test_vit4", "class_avg", "class_map", "class_map_all", "prr", "max"}),
-    "pool": frozenset({"distilled", "test_vit3", "class_map", "class_map_all", "prr"}),
+    "poolable": frozenset({"distilled", "test_vit3", "class_map", "class_map_all", "prr"}),
 }
 
 

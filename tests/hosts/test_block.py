@@ -12,7 +12,7 @@ from contract.hosts import build, images
 from vitreous import slots
 from vitreous.base.errors import GraftError, HostError, MaskError
 from vitreous.hosts.attention import Attention
-from vitreous.hosts.block import STATIONS, Block, check_halves
+from vitreous.hosts.block import HALVES, STATIONS, Block, check_halves, halves_of
 from vitreous.layers.stream import PLAIN, Stream, TokenState
 
 D = 16
@@ -83,6 +83,22 @@ def test_the_two_halves_make_the_host(kind):
     assert q.shape == k.shape == v.shape == (2, 2, 6, D // 2)
 
 
+@pytest.mark.parametrize("cls", HALVES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("start", [None, 0.5])
+def test_the_registered_halves_make_the_block(cls, start):
+    """Bit for bit, with a mask and every dropout under one seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        host = cls(D, 2, init_values=start, proj_drop=0.2, attn_drop=0.2, drop_path=0.3).train()
+        halves, lower = halves_of(host), torch.ones(6, 6, dtype=torch.bool).tril()
+        assert halves == HALVES[cls]
+        for mask in ({}, {"attn_mask": lower}):
+            torch.manual_seed(3)
+            expected = host(tokens(), **mask)
+            torch.manual_seed(3)
+            assert torch.equal(halves.mlp(host, halves.attention(host, tokens(), **mask)), expected)
+
+
 class Telling(Attention):
     """An attention that overrides the scores, and keeps which tokens it was told of."""
 
@@ -117,7 +133,10 @@ def test_between_needs_known_halves():
     for kind in ("pre", "post"):
         check_halves(block(kind), "blocks.0")
     for unfit in (block("scaling"), Block.of(block("scaling"))):
-        with pytest.raises(HostError, match=r"blocks\.3 is a ParallelScalingBlock.*Expected one of: Block, ResPostBlock\. Use"):
+        with pytest.raises(
+            HostError,
+            match=r"blocks\.3 is a ParallelScalingBlock.*one of Block, .*PostNorm, or a block with",
+        ):
             check_halves(unfit, "blocks.3")
 
 

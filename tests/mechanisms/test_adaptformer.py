@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
-from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch.nn import functional as F
 
 from vitreous import SPC, AdaptFormer, graft, new_parameters, parse, ungraft
@@ -59,7 +59,7 @@ def test_adds_the_formula_to_the_hosts_block(options):
     graft(model, AdaptFormer(bottleneck=3, strength=0.7))
     block = learned(model).blocks[1]
     x = torch.randn(2, 17, 24, dtype=torch.float64)
-    behind_attention, _ = block.attention_half(x, None, False)
+    behind_attention = block.attention_half(x)
     plain = block.host.forward(block, x)
     added = [[by_loops(block.adapter, row, 0.7) for row in image] for image in behind_attention.tolist()]
     assert (block(x) - (plain + torch.tensor(added, dtype=torch.float64))).abs().max() < 1e-12
@@ -168,5 +168,5 @@ def test_bad_input():
     with pytest.raises(GraftError, match=r"blocks\.1 is already of class AdaptedBlock.*Expected a plain block.*ungraft"):
         graft(model, AdaptFormer())
     graft(model, AdaptFormer(layers=(0, 2)))
-    with pytest.raises(HostError, match=r"blocks\.0 is a EvaBlock.*cannot be run apart"):
-        graft(timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1), AdaptFormer())
+    with pytest.raises(HostError, match=r"blocks\.0 is a ParallelScalingBlock.*cannot be run apart"):
+        graft(vit(block_fn=ParallelScalingBlock), AdaptFormer())

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitreous import ChannelViT, check, graft, new_parameters, ungraft
 from vitreous.base.errors import DataError, GraftError, HostError, SettingError
+from vitreous.layers.stream import TokenState, opened
 from vitreous.mechanisms.embed.channelvit import present, sample
 
 SMALL = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -31,9 +32,13 @@ def pictures(channels=3, size=(8, 12)):
     return torch.randn(2, channels, *size, dtype=torch.float64, generator=generator)
 
 
+def begun(model, x):
+    """What the first block gets: tokens, and the state that the stream begins with."""
+    return opened(model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))))
+
+
 def tokens(model, x):
-    """What the first block gets."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    return begun(model, x)[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"no_embed_class": True}])
@@ -89,7 +94,7 @@ def test_start_is_the_hosts_view_of_a_grey_image():
     host, grey = vit(), pictures(1)
     seen = host.patch_embed(grey.expand(-1, 3, -1, -1))
     embed = graft(host, ChannelViT()).patch_embed
-    found = embed(grey.expand(-1, 3, -1, -1)).unflatten(0, (2, 3)) - embed.channel_embed[:, None]
+    found = embed(grey.expand(-1, 3, -1, -1)).x.unflatten(0, (2, 3)) - embed.channel_embed[:, None]
     for c in range(3):
         torch.testing.assert_close(found[:, c], seen, atol=1e-6, rtol=1e-6)
     assert embed.channel_embed.abs().max() <= 0.04
@@ -143,12 +148,12 @@ def test_training_leaves_channels_out_and_evaluation_does_not():
         torch.manual_seed(0)
         seen = set()
         for _ in range(40):
-            found = tokens(model.train(), pictures())[:, 2:]
-            parts = found.split(6, dim=1)
+            found, state = begun(model.train(), pictures())
+            parts = found[:, 2:].split(6, dim=1)
             ids = tuple(next(c for c in range(3) if torch.allclose(part, every[:, c])) for part in parts)
             seen.add(ids)
-            height, width = model.patch_embed.dynamic_feat_size((8, 12))
-            assert height * width == found.shape[1]
+            assert (state.grid, state.prefix, state.groups) == ((2, 3), 2, len(ids))
+            assert state.groups_present.tolist() == [c in ids for c in range(3)]
     assert seen == {ids for m in (1, 2, 3) for ids in itertools.combinations(range(3), m)}
     assert torch.equal(tokens(model.eval(), pictures()), tokens(model, pictures()))
     whole = graft(vit(), ChannelViT(sampling=False)).train()
@@ -156,7 +161,7 @@ def test_training_leaves_channels_out_and_evaluation_does_not():
 
 
 def test_feature_maps_lie_below_each_other():
-    """In training as well, where some channels are absent: never in each other's features."""
+    """In training as well, where the features of channels that are absent are 0, and others stay in their places."""
     model = graft(vit(), ChannelViT())
     for mode in (False, True):
         with torch.random.fork_rng():
@@ -164,17 +169,20 @@ def test_feature_maps_lie_below_each_other():
             maps = model.train(mode).forward_intermediates(pictures(), output_fmt="NCHW", intermediates_only=True)[-1]
             torch.manual_seed(3)
             rows = model.forward_intermediates(pictures(), output_fmt="NLC", intermediates_only=True)[-1]
-        m = rows.shape[1] // 6
-        assert maps.shape == (2, 24, 2 * m, 3)
-        for c, row, column in np.ndindex(m, 2, 3):
+            torch.manual_seed(3)
+            chosen = sample(3) if mode else [0, 1, 2]
+        assert len(chosen) == (2 if mode else 3)
+        assert maps.shape == (2, 24, 2 * 3, 3)
+        for c, row, column in np.ndindex(3, 2, 3):
             assert torch.equal(maps[:, :, 2 * c + row, column], rows[:, 6 * c + 3 * row + column])
+            assert (maps[:, :, 2 * c + row, column] == 0).all() == (c not in chosen)
 
 
 def test_positions_of_other_sizes_are_shared_too():
     model = graft(vit(dynamic_img_size=True), ChannelViT())
     x = pictures(size=(12, 8))
     position = resample_abs_pos_embed(model.pos_embed, new_size=(3, 2), old_size=(2, 3), num_prefix_tokens=2)[0, 2:]
-    bare = model.patch_embed(x).flatten(1, 2)
+    bare = model.patch_embed(x).x.flatten(1, 2)
     found = tokens(model, x)[:, 2:].unflatten(1, (3, 6)).flatten(0, 1)
     torch.testing.assert_close(found, bare + position, atol=1e-12, rtol=1e-12)
 
@@ -189,7 +197,7 @@ def test_patch_dropout_of_the_host_goes_on():
 def test_places_of_all_channels_share_the_gaussian_mask():
     model = graft(vit(), "gaussian_mask", "channelvit")
     check(model, pictures())
-    mask = model.blocks[0].attn.mask(2 + 18)
+    mask = model.blocks[0].attn.mask(2 + 18, TokenState(grid=(2, 3), prefix=2, groups=3))
     one = mask[:, 2:8, 2:8]
     assert torch.equal(mask[:, 2:, 2:], one.repeat(1, 3, 3))
     assert (mask[:, :2] == 1).all()

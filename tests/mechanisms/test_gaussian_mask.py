@@ -45,6 +45,10 @@ def loops(alpha, deviation, height, width):
     return out
 
 
+def state(height=3, width=4, prefix=2, **fields):
+    return TokenState(grid=(height, width), prefix=prefix, **fields)
+
+
 def drawn(heads=2, kernels=3, spread=2.0):
     generator = torch.Generator().manual_seed(2)
     alpha, deviation = torch.randn(2, heads, kernels, generator=generator, dtype=torch.float64)
@@ -94,7 +98,7 @@ def test_attention_multiplies_the_scores():
                 weight = patches[h, i - 2, j - 2] if i >= 2 and j >= 2 else 1.0
                 scores[j] = weight * (qkv[i, 0, h] @ qkv[j, 1, h]) / 8**0.5
             out[i, h] = scores.softmax(0) @ qkv[:, 2, h]
-    torch.testing.assert_close(attention(x)[0], attention.proj(out.flatten(1)), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(attention(x, state=state())[0], attention.proj(out.flatten(1)), atol=1e-12, rtol=1e-12)
 
 
 def test_one_wide_gaussian_of_weight_one_is_the_host():
@@ -114,7 +118,7 @@ def test_published_number_of_parameters():
     )
     graft(host, "gaussian_mask")
     assert sum(p.numel() for p in new_parameters(host).values()) == 648
-    assert host.blocks[0].attn.mask(64).shape == (12, 64, 64)
+    assert host.blocks[0].attn.mask(64, state(8, 8, 0)).shape == (12, 64, 64)
 
 
 def test_starts():
@@ -126,8 +130,8 @@ def test_starts():
     wide = graft(vit(), GaussianMask(start="wide")).blocks[0].attn
     assert torch.equal(wide.deviation[0], 5 * torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))  # 3 x 4: diagonal 5
     assert torch.equal(wide.alpha, torch.full((3, 3), 1 / 3).double())
-    assert wide.mask(14).min() > 0.7
-    assert wide.mask(14).max() <= 1 + 1e-6
+    assert wide.mask(14, state()).min() > 0.7
+    assert wide.mask(14, state()).max() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("size", [(12, 16), (16, 12), (8, 24), (24, 24)])
@@ -137,8 +141,10 @@ def test_any_image_size_has_its_own_mask(size):
     check(model, pictures(*size))
     attention = model.blocks[0].attn
     grid = size[0] // 4, size[1] // 4
+    begun = model.blocks[0](model._pos_embed(model.patch_embed(pictures(*size))))
+    assert begun.state == state(*grid)
     expected = loops(attention.alpha.detach(), attention.deviation.detach(), *grid)
-    torch.testing.assert_close(attention.mask(2 + grid[0] * grid[1])[:, 2:, 2:], expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(attention.mask(2 + grid[0] * grid[1], begun.state)[:, 2:, 2:], expected, atol=1e-12, rtol=1e-12)
     fixed = graft(vit(), "gaussian_mask")
     fixed.set_input_size(size)
     torch.testing.assert_close(fixed(pictures(*size)), model(pictures(*size)), atol=1e-4, rtol=1e-4)
@@ -147,8 +153,8 @@ def test_any_image_size_has_its_own_mask(size):
 def test_inserted_tokens_are_seen_as_without_a_mask():
     model = graft(vit(), "extra_tokens:tokens=2,kind=register", "gaussian_mask")
     check(model, pictures())
-    mask = model.blocks[1].attn.mask(16, TokenState(read_out=(False, False)))
-    assert torch.equal(mask[:, :14, :14], model.blocks[1].attn.mask(14))
+    mask = model.blocks[1].attn.mask(16, state(read_out=(False, False)))
+    assert torch.equal(mask[:, :14, :14], model.blocks[1].attn.mask(14, state()))
     assert (mask[:, 14:] == 1).all()
     assert (mask[:, :, 14:] == 1).all()
 
@@ -176,7 +182,7 @@ def test_a_merged_token_has_the_mean_of_its_places():
 
 def test_tokens_without_places_are_refused():
     attention = graft(vit(), "gaussian_mask").blocks[0].attn
-    with pytest.raises(MaskError, match=r"11 tokens, 2 of them.*grid is 3 x 4.*Expected a token for each place"):
+    with pytest.raises(MaskError, match=r"11 tokens whose places .* not known\. Expected a token for each place\. Switch"):
         attention.mask(11)
     dropping = graft(vit(patch_drop_rate=0.5), "gaussian_mask").train()
     with pytest.raises(MaskError, match="patch_drop_rate"):

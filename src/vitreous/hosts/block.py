@@ -6,8 +6,11 @@ intermediates) calls the block itself, so this is where steps can live without a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from vitreous.base.errors import HostError, MaskError
 from vitreous.hosts.attention import Attention
 from vitreous.layers.adoption import adopt
-from vitreous.layers.stream import PLAIN, Stream, TokenState, opened
+from vitreous.layers.stream import Stream, TokenState, opened
 
 STATIONS = ("before", "between", "after")
 
@@ -61,65 +64,104 @@ class Block(nn.Module):
         )
 
     def needs_state(self, state: TokenState) -> bool:
-        """True if the attention has to be told which token speaks for which place; raises HostError if it cannot be."""
-        attention = getattr(self, "attn", None)
-        wanted = not state.plain and isinstance(attention, Attention) and not attention.softmax_of_product
+        """True if the attention depends on the places of tokens; raises HostError if it cannot be handed the state."""
+        wanted = not state.empty and wants_state(getattr(self, "attn", None))
         if wanted:
             check_halves(self, "The block around this attention")
         return wanted
 
-    def forward(self, x: Tensor | Stream, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Stream:
+    def forward(
+        self, x: Tensor | Stream, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor | Stream:
         x, state = opened(x)
         for step in self.steps("before"):
             x, state = step(x, state, None)
         mask = token_mask(state, attn_mask, is_causal, x)
-        if self.splits_halves or self.needs_state(state):
-            x, qkv = self.attention_half(x, mask, is_causal, state)
+        arguments = {"attn_mask": mask, "is_causal": is_causal} | ({} if rope is None else {"rope": rope})
+        needs_state = self.needs_state(state)
+        if self.splits_halves or needs_state:
+            # Queries and keys go into a list, since attention's own output is what hooks on it should see.
+            seen: list[tuple[Tensor, Tensor, Tensor]] = []
+            arguments |= ({"seen": seen} if self.steps("between") else {}) | ({"state": state} if needs_state else {})
+            x = self.attention_half(x, **arguments)
             for step in self.steps("between"):
-                q, k, v = qkv
+                q, k, v = seen[0]
                 x, state = step(x, state, (q * self.attn.scale, k, v))
             token_mask(state, attn_mask, is_causal, x)  # raises: a step that changed the tokens knew of no mask
             x = self.mlp_half(x)
         else:
-            x = self.host.forward(self, x, attn_mask=mask, is_causal=is_causal)
+            x = self.host.forward(self, x, **arguments)
         for step in self.steps("after"):
             x, state = step(x, state, None)
-        return x if state.plain else Stream(x, state)
+        return x if state.empty else Stream(x, state)
 
-    def attention_half(
-        self, x: Tensor, mask: Tensor | None, is_causal: bool, state: TokenState = PLAIN
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """The first half: x (B, n, D) -> x plus attention, and the (q, k, v) it was made of, if a step wants them.
+    def attention_half(self, x: Tensor, **arguments: Any) -> Tensor:
+        """The first half: x (B, n, D) -> x plus attention; arguments: of `attn`.
 
-        Only then `attn` has to be one of ours: a mechanism that overrides `mlp_half` alone takes any attention.
+        `attn` has to be one of ours only where arguments ask for it (`state`, `seen`).
         """
-        seen: list[tuple[Tensor, Tensor, Tensor]] = []
-        arguments = {"attn_mask": mask, "is_causal": is_causal} | ({"seen": seen} if self.steps("between") else {})
-        arguments |= {"state": state} if self.needs_state(state) else {}
-        if self.host is TimmBlock:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **arguments)))
-        else:  # ResPostBlock
-            x = x + self.drop_path1(self.norm1(self.attn(x, **arguments)))
-        return x, seen[0] if seen else None
+        return halves_of(self).attention(self, x, **arguments)
 
     def mlp_half(self, x: Tensor) -> Tensor:
         """The second half: x (B, n, D) -> x plus MLP."""
-        if self.host is TimmBlock:
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
+        return halves_of(self).mlp(self, x)
 
 
-HALVES = (TimmBlock, ResPostBlock)
+def wants_state(attention: nn.Module | None) -> bool:
+    """True if an attention depends on the state of the tokens."""
+    return isinstance(attention, Attention) and not attention.softmax_of_product
+
+
+@dataclass(frozen=True)
+class Halves:
+    """How the two halves of a block are run on its children; the one after the other is the block, bit for bit.
+
+    attention: (block, x (B, n, D), **what `attn` takes) -> x plus attention. mlp: (block, x) -> x plus MLP.
+    """
+
+    attention: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
+
+
+def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+POST_NORM = Halves(
+    lambda block, x, **arguments: x + block.drop_path1(block.norm1(block.attn(x, **arguments))),
+    lambda block, x: x + block.drop_path2(block.norm2(block.mlp(x))),
+)
+HALVES: dict[type[nn.Module], Halves] = {
+    TimmBlock: Halves(
+        lambda block, x, **arguments: x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **arguments))),
+        lambda block, x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
+    ),
+    EvaBlock: Halves(
+        lambda block, x, **arguments: x + block.drop_path1(scaled(block.attn(block.norm1(x), **arguments), block.gamma_1)),
+        lambda block, x: x + block.drop_path2(scaled(block.mlp(block.norm2(x)), block.gamma_2)),
+    ),
+    ResPostBlock: POST_NORM,
+    EvaBlockPostNorm: POST_NORM,
+}
+
+
+def halves_of(block: nn.Module) -> Halves | None:
+    """The halves of a block, adopted or not: the methods `attention_half` and `mlp_half` of its class, else `HALVES`."""
+    host = block.host if isinstance(block, Block) else type(block)
+    if hasattr(host, "attention_half") and hasattr(host, "mlp_half"):
+        return Halves(host.attention_half, host.mlp_half)
+    return HALVES.get(host)
 
 
 def check_halves(block: nn.Module, path: str) -> None:
     """Raise HostError if the two halves of this block are not known to us."""
-    host = block.host if isinstance(block, Block) else type(block)
-    if host not in HALVES:
+    if halves_of(block) is None:
+        host = block.host if isinstance(block, Block) else type(block)
         known = ", ".join(cls.__name__ for cls in HALVES)
         raise HostError(
-            f"{path} is a {host.__name__}, whose attention and MLP halves cannot be run apart. Expected one of: {known}. "
-            "Use a mechanism that stands before or after the block, or another host."
+            f"{path} is a {host.__name__}, whose attention and MLP halves cannot be run apart. Expected one of {known}, or a "
+            "block with the methods attention_half and mlp_half. Use a mechanism that stands before or after the block, or "
+            "another host."
         )
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 def read_tokens(model: nn.Module) -> tuple[tuple[int, int | None], bool]:
     """((start, stop), pooled): which tokens the host's head reads, and whether it pools over them."""
-    if type(model).forward_head is not VisionTransformer.forward_head:
+    if isinstance(model, VisionTransformer) and type(model).forward_head is not VisionTransformer.forward_head:
         return (0, model.num_prefix_tokens), False  # distilled DeiT: a head each for the class and the distillation token
-    pooled_from = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    pooled_from = 0 if getattr(model, "pool_include_prefix", False) else model.num_prefix_tokens
     if model.attn_pool is not None or model.global_pool in ("avg", "avgmax", "max"):
         return (pooled_from, None), True
     if model.cls_token is not None:

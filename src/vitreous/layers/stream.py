@@ -7,6 +7,7 @@ became of the original ones) and may append tokens at the end (then `read_out` h
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,24 @@ class TokenState:
         and none does; None: itself.
     read_out: one entry per inserted token, in order: True if the read-out at `norm` takes it in.
     dropped: True if some places may have no token (-1 in source).
+    grid: places of one image, (H, W), or (T, H, W) and (D, H, W); None: this stream was not opened by the patch embedding.
+    prefix: class, distillation and register tokens at the front, of an opened stream.
+    groups: tokens per place, such as one for each channel; all places of the first group, then those of the second.
+    groups_present: (G,) bool, which of G groups are there, where this pass leaves some out; `groups` of them are.
+    context: (B, M, D') tokens of another modality, for steps that ask for them.
+    terms: (name, value per image (B,)) of penalties that depend on activations (see `hosts.stream_ends.collect_terms`).
     """
 
     sizes: Tensor | None = None
     source: Tensor | None = None
     read_out: tuple[bool, ...] = ()
     dropped: bool = False
+    grid: tuple[int, ...] | None = None
+    prefix: int = 0
+    groups: int = 1
+    groups_present: Tensor | None = None
+    context: Tensor | None = None
+    terms: tuple[tuple[str, Tensor], ...] = ()
 
     @property
     def inserted(self) -> int:
@@ -37,6 +50,11 @@ class TokenState:
     def plain(self) -> bool:
         """True if every token is an original one in its own place."""
         return self.sizes is None and self.source is None and not self.read_out
+
+    @property
+    def empty(self) -> bool:
+        """True if there is nothing to hand on: a plain tensor of tokens says the same."""
+        return self.plain and self.grid is None and self.context is None and not self.terms
 
 
 PLAIN = TokenState()
@@ -54,8 +72,18 @@ class Stream:
     state: TokenState
 
     def tokens(self) -> Tensor:
-        """(B, N, D): for every original token the one that speaks for it; inserted ones left out."""
-        return restore(self.x, self.state)[0]
+        """(B, N, D): for every original token the one that speaks for it; inserted ones left out.
+
+        Places of groups that this pass leaves out are 0, so that the shape does not depend on chance.
+        """
+        tokens, present, prefix = restore(self.x, self.state)[0], self.state.groups_present, self.state.prefix
+        if present is None:
+            return tokens
+        patches = tokens[:, prefix:].unflatten(1, (self.state.groups, -1))  # (B, groups, N / groups, D)
+        every = patches.new_zeros(patches.shape[0], len(present), *patches.shape[2:]).index_copy(
+            1, present.nonzero().squeeze(1), patches
+        )
+        return torch.cat([tokens[:, :prefix], every.flatten(1, 2)], dim=1)
 
     def __getitem__(self, index) -> Tensor:
         return self.tokens()[index]
@@ -68,9 +96,9 @@ class Stream:
         return self.tokens().shape
 
 
-def opened(x: Tensor | Stream) -> tuple[Tensor, TokenState]:
-    """Tokens and state; a bare tensor opens a fresh state."""
-    return (x.x, x.state) if isinstance(x, Stream) else (x, TokenState())
+def opened(x: Any) -> tuple[Tensor, TokenState]:
+    """Tokens and state of whatever holds both (`Stream`, `hosts.stream_ends.Opening`); a tensor opens a fresh state."""
+    return (x, PLAIN) if isinstance(x, Tensor) else (x.x, x.state)
 
 
 def insert(x: Tensor, state: TokenState, tokens: Tensor, *, read_out: bool) -> tuple[Tensor, TokenState]:

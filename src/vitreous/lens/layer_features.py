@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitreous.hosts.stream_ends import Opening
 from vitreous.layers.stream import Stream, take
 from vitreous.lens.coordinates.layout import Layout
 from vitreous.lens.formulas.maps import rollout_map, rollout_step
@@ -256,5 +257,7 @@ def first_tensor(output: Any) -> Tensor:
     while not isinstance(output, Tensor):
         if isinstance(output, Stream):
             return output.tokens()
+        if isinstance(output, Opening):
+            return output.x
         output = next(iter(output.values() if hasattr(output, "values") else output))
     return output

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vitreous.base.errors import DataError, HostError, NotReached
+from vitreous.hosts.stream_ends import Opening
 from vitreous.lens.coordinates.layout import Layout
 from vitreous.lens.preserve_state import preserve_state
 from vitreous.lens.tap.attention_call import AttentionCall
@@ -197,6 +198,9 @@ class Tap(TorchFunctionMode):
         kwargs, name = {} if kwargs is None else kwargs, function_name(func)
         if name in WITHOUT_TENSORS or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
+        if Opening in types:  # no tensor: what is done with the tokens inside is seen, as the host's own code does it
+            with self.reenter():
+                return Opening.__torch_function__(func, types, args, kwargs)
         self.calls += 1
         if func is F.multi_head_attention_forward:
             return self.run_body(func, args, kwargs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.hosts.block import Block
-from vitreous.hosts.stream_ends import StreamEnd
+from vitreous.hosts.stream_ends import Opening, StreamEnd
 from vitreous.layers.stream import PLAIN, Stream, TokenState
 
 OnOutput = Callable[[str, int, Any], None]
@@ -97,7 +97,7 @@ def is_leaf(module: nn.Module) -> bool:
 def newest_state(values: Iterable[Any], state: TokenState) -> TokenState:
     """The last state among values, alone, in a stream or in a tuple; `state` if there is none."""
     for value in values:
-        if isinstance(value, Stream):
+        if isinstance(value, (Stream, Opening)):
             state = value.state
         elif isinstance(value, TokenState):
             state = value

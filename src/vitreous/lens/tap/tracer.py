@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitreous.hosts.stream_ends import Opening
 from vitreous.layers.stream import Stream
 from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer
 from vitreous.lens.coordinates.layout import Layout, channel, layout
@@ -93,6 +94,8 @@ class Tracer(Receiver):
 
     def on_output(self, name: str, call_index: int, output: Any) -> None:
         """The layout of a module's output (1, N, D), (1, D, N), (1, h, w, D) or (1, D, h, w)."""
+        if isinstance(output, Opening):
+            output = output.x
         if isinstance(output, Stream):  # for its original tokens, as in `Stream.tokens`
             count = output.x.shape[1] - output.state.inserted if output.state.source is None else output.state.source.shape[1]
             output_layout = self.layouts_by_count.get(count)

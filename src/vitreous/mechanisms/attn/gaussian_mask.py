@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from vitreous import slots
 from vitreous.base.errors import MaskError, SettingError
 from vitreous.hosts.attention import Attention
-from vitreous.hosts.stream_ends import Grid
 from vitreous.layers.stream import PLAIN, TokenState
 from vitreous.mechanism import Mechanism
 
@@ -38,7 +37,7 @@ class GaussianMask(Mechanism):
     """
 
     paper: ClassVar[str] = "Li, Zhang 2023, arXiv 2309.05375"
-    requires: ClassVar[tuple[str, ...]] = ("attention",)
+    requires: ClassVar[tuple[str, ...]] = ("attention", "halves", "stream", "grid")
     no_decay: ClassVar[tuple[str, ...]] = ("alpha", "deviation")
     examples: ClassVar[tuple[str, ...]] = ("gaussian_mask:kernels=2,start=wide,layers=1+3",)
 
@@ -54,11 +53,11 @@ class GaussianMask(Mechanism):
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
         slots.check_host(model)
-        grid, changes = slots.image_grid(model, self.name)
+        changes = slots.open_stream(model, self.name)
         generator = torch.Generator().manual_seed(self.seed)
         for i in slots.layer_indices(model, self.layers):
             new = MaskedAttention.of(slots.plain_attention(model, i, self.name))
-            new.initialise(self, generator, grid, slots.prefix(model))
+            new.initialise(self, generator, model.patch_embed.grid_size)
             changes[f"blocks.{i}.attn"] = new
         return changes
 
@@ -66,14 +65,13 @@ class GaussianMask(Mechanism):
 class MaskedAttention(Attention):
     """The host's attention with scores multiplied by the mask; alpha, deviation (H, R)."""
 
-    def initialise(self, settings: GaussianMask, generator: torch.Generator, grid: Grid, prefix: int) -> None:
-        self.grid, self.prefix = grid, prefix
+    def initialise(self, settings: GaussianMask, generator: torch.Generator, grid: tuple[int, int]) -> None:
         shape = self.num_heads, settings.kernels
         if settings.start == "paper":
             deviation = 10 + 10 * torch.randn(shape, generator=generator)
             alpha = 2 * torch.randn(shape, generator=generator)
         else:
-            diagonal = torch.tensor(grid.shape, dtype=torch.float32).norm()
+            diagonal = torch.tensor(grid, dtype=torch.float32).norm()
             deviation = (diagonal * 2.0 ** torch.arange(settings.kernels)).expand(shape).clone()
             alpha = torch.full(shape, 1 / settings.kernels)
         self.alpha, self.deviation = nn.Parameter(alpha), nn.Parameter(deviation)
@@ -85,14 +83,12 @@ class MaskedAttention(Attention):
         """The mask (H, n, n) of n tokens, or (B, H, n, n) where some were merged; float32 or wider."""
         present = tokens - state.inserted
         original = present if state.source is None else state.source.shape[1]
-        (height, width), prefix = self.grid.shape, self.prefix
-        channels, rest = divmod(original - prefix, height * width)
-        if rest or channels < 1:
+        if state.grid is None:
             raise MaskError(
-                f"Found {original} tokens, {prefix} of them class or register tokens, but the images' grid is {height} x "
-                f"{width}. Expected a token for each place. Switch off what drops patches before the blocks (patch_drop_rate), "
-                "or take gaussian_mask out (vitreous.ungraft)."
+                f"Found {original} tokens whose places in the images are not known. Expected a token for each place. Switch "
+                "off what drops patches before the blocks (patch_drop_rate), or take gaussian_mask out (vitreous.ungraft)."
             )
+        (height, width), prefix, channels = state.grid, state.prefix, state.groups
         wide = torch.promote_types(self.alpha.dtype, torch.float32)
         with torch.autocast(self.alpha.device.type, enabled=False):
             squares = squared_distances(height, width).to(self.alpha.device, wide)

@@ -30,7 +30,7 @@ class AdaptFormer(Mechanism):
     Cost: two thin linears per block; (2 D + 1) bottleneck + D parameters each: 1,189,632 on ViT-B.
     Settings: layers (0-based; default all). bottleneck: width of the adapter. strength: the factor s, fixed; 0 switches the
         adapters off. dropout: inside the bottleneck, 0 to below 1. seed: of W_down, uniform in +-1/sqrt(D).
-    Raises: HostError where attention and MLP cannot be run apart (parallel and rotary blocks); GraftError where another
+    Raises: HostError where attention and MLP cannot be run apart (parallel blocks); GraftError where another
         mechanism has changed a half of the block; SettingError.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +12,9 @@ from torch.nn.utils import skip_init
 
 from vitreous import slots
 from vitreous.base.errors import DataError, HostError, SettingError
-from vitreous.hosts.stream_ends import Embed
+from vitreous.hosts.stream_ends import Embed, Opening
 from vitreous.layers.adoption import adopt
+from vitreous.layers.stream import TokenState
 from vitreous.mechanism import Mechanism
 
 
@@ -36,7 +37,7 @@ class ChannelViT(Mechanism):
     """
 
     paper: ClassVar[str] = "Bao, Sivanandan, Karaletsos 2024, arXiv 2309.16108"
-    requires: ClassVar[tuple[str, ...]] = ("tokens",)
+    requires: ClassVar[tuple[str, ...]] = ("stream", "grid", "insert")
     keeps_weights: ClassVar[bool] = False
     no_decay: ClassVar[tuple[str, ...]] = ("channel_embed",)
     examples: ClassVar[tuple[str, ...]] = ("channelvit:sampling=false",)
@@ -53,17 +54,9 @@ class ChannelViT(Mechanism):
     def changes(self, model: nn.Module) -> dict[str, Any]:
         slots.check_host(model)
         slots.check_patch_drop(model, self.name)
-        embed = ChannelEmbed.of(slots.plain_embedding(model, self.name))
+        embed = ChannelEmbed.of(slots.plain_embedding(model, self.name), slots.prefix(model))
         embed.initialise(self, slots.width(model))
-        return {"patch_embed": embed, "patch_drop": Fold.of(model.patch_drop, embed.channels, slots.prefix(model))}
-
-
-@dataclass
-class Channels:
-    """present: the ids of the channels that images have, in their order. kept: how many of them the present pass has."""
-
-    present: tuple[int, ...]
-    kept: int
+        return slots.open_stream(model, self.name, embed) | {"patch_drop": Fold.of(model.patch_drop)}
 
 
 def present(model: nn.Module, channels: Iterable[int] | None) -> nn.Module:
@@ -81,14 +74,17 @@ def present(model: nn.Module, channels: Iterable[int] | None) -> nn.Module:
             f"Found channels {chosen}. Expected one or more different ids from 0 to {known - 1}, which the embedding knows. "
             "Give such ids, or graft with more channels (channelvit:channels=n)."
         )
-    embed.channels.present, embed.channels.kept = chosen, len(chosen)
+    embed.channels = chosen
     return model
 
 
 class ChannelEmbed(Embed):
-    """Patches of each channel with its embedding, folded into the batch so that the host adds positions to each."""
+    """Patches of each channel with its embedding, folded into the batch so that the host adds positions to each.
 
-    channels: Channels
+    channels: the ids of the channels that images have, in their order.
+    """
+
+    channels: tuple[int, ...]
 
     def initialise(self, settings: ChannelViT, width: int) -> None:
         """Make the projection of one channel and the embedding (C, D)."""
@@ -101,11 +97,11 @@ class ChannelEmbed(Embed):
         start = nn.init.trunc_normal_(torch.empty(known, width), std=0.02, a=-0.04, b=0.04, generator=generator)
         self.channel_embed = nn.Parameter(start)
         self.sampling = settings.sampling
-        self.channels = Channels(tuple(range(known)), known)
+        self.channels = tuple(range(known))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B * m, N, D), or (B * m, H, W, D) where the host takes images of any size; m channels kept."""
-        ids, found = self.channels.present, x.shape[1]
+    def patches(self, x: Tensor) -> tuple[Tensor, TokenState]:
+        """x (B, C, H, W) -> (B * m, N, D), or (B * m, H, W, D) where the host takes images of any size; m channels stay."""
+        ids, found, sampled = self.channels, x.shape[1], None
         if found != len(ids):
             raise DataError(
                 f"Found images of {found} channels. Expected {len(ids)}: channels {'+'.join(map(str, ids))} of the "
@@ -115,33 +111,38 @@ class ChannelEmbed(Embed):
         if self.training and self.sampling:
             chosen = sample(found)
             x, ids = x[:, chosen], [ids[i] for i in chosen]
-        self.channels.kept = len(ids)
-        patches = super().forward(x.flatten(0, 1)[:, None]).unflatten(0, (-1, len(ids)))  # (B, m, N, D) or (B, m, H, W, D)
+            sampled = torch.tensor([i in chosen for i in range(found)], device=x.device)
+        patches, state = super().patches(x.flatten(0, 1)[:, None])
+        patches = patches.unflatten(0, (-1, len(ids)))  # (B, m, N, D) or (B, m, H, W, D)
         names = torch.stack([self.channel_embed[i] for i in ids])  # (m, D)
         names = names.view(len(ids), *[1] * (patches.ndim - 3), -1)
-        return (patches + names).flatten(0, 1)
+        return (patches + names).flatten(0, 1), replace(state, groups=len(ids), groups_present=sampled)
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """The grid of all tokens of the present pass, channels below each other: (m * H, W)."""
+        """The grid of all places, channels below each other: (C * H, W)."""
         height, width = super().dynamic_feat_size(img_size)
-        return self.channels.kept * height, width
+        return len(self.channels) * height, width
 
 
 class Fold(nn.Module):
-    """Channels from the batch back into the tokens, (B * m, P + N, D) -> (B, P + m * N, D), then the host's `patch_drop`."""
+    """Channels from the batch back into the tokens, (B * m, P + N, D) -> (B, P + m * N, D), then the host's `patch_drop`.
+
+    Where that drops patches, what it gives is a tensor without a state: the tokens no longer form a grid.
+    """
 
     host: type[nn.Module]
 
     @classmethod
-    def of(cls, patch_drop: nn.Module, channels: Channels, prefix: int) -> Fold:
+    def of(cls, patch_drop: nn.Module) -> Fold:
         new = adopt(cls, patch_drop)
-        new.host, new.channels, new.prefix = type(patch_drop), channels, prefix
+        new.host = type(patch_drop)
         return new
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(0, (-1, self.channels.kept))  # (B, m, P + N, D)
-        prefix, patches = x[:, 0, : self.prefix], x[:, :, self.prefix :].flatten(1, 2)
-        return self.host.forward(self, torch.cat([prefix, patches], dim=1))
+    def forward(self, x: Opening) -> Opening | Tensor:
+        state = x.state
+        tokens = x.x.unflatten(0, (-1, state.groups))  # (B, m, P + N, D)
+        prefix, patches = tokens[:, 0, : state.prefix], tokens[:, :, state.prefix :].flatten(1, 2)
+        return self.host.forward(self, Opening(torch.cat([prefix, patches], dim=1), state))
 
 
 def sample(channels: int) -> list[int]:

@@ -34,7 +34,7 @@ class GGeM(Mechanism):
     """
 
     paper: ClassVar[str] = "Ko et al. 2022, arXiv 2212.04114"
-    requires: ClassVar[tuple[str, ...]] = ("pool",)
+    requires: ClassVar[tuple[str, ...]] = ("poolable",)
     no_decay: ClassVar[tuple[str, ...]] = ("exponent",)
     examples: ClassVar[tuple[str, ...]] = ("ggem:groups=8,start=1.0",)
 

@@ -57,7 +57,7 @@ class EViT(Mechanism):
 
     @property
     def requires(self) -> tuple[str, ...]:
-        return ("tokens", "class_token", "attention", "halves", *(() if self.fuse else ("class_head",)))
+        return ("stream", "insert", "remove", "class_token", "attention", "halves", *(() if self.fuse else ("class_head",)))
 
     @property
     def exact_at_init(self) -> bool:

@@ -42,7 +42,7 @@ class ExtraTokens(Mechanism):
 
     @property
     def requires(self) -> tuple[str, ...]:
-        return ("tokens", "read") if self.kind == "class" else ("tokens",)
+        return ("stream", "insert", *(("reads_inserted",) if self.kind == "class" else ()))
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
         slots.check_host(model, tokens=True)

@@ -79,7 +79,7 @@ class SPC(Mechanism):
 
     @property
     def requires(self) -> tuple[str, ...]:
-        return ("tokens", "read", *(("class_token",) if self.sign == "class" else ()))
+        return ("stream", "insert", "reads_inserted", *(("class_token",) if self.sign == "class" else ()))
 
     @property
     def exact_at_init(self) -> bool:

@@ -34,7 +34,7 @@ class TokenMerging(Mechanism):
     """
 
     paper: ClassVar[str] = "Bolya et al. 2022, arXiv 2210.09461"
-    requires: ClassVar[tuple[str, ...]] = ("tokens", "attention", "halves")
+    requires: ClassVar[tuple[str, ...]] = ("stream", "remove", "attention", "halves")
     examples: ClassVar[tuple[str, ...]] = ("token_merging:tokens=0", "token_merging:tokens=3,layers=0+2")
 
     tokens: int = 8
