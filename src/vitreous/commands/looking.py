@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import timm
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress, track
@@ -27,8 +25,7 @@ from vitreous.grafting import grafts
 from vitreous.lens.direction import Direction, find_direction
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
-from vitreous.models import model_folder
-from vitreous.models.create import check_name, create_model
+from vitreous.models.load import open_model, weights_source
 from vitreous.report.page import write as write_report
 from vitreous.train.settings import key_values
 
@@ -116,7 +113,7 @@ def run_look(name: str, images: Sequence[str], source: Model, how: Looking, cons
 def look_together(name: str, images: Sequence[str], source: Model, how: Looking, console: Console, team: Team) -> Path:
     """`run_look`, by a team of processes, the first of which reports."""
     with team.together():
-        model, facts = open_model(name, source, console, team)
+        model, facts = open_on_device(name, source, console, team)
     shown = Path(name).resolve().name
     folder = team.tell(Path(how.out) if how.out else free_folder(Path("readings"), shown))
     small = sum(p.numel() for p in model.parameters()) <= QUICK
@@ -169,7 +166,7 @@ def calibrate_command(words: Sequence[str]) -> None:
     path = Path(out) if out else Path(name) / DIRECTION
     if not path.parent.is_dir() or path.is_dir():
         raise SettingError(f"Found no folder for a file {path}. Expected a place for it. Give --out FILE.safetensors.")
-    model, _ = open_model(name, source, console)
+    model, _ = open_on_device(name, source, console)
     readable = only_readable(unlabelled(list(photos)), console)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("photographs, twice")
@@ -182,31 +179,20 @@ def calibrate_command(words: Sequence[str]) -> None:
 # -- the parts -------------------------------------------------------------------------------------------------------
 
 
-def open_model(name: str, source: Model, console: Console, team: Team = ALONE) -> tuple[nn.Module, dict]:
-    """The model in eval mode on its device, and what a reading says of it. Never random weights by accident."""
-    arguments = key_values(source.model_kwargs)
-    chosen = [flag for flag, value in (("--weights", source.weights), ("--random-weights", source.random_weights)) if value]
-    if len(chosen) > 1 or (chosen and model_folder.is_folder(name)):
-        raise SettingError(f"Found {' and '.join(chosen)} for {name}. Expected one source of weights. Leave one out.")
-    if model_folder.is_folder(name):
-        model, weights = model_folder.load(name, foreign=source.foreign, **arguments), "run"
-    elif source.random_weights:
-        torch.manual_seed(0)
-        model, weights = create_model(name, **arguments), "random"
-    elif source.weights:
-        model, weights = create_model(name, weights=source.weights, **arguments), "file"
-    else:
-        check_name(name)
-        if not timm.get_pretrained_cfg(name):
-            raise no_weights(name, "timm publishes none")
-        console.print(f"Weights: those that timm publishes for {name}.", highlight=False, markup=False)
-        try:
-            model, weights = create_model(name, pretrained=True, **arguments), "pretrained"
-        except DataError as error:
-            raise no_weights(name, str(error).partition(" Expected")[0].rstrip(".")) from error
-    shown = Path(name).resolve().name if model_folder.is_folder(name) else name
-    facts = {"name": shown, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
-    return model.to(team.device(torch_device(source.device))), facts
+def open_on_device(name: str, source: Model, console: Console, team: Team = ALONE) -> tuple[nn.Module, dict]:
+    """The model in eval mode on its device, and what a reading records of it."""
+    options = {"weights": source.weights, "random_weights": source.random_weights}
+    model = open_model(
+        name,
+        foreign=source.foreign,
+        arguments=key_values(source.model_kwargs),
+        say=lambda text: console.print(text, highlight=False, markup=False),
+        **options,
+    )
+    weights = weights_source(name, **options)
+    shown = Path(name).resolve().name if weights == "run" else name
+    metadata = {"name": shown, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
+    return model.to(team.device(torch_device(source.device))), metadata
 
 
 def only_readable(images: Samples, console: Console) -> Samples:
@@ -223,13 +209,6 @@ def only_readable(images: Samples, console: Console) -> Samples:
     if not kept:
         raise DataError(f"Found no readable photograph among {len(images)}. {reasons[0]}")
     return images.subset(kept)
-
-
-def no_weights(name: str, reason: str) -> DataError:
-    return DataError(
-        f"Found no published weights of {name}: {reason}. Expected them from the network or timm's cache. Give a file with "
-        "--weights PATH, or look at random weights with --random-weights: its maps mean nothing, and every page says so."
-    )
 
 
 def find_file(name: str, given: str | None) -> Direction | None:

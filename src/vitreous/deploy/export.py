@@ -24,12 +24,12 @@ from vitreous.data.preprocess import Preprocess
 from vitreous.data.quarantine import shown
 from vitreous.deploy import formats
 from vitreous.grafting import check, grafts, new_parameters
+from vitreous.models.classes import names_of
 from vitreous.models.load import (
     CONFIG,
     RunName,
     check_new,
     logits_of,
-    names_of,
     open_images,
     open_model,
     prepared,

@@ -23,12 +23,12 @@ from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import writable, write
 from vitreous.data.quarantine import cell, shown
 from vitreous.data.views import Views
+from vitreous.models.classes import names_of
 from vitreous.models.load import (
     CONFIG,
     RunName,
     check_new,
     logits_of,
-    names_of,
     open_images,
     open_model,
     prepared,

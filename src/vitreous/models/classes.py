@@ -1,9 +1,11 @@
-"""The class names that belong to a model."""
+"""Names of the classes of a model: as far as they are recorded, and one for every logit."""
 
 from __future__ import annotations
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
+
+from vitreous.base.errors import HostError
 
 
 def class_names(model: nn.Module) -> list[str] | None:
@@ -16,3 +18,19 @@ def class_names(model: nn.Module) -> list[str] | None:
         return None
     info = ImageNetInfo(subset)
     return [info.index_to_description(i) for i in range(info.num_classes())]
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """The name of every class, in the order of the logits. Raises HostError for a model without classes.
+
+    A class whose name is not known is "class 7"; a name that stands there twice gets its number, too.
+    """
+    count = getattr(model, "num_classes", 0)
+    if not count:
+        raise HostError(
+            f"Found a {type(model).__name__} without a classifier. Expected a model of classes. Train one on your images "
+            "first: vitreous train PHOTOS --model MODEL."
+        )
+    known = class_names(model) or []
+    names = [known[i] if i < len(known) else f"class {i}" for i in range(count)]
+    return names if len(set(names)) == count else [f"{name} ({i})" for i, name in enumerate(names)]

@@ -1,14 +1,15 @@
-"""The model that is shipped, and the images that it is given, prepared as in training."""
+"""A model by name or folder, images prepared for it, and its logits."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import timm
 import torch
 from torch import Tensor, nn
 from tyro import conf
@@ -18,9 +19,9 @@ from vitreous.data.decoding import Unreadable
 from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.data.views import Views
 from vitreous.models import model_folder
-from vitreous.models.classes import class_names
-from vitreous.models.create import create_model
+from vitreous.models.create import check_name, create_model
 
+WeightsSource = Literal["run", "random", "file", "pretrained"]
 THREADS = 4  # that decode and resize images while the model waits
 CONFIG = (conf.FlagCreatePairsOff,)
 RunName = Annotated[
@@ -38,29 +39,63 @@ class Prepared:
     reason: str = ""
 
 
-def open_model(name: str, weights: str | None = None, foreign: bool = False) -> nn.Module:
-    """The model of a folder, or of timm's name with its published weights or those of a file; in eval mode, on the CPU."""
-    if model_folder.is_folder(name):
-        if weights is not None:
-            raise SettingError(f"Found --weights for {name}, which has its own. Expected one source. Leave --weights out.")
-        return model_folder.load(name, foreign=foreign)
-    return create_model(name, pretrained=weights is None, weights=weights)
+def weights_source(name: str, weights: str | Path | None = None, random_weights: bool | None = None) -> WeightsSource:
+    """Where `open_model` takes the weights from. Raises SettingError for more than one source."""
+    folder = model_folder.is_folder(name)
+    flags = [flag for flag, value in (("--weights", weights), ("--random-weights", random_weights)) if value]
+    if len(flags) > 1 or (flags and folder):
+        own = ", a folder that has its own" if folder else ""
+        raise SettingError(f"Found {' and '.join(flags)} for {name}{own}. Expected one source of weights. Leave one out.")
+    return "run" if folder else "random" if random_weights else "file" if weights else "pretrained"
 
 
-def names_of(model: nn.Module) -> list[str]:
-    """The name of every class, in the order of the logits. Raises HostError for a model without classes.
+def open_model(
+    name: str,
+    weights: str | Path | None = None,
+    foreign: bool = False,
+    *,
+    random_weights: bool | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    say: Callable[[str], Any] = lambda text: None,
+) -> nn.Module:
+    """The model of a folder, or of timm's name with published weights or those of a file; in eval mode, on the CPU.
 
-    A class whose name is not known is "class 7"; a name that stands there twice gets its number, too.
+    weights: file to take them from. random_weights: take random ones, always the same; never done unasked. None: a
+    caller that does not offer them, so that errors do not name them. foreign: import mechanisms of other packages that
+    a folder names. arguments: the network's own, such as drop_path_rate. say: gets a line where weights are fetched.
+
+    Raises SettingError for two sources of weights, UnknownName, DataError for weights that cannot be had or read.
     """
-    count = getattr(model, "num_classes", 0)
-    if not count:
-        raise HostError(
-            f"Found a {type(model).__name__} without a classifier. Expected a model of classes. Train one on your images "
-            "first: vitreous train PHOTOS --model MODEL."
-        )
-    known = class_names(model) or []
-    names = [known[i] if i < len(known) else f"class {i}" for i in range(count)]
-    return names if len(set(names)) == count else [f"{name} ({i})" for i, name in enumerate(names)]
+    source, arguments = weights_source(name, weights, random_weights), dict(arguments or {})
+    if source == "run":
+        return model_folder.load(name, foreign=foreign, **arguments)
+    if source == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return create_model(name, **arguments)
+    if source == "file":
+        return create_model(name, weights=weights, **arguments)
+    check_name(name)
+    if not timm.get_pretrained_cfg(name):
+        raise no_weights(name, "timm publishes none", random_weights)
+    say(f"Weights: those that timm publishes for {name}.")
+    try:
+        return create_model(name, pretrained=True, **arguments)
+    except DataError as error:
+        raise no_weights(name, str(error).partition(" Expected")[0].rstrip("."), random_weights) from error
+
+
+def no_weights(name: str, reason: str, random_weights: bool | None) -> DataError:
+    """The error for a name without published weights, or whose weights cannot be fetched."""
+    offer = (
+        "."
+        if random_weights is None
+        else (", or look at random weights with --random-weights: its maps mean nothing, and every page says so.")
+    )
+    return DataError(
+        f"Found no published weights of {name}: {reason}. Expected them from the network or timm's cache. Give a file with "
+        f"--weights PATH{offer}"
+    )
 
 
 def open_images(model: nn.Module, images: Sequence[str | Path]) -> Views:
