@@ -38,7 +38,7 @@ from vitreous.lens.formulas.scores import (
     ranks,
     scores,
 )
-from vitreous.lens.layer_features import Sight, sights
+from vitreous.lens.layer_features import LayerFeatures, layer_features
 from vitreous.lens.tap import trace
 
 HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ def main(data: Path) -> None:
     for take in (scan.learn, scan.judge):
         for first in range(0, len(images), BATCH):
             part = images[first : first + BATCH]
-            take(sights(model, part if take == scan.learn else corners(part, first), layouts))
+            take(layer_features(model, part if take == scan.learn else corners(part, first), layouts))
     direction = scan.direction(model)
     seconds = round(time.process_time() - start)  # of one core, which may be shared
     direction.save(HERE / "vit_tiny_patch16_224.safetensors")
@@ -102,7 +102,7 @@ def main(data: Path) -> None:
 
 def batched(model, layouts, part: Objects):
     for first in range(0, len(part.images), BATCH):
-        yield sights(model, part.images[first : first + BATCH], layouts)
+        yield layer_features(model, part.images[first : first + BATCH], layouts)
 
 
 def all_maps(model, layouts, direction: Direction, part: Objects, block: int) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def centred_agreement(model, layouts, scan: Scan, images: Tensor) -> dict[str, f
     found: dict[str, list[Tensor]] = {}
     bump = centre_bump(GRID)
     for first in range(0, len(images), BATCH):
-        for s in sights(model, images[first : first + BATCH], layouts):
+        for s in layer_features(model, images[first : first + BATCH], layouts):
             for kind, _, z in rows_of(s):
                 match = correlation(z @ scan.features[s.layer, kind].vector(), bump)
                 found.setdefault(f"{kind}{s.layer}", []).append(match)
@@ -183,7 +183,7 @@ def chosen_on_tune(
     }
 
 
-def choices_of(seen: list[Sight], scan: Scan, sets: dict):
+def choices_of(seen: list[LayerFeatures], scan: Scan, sets: dict):
     """((group, name), map (B, 196)) of everything that was tried on tune."""
     rows = {(s.layer, kind): z for s in seen for kind, _, z in rows_of(s)}
     along = {f: z @ scan.features[f].vector() for f, z in rows.items()}

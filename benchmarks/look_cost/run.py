@@ -30,7 +30,9 @@ import numpy as np
 import torch
 
 from vitreous.bench.timing import interval, ratio, rounds
-from vitreous.lens.measures import Measures, perturbed
+from vitreous.lens.batch_pass import BatchPass, perturbed
+from vitreous.lens.probe import BatchInfo, chosen
+from vitreous.lens.probe import table as rows_table
 from vitreous.lens.tap import trace, watch
 
 HERE = Path(__file__).parent
@@ -41,7 +43,7 @@ from speed_common import commit  # noqa: E402
 BATCHES, ROUNDS, REPEATS = (1, 4), 82, 5
 ARMS = ("plain", "pass", "five", "scores", "robustness")
 MEMORY = ("plain", "pass", "scores")
-MODEL = ("attention", "learned", "weight")
+FIVE = ("attention_rows", "alignment")
 SPIN = "import torch; torch.set_num_threads(1); x = torch.rand(1500, 1500)\nwhile True: x = (x @ x).clamp(0, 1)"
 
 
@@ -51,21 +53,24 @@ def arms_of(model: torch.nn.Module, images: torch.Tensor, device: str) -> dict[s
     model, images = model.to(device), images.to(device)
     layouts = trace(model, images)
 
-    def measured(batch: torch.Tensor, **settings) -> Callable[[], object]:
-        measures = Measures(model, **settings)
+    def measured(batch: torch.Tensor, *names: str, noisy: bool = False) -> Callable[[], object]:
+        probes = chosen((*FIVE, *names))
+        count = len(batch) // (2 if noisy else 1)
 
         def act() -> object:
-            watch(model, batch, measures.see, layouts=layouts, on_output=measures.leave, outputs=measures.ends)
-            return measures.take()
+            info = BatchInfo(batch, count, layouts, noisy, first=1)
+            one = BatchPass(model, probes, info)
+            watch(model, batch, one.on_attention, layouts=layouts, on_output=one.on_output, outputs=one.outputs)
+            return rows_table([row for readout in one.finish() for row in readout.rows], probes)
 
         return act
 
     return {
         "plain": lambda: model(images),
         "pass": lambda: watch(model, images, lambda call: None, layouts=layouts),
-        "five": measured(images, sources=MODEL),
-        "scores": measured(images),
-        "robustness": measured(noisy, noisy=True, sources=MODEL),
+        "five": measured(images),
+        "scores": measured(images, "spectra"),
+        "robustness": measured(noisy, "robustness", noisy=True),
     }
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from vitreous.lens.gallery import ROWS
 
 from vitreous.lens.direction import Direction
 from vitreous.lens.foreground import references
 from vitreous.lens.formulas.maps import CONFIDENT, RULES, correlation, signed, singular_maps
 from vitreous.lens.formulas.scores import auroc
-from vitreous.lens.gallery import ROWS
-from vitreous.lens.layer_features import sights
+from vitreous.lens.layer_features import layer_features
 from vitreous.lens.tap import trace
 
 HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ def main(data: Path) -> None:
     for name, part in objects(data).items():
         layouts, ten, every = trace(model, part.images[:1]), [], []
         for first in range(0, len(part.images), BATCH):
-            seen = sights(model, part.images[first : first + BATCH], layouts)
+            seen = layer_features(model, part.images[first : first + BATCH], layouts)
             known, cover = references(seen, direction).on(GRID), part.cover[first : first + BATCH]
             ten.append([measured(seen[n].feature(kind), known, cover) for n, kind in TEN])
             every.append([product(seen[n].feature(kind), known, cover, SHOWN_ROWS[kind]) for n, kind in SHOWN])

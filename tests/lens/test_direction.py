@@ -17,7 +17,7 @@ from vitreous.base.errors import DataError, HostError
 from vitreous.lens import direction as module
 from vitreous.lens.direction import Direction, Scan, centre_bump, corners, subject_in_corner
 from vitreous.lens.formulas.scores import auroc
-from vitreous.lens.layer_features import Sight
+from vitreous.lens.layer_features import LayerFeatures
 
 GRID = (8, 10)
 P = GRID[0] * GRID[1]
@@ -42,7 +42,7 @@ def subjects(count: int, seed: int = 0, corner: bool = False) -> torch.Tensor:
     return torch.stack(inside).flatten(1).float()
 
 
-def look_at(inside: torch.Tensor, seed: int) -> list[Sight]:
+def look_at(inside: torch.Tensor, seed: int) -> list[LayerFeatures]:
     """Three layers of made features: 0 knows the position alone, 1 the subject, 2 neither."""
     b, d = len(inside), 12
     axes = noise(2, d, seed=99)
@@ -53,8 +53,8 @@ def look_at(inside: torch.Tensor, seed: int) -> list[Sight]:
     for n, (x, a) in enumerate(zip(layers, attentions, strict=True)):
         made = [x + 0.7 * noise(b, P, d, seed=1000 * seed + 10 * n + j) for j in range(3)]
         a = (a + 0.3 * noise(b, 2, P, seed=seed)).softmax(-1)
-        sight = Sight(n, (f"blocks.{n}.attn", 0), "token", True, GRID, a, made[0], GRID, made[1], made[2])
-        found.append(sight)
+        layer = LayerFeatures(n, (f"blocks.{n}.attn", 0), "token", True, GRID, a, made[0], GRID, made[1], made[2])
+        found.append(layer)
     return found
 
 
@@ -72,13 +72,13 @@ def scanned(count: int = 64, batch: int = 16) -> Scan:
     halves = [(look_at(whole, 1), scan.learn), (look_at(parts, 2), scan.judge)]
     for layers, take in halves:
         for first in range(0, count, batch):
-            take([cut(sight, slice(first, first + batch)) for sight in layers])
+            take([cut(layer, slice(first, first + batch)) for layer in layers])
     return scan
 
 
-def cut(sight: Sight, part: slice) -> Sight:
+def cut(layer: LayerFeatures, part: slice) -> LayerFeatures:
     names = ("attention", "keys", "output", "tokens")
-    return replace(sight, **{name: getattr(sight, name)[part] for name in names})
+    return replace(layer, **{name: getattr(layer, name)[part] for name in names})
 
 
 # -- the parts of the scan ---------------------------------------------------------------------------------------------
@@ -132,10 +132,10 @@ def test_agreement_with_the_bump_itself_would_have_taken_the_position():
     """The trap that the corners avoid: on centred photographs, layer 0 agrees best."""
     scan, whole = scanned(), look_at(subjects(64), 3)
     agreement = {}
-    for sight in whole:
-        z = module.rows_of(sight)[0][2]
-        along = z @ scan.features[sight.layer, "k"].vector()
-        agreement[sight.layer] = np.mean([np.corrcoef(a, centre_bump(GRID))[0, 1] for a in along])
+    for layer in whole:
+        z = module.rows_of(layer)[0][2]
+        along = z @ scan.features[layer.layer, "k"].vector()
+        agreement[layer.layer] = np.mean([np.corrcoef(a, centre_bump(GRID))[0, 1] for a in along])
     assert agreement[0] > agreement[1] > agreement[2]
 
 

@@ -18,7 +18,7 @@ from vitreous.lens.direction import Direction, centre_bump, find_direction
 from vitreous.lens.foreground import foreground, foreground_of, references, wanted
 from vitreous.lens.formulas.maps import gram_filter
 from vitreous.lens.formulas.scores import auroc, coverage
-from vitreous.lens.layer_features import Sight, sights
+from vitreous.lens.layer_features import LayerFeatures, layer_features
 
 GRID = (5, 6)
 P = GRID[0] * GRID[1]
@@ -36,14 +36,14 @@ def subjects() -> torch.Tensor:
     return inside.flatten(1)
 
 
-def look_at(inside: torch.Tensor, layers: int = 4, noisy: float = 0.3) -> list[Sight]:
+def look_at(inside: torch.Tensor, layers: int = 4, noisy: float = 0.3) -> list[LayerFeatures]:
     """Layers in which the subject has its own direction, and the class token looks there a little more."""
     b, d, axes = len(inside), 8, noise(2, 8, seed=99)
     found = []
     for n in range(layers):
         x = [axes[0] + inside[..., None] * (axes[1] - axes[0]) + noisy * noise(b, P, d, seed=10 * n + j) for j in range(3)]
         a = (inside[:, None] + noisy * noise(b, 2, P, seed=n)).softmax(-1)
-        found.append(Sight(n, (f"blocks.{n}.attn", 0), "token", True, GRID, a, x[0], GRID, x[1], x[2]))
+        found.append(LayerFeatures(n, (f"blocks.{n}.attn", 0), "token", True, GRID, a, x[0], GRID, x[1], x[2]))
     return found
 
 
@@ -74,15 +74,15 @@ def blur(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("class_token", [True, False])
 def test_with_a_direction_the_map_is_the_formula(class_token):
-    sights, direction = look_at(subjects()), made_direction()
-    found = foreground_of(references(sights, direction, class_token))
+    layers, direction = look_at(subjects()), made_direction()
+    found = foreground_of(references(layers, direction, class_token))
     assert found.rule == ("direction and class attention" if class_token else "direction")
     assert found.grid == GRID
     for b in range(4):
-        z = [rows(sights[1].keys[b]), rows(sights[2].output[b])]
+        z = [rows(layers[1].keys[b]), rows(layers[2].output[b])]
         seed = standard(sum(part @ w.double().numpy() for part, w in zip(z, direction.vectors, strict=True)))
         if class_token:
-            logs = [standard(np.log(sights[n].attention[b].double().numpy()).mean(0)) for n in (3, 0)]
+            logs = [standard(np.log(layers[n].attention[b].double().numpy()).mean(0)) for n in (3, 0)]
             seed = seed + standard(sum(logs))
         filtered = sum(part @ (part.T @ seed) / (part**2).sum() for part in z)
         np.testing.assert_allclose(found.maps[b].flatten(), blur(filtered), atol=1e-5)
@@ -90,20 +90,20 @@ def test_with_a_direction_the_map_is_the_formula(class_token):
 
 @pytest.mark.parametrize("has_class", [True, False])
 def test_without_a_direction_the_map_is_that_of_attention_or_border_distance(has_class):
-    sights = [replace(sight, has_class=has_class) for sight in look_at(subjects())]
+    layers = [replace(layer, has_class=has_class) for layer in look_at(subjects())]
     features, pair = wanted(4)
-    found = foreground_of(references(sights))
+    found = foreground_of(references(layers))
     assert "without a calibrated direction" in found.rule
     assert ("class attention" in found.rule) == has_class
     assert ("border distance" in found.rule) != has_class
     for b in range(4):
-        z = [rows(sights[n].feature(kind)[b]) for n, kind in features]
+        z = [rows(layers[n].feature(kind)[b]) for n, kind in features]
         if has_class:
-            seed = standard(sum(standard(np.log(sights[n].attention[b].double().numpy()).mean(0)) for n in pair))
+            seed = standard(sum(standard(np.log(layers[n].attention[b].double().numpy()).mean(0)) for n in pair))
         else:
             seed = np.zeros(P)
             for n in (n for n, kind in features if kind == "k"):
-                k = sights[n].keys[b].double().numpy()
+                k = layers[n].keys[b].double().numpy()
                 k = k / np.linalg.norm(k, axis=1, keepdims=True)
                 edge = [i for i in range(P) if i // GRID[1] in (0, GRID[0] - 1) or i % GRID[1] in (0, GRID[1] - 1)]
                 seed = seed + standard(np.linalg.norm(k - k[edge].mean(0), axis=1))
@@ -123,13 +123,13 @@ def test_planted_subjects_are_found(direction, class_token):
 
 def test_no_map_knows_where_a_patch_is():
     """The trap is a centre bump per image. Patches in another order give the same values in that order, before the blur."""
-    sights, direction = look_at(subjects()), made_direction()
+    layers, direction = look_at(subjects()), made_direction()
     order = torch.randperm(P, generator=torch.Generator().manual_seed(0))
     moved = []
-    for sight in sights:
-        parts = {name: getattr(sight, name)[:, order] for name in ("keys", "output", "tokens")}
-        moved.append(replace(sight, attention=sight.attention[..., order], **parts))
-    a, b = references(sights, direction), references(moved, direction)
+    for layer in layers:
+        parts = {name: getattr(layer, name)[:, order] for name in ("keys", "output", "tokens")}
+        moved.append(replace(layer, attention=layer.attention[..., order], **parts))
+    a, b = references(layers, direction), references(moved, direction)
     torch.testing.assert_close(b.fixed, a.fixed[:, order], atol=1e-5, rtol=0)
     torch.testing.assert_close(b.attention, a.attention[:, order], atol=1e-5, rtol=0)
     whole, again = (gram_filter(r.rows, r.fixed + r.attention) for r in (a, b))
@@ -145,10 +145,10 @@ def test_references_go_to_the_grid_of_another_layer():
 
 
 def test_layers_on_another_grid_or_without_places_are_left_out_without_a_direction_and_refused_with_one():
-    sights = look_at(subjects(), layers=12)
-    sights[7] = replace(sights[7], grid=None, keys=None, token_grid=None, attention=None)
-    sights[8] = replace(sights[8], grid=(1, P))
-    found = references(sights)
+    layers = look_at(subjects(), layers=12)
+    layers[7] = replace(layers[7], grid=None, keys=None, token_grid=None, attention=None)
+    layers[8] = replace(layers[8], grid=(1, P))
+    found = references(layers)
     assert found.grid == GRID
     assert len(found.rows) == len(wanted(12)[0]) - 3
     with pytest.raises(HostError, match=r"features k1.*calibrate"):
@@ -207,7 +207,7 @@ def test_real_photographs(shared_data):
     assert 8 in direction.attention
     assert direction.strength["k0"] < 0.3 < direction.strength["k7"]
     images, cover = objects(shared_data, 20)
-    seen = sights(model, images)
+    seen = layer_features(model, images)
     maps = {
         "both": foreground(model, images, direction),
         "direction": foreground_of(references(seen, direction, class_token=False)),

@@ -7,11 +7,13 @@ import timm
 import torch
 
 from lens.explicit import GRID, explicit, pixels, vit
+from lens.passes import seen as seen_by_probes
 from vitreous import graft, parse
 from vitreous.layers.stream import Stream
-from vitreous.lens import layer_features as module
-from vitreous.lens.layer_features import Collector, has_class_token, modules_around, sights
+from vitreous.lens.layer_features import FeatureCollector, LayerFeatures, layer_features, modules_around
+from vitreous.lens.probes import rollout
 from vitreous.lens.tap import trace, watch
+from vitreous.lens.token_coordinates import has_class_token
 
 PLAIN = {
     "class": ({}, 1, True),
@@ -25,12 +27,12 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=2e-5)
 
 
-def followed(model, images: torch.Tensor, **options) -> list[module.Sight]:
+def followed(model, images: torch.Tensor, **options) -> list[LayerFeatures]:
     layouts = trace(model, images)
-    collector = Collector(layouts, len(images), class_token=has_class_token(model), rollout=True, **options)
-    watch(model, images, collector.see, layouts=layouts, on_output=collector.leave)
+    collector = FeatureCollector(layouts, len(images), class_token=has_class_token(model), **options)
+    watch(model, images, collector.on_attention, layouts=layouts, on_output=collector.on_output)
     collector.finish()
-    return collector.sights
+    return collector.layers
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -38,42 +40,43 @@ def test_features_and_attention_of_a_plain_vit_are_those_of_a_pass_written_out(k
     changes, prefix, has_class = PLAIN[kind]
     model, images = vit(**changes), pixels(3)
     found, expected = followed(model, images), explicit(model, images)
-    assert [sight.layer for sight in found] == [0, 1, 2]
-    assert {sight.key[0] for sight in found} == {f"blocks.{i}.attn" for i in range(3)}
+    assert [layer.layer for layer in found] == [0, 1, 2]
+    assert {layer.key[0] for layer in found} == {f"blocks.{i}.attn" for i in range(3)}
     joint = torch.eye(expected[0].tokens.shape[1], dtype=torch.float64)
-    for sight, layer in zip(found, expected, strict=True):
-        assert (sight.grid, sight.token_grid) == (GRID, GRID)
-        assert (sight.has_class, sight.prefix, sight.merged) == (has_class, prefix, False)
-        rows = layer.attention[:, :, 0] if has_class else layer.attention.mean(2)
-        close(sight.attention, rows[..., prefix:])
-        close(sight.keys, layer.keys[:, prefix:])
-        close(sight.output, layer.output[:, prefix:])
-        close(sight.tokens, layer.tokens[:, prefix:])
-        joint = (0.5 * layer.attention.mean(1) + 0.5 * torch.eye(joint.shape[-1])) @ joint
-        close(sight.rollout, (joint[:, 0] if has_class else joint.mean(1))[:, prefix:])
+    rolled = seen_by_probes(model, images, "rollout", class_token=has_class)[1].maps
+    for layer, written in zip(found, expected, strict=True):
+        assert (layer.grid, layer.token_grid) == (GRID, GRID)
+        assert (layer.has_class, layer.prefix, layer.merged) == (has_class, prefix, False)
+        rows = written.attention[:, :, 0] if has_class else written.attention.mean(2)
+        close(layer.attention, rows[..., prefix:])
+        close(layer.keys, written.keys[:, prefix:])
+        close(layer.output, written.output[:, prefix:])
+        close(layer.tokens, written.tokens[:, prefix:])
+        joint = (0.5 * written.attention.mean(1) + 0.5 * torch.eye(joint.shape[-1])) @ joint
+        close(rolled[f"rollout/{layer.layer}"].flatten(1), (joint[:, 0] if has_class else joint.mean(1))[:, prefix:])
 
 
-def test_only_the_images_that_count_are_kept_and_the_rest_of_the_batch_is_told_on():
-    model, images, told = vit(), pixels(4), []
+def test_only_the_images_that_count_are_kept_and_the_whole_stream_is_shown():
+    model, images, streams = vit(), pixels(4), []
     layouts = trace(model, images)
-    collector = Collector(layouts, 2, rollout=True, on_tokens=lambda *call: told.append(call))
-    watch(model, images, collector.see, layouts=layouts, on_output=collector.leave)
-    for name in ("attention", "keys", "output", "tokens", "rollout"):
-        assert torch.equal(getattr(collector.sights[1], name), getattr(followed(model, images)[1], name)[:2])
-    expected = [(f"blocks.{i}.attn", 0, (4, 25, 24)) for i in range(3)]
-    assert [(name, number, tuple(x.shape)) for name, number, x in told] == expected
-    close(told[1][2], explicit(model, images)[1].tokens)
+    collector = FeatureCollector(layouts, 2, on_layer=lambda layer: streams.append(layer.stream.clone()))
+    watch(model, images, collector.on_attention, layouts=layouts, on_output=collector.on_output)
+    for name in ("attention", "keys", "output", "tokens"):
+        assert torch.equal(getattr(collector.layers[1], name), getattr(followed(model, images)[1], name)[:2])
+    assert [tuple(x.shape) for x in streams] == [(4, 25, 24)] * 3
+    close(streams[1], explicit(model, images)[1].tokens)
+    assert all(layer.stream is None for layer in collector.layers)
 
 
-def test_a_sight_is_told_once_and_when_all_of_it_is_there():
-    told = []
-    followed(vit(), pixels(2), done=lambda sight: told.append((sight.layer, sight.tokens is not None)))
-    assert told == [(0, True), (1, True), (2, True)]
+def test_a_layer_is_handed_on_once_and_when_all_of_it_is_there():
+    complete = []
+    followed(vit(), pixels(2), on_layer=lambda layer: complete.append((layer.layer, layer.tokens is not None)))
+    assert complete == [(0, True), (1, True), (2, True)]
 
 
 def test_rollout_ends_where_tokens_are_too_many(monkeypatch):
-    monkeypatch.setattr(module, "ROLLOUT", 24)
-    assert [sight.rollout for sight in followed(vit(), pixels(1))] == [None] * 3
+    monkeypatch.setattr(rollout, "TOKENS", 24)
+    assert seen_by_probes(vit(), pixels(1), "rollout")[1].maps == {}
 
 
 @pytest.mark.parametrize("spec", ["evit:keep=0.5,layers=0-1", "token_merging", "spc:after=1", "svda"])
@@ -90,8 +93,8 @@ def test_under_our_grafts_every_value_stands_where_the_record_of_the_tokens_says
     found = followed(model, images)
     watch(model, images, see)
     changed = 0
-    for i, sight in enumerate(found):
-        assert (sight.grid, sight.token_grid, sight.has_class, sight.prefix) == (GRID, GRID, True, 1)
+    for i, layer in enumerate(found):
+        assert (layer.grid, layer.token_grid, layer.has_class, layer.prefix) == (GRID, GRID, True, 1)
         before = streams[i - 1].state if i and isinstance(streams[i - 1], Stream) else None
         after = streams[i].state if isinstance(streams[i], Stream) else None
         x = streams[i].x if isinstance(streams[i], Stream) else streams[i]
@@ -100,12 +103,12 @@ def test_under_our_grafts_every_value_stands_where_the_record_of_the_tokens_says
             for p in range(24):
                 at = p + 1 if before is None or before.source is None else int(before.source[b, p + 1])
                 weights = maps[f"blocks.{i}.attn"][b, :, 0, at] if at >= 0 else torch.zeros(2)
-                torch.testing.assert_close(sight.attention[b, :, p], weights, rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(layer.attention[b, :, p], weights, rtol=1e-5, atol=1e-7)
                 k = keys[f"blocks.{i}.attn"][b, :, at].flatten() if at >= 0 else torch.zeros(24)
-                torch.testing.assert_close(sight.keys[b, p], k, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(layer.keys[b, p], k, rtol=1e-5, atol=1e-6)
                 at = p + 1 if after is None or after.source is None else int(after.source[b, p + 1])
                 token = x[b, at] if at >= 0 else torch.zeros(24)
-                torch.testing.assert_close(sight.tokens[b, p], token, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(layer.tokens[b, p], token, rtol=1e-5, atol=1e-6)
     assert changed == {"svda": 0}.get(spec, 2)  # layers that saw other tokens than the image's own
 
 
@@ -117,13 +120,13 @@ def test_windows_are_put_back_where_they_lie():
     for name, child in model.named_modules():
         if name.endswith(("blocks.0", "blocks.1")):
             child.register_forward_hook(lambda _, args, out, name=name: outputs.__setitem__(name, out))
-    found = sights(model, images)
-    assert [sight.grid for sight in found] == [(14, 14), (14, 14), (7, 7), (7, 7)]
-    for sight, windows in zip(found, (4, 4, 1, 1), strict=True):
-        assert not sight.has_class
-        total = sight.attention.sum(-1)  # a mean row of each window, which sums to one
+    found = layer_features(model, images)
+    assert [layer.grid for layer in found] == [(14, 14), (14, 14), (7, 7), (7, 7)]
+    for layer, windows in zip(found, (4, 4, 1, 1), strict=True):
+        assert not layer.has_class
+        total = layer.attention.sum(-1)  # a mean row of each window, which sums to one
         torch.testing.assert_close(total, torch.full_like(total, windows))
-        torch.testing.assert_close(sight.tokens, outputs[sight.key[0].removesuffix(".attn")].flatten(1, 2))
+        torch.testing.assert_close(layer.tokens, outputs[layer.key[0].removesuffix(".attn")].flatten(1, 2))
 
 
 def test_a_shifted_window_pays_attention_where_the_image_is_bright():
@@ -140,11 +143,11 @@ def test_a_shifted_window_pays_attention_where_the_image_is_bright():
         attn.relative_position_bias_table.zero_()
     seen = {}
     model.layers[0].blocks[1].norm1.register_forward_hook(lambda _, args, out: seen.__setitem__("x", out))
-    sight = sights(model, torch.randn(1, 3, 56, 56))[1]
+    layer = layer_features(model, torch.randn(1, 3, 56, 56))[1]
     brightness = seen["x"].sum(-1).flatten()  # q k = 0.5 * 16 * sum of the token
     for row, col in ((4, 4), (3, 9), (10, 5)):  # inside one shifted window
         a, b = row * 14 + col, row * 14 + col + 1
-        ratio = (sight.attention[0, 0, a] / sight.attention[0, 0, b]).log()
+        ratio = (layer.attention[0, 0, a] / layer.attention[0, 0, b]).log()
         torch.testing.assert_close(ratio, (brightness[a] - brightness[b]) * 0.5 * 16 / 16**0.5, rtol=1e-3, atol=1e-4)
 
 

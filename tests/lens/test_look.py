@@ -339,18 +339,23 @@ def test_images_without_masks_have_no_scores_beside_others_that_have(tmp_path):
 
 def test_curves_take_many_images_in_batches_and_survive_shuffled_weights_that_show_nothing(monkeypatch):
     model, images, sizes = vit(), pixels(5), []
-    seen = module.see
-    monkeypatch.setattr(module, "see", lambda plan, views, first: sizes.append(len(views)) or seen(plan, views, first))
+    seen = module.look_at_batch
+
+    def sized(plan, findings, views, first):
+        sizes.append(len(views))
+        return seen(plan, findings, views, first)
+
+    monkeypatch.setattr(module, "look_at_batch", sized)
     reading = look(model, images, curves=5, batch_size=2)
     assert max(sizes) == 2
     assert {entry["images"] for entry in reading.curves} == {5}
 
-    def refused(plan, views, first):
+    def refused(plan, findings, views, first):
         if plan.model is not model:
             raise HostError("shuffled")
-        return seen(plan, views, first)
+        return seen(plan, findings, views, first)
 
-    monkeypatch.setattr(module, "see", refused)
+    monkeypatch.setattr(module, "look_at_batch", refused)
     reading = look(model, images, curves=2)
     assert {entry["randomised"] for entry in reading.curves} == {None}
     assert any("shuffled" in note for note in reading.facts["notes"])
@@ -473,13 +478,13 @@ def test_an_interrupted_look_goes_on_and_ends_as_if_it_had_not_been(tmp_path, mo
             look(model, photos, out=tmp_path / "out", curves=1)
     assert sorted(bytes_of(tmp_path / "out")) == ["parts/00000.safetensors", "parts/00001.safetensors", "parts/fingerprint"]
     first = bytes_of(tmp_path / "out")
-    seen = module.see
+    seen = module.look_at_batch
 
-    def see(plan, views, first):
+    def see(plan, findings, views, first):
         looked.append([view.name for view in views])
-        return seen(plan, views, first)
+        return seen(plan, findings, views, first)
 
-    monkeypatch.setattr(module, "see", see)
+    monkeypatch.setattr(module, "look_at_batch", see)
     reading = look(model, photos, out=tmp_path / "out", curves=1)
     assert looked[0] == ["6.png", "7.png"]
     assert len(looked) == 3  # and the image of the curves, with the weights and with shuffled ones

@@ -67,7 +67,7 @@ def test_the_folder_holds_what_the_format_says(made, folder):
         "reading.json", "table.csv", "table.json", "scores.csv", "summary.csv", "curves.json", "parts",
     }  # fmt: skip
     facts = json.loads((folder / "reading.json").read_text())
-    assert (facts["format"], facts["kind"], facts["images"], facts["parts"], facts["chunk"]) == (1, "reading", 4, 1, 16)
+    assert (facts["format"], facts["kind"], facts["images"], facts["parts"], facts["chunk"]) == (2, "reading", 4, 1, 16)
     assert facts["random_weights"] is True
     assert facts["settings"]["curves"] == 2
     assert set(facts["versions"]) == {"vitreous", "torch", "timm", "numpy"}
@@ -213,7 +213,17 @@ def test_a_damaged_part_names_itself_and_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", '{"format": 1}', '{"format": 1, "parts": "many"}', '{"format": 2, "parts": 1}']
+    "content",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        '{"format": 1}',
+        '{"format": 1, "parts": "many"}',
+        '{"format": 3, "parts": 1}',
+        '{"format": 2, "parts": 1}',
+    ],
 )
 def test_a_folder_that_is_no_complete_reading_is_said(folder, content):
     if content is None:
@@ -236,6 +246,6 @@ def test_a_writer_makes_nothing_before_the_first_part(tmp_path):
     (tmp_path / "out/parts/note.safetensors").write_text("not a part")
     assert Writer(tmp_path / "out", "abc").done == {1}
     part = read_part(writer.path(1))
-    assert (part.images, part.skipped, part.learned, part.maps()) == (
+    assert (part.images, part.skipped, part.findings, part.maps()) == (
         [{"image": 0}], [{"name": "x"}], {"rows": {}}, ["attention/0"],
     )  # fmt: skip

@@ -32,7 +32,7 @@ from vitreous.base.files import write
 from vitreous.data.views import Views
 from vitreous.layers.spectral import unit_rows
 from vitreous.lens.formulas.maps import correlation, log_attention, standardised
-from vitreous.lens.layer_features import FEATURES, Sight, sights
+from vitreous.lens.layer_features import FEATURES, LayerFeatures, layer_features
 from vitreous.lens.tap import trace
 
 FORMAT = 1
@@ -53,8 +53,8 @@ Feature = tuple[int, str]  # layer and kind
 class Direction:
     """Where a model's features point at the subject: one vector per feature, and what they were calibrated on.
 
-    features: (layer, kind), a kind of `sight.FEATURES`; vectors: (D_f,) each; attention: layers whose class attention finds
-    subjects, best first, () without a class token; photographs: how many; grid: of the features; strength: {"k6": 0.45},
+    features: (layer, kind), a kind of `layer_features.FEATURES`; vectors: (D_f,) each; attention: layers whose class attention
+    finds subjects, best first, () without a class token; photographs: how many; grid: of the features; strength: {"k6": 0.45},
     how well each feature that was scanned follows the subject, -1 to 1, "a" for class attention; model: class, number of
     parameters, digest of their names and shapes; sample: a few values of each parameter.
     """
@@ -179,7 +179,7 @@ def find_direction(
     for step, take in enumerate((scan.learn, scan.judge)):
         for first, images in batches(model, photographs, batch):
             layouts = trace(model, images) if layouts is None else layouts
-            take(sights(model, images if take == scan.learn else corners(images, first), layouts))
+            take(layer_features(model, images if take == scan.learn else corners(images, first), layouts))
             if progress is not None:
                 progress(step * count + first + len(images), 2 * count)
     return scan.direction(model)
@@ -243,7 +243,7 @@ class Scan:
     """Calibrates every feature on photographs (`learn`), then judges it on one corner of each (`judge`), without masks.
 
     Of two halves of the photographs, each is judged with the vectors of the other. Batches may be of any size; both passes
-    see the same photographs in the same order. Sights: one per layer, as `lens.sight` gives them.
+    see the same photographs in the same order. Layers: as `lens.layer_features` gives them.
     """
 
     def __init__(self) -> None:
@@ -251,32 +251,32 @@ class Scan:
         self.attention: dict[int, float] = {}
         self.photographs = self.judged = 0
 
-    def learn(self, sights: Iterable[Sight]) -> None:
+    def learn(self, layers: Iterable[LayerFeatures]) -> None:
         """Take in whole photographs."""
         count = 0
-        for sight in sights:
-            for kind, grid, z in rows_of(sight):
+        for layer in layers:
+            for kind, grid, z in rows_of(layer):
                 product = (centre_bump(grid).to(z) @ z).cpu().double()  # (B, D)
                 empty = Sums(grid, torch.zeros(2, z.shape[-1], dtype=torch.float64))
-                sums = self.features.setdefault((sight.layer, kind), empty)
+                sums = self.features.setdefault((layer.layer, kind), empty)
                 sums.product.index_add_(0, halves(self.photographs, len(z)), product)
                 sums.energy += z.square().sum((1, 2)).cpu().double().sum().item()
                 count = len(z)
         self.photographs += count
 
-    def judge(self, sights: Iterable[Sight]) -> None:
+    def judge(self, layers: Iterable[LayerFeatures]) -> None:
         """Take in the `corners` of the photographs."""
         count = 0
-        for sight in sights:
-            for kind, grid, z in rows_of(sight):
+        for layer in layers:
+            for kind, grid, z in rows_of(layer):
                 count = len(z)
-                sums, other = self.features[sight.layer, kind], 1 - halves(self.judged, count)
+                sums, other = self.features[layer.layer, kind], 1 - halves(self.judged, count)
                 along = torch.einsum("bpd,bd->bp", z, sums.product[other].to(z))
                 sums.matched += correlation(along, self.targets(grid, count).to(z)).cpu().double().sum().item()
-            if sight.has_class and sight.attention is not None and sight.grid is not None:
-                a = log_attention(sight.attention)
-                match = correlation(a, self.targets(sight.grid, len(a)).to(a)).cpu().double().sum().item()
-                self.attention[sight.layer] = self.attention.get(sight.layer, 0.0) + match
+            if layer.has_class and layer.attention is not None and layer.grid is not None:
+                a = log_attention(layer.attention)
+                match = correlation(a, self.targets(layer.grid, len(a)).to(a)).cpu().double().sum().item()
+                self.attention[layer.layer] = self.attention.get(layer.layer, 0.0) + match
         self.judged += count
 
     def targets(self, grid: tuple[int, int], count: int) -> Tensor:
@@ -333,11 +333,11 @@ def halves(first: int, count: int) -> Tensor:
     return torch.arange(first, first + count) // 4 % 2
 
 
-def rows_of(sight: Sight) -> list[tuple[str, tuple[int, int], Tensor]]:
-    """(kind, grid, unit and centred rows (B, P, D)) of every feature that a sight has."""
-    found = []
+def rows_of(layer: LayerFeatures) -> list[tuple[str, tuple[int, int], Tensor]]:
+    """(kind, grid, unit and centred rows (B, P, D)) of every feature that a layer has."""
+    rows = []
     for kind in FEATURES:
-        x, grid = sight.feature(kind), sight.grid if kind == "k" else sight.token_grid
+        x, grid = layer.feature(kind), layer.grid if kind == "k" else layer.token_grid
         if x is not None and grid is not None:
-            found.append((kind, grid, unit_rows(x)))
-    return found
+            rows.append((kind, grid, unit_rows(x)))
+    return rows

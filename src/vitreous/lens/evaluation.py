@@ -12,14 +12,42 @@ from torch import Tensor, nn
 from vitreous.data.views import View
 from vitreous.lens import faithfulness
 from vitreous.lens.formulas import scores
+from vitreous.lens.probe import Component, Measure, Source
 from vitreous.lens.reading import Columns, joined
 
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the patches, in insertion and deletion
-MARKS = ("artifacts",)  # no maps
-LATER = ("u2", "u3")  # vectors whose sign is seldom known: which patches come first would be chance
+SCORES = (
+    Measure(
+        "energy_inside", "Energy inside", "", 0, 1, "higher",
+        "Share of the map's mass that lies on the object. By chance: the object's area.",
+    ),
+    Measure(
+        "auroc", "AUROC", "", 0, 1, "higher",
+        "Chance that a patch of the object scores above one of the background. By chance: 0.5.",
+    ),
+    Measure(
+        "average_precision", "Average precision", "", 0, 1, "higher",
+        "Precision over all thresholds. By chance: the object's area.",
+    ),
+    Measure(
+        "pointing", "Pointing game", "", 0, 1, "higher",
+        "How often the highest patch lies on the object. By chance: the object's area.",
+    ),
+    Measure(
+        "iou_otsu", "IoU at Otsu's threshold", "", 0, 1, "higher",
+        "Overlap with the mask when the map is cut without looking at the mask.",
+    ),
+    Measure(
+        "iou_best", "IoU at the best threshold", "", 0, 1, "higher",
+        "Overlap at the threshold that suits the mask best: an upper bound.",
+    ),
+)  # fmt: skip
+BASELINES = (Source("centre", "Centre prior"), Source("random", "Random map"), Source("area", "Object's area"))
 
 
-def against_masks(maps: Mapping[str, Tensor], views: Sequence[View], first: int, seed: int) -> Columns:
+def against_masks(
+    maps: Mapping[str, Tensor], components: Mapping[str, Component], views: Sequence[View], first: int, seed: int
+) -> Columns:
     """Rows of the table of scores: every map, and its mean over heads (head -1), beside maps that look at no image.
 
     maps: {"attention/6": (B, H, rows, cols), "u1/6": (B, rows, cols), ...}. first: number of the first image. Baselines
@@ -32,12 +60,11 @@ def against_masks(maps: Mapping[str, Tensor], views: Sequence[View], first: int,
     compared: set[int] = set()  # layers that have baselines
 
     def add(component: str, layer: int, head: int, values: Tensor, cover: Tensor) -> None:
-        keys = {"layer": layer, "head": head, "image": np.array(numbers)}
-        table = {name: np.broadcast_to(np.asarray(value, np.int64), len(have)) for name, value in keys.items()}
-        table |= {"component": np.full(len(have), component)}
-        tables.append(table | {name: found.numpy() for name, found in scores.scores(values, cover).items()})
+        keys = {"image": np.array(numbers), "component": component, "layer": layer, "head": head}
+        table = {name: np.broadcast_to(np.asarray(value), len(have)) for name, value in keys.items()}
+        tables.append(table | {name: score.numpy() for name, score in scores.scores(values, cover).items()})
 
-    for name, values in judged(maps).items():
+    for name, values in flat_maps(maps, components, "scored").items():
         component, layer, grid = *split(name), tuple(values.shape[-2:])
         values = values[have].flatten(-2).float().cpu()
         if grid not in covers:
@@ -60,16 +87,17 @@ def against_model(
     views: Sequence[View],
     maps: Mapping[str, Tensor],
     shuffled: Mapping[str, Tensor],
+    components: Mapping[str, Component],
     seed: int,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """Insertion and deletion curves of every map but LATER, heads averaged, and how like it is to that of shuffled weights."""
+    """Insertion and deletion curves of maps, heads averaged, and how like each is to that of shuffled weights."""
     images = torch.stack([view.pixels for view in views])
     options = {"fractions": FRACTIONS, "seed": seed, "batch_size": batch_size}
     by_grid: dict[tuple[int, int], list[str]] = {}
-    for name, values in judged(maps, but=(*MARKS, *LATER)).items():
+    for name, values in flat_maps(maps, components, "curves").items():
         by_grid.setdefault(tuple(values.shape[-2:]), []).append(name)
-    found = []
+    records = []
     for grid, names in by_grid.items():
         centre = scores.centre_prior(grid).float().expand(len(views), -1)
         ours = torch.stack([*(flat(maps[name]) for name in names), centre], dim=1)  # (B, M + 1, P)
@@ -79,21 +107,27 @@ def against_model(
         for number, name in enumerate(names):
             component, layer = split(name)
             entry = faithfulness.record(curves.of(number), random, curves.of(len(names)), seed=seed)
-            like = likeness(component, ours[:, number], shuffled.get(name))
-            found.append({"component": component, "layer": layer, "randomised": like, **entry})
-    return found
+            like = likeness(components[component].signed, ours[:, number], shuffled.get(name))
+            records.append({"component": component, "layer": layer, "randomised": like, **entry})
+    return records
 
 
-def likeness(component: str, ours: Tensor, theirs: Tensor | None) -> float | None:
-    """Mean rank correlation of maps (B, P) with those of shuffled weights; of singular vectors, whichever way they point."""
+def likeness(either_way: bool, ours: Tensor, theirs: Tensor | None) -> float | None:
+    """Mean rank correlation of maps (B, P) with those of shuffled weights; of signed ones, whichever way they point."""
     if theirs is None:
         return None
-    found = faithfulness.rank_correlation(ours, flat(theirs))
-    return (found.abs() if component[0] in "uk" else found).nanmean().item()
+    correlation = faithfulness.rank_correlation(ours, flat(theirs))
+    return (correlation.abs() if either_way else correlation).nanmean().item()
 
 
-def judged(maps: Mapping[str, Tensor], but: Sequence[str] = MARKS) -> dict[str, Tensor]:
-    return {name: values for name, values in maps.items() if split(name)[0] not in but}
+def flat_maps(maps: Mapping[str, Tensor], components: Mapping[str, Component], purpose: str) -> dict[str, Tensor]:
+    """The maps over an image whose component has `scored` or `curves`; there are no masks of volumes."""
+    records = {name: components[split(name)[0]] for name in maps}
+    return {
+        name: values
+        for name, values in maps.items()
+        if getattr(records[name], purpose) and values.ndim == 3 + records[name].per_head
+    }
 
 
 def split(name: str) -> tuple[str, int]:

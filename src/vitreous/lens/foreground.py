@@ -4,15 +4,15 @@
     without, class token      blur(G(a))               without either                blur(G(z(border distance)))
 
 G is the Gram filter of `lens.maps`, Z and w are those of `lens.direction`, a the logarithm of the class token's attention, z(.)
-standardises over the patches. Everything follows from what `lens.sight` shows of each layer.
+standardises over the patches. Everything follows from what `lens.layer_features` shows of each layer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ from vitreous.lens.formulas.maps import (
     resampled,
     standardised,
 )
-from vitreous.lens.layer_features import Sight, sights
-from vitreous.lens.tap import trace
+from vitreous.lens.layer_features import FEATURES, LayerFeatures, layer_features
+from vitreous.lens.tap import Layouts, trace
 
 # Without a direction: the depths, as shares of all layers, where ViT-Tiny/16 keeps its subject. A guess for other models.
 USUAL = {"k": (6 / 12, 9 / 12), "o": (5 / 12, 8 / 12)}
@@ -61,13 +61,13 @@ def foreground(
     """
     if direction is not None:
         direction.check(model)
-    layouts, found = None, []
+    layouts, parts = None, []
     for _, part in batches(model, images, batch):
         layouts = trace(model, part) if layouts is None else layouts
-        found.append(foreground_of(references(sights(model, part, layouts), direction, class_token)))
-    if not found:
+        parts.append(foreground_of(references(layer_features(model, part, layouts), direction, class_token)))
+    if not parts:
         raise DataError("Found no images. Expected at least one. Give a tensor (B, C, h, w), a folder or paths.")
-    return Foreground(torch.cat([f.maps for f in found]), found[0].rule)
+    return Foreground(torch.cat([part.maps for part in parts]), parts[0].rule)
 
 
 @dataclass(frozen=True)
@@ -85,31 +85,68 @@ class References:
 
     def on(self, grid: tuple[int, int]) -> dict[str, Tensor | None]:
         """fixed, attention and border on the grid of another layer, as `maps.signed` takes them."""
-        found = {name: getattr(self, name) for name in ("fixed", "attention", "border")}
-        return {name: x if x is None else resampled(x, self.grid, grid) for name, x in found.items()}
+        parts = {name: getattr(self, name) for name in ("fixed", "attention", "border")}
+        return {name: x if x is None else resampled(x, self.grid, grid) for name, x in parts.items()}
 
 
-def references(sights: Sequence[Sight], direction: Direction | None = None, class_token: bool = True) -> References:
-    """The references of a batch from the sights of all layers; features that `wanted` does not name may be missing.
+class Batch(Protocol):
+    """What `BatchReferences` needs of a batch that is looked at (`probe.BatchInfo`)."""
+
+    layouts: Layouts
+    direction: Direction | None
+
+
+class BatchReferences:
+    """The references of one batch, for all probes that need them: `add` every layer, then ask for the `result`.
+
+    Features that nothing needs later are let go.
+    """
+
+    def __init__(self, batch: Batch):
+        self.direction = batch.direction
+        self.needed = set(wanted(len(batch.layouts.calls), self.direction)[0])
+        self.layers: dict[int, LayerFeatures] = {}
+        self.answer: References | HostError | None = None
+
+    def add(self, features: LayerFeatures) -> None:
+        """Take in one layer; again does nothing."""
+        if features.layer not in self.layers:
+            needless = {name: None for letter, name in FEATURES.items() if (features.layer, letter) not in self.needed}
+            self.layers[features.layer] = replace(features, stream=None, **needless)
+
+    def result(self) -> References:
+        """What `references` says of these layers, computed once. Raises HostError as it does."""
+        if self.answer is None:
+            try:
+                self.answer = references(list(self.layers.values()), self.direction)
+            except HostError as error:
+                self.answer = error
+        if isinstance(self.answer, HostError):
+            raise self.answer
+        return self.answer
+
+
+def references(layers: Sequence[LayerFeatures], direction: Direction | None = None, class_token: bool = True) -> References:
+    """The references of a batch from the features of all layers; features that `wanted` does not name may be missing.
 
     class_token=False leaves the class token's attention out. Raises HostError if the features needed are not there.
     """
-    seen = {sight.layer: sight for sight in sights}
-    features, pair = wanted(len(sights), direction)
-    placed = {f: grid for f in features if f[0] in seen and (grid := grid_of(seen[f[0]], f[1])) is not None}
-    grid = Counter(placed.values()).most_common(1)[0][0] if placed else None
-    kept = [f for f in features if f in placed and placed[f] == grid]
-    if not kept or (direction is not None and len(kept) < len(features)):
-        missing = ", ".join(f"{kind}{layer}" for layer, kind in features if (layer, kind) not in kept)
+    by_number = {layer.layer: layer for layer in layers}
+    features, pair = wanted(len(layers), direction)
+    grids = {f: grid for f in features if f[0] in by_number and (grid := grid_of(by_number[f[0]], f[1])) is not None}
+    grid = Counter(grids.values()).most_common(1)[0][0] if grids else None
+    usable = [f for f in features if f in grids and grids[f] == grid]
+    if not usable or (direction is not None and len(usable) < len(features)):
+        missing = ", ".join(f"{kind}{layer}" for layer, kind in features if (layer, kind) not in usable)
         raise HostError(
             f"Found no places, or nothing at all, of the features {missing}. Expected them on one grid of patches. "
             "A foreground map needs layers whose keys or outputs lie on one; calibrate to let others be found."
         )
-    values = [seen[layer].feature(kind) for layer, kind in kept]
+    values = [by_number[layer].feature(kind) for layer, kind in usable]
     rows = tuple(unit_rows(x) for x in values)
     fixed = None if direction is None else standardised(direction.along(rows))
-    attention = attention_of([seen[n] for n in pair if n in seen], grid) if class_token else None
-    keys = [x for f, x in zip(kept, values, strict=True) if f[1] == "k"] or values
+    attention = attention_of([by_number[n] for n in pair if n in by_number], grid) if class_token else None
+    keys = [x for f, x in zip(usable, values, strict=True) if f[1] == "k"] or values
     border = standardised(sum(standardised(border_distance(x, grid)) for x in keys))
     return References(grid, fixed, attention, border, rows)
 
@@ -119,37 +156,37 @@ def wanted(layers: int, direction: Direction | None = None) -> tuple[tuple[Featu
     if direction is not None:
         return direction.features, direction.attention
     middle = [(n + 0.5) / layers for n in range(layers)]
-    found = []
+    features = []
     for kind, (low, high) in USUAL.items():
         inside = [n for n in range(layers) if low < middle[n] < high]
         nearest = min(range(layers), key=lambda n: abs(middle[n] - (low + high) / 2))
-        found += [(n, kind) for n in inside or [nearest]]
+        features += [(n, kind) for n in inside or [nearest]]
     pair = sorted({max(round(share * layers), 1) - 1 for share in PAIR})
-    return tuple(sorted(found)), tuple(pair)
+    return tuple(sorted(features)), tuple(pair)
 
 
-def attention_of(sights: Sequence[Sight], grid: tuple[int, int]) -> Tensor | None:
+def attention_of(layers: Sequence[LayerFeatures], grid: tuple[int, int]) -> Tensor | None:
     """a (B, P): the mean log attention of the class token over layers, standardised; None where none has a class token."""
     maps = [
-        resampled(log_attention(sight.attention), sight.grid, grid)
-        for sight in sights
-        if sight.has_class and sight.attention is not None and sight.grid is not None
+        resampled(log_attention(layer.attention), layer.grid, grid)
+        for layer in layers
+        if layer.has_class and layer.attention is not None and layer.grid is not None
     ]
     return standardised(sum(maps)) if maps else None
 
 
-def grid_of(sight: Sight, kind: str) -> tuple[int, int] | None:
-    """The grid of a feature; None where the sight lacks the feature or its places."""
-    return None if sight.feature(kind) is None else sight.grid if kind == "k" else sight.token_grid
+def grid_of(layer: LayerFeatures, kind: str) -> tuple[int, int] | None:
+    """The grid of a feature; None where the layer lacks the feature or its places."""
+    return None if layer.feature(kind) is None else layer.grid if kind == "k" else layer.token_grid
 
 
-def foreground_of(found: References) -> Foreground:
+def foreground_of(references: References) -> Foreground:
     """The foreground maps that follow from the references of a batch; nothing else of the model is needed."""
-    parts = {"direction": found.fixed, "class attention": found.attention}
+    parts = {"direction": references.fixed, "class attention": references.attention}
     parts = {name: x for name, x in parts.items() if x is not None}
     rule = " and ".join(parts)
-    if found.fixed is None:
-        parts = parts or {"border distance of keys": found.border}
+    if references.fixed is None:
+        parts = parts or {"border distance of keys": references.border}
         rule = f"{next(iter(parts))}, without a calibrated direction"
-    maps = blurred(gram_filter(found.rows, sum(parts.values())), found.grid)
-    return Foreground(maps.unflatten(1, found.grid), rule)
+    maps = blurred(gram_filter(references.rows, sum(parts.values())), references.grid)
+    return Foreground(maps.unflatten(1, references.grid), rule)

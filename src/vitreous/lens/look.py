@@ -1,17 +1,18 @@
 """`look`: what a model attends to on some images, as numbers and maps, from any `torch.nn.Module`.
 
 One traced pass tells where tokens are (once for each size of image). Then each batch is seen in one pass of clean and noisy
-images, in which every attention is reduced at once: to numbers by `lens.measures`, to maps by `lens.sight` and `lens.gallery`.
+images, in which the probes (`lens.probe`) reduce every attention at once to rows of a table and to maps.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -22,89 +23,99 @@ from vitreous.base.processes import ALONE, Team
 from vitreous.data.views import View, Views
 from vitreous.grafting import check, grafts
 from vitreous.lens import faithfulness, metadata
+from vitreous.lens.batch_pass import BatchPass, extra_passes, perturbed
 from vitreous.lens.direction import Direction
-from vitreous.lens.evaluation import against_masks, against_model
+from vitreous.lens.evaluation import BASELINES, SCORES, against_masks, against_model
 from vitreous.lens.formulas import scores
-from vitreous.lens.gallery import Gallery, stacked
-from vitreous.lens.layer_features import Collector, Sight, has_class_token
-from vitreous.lens.measures import BLOCK, Measures, perturbed
-from vitreous.lens.reading import CHUNK, FORMAT, Columns, Part, Reading, StoredParts, Writer, joined, read, read_part
+from vitreous.lens.probe import BatchInfo, Probe, Readout, chosen, records, table
+from vitreous.lens.reading import CHUNK, FORMAT, Part, Reading, StoredParts, Writer, joined, read, read_part
 from vitreous.lens.tap import Layouts, Refusal, trace, watch
 from vitreous.lens.tap.attention_call import AttentionCall
+from vitreous.lens.token_coordinates import TokenCoordinates, has_class_token
 from vitreous.models.classes import class_names
 
 GIB = 2**30
+BLOCK = 1 << 20  # numbers in a block: 4 MiB each in the map's buffer and in ours
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """What is to be done with every batch, and what was found out on the way."""
+    """What is done with every batch."""
 
     model: nn.Module
     views: Views
+    probes: list[Probe]
     direction: Direction | None
     noise: float
     seed: int
     batch_size: int
     memory: float
     names: list[str] | None  # of the classes; None: the output is not taken for classes
+    loss: Callable[[Any, Any], Tensor] | None = None
+
+
+@dataclass
+class Findings:
+    """What was found out on the way: it holds for all batches, and each part keeps it for a look that goes on there."""
+
     layouts: dict[tuple[int, ...], Layouts] = field(default_factory=dict)  # by shape of an image
-    rows: dict[str, str] = field(default_factory=dict)  # "raw" or "unit" by singular map
+    choices: dict[str, str] = field(default_factory=dict)  # of the first batch, for all others: `BatchInfo.choices`
+    details: dict[str, dict[str, str]] = field(default_factory=dict)  # of maps
     layers: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # records, by call
-    rules: dict[str, str] = field(default_factory=dict)
     refused: dict[Refusal, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
-    seen: int = 0  # images so far
+    images: int = 0  # seen so far
 
-    def fresh(self) -> Plan:
-        """The same plan, of which nothing was found out yet."""
-        found = {"layouts": {}, "rows": {}, "layers": {}, "rules": {}, "refused": {}, "seen": 0}
-        return replace(self, notes=dict(self.notes), **found)
-
-    def layout(self, images: Tensor) -> Layouts:
+    def layout(self, model: nn.Module, images: Tensor) -> Layouts:
         shape = tuple(images.shape[1:])
         if shape not in self.layouts:
-            self.layouts[shape] = trace(self.model, images)
+            self.layouts[shape] = trace(model, images)
         return self.layouts[shape]
 
-    def remember(self, call: AttentionCall, sight: Sight) -> None:
+    def remember(self, call: AttentionCall, where: TokenCoordinates) -> None:
         """Keep what the page says of a layer; its error is the largest of all batches."""
-        record = self.layers.setdefault(sight.key, metadata.of_layer(call, sight))
+        record = self.layers.setdefault((call.name, call.call_index), metadata.of_layer(call, where))
         record["error"] = max(record["error"], call.error)
-        if record["layer"] != sight.layer:
+        if record["layer"] != where.layer:
             raise HostError(
-                f"Found {call.name} as attention {sight.layer} of a pass, and {record['layer']} of an earlier one. Expected "
+                f"Found {call.name} as attention {where.layer} of a pass, and {record['layer']} of an earlier one. Expected "
                 "the same attentions for all images. Look at fewer images, or leave out those that differ."
             )
 
-    def learned(self) -> dict[str, Any]:
-        """What was found out so far, as a part keeps it."""
-        found = {"layers": list(self.layers.values()), "rows": self.rows, "rules": self.rules, "notes": list(self.notes)}
-        return copy.deepcopy(found | {"refused": [[refusal.name, refusal.reason] for refusal in self.refused]})
+    def as_json(self) -> dict[str, Any]:
+        """What a part keeps."""
+        content = {"layers": list(self.layers.values()), "choices": self.choices, "details": self.details}
+        content |= {"notes": list(self.notes), "refused": [[refusal.name, refusal.reason] for refusal in self.refused]}
+        return copy.deepcopy(content)
 
-    def learn(self, found: dict[str, Any]) -> None:
-        """Take in what an earlier, interrupted look had found out."""
-        for record in found.get("layers", ()):
-            known = self.layers.setdefault((record["name"], record["number"]), record)
-            known["error"] = max(known["error"], record["error"])
-        self.rows |= found.get("rows", {})
-        self.rules |= found.get("rules", {})
-        self.notes |= dict.fromkeys(found.get("notes", ()))
-        self.refused |= {Refusal(*refused): None for refused in found.get("refused", ())}
+    def take_in(self, content: dict[str, Any]) -> None:
+        """What an earlier part kept."""
+        for record in content.get("layers", ()):
+            own = self.layers.setdefault((record["name"], record["number"]), record)
+            own["error"] = max(own["error"], record["error"])
+        self.choices |= content.get("choices", {})
+        self.details |= content.get("details", {})
+        self.notes |= dict.fromkeys(content.get("notes", ()))
+        self.refused |= {Refusal(*refused): None for refused in content.get("refused", ())}
 
-    def facts(self, parts: Sequence[Part]) -> dict[str, Any]:
+    def metadata(self, parts: Sequence[Part], probes: Sequence[Probe]) -> dict[str, Any]:
         """What reading.json says beside the model and the settings."""
         first = next(part for part in parts if part.images)
         return {
             "format": FORMAT,
             "kind": "reading",
             "layers": list(self.layers.values()),
-            "components": metadata.of_components(first, self.rules, self.rows),
-            "images": self.seen,
+            "probes": [str(probe) for probe in probes],
+            "measures": [asdict(record) for record in records(probes, "measures").values()],
+            "sources": [asdict(record) for record in records(probes, "sources").values()],
+            "components": metadata.of_components(first, records(probes, "components"), self.details),
+            "scores": [asdict(record) for record in SCORES],
+            "baselines": [asdict(record) for record in BASELINES],
+            "images": self.images,
             "chunk": CHUNK,
             "parts": len(parts),
-            "refused": [{"name": found.name, "reason": found.reason} for found in self.refused],
-            "skipped": [found for part in parts for found in part.skipped],
+            "refused": [{"name": refusal.name, "reason": refusal.reason} for refusal in self.refused],
+            "skipped": [record for part in parts for record in part.skipped],
             "notes": list(self.notes),
         }
 
@@ -116,6 +127,7 @@ def look(
     masks: Any = None,
     inputs: dict[str, Any] | None = None,
     direction: Direction | None = None,
+    probes: Sequence[str | Probe] | None = None,
     curves: int = 0,
     noise: float = 0.01,
     batch_size: int = 8,
@@ -125,6 +137,7 @@ def look(
     out: str | Path | None = None,
     console: Console | None = None,
     about: dict[str, Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
     team: Team = ALONE,
 ) -> Reading:
     """A reading of any model: indicators, spectra and maps for every attention, head and image.
@@ -135,6 +148,8 @@ def look(
         them, beside centre, random and area.
     inputs: how images are prepared, in the words of a pretrained_cfg, in place of the model's own.
     direction: of `find_direction`, for signs and the foreground map.
+    probes: what to measure, as texts ("spectra:scores=false") or objects; "all", and None: every one of `lens/probes` that
+        needs no passes of its own. loss: of (output, labels), for probes that need one.
     curves: insertion and deletion curves of the maps, and the check by shuffled weights, on so many images.
     noise: deviation on pixels of [0, 1] under which attention is compared; 0 leaves robustness out.
     memory: GiB of working memory beside the model's own.
@@ -145,16 +160,8 @@ def look(
     The model runs in eval mode without gradients; its mode, hooks and the random state are as before afterwards.
     Raises HostError for a model that shows no attention, DataError for no readable image, SettingError for settings.
     """
-    for name, value, low, high in (
-        ("noise", noise, 0, 1),
-        ("batch_size", batch_size, 1, 10**6),
-        ("memory", memory, 0.001, 10**4),
-        ("curves", curves, 0, 10**6),
-        ("seed", seed, 0, 2**32),
-        ("limit", 1 if limit is None else limit, 1, 10**12),
-    ):
-        if not low <= value <= high:
-            raise SettingError(f"Found {name}={value}. Expected {low} to {high:g}. Choose a value in between.")
+    numbers = {"noise": noise, "batch_size": batch_size, "memory": memory, "curves": curves, "seed": seed}
+    check_settings(**numbers, limit=1 if limit is None else limit)
     model = getattr(model, "_orig_mod", model)  # of torch.compile, for which every batch size would be a new program
     views = Views(model, images, masks, inputs)
     count = len(views) if limit is None else min(limit, len(views))
@@ -164,27 +171,28 @@ def look(
         direction.check(model)
     about = about or {}
     names = about.get("classes") or class_names(model)
-    plan = Plan(model, views, direction, noise, seed, batch_size, memory, names)
-    if about.get("weights") == "random":
-        plan.notes[metadata.WARNING] = None
+    plan = Plan(model, views, chosen(probes), direction, noise, seed, batch_size, memory, names, loss)
+    findings = Findings(notes={metadata.WARNING: None} if about.get("weights") == "random" else {})
     settings = {"noise": noise, "seed": seed, "curves": curves, "limit": limit}
     settings["direction"] = metadata.of_direction(direction)
+    if probes is not None:
+        settings["probes"] = [probe.full_text() for probe in plan.probes]
     mark = metadata.fingerprint(model, views, count, settings)
     writer = None if out is None else Writer(Path(out), mark)
     if writer is not None and (writer.folder / "reading.json").is_file() and len(writer.done) * CHUNK >= count:
         return read(writer.folder)
     if writer is not None and team.size > 1:
-        share_parts(plan.fresh(), count, writer, team)
+        share_parts(plan, findings, count, writer, team)
         if not team.first:
             team.tell(None)  # waits until the first is done
             return read(writer.folder)
         writer = Writer(Path(out), mark)
-    parts = all_parts(plan, count, writer, console)
-    found = all_curves(plan, parts, min(curves, plan.seen))
-    known = metadata.of_model(model, about) | plan.facts(parts) | {"settings": settings, "seed": seed, "fingerprint": mark}
-    reading = Reading(known, parts, found)
+    parts = all_parts(plan, findings, count, writer, console)
+    curve_records = all_curves(plan, findings, parts, min(curves, findings.images))
+    content = metadata.of_model(model, about) | findings.metadata(parts, plan.probes)
+    reading = Reading(content | {"settings": settings, "seed": seed, "fingerprint": mark}, parts, curve_records)
     if scored := reading.scores():
-        known["summary"] = scores.summary(scored, seed=seed)
+        reading.facts["summary"] = scores.summary(scored, seed=seed)
     if writer is None:
         return reading
     writer.finish(reading)
@@ -192,52 +200,69 @@ def look(
     return read(writer.folder)
 
 
-def share_parts(plan: Plan, count: int, writer: Writer, team: Team) -> None:
+def check_settings(**settings: float) -> None:
+    """Raise SettingError for a number that is out of its range."""
+    ranges = {
+        "noise": (0, 1),
+        "batch_size": (1, 10**6),
+        "memory": (0.001, 10**4),
+        "curves": (0, 10**6),
+        "seed": (0, 2**32),
+        "limit": (1, 10**12),
+    }
+    for name, value in settings.items():
+        low, high = ranges[name]
+        if not low <= value <= high:
+            raise SettingError(f"Found {name}={value}. Expected {low} to {high:g}. Choose a value in between.")
+
+
+def share_parts(plan: Plan, findings: Findings, count: int, writer: Writer, team: Team) -> None:
     """Make the parts that are not there, each by one process of the team; those without a readable image are left out.
 
     The first part with images comes first, since what is found out there holds for all others, as in one process.
     """
+    own = Findings(notes=dict(findings.notes))
     ranges = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     readable = team.everyone([sum(plan.views.readable(i) for i in numbers) for numbers in ranges[team.rank :: team.size]])
-    seen = [readable[number % team.size][number // team.size] for number in range(len(ranges))]
-    filled = [number for number, found in enumerate(seen) if found]
+    images = [readable[number % team.size][number // team.size] for number in range(len(ranges))]
+    filled = [number for number, some in enumerate(images) if some]
 
     def make(number: int) -> None:
         if number not in writer.done:
-            plan.seen = sum(seen[:number])
-            writer.add(number, look_at(plan, ranges[number]))
+            own.images = sum(images[:number])
+            writer.add(number, look_at(plan, own, ranges[number]))
 
     for number in filled[:1] if team.first else ():
         make(number)
     team.tell(None)
     for number in filled[:1]:
-        plan.learn(read_part(writer.path(number)).learned)
+        own.take_in(read_part(writer.path(number)).findings)
     for number in filled[1:][team.rank :: team.size]:
         make(number)
     team.everyone(None)
 
 
-def all_parts(plan: Plan, count: int, writer: Writer | None, console: Console | None) -> Sequence[Part]:
+def all_parts(plan: Plan, findings: Findings, count: int, writer: Writer | None, console: Console | None) -> Sequence[Part]:
     """Look at images 0 to count - 1, CHUNK by CHUNK; parts that the writer has are not made again."""
     starts = list(range(0, count, CHUNK))
     parts: dict[int, Part] = {}  # those in memory; with a writer, those that wait for an image that can be read
     for number in shown(range(len(starts)), "images", console):
         if writer is not None and number in writer.done:
             part = read_part(writer.path(number))
-            plan.learn(part.learned)
+            findings.take_in(part.findings)
         else:
-            part = parts[number] = look_at(plan, range(starts[number], min(starts[number] + CHUNK, count)))
-        plan.seen += len(part.images)
-        while writer is not None and plan.seen and parts:
+            part = parts[number] = look_at(plan, findings, range(starts[number], min(starts[number] + CHUNK, count)))
+        findings.images += len(part.images)
+        while writer is not None and findings.images and parts:
             waiting = min(parts)
             writer.add(waiting, parts[waiting])
             del parts[waiting]
-    if not plan.seen:
+    if not findings.images:
         raise DataError(f"Found no readable image among {count}. {parts[0].skipped[0]['reason']}")
     return list(parts.values()) if writer is None else StoredParts([writer.path(number) for number in range(len(starts))])
 
 
-def look_at(plan: Plan, numbers: range) -> Part:
+def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
     """One part: the images of these numbers, in batches."""
     views, skipped = [], []
     for i in numbers:
@@ -245,100 +270,106 @@ def look_at(plan: Plan, numbers: range) -> Part:
             views.append(plan.views[i])
         except DataError as error:
             skipped.append({"name": plan.views.name(i), "reason": str(error)})
-    part = Part({}, [], skipped)
+    part, components = Part({}, [], skipped), records(plan.probes, "components")
     tensors, rows, scored = [], [], []
     for start in range(0, len(views), plan.batch_size):
         batch = views[start : start + plan.batch_size]
-        first = plan.seen + start
-        gallery, columns, said = see(plan, batch, first)
-        tensors.append(gallery.tensors())
-        rows.append(columns)
-        part.images += [metadata.of_image(view, first + i, plan.names, said[i]) for i, view in enumerate(batch)]
+        first = findings.images + start
+        readout, predictions = look_at_batch(plan, findings, batch, first)
+        tensors.append(stored(readout))
+        rows.append(table(readout.rows, plan.probes))
+        part.images += [metadata.of_image(view, first + i, plan.names, predictions[i]) for i, view in enumerate(batch)]
         if any(view.mask is not None for view in batch):
-            scored.append(against_masks(gallery.maps, batch, first, plan.seed))
-    part.tensors = stacked(tensors)
+            scored.append(against_masks(readout.maps, components, batch, first, plan.seed))
+    part.tensors = {name: np.concatenate([batch[name] for batch in tensors]) for name in (tensors[0] if tensors else ())}
     for i, view in enumerate(views):
-        part.tensors[f"picture/{plan.seen + i}"] = view.jpeg()
+        part.tensors[f"picture/{findings.images + i}"] = view.jpeg()
         if view.mask is not None:
-            part.tensors[f"mask/{plan.seen + i}"] = view.mask_png()
+            part.tensors[f"mask/{findings.images + i}"] = view.mask_png()
     if views:
         part.put("rows", joined(rows))
     if scored:
         part.put("scores", joined(scored))
-    part.learned = plan.learned()
+    part.findings = findings.as_json()
     return part
 
 
-def see(plan: Plan, views: Sequence[View], first: int) -> tuple[Gallery, Columns, list[metadata.Said]]:
-    """One pass of a batch: its maps, the rows of the table, and what the model says of each image."""
+def look_at_batch(
+    plan: Plan, findings: Findings, views: Sequence[View], first: int
+) -> tuple[Readout, list[metadata.Prediction]]:
+    """One pass of a batch: what all probes read together, and what the model says of each image."""
     images, count = torch.stack([view.pixels for view in views]), len(views)
     like = next((p for p in plan.model.parameters() if p.is_floating_point()), images)
     images = images.to(like.device)
-    layouts = plan.layout(images)
-    if grafts(plan.model) and not plan.layers:
+    layouts = findings.layout(plan.model, images)
+    if grafts(plan.model) and not findings.layers:
         check(plan.model, images[:1].to(like.dtype))
     noisy = plan.noise > 0 and plan.views.mean is not None
     if plan.noise > 0 and not noisy:
-        plan.notes["Robustness was left out: it is not known how the pixels were normalised."] = None
+        findings.notes["Robustness was left out: it is not known how the pixels were normalised."] = None
     if noisy:
         images = torch.cat([images, with_noise(plan, images, first)])
     block = max(1, min(BLOCK, int(plan.memory * GIB / 16)))  # four buffers of four bytes
-    measures = Measures(plan.model, noisy=noisy, first=first, block=block)
-    gallery = Gallery(len(layouts.calls), plan.direction, plan.rows)
-    class_token = has_class_token(plan.model)
-    collector = Collector(layouts, count, class_token=class_token, rollout=True, on_tokens=measures.tokens, done=gallery.add)
+    batch = BatchInfo(images, count, layouts, noisy, first, plan.seed, block, has_class_token(plan.model))
+    batch.direction, batch.choices, batch.loss = plan.direction, findings.choices, plan.loss
+    batch_pass = BatchPass(plan.model, plan.probes, batch, findings.remember)
+    callbacks = {"on_output": batch_pass.on_output, "outputs": batch_pass.outputs}
+    seen = watch(plan.model, images, batch_pass.on_attention, layouts=layouts, **callbacks)
+    readouts = batch_pass.finish() + extra_passes(plan.model, plan.probes, batch, [view.label for view in views])
+    readout = Readout([row for readout in readouts for row in readout.rows])
+    for each in readouts:
+        readout.maps |= each.maps
+        readout.confidence |= each.confidence
+        findings.details |= each.details
+        findings.notes |= dict.fromkeys(each.notes)
+    findings.refused |= dict.fromkeys(seen.refused)
+    return readout, metadata.predictions(plan.model, seen.output, plan.names, count)
 
-    def take(call: AttentionCall) -> None:
-        measures.see(call)
-        collector.see(call)
-        plan.remember(call, collector.sights[-1])
 
-    def leave(name: str, number: int, output: Any) -> None:
-        measures.leave(name, number, output)
-        collector.leave(name, number, output)
-
-    seen = watch(plan.model, images, take, layouts=layouts, on_output=leave, outputs=measures.ends | collector.around.keys())
-    collector.finish()
-    foreground = gallery.finish()
-    plan.refused |= dict.fromkeys(seen.refused)
-    plan.notes |= dict.fromkeys([*measures.notes, *gallery.notes])
-    plan.rules |= gallery.rules | ({} if foreground is None else {"foreground/-1": foreground.rule})
-    return gallery, measures.columns(), metadata.predictions(plan.model, seen.output, plan.names, count)
+def stored(readout: Readout) -> dict[str, np.ndarray]:
+    """Maps and confidences as a part of a reading holds them: float16, marks as uint8."""
+    kinds = {name: torch.uint8 if value.dtype == torch.bool else torch.float16 for name, value in readout.maps.items()}
+    tensors = {name: value.detach().to("cpu", kinds[name]).numpy() for name, value in readout.maps.items()}
+    confidence = readout.confidence.items()
+    return tensors | {f"{name}/confidence": value.detach().cpu().float().numpy() for name, value in confidence}
 
 
 def with_noise(plan: Plan, images: Tensor, first: int) -> Tensor:
     """The images with noise that hangs on the seed and an image's number alone."""
-    found = []
+    noisy = []
     for number, image in enumerate(images, start=first):
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + number)
-        found.append(perturbed(image[None].float(), plan.noise, generator, plan.views.mean, plan.views.std))
-    return torch.cat(found).to(images)
+        noisy.append(perturbed(image[None].float(), plan.noise, generator, plan.views.mean, plan.views.std))
+    return torch.cat(noisy).to(images)
 
 
-def all_curves(plan: Plan, parts: Sequence[Part], count: int) -> list[dict[str, Any]]:
+def all_curves(plan: Plan, findings: Findings, parts: Sequence[Part], count: int) -> list[dict[str, Any]]:
     """Insertion and deletion curves of the maps of the first `count` images, and what shuffled weights leave of them."""
-    if not count:
+    probes = [probe for probe in plan.probes if any(component.curves for component in probe.components)]
+    if not count or not probes:
         return []
     skipped = {record["name"] for part in parts for record in part.skipped}
     readable = (i for i in range(len(plan.views)) if plan.views.name(i) not in skipped)
     views = [plan.views[i] for _, i in zip(range(count), readable, strict=False)]
-    shuffled = faithfulness.randomised(plan.model, plan.seed)
-    fresh = {"layouts": {}, "layers": {}, "rules": {}, "refused": {}, "notes": {}}
-    blind = replace(plan, model=shuffled, direction=None, noise=0.0, **fresh)
-    ours = maps_of(replace(plan, noise=0.0), views)
+    plan = replace(plan, probes=probes, noise=0.0)
+    shuffled = replace(plan, model=faithfulness.randomised(plan.model, plan.seed), direction=None)
+    ours = maps_of(plan, findings, views)
     try:
-        theirs = maps_of(blind, views)
+        theirs = maps_of(shuffled, Findings(choices=findings.choices), views)
     except VitreousError as error:
-        plan.notes[f"The model with shuffled weights could not be seen, and no map is compared with its own: {error}"] = None
+        findings.notes[f"The model with shuffled weights could not be seen, and no map is compared with its own: {error}"] = (
+            None
+        )
         theirs = {}
-    return against_model(plan.model, views, ours, theirs, plan.seed, max(16, plan.batch_size))
+    components = records(probes, "components")
+    return against_model(plan.model, views, ours, theirs, components, plan.seed, max(16, plan.batch_size))
 
 
-def maps_of(plan: Plan, views: Sequence[View]) -> dict[str, Tensor]:
+def maps_of(plan: Plan, findings: Findings, views: Sequence[View]) -> dict[str, Tensor]:
     """All maps of some images, in memory."""
     starts = range(0, len(views), plan.batch_size)
-    galleries = [see(plan, views[start : start + plan.batch_size], start)[0] for start in starts]
-    return {name: torch.cat([gallery.maps[name] for gallery in galleries]) for name in galleries[0].maps}
+    maps = [look_at_batch(plan, findings, views[start : start + plan.batch_size], start)[0].maps for start in starts]
+    return {name: torch.cat([batch[name] for batch in maps]) for name in maps[0]}
 
 
 def shown(items: Sequence[Any], what: str, console: Console | None) -> Iterator[Any]:

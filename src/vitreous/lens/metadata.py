@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -15,13 +16,13 @@ from vitreous.data.views import View, Views
 from vitreous.grafting import grafts
 from vitreous.lens.direction import Direction
 from vitreous.lens.faithfulness import answer, has_classes
-from vitreous.lens.gallery import about
-from vitreous.lens.layer_features import Sight
+from vitreous.lens.probe import Component
 from vitreous.lens.reading import Part
 from vitreous.lens.tap.attention_call import AttentionCall
+from vitreous.lens.token_coordinates import TokenCoordinates
 
 PACKAGES = ("vitreous", "torch", "timm", "numpy")
-Said = tuple[str | None, float | None]  # a class and its probability; None, None without classes
+Prediction = tuple[str | None, float | None]  # a class and its probability; None, None without classes
 WARNING = "Random weights: these maps say nothing about a trained model."
 
 
@@ -37,22 +38,22 @@ def of_model(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
             "class": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "weights": weights,
-            "mechanisms": [str(found.mechanism) for found in grafts(model)],
+            "mechanisms": [str(record.mechanism) for record in grafts(model)],
         },
         "random_weights": weights == "random",
         "versions": {package: version(package) for package in PACKAGES},
     }
 
 
-def of_layer(call: AttentionCall, sight: Sight) -> dict[str, Any]:
+def of_layer(call: AttentionCall, where: TokenCoordinates) -> dict[str, Any]:
     """One captured attention: what it is, where its tokens are, and how its map was verified."""
     layout, note = call.layout, ""
-    if sight.merged:
+    if where.merged and where.layout is not None:
         note = "tokens were merged or dropped before it: in maps each stands wherever it speaks for"
-    elif sight.grid is None:
+    elif where.grid is None:
         note = "where its tokens are is not known" if layout is None else layout.note
     return {
-        "layer": sight.layer,
+        "layer": where.layer,
         "name": call.name,
         "number": call.call_index,
         "kind": call.kind,
@@ -63,44 +64,45 @@ def of_layer(call: AttentionCall, sight: Sight) -> dict[str, Any]:
         "queries": call.output.shape[3],
         "keys": call.v.shape[3],
         "windows": call.output.shape[1],
-        "prefix": sight.prefix,
-        "grid": None if sight.grid is None else list(sight.grid),
-        "has_class": sight.has_class,
+        "prefix": where.prefix,
+        "grid": None if where.grid is None else list(where.grid),
+        "has_class": where.has_class,
         "effective": call.mixed,
         "note": call.note or note,
     }
 
 
-def of_image(view: View, number: int, names: Sequence[str] | None, said: Said) -> dict[str, Any]:
+def of_image(view: View, number: int, names: Sequence[str] | None, prediction: Prediction) -> dict[str, Any]:
     """One image: its name and size, what the model says of it, its label and whether it has a mask."""
     return {
         "image": number,
         "name": view.name,
         "width": view.width,
         "height": view.height,
-        "predicted": said[0],
-        "probability": said[1],
+        "predicted": prediction[0],
+        "probability": prediction[1],
         "label": names[view.label] if names and 0 <= view.label < len(names) else None,
         "mask": view.mask is not None,
     }
 
 
-def of_components(part: Part, rules: Mapping[str, str], rows: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The components that there are maps of. rules: {"u1/6": by what it was signed}; rows: {"u/6": "raw" or "unit"}."""
+def of_components(
+    part: Part, components: Mapping[str, Component], details: Mapping[str, Mapping[str, str]]
+) -> list[dict[str, Any]]:
+    """The records of components that there are maps of. details: as of `Readout`; all but the rule are told layer by layer."""
     found: dict[str, dict[str, Any]] = {}
     for key in part.maps():
         name, layer = key.split("/")
-        if name not in found:
-            signed = f"{key}/confidence" in part.tensors
-            found[name] = {"name": name, "per_head": part.tensors[key].ndim == 4, "signed": signed, "about": about(name)}
-        if key in rules:
-            found[name]["rule"] = rules[key]
-        if found[name]["signed"]:
-            found[name].setdefault("rows", {})[layer] = rows[f"{name[0]}/{layer}"]
-    return list(found.values())
+        record = found.setdefault(name, asdict(components[name]))
+        for detail, text in details.get(key, {}).items():
+            if detail == "rule":
+                record["rule"] = text
+            else:
+                record.setdefault(detail, {})[layer] = text
+    return [found[name] for name in components if name in found]
 
 
-def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, count: int) -> list[Said]:
+def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, count: int) -> list[Prediction]:
     """(class, its probability) for each of the first `count` images; (None, None) where the output is not of classes."""
     if not has_classes(model, output):
         return [(None, None)] * count
@@ -133,9 +135,9 @@ def of_direction(direction: Direction | None) -> str | None:
 
 def arguments(model: nn.Module) -> list[Any]:
     """What a model was built with beside its weights: classes and plain attributes of its modules, and grafts."""
-    found: list[Any] = [str(record.mechanism) for record in grafts(model)]
+    content: list[Any] = [str(record.mechanism) for record in grafts(model)]
     for name, module in model.named_modules():
         plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
-        kept = {key: value for key, value in plain.items() if not key.startswith("_") and key != "training"}
-        found.append([name, type(module).__name__, kept])
-    return found
+        public = {key: value for key, value in plain.items() if not key.startswith("_") and key != "training"}
+        content.append([name, type(module).__name__, public])
+    return content

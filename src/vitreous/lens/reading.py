@@ -1,6 +1,7 @@
 """A reading: what `look` returns. Numbers and maps per layer, head and image; a table; a folder.
 
-    reading.json          facts: model, weights, settings, versions, layers, components, what was refused or skipped
+    reading.json          model, weights, settings, versions, layers, what was refused or skipped, and records of what its
+                          measures, sources, scores and maps ("components") are: labels, units, bounds
     parts/00000.safetensors, ...   16 images each: their rows of the table, maps, pictures, masks; written whole or not at all
     table.csv, table.json          the rows of all parts, tidy: layer, head, image, source, kind, one column per measure
     scores.csv, summary.csv        maps against masks, where there are masks: per image, and means with 95 % intervals
@@ -8,6 +9,8 @@
 
 Parts are what an interrupted look goes on from; the other files follow from them. Numbers are -1 where a row is of all heads
 (`head`), of no single image (`image`) or of no single layer (`layer`), and NaN where a measure does not apply.
+
+This is format 2. Words stand in a part as positions in a list of words of that part. Format 1 is read as well.
 """
 
 from __future__ import annotations
@@ -28,21 +31,15 @@ from safetensors import safe_open
 
 from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.base.files import writable, write, write_text
-from vitreous.lens import measures
-from vitreous.lens.formulas import scores
+from vitreous.report import format_1
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 16  # images in a part
-SOURCES = ("attention", "learned", "weight", "score")
-KINDS = ("token", "channel", "pooling", "effective")
-KEYS = ("layer", "head", "image", "source", "kind")
 WHOLE = ("layer", "head", "image")  # columns of whole numbers, of which -1 means none in particular
 WORDS = ("source", "kind", "component", "measure")
-SAID = ("skipped", "learned")  # in a part as JSON, in a tensor of bytes: of metadata only one key has an order, the images
+# In a part as JSON, in the tensor of bytes "about": of metadata only one key has an order, the images.
+ABOUT = ("skipped", "findings", "tables")
 OTHERS = ("rows", "scores", "picture", "mask")  # what a part holds beside maps
-COMPONENTS = ("attention", "rollout", "u1", "u2", "u3", "k1", "foreground", "centre", "random", "area")  # that have scores
-NAMED = {"source": SOURCES, "kind": KINDS, "component": COMPONENTS}  # columns of words, kept as numbers in a part
-ORDER = {"rows": (*KEYS, *measures.COLUMNS), "scores": ("image", "component", "layer", "head", *scores.MEASURES)}  # of columns
 Columns = dict[str, np.ndarray]
 
 
@@ -50,44 +47,50 @@ Columns = dict[str, np.ndarray]
 class Part:
     """Up to CHUNK images: tensors by name as the file holds them, and what is known of each image.
 
-    learned: what had been found out of the model by then, for a look that goes on after this part.
+    findings: what had been found out of the model by then, for a look that goes on after this part. tables: {"rows" or
+    "scores": {"columns": names in order, "words": {column of text: the words that its numbers are positions of}}}.
     """
 
     tensors: dict[str, np.ndarray]
     images: list[dict[str, Any]]
     skipped: list[dict[str, str]] = field(default_factory=list)
-    learned: dict[str, Any] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def columns(self, group: str) -> Columns:
         """The columns of a table that the part holds: "rows" (measures) or "scores"."""
-        found = {key.partition("/")[2]: value for key, value in self.tensors.items() if key.startswith(f"{group}/")}
-        ordered = sorted(found, key=lambda name: (ORDER[group].index(name) if name in ORDER[group] else len(found), name))
-        return {name: np.array(NAMED[name])[found[name]] if name in NAMED else found[name] for name in ordered}
+        table = self.tables.get(group, {"columns": (), "words": {}})
+        columns = {name: self.tensors[f"{group}/{name}"] for name in table["columns"]}
+        return columns | {name: np.array(words, str)[columns[name]] for name, words in table["words"].items()}
 
     def maps(self) -> list[str]:
         """Names of the maps, "u1/6", by component and layer."""
         names = [key.split("/") for key in self.tensors]
-        found = [(name[0], int(name[1])) for name in names if len(name) == 2 and name[0] not in OTHERS]
-        return [f"{component}/{layer}" for component, layer in sorted(found)]
+        maps = [(name[0], int(name[1])) for name in names if len(name) == 2 and name[0] not in OTHERS]
+        return [f"{component}/{layer}" for component, layer in sorted(maps)]
 
     def put(self, group: str, columns: Columns) -> None:
         """Take in the columns of a table."""
-        for key, value in columns.items():
-            if key in NAMED:
-                value = np.array([NAMED[key].index(str(word)) for word in value], np.int8)
-            self.tensors[f"{group}/{key}"] = np.ascontiguousarray(value)
+        table = self.tables[group] = {"columns": list(columns), "words": {}}
+        for name, values in columns.items():
+            if values.dtype.kind == "U":
+                words, values = np.unique(values, return_inverse=True)
+                table["words"][name], values = words.tolist(), values.astype(np.int32)
+            self.tensors[f"{group}/{name}"] = np.ascontiguousarray(values)
 
 
 class Maps(Mapping):
-    """Maps over the image by component and layer: `maps["u1", 6]` is (image, rows, columns), float32, on that layer's grid.
+    """Maps over the image by component and layer: `maps["u1", 6]` is (image, *grid), float32, on that layer's grid.
 
     `maps["attention", 6]` is the mean over the heads, `maps["attention", 6, 2]` head 2. Maps of the whole model, such as the
     foreground, have layer -1: `maps["foreground"]`. `confidence("u1", 6)` is the probability, image by image, that the sign
     is right (the bright side is the object); below 0.95 take the sign as unknown. Iterates over (component, layer).
+    components: their records, which say whether maps are per head.
     """
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Part], components: Sequence[Mapping[str, Any]] = ()):
         self.parts = parts
+        self.per_head = {record["name"]: record["per_head"] for record in components}
 
     @cached_property
     def first(self) -> Part:
@@ -97,17 +100,17 @@ class Maps(Mapping):
     def __getitem__(self, key: str | tuple) -> np.ndarray:
         component, layer, *head = (key, -1) if isinstance(key, str) else key
         values = self._joined(f"{component}/{layer}", key).astype(np.float32)
+        heads = values.shape[1] if self.per_head.get(component) else 0
         if not head:
-            return values.mean(axis=1) if values.ndim == 4 else values
-        if values.ndim != 4 or not -values.shape[1] <= head[0] < values.shape[1]:
-            heads = values.shape[1] if values.ndim == 4 else 0
+            return values.mean(axis=1) if heads else values
+        if not -heads <= head[0] < heads:
             raise SettingError(f"Found head {head[0]} of {component!r}, layer {layer}. Expected one of {heads} heads.")
         return values[:, head[0]]
 
     def heads(self, component: str, layer: int) -> np.ndarray:
-        """(image, head, rows, columns); one head where the component has none."""
+        """(image, head, *grid); one head where the component has none."""
         values = self._joined(f"{component}/{layer}", (component, layer)).astype(np.float32)
-        return values if values.ndim == 4 else values[:, None]
+        return values if self.per_head.get(component) else values[:, None]
 
     def confidence(self, component: str, layer: int) -> np.ndarray:
         """(image,), 0 to 1; 1 for components that have no sign to be wrong about."""
@@ -128,8 +131,8 @@ class Maps(Mapping):
 
     def _joined(self, name: str, key: Any) -> np.ndarray:
         if name not in self.first.tensors:
-            known = [f"{component} {layer}" for component, layer in self]
-            raise UnknownName(" ".join(str(k) for k in (key if isinstance(key, tuple) else (key,))), "map", known)
+            names = [f"{component} {layer}" for component, layer in self]
+            raise UnknownName(" ".join(str(k) for k in (key if isinstance(key, tuple) else (key,))), "map", names)
         return np.concatenate([part.tensors[name] for part in self.parts if part.images])
 
 
@@ -156,15 +159,26 @@ class Reading:
 
     @property
     def maps(self) -> Maps:
-        return Maps(self.parts)
+        return Maps(self.parts, self.facts.get("components", ()))
+
+    @property
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """{column of the table: its record: label, unit, low, high, better, explains, short}."""
+        return {record["name"]: record for record in self.facts.get("measures", ())}
 
     def table(self) -> Columns:
         """{column: (rows,)}: layer, head, image (-1: all), source, kind, then one column per measure (NaN: not applicable)."""
-        return in_order(joined([part.columns("rows") for part in self.parts]), ("layer", "source", "kind", "image", "head"))
+        table = joined([part.columns("rows") for part in self.parts])
+        if not table:
+            return table
+        sources = {record["name"]: place for place, record in enumerate(self.facts["sources"])}
+        source = np.array([sources.get(name, len(sources)) for name in table["source"].tolist()], int)
+        return in_order(table, table["layer"], source, table["kind"] == "effective", table["image"], table["head"])
 
     def scores(self) -> Columns:
         """{column: (rows,)}: maps against masks: image, component, layer, head, measures; empty without masks."""
-        return in_order(joined([part.columns("scores") for part in self.parts]), ("image",))
+        table = joined([part.columns("scores") for part in self.parts])
+        return in_order(table, table["image"]) if table else table
 
     def to_pandas(self) -> Any:
         """The table as a pandas DataFrame. Raises SettingError without pandas."""
@@ -214,7 +228,7 @@ class Writer:
     def add(self, number: int, part: Part) -> None:
         """Write a part, whole or not at all."""
         tensors = {key: np.ascontiguousarray(part.tensors[key]) for key in sorted(part.tensors)}
-        tensors["said"] = np.frombuffer(json.dumps({name: getattr(part, name) for name in SAID}).encode(), np.uint8)
+        tensors["about"] = np.frombuffer(json.dumps({name: getattr(part, name) for name in ABOUT}).encode(), np.uint8)
         metadata = {"images": json.dumps(part.images)}
         with writable(self.folder):
             if not self.mark.is_file():
@@ -265,11 +279,16 @@ def read(folder: str | Path) -> Reading:
     path = folder / "reading.json"
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
-            raise DataError(f"Found {path} in format {facts['format']}. Expected {FORMAT}. Read it as it was written.")
+        if facts["format"] not in (1, FORMAT):
+            raise DataError(
+                f"Found {path} in format {facts['format']}. Expected 1 or {FORMAT}. Read it with the version that wrote it."
+            )
+        facts = format_1.upgraded(facts) if facts["format"] == 1 else facts
+        for name in ("layers", "measures", "sources", "components"):
+            iter(facts[name])
         paths = [folder / "parts" / f"{number:05d}.safetensors" for number in range(facts["parts"])]
         curves, summary = folder / "curves.json", folder / "summary.csv"
-        found = json.loads(curves.read_text(encoding="utf-8")) if curves.exists() else []
+        curve_records = json.loads(curves.read_text(encoding="utf-8")) if curves.exists() else []
         if summary.exists():
             facts["summary"] = from_csv(summary.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -280,7 +299,7 @@ def read(folder: str | Path) -> Reading:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"Found no {missing[0]}. Expected {len(paths)} parts. Look again with the same --out.")
-    return Reading(facts, StoredParts(paths), found)
+    return Reading(facts, StoredParts(paths), curve_records)
 
 
 def read_part(path: Path) -> Part:
@@ -289,7 +308,11 @@ def read_part(path: Path) -> Part:
         with safe_open(path, "numpy") as file:
             images = json.loads((file.metadata() or {})["images"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        return Part(tensors, images, **json.loads(tensors.pop("said").tobytes()))
+        if "said" in tensors:
+            about = json.loads(tensors.pop("said").tobytes())
+            about = {"skipped": about["skipped"], "findings": format_1.findings(about["learned"])}
+            return Part(tensors, images, **about, tables=format_1.tables(tensors))
+        return Part(tensors, images, **json.loads(tensors.pop("about").tobytes()))
     except Exception as error:  # what a damaged file can raise is not foreseeable
         raise DataError(
             f"Found {path}, which cannot be read ({type(error).__name__}: {error}). Expected a part of a reading. Delete it "
@@ -308,11 +331,8 @@ def joined(tables: Sequence[Columns]) -> Columns:
     }
 
 
-def in_order(table: Columns, names: Sequence[str]) -> Columns:
-    """The rows of a table sorted by these columns, the first one first, whatever batches they came from."""
-    if not table:
-        return table
-    values = [[NAMED[name].index(word) for word in table[name]] if name in NAMED else table[name] for name in names]
+def in_order(table: Columns, *values: np.ndarray) -> Columns:
+    """The rows of a table sorted by these values, the first ones first, whatever batches they came from."""
     order = np.lexsort(values[::-1])
     return {name: column[order] for name, column in table.items()}
 

@@ -15,8 +15,7 @@ from markupsafe import Markup
 from vitreous.base.files import write_text
 from vitreous.report import packing
 from vitreous.report.folders import Source, open_folders
-from vitreous.report.reading import ReadingFolder, boiled_down
-from vitreous.report.words import words
+from vitreous.report.reading import RECORDS, ReadingFolder, boiled_down
 
 IMAGES = 64  # on a page, at most
 LIMIT = 15_000_000  # bytes of a page
@@ -68,7 +67,16 @@ def payload(sources: Sequence[Source], readings: Sequence[Sequence[ReadingFolder
         }
         for source, group in zip(sources, readings, strict=True)
     ]
-    return {"sources": shown, "pictures": list(pictures), "limit": images, "words": words()}
+    return {"sources": shown, "pictures": list(pictures), "limit": images, "words": words(readings)}
+
+
+def words(readings: Sequence[Sequence[ReadingFolder]]) -> dict[str, list[dict[str, Any]]]:
+    """The records of all readings by kind: what measures, sources, scores, baselines and maps are called and mean."""
+    found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in (*RECORDS, "components")}
+    for kind, records in found.items():
+        for record in (record for group in readings for reading in group for record in reading.facts[kind]):
+            records.setdefault(record["name"], record)
+    return {kind: list(records.values()) for kind, records in found.items()}
 
 
 def fill(data: dict[str, Any]) -> str:

@@ -9,11 +9,12 @@ import numpy as np
 from safetensors import safe_open
 
 from vitreous.base.errors import DataError
-from vitreous.report import packing
+from vitreous.report import format_1, packing
 from vitreous.report.folders import parsed, read_csv, read_json
 
-FORMAT = 1
+FORMAT = 2
 KEYS = ("layer", "head", "image", "source", "kind")
+RECORDS = ("measures", "sources", "scores", "baselines")  # what names in tables mean
 FACTS = ("title", "model", "settings", "versions", "seed", "layers", "components", "refused", "skipped", "notes")
 
 
@@ -23,14 +24,17 @@ class ReadingFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.facts = read_json(folder / "reading.json")
-        found = self.facts.get("format") if isinstance(self.facts, dict) else None
-        if found != FORMAT:
+        number = self.facts.get("format") if isinstance(self.facts, dict) else None
+        if number not in (1, FORMAT):
             raise DataError(
-                f"Found format {found!r} in {folder / 'reading.json'}. Expected {FORMAT}. "
+                f"Found format {number!r} in {folder / 'reading.json'}. Expected 1 or {FORMAT}. "
                 "Use the version of Vitreous that wrote it, or look again."
             )
-        if not isinstance(self.facts.get("layers"), list) or not isinstance(self.facts.get("components"), list):
-            raise self.incomplete("reading.json without its layers or components")
+        lists = ("layers", "components") if number == 1 else ("layers", "components", *RECORDS)
+        if not all(isinstance(self.facts.get(name), list) for name in lists):
+            raise self.incomplete(f"reading.json without its {', '.join(lists)}")
+        if number == 1:
+            self.facts = format_1.upgraded(self.facts)
         self.count = int(self.facts.get("images", 0))
         self.parts: list[Path] = []  # that hold images; those of which none could be read have none
         self.images: list[dict[str, Any]] = []  # of all parts, each with the part it lies in
@@ -87,7 +91,7 @@ class ReadingFolder:
         for component, layer in self.map_names():
             with self.opened(self.parts[0]) as file:
                 shape = file.get_slice(f"{component}/{layer}").get_shape()
-            total += int(np.prod(shape[1:])) + 8
+            total += int(np.prod(shape[1:])) + 8 * int(np.prod(shape[1:-2]))
         return total * 4 // 3
 
 
@@ -135,21 +139,23 @@ def _image(reading: ReadingFolder, image: dict[str, Any], pictures: dict[str, in
 
 
 def _maps(reading: ReadingFolder, shown: int) -> dict[str, Any]:
-    signed = {component["name"]: bool(component.get("signed")) for component in reading.facts["components"]}
+    records = {component["name"]: component for component in reading.facts["components"]}
     found = {}
     for component, layer in reading.map_names():
         maps = reading.tensors(f"{component}/{layer}", shown)
         if maps is None or not len(maps):
             continue
-        heads = maps.shape[1] if maps.ndim == 4 else 0
+        signed, heads = bool(records[component].get("signed")), maps.shape[1] if records[component]["per_head"] else 0
+        depth = maps.shape[2 if heads else 1] if maps.ndim == (5 if heads else 4) else 0
         confidence = reading.tensors(f"{component}/{layer}/confidence", shown)
         found[f"{component}/{layer}"] = {
             "heads": heads,
+            "depth": depth,  # slices of a grid of three dimensions; 0: of two
             "height": maps.shape[-2],
             "width": maps.shape[-1],
-            "signed": signed[component],
+            "signed": signed,
             "confidence": None if confidence is None else [packing.number(value, 3) for value in confidence.ravel()],
-            "cells": packing.quantised(maps, signed[component]),
+            "cells": packing.quantised(maps, signed),
         }
     return found
 

@@ -57,6 +57,7 @@ function likeness(a, b) {
   for (const layer of layersOf([a, b])) {
     const [mine, theirs] = [a.maps[`attention/${layer}`], b.maps[`attention/${layer}`]];
     if (!mine || !theirs || mine.height !== theirs.height || mine.width !== theirs.width) continue;
+    if (mine.depth || theirs.depth) continue; // slices have ranges of their own
     const size = mine.height * mine.width;
     // A map's own range does not change a correlation, so the bytes will do.
     const cells = (entry, image, head) =>

@@ -66,30 +66,40 @@ function block(entry) {
   return decoded.get(entry);
 }
 
-/** One map with its values, or null: component, layer (or that of the whole model), image; head -1 is the mean of all. */
-function mapOf(reading, component, layer, image, head) {
-  const at = reading.maps[`${component}/${layer}`] ? layer : -1;
-  const entry = reading.maps[`${component}/${at}`];
+/** The stored map of a layer, or of the whole model where layers have none. */
+const entryOf = (reading, component, layer) =>
+  reading.maps[`${component}/${layer}`] || reading.maps[`${component}/-1`];
+
+/**
+ * One map with its values, or null: component, layer (or that of the whole model), image; head -1 is the mean of all.
+ * Of a volume or a clip, `values` are those of one slice; its range is that of all slices, so that their colours agree.
+ */
+function mapOf(reading, component, layer, image, head, slice = state.slice) {
+  const entry = entryOf(reading, component, layer);
   if (!entry || image < 0 || image >= reading.shown || (entry.heads && head >= entry.heads)) return null;
   const size = entry.height * entry.width;
   const { ranges, cells } = block(entry);
-  const values = new Float32Array(size);
-  const heads = Math.max(entry.heads, 1);
+  const [heads, depth] = [Math.max(entry.heads, 1), Math.max(entry.depth, 1)];
+  const all = new Float32Array(depth * size);
   const taken = entry.heads && head >= 0 ? [head] : [...Array(heads).keys()];
   for (const one of taken) {
-    const number = image * heads + one;
-    const [low, high] = [ranges.getFloat32(8 * number, true), ranges.getFloat32(8 * number + 4, true)];
-    for (let i = 0; i < size; i++) {
-      const byte = cells[number * size + i];
-      values[i] += byte === 255 ? NaN : (low + (byte / 254) * (high - low)) / taken.length;
+    for (let plane = 0; plane < depth; plane++) {
+      const number = (image * heads + one) * depth + plane;
+      const [low, high] = [ranges.getFloat32(8 * number, true), ranges.getFloat32(8 * number + 4, true)];
+      for (let i = 0; i < size; i++) {
+        const byte = cells[number * size + i];
+        all[plane * size + i] += byte === 255 ? NaN : (low + (byte / 254) * (high - low)) / taken.length;
+      }
     }
   }
+  const shown = Math.min(slice, depth - 1);
   const confidence = entry.confidence ? entry.confidence[image] : null;
-  const finite = [...values].filter(Number.isFinite);
+  const finite = [...all].filter(Number.isFinite);
   return {
-    values,
+    values: all.subarray(shown * size, (shown + 1) * size),
+    slice: entry.depth ? shown : null,
     component,
-    layer: at,
+    layer: entry === reading.maps[`${component}/${layer}`] ? layer : -1,
     head: entry.heads ? head : -1,
     heads: entry.heads,
     height: entry.height,

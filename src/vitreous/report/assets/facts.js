@@ -4,7 +4,7 @@ function layers() {
   const { node } = part("layers", "Capture");
   const body = el("div");
   node.append(body);
-  const size = (pair) => (pair ? `${pair[0]} × ${pair[1]}` : "none");
+  const size = (grid) => (grid ? grid.join(" × ") : "none");
   section(["panes"], () =>
     body.replaceChildren(
       ...shownReadings().flatMap((reading, i) =>

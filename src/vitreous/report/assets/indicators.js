@@ -9,7 +9,7 @@ function rowsOf(reading, source) {
 
 /** [source, kind] pairs that the readings have, in a fixed order. */
 function sourcesOf(readings) {
-  const order = Object.keys(WORDS.sources);
+  const order = namesOf("sources");
   const found = new Map();
   for (const reading of readings)
     for (const row of reading.table.rows) found.set(`${row[0]}/${row[1]}`, [row[0], row[1]]);
@@ -18,7 +18,7 @@ function sourcesOf(readings) {
 }
 
 function sourceLabel(pair, pairs) {
-  const name = own(WORDS.sources, pair[0])?.[0] || readable(pair[0]);
+  const [name] = words("sources", pair[0]);
   return pairs.filter((other) => other[0] === pair[0]).length > 1 ? `${name}, ${pair[1]}` : name;
 }
 
@@ -110,7 +110,7 @@ function indicators() {
       pairs.map((one, i) => ({ value: keys[i], label: sourceLabel(one, pairs) })),
       box.source,
     );
-    about.textContent = own(WORDS.sources, pair[0])?.[1] || "";
+    about.textContent = words("sources", pair[0])[2];
     const names = measuresOf(readings, pair).filter((name) => box.paper || !name.endsWith("_paper"));
     paper.hidden = !measuresOf(readings, pair).some((name) => name.endsWith("_paper"));
     const two = readings.length > 1;

@@ -78,7 +78,7 @@ function showPane(node, index, one, range) {
   const image = reading.images[one.image];
   node.shown = { ...one, range };
   const what = map
-    ? `${componentName(map.component)}, ${where(map.layer, map.head)}${map.heads && map.head < 0 ? ", mean of heads" : ""}`
+    ? `${componentName(map.component)}, ${where(map.layer, map.head)}${map.heads && map.head < 0 ? ", mean of heads" : ""}${map.slice === null ? "" : `, slice ${map.slice}`}`
     : "";
   node
     .querySelector("figcaption")

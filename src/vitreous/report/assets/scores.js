@@ -34,7 +34,7 @@ function scored(reading, index, measure) {
   const rows = summaryOf(reading).filter((row) => row.measure === measure);
   if (!rows.length) return el("p", { class: "quiet" }, `${tagged(index)}: no masks were given.`);
   const best = looker(reading, measure);
-  const lines = Object.keys(WORDS.baselines)
+  const lines = namesOf("baselines")
     .map((name) => [name, baseline(reading, name, measure)])
     .filter(([, row]) => row);
   const said = best
@@ -49,9 +49,9 @@ function scored(reading, index, measure) {
   const bases = el(
     "p",
     { class: "quiet" },
-    lines.map(([name, row]) => `${WORDS.baselines[name]} ${fmt(row.mean, 3)}${interval(row)}`).join(" · "),
+    lines.map(([name, row]) => `${componentName(name)} ${fmt(row.mean, 3)}${interval(row)}`).join(" · "),
   );
-  const others = rows.filter((row) => row.head < 0 && !own(WORDS.baselines, row.component));
+  const others = rows.filter((row) => row.head < 0 && !recordOf("baselines", row.component));
   const names = [...new Set(others.map((row) => row.component))];
   const bars = names.length
     ? chart({
@@ -211,7 +211,7 @@ function artifacts() {
   section(["panes"], () => {
     const readings = shownReadings();
     showPart(readings.some((reading) => reading.artifacts.length));
-    const [title, unit, about] = measureWords("artifact_share");
+    const [title, , about] = words("components", "artifacts");
     sentence.textContent = readings
       .map((reading, i) => {
         const found = worst(reading);
@@ -223,7 +223,7 @@ function artifacts() {
       chart({
         id: "artifact-chart",
         title,
-        unit,
+        unit: "% of patches",
         about,
         xLabel: "layer",
         pick: (s, p) => show({ layer: p.x, marks: true }),

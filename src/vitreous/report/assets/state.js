@@ -1,20 +1,24 @@
 // What a page of readings says in words, and what is chosen on it.
 
+/** Records by kind ("measures", "sources", "scores", "baselines", "components"), in the order of the readings. */
 const WORDS = DATA.words;
+const recordOf = (kind, name) => WORDS[kind].find((record) => record.name === name);
+const namesOf = (kind) => WORDS[kind].map((record) => record.name);
 const LETTERS = ["A", "B"];
 
-/** [label, unit, explanation] of a measure; one that has a paper form of its own says so. */
-function measureWords(name) {
-  const plain = name.replace(/_paper$/, "");
-  const found = own(WORDS.measures, plain) || [readable(plain), "", ""];
-  return name === plain
-    ? found
-    : [`${found[0]}, paper's form`, found[1], "As published; not comparable between token counts."];
+/** [label, unit or range, explanation] of a record; one that no reading explains has its own name. */
+function words(kind, name) {
+  const record = recordOf(kind, name);
+  if (!record) return [readable(name), "", ""];
+  const bounded = Number.isFinite(record.low) && Number.isFinite(record.high);
+  return [record.label, record.unit || (bounded ? `${fmt(record.low)} to ${fmt(record.high)}` : ""), record.explains];
 }
 
+const measureWords = (name) => words("measures", name);
+
 const readable = (name) => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
-const scoreWords = (name) => own(WORDS.scores, name) || [readable(name), "", ""];
-const componentName = (name) => own(WORDS.components, name) || own(WORDS.baselines, name) || name;
+const scoreWords = (name) => words("scores", name);
+const componentName = (name) => (recordOf("components", name) || recordOf("baselines", name))?.label || name;
 const layerName = (layer) => (layer < 0 ? "whole model" : `layer ${layer}`);
 const headName = (head) => (head < 0 ? "mean of heads" : `head ${head}`);
 const where = (layer, head) =>
@@ -30,6 +34,7 @@ const state = {
   image: 0,
   layer: 0,
   head: -1,
+  slice: 0,
   component: "attention",
   opacity: 65,
   marks: true,

@@ -13,6 +13,7 @@ function viewer() {
   const component = choice("Map", (value) => set({ component: value }));
   const layer = choice("Layer", (value) => set({ layer: value }));
   const head = choice("Head", (value) => set({ head: value }));
+  const slice = choice("Slice", (value) => set({ slice: value }));
   const about = el("p", { class: "about", "aria-live": "polite" });
   const opacity = el("input", {
     type: "range",
@@ -46,7 +47,7 @@ function viewer() {
       "div",
       { class: "viewer" },
       panes,
-      el("div", { class: "controls" }, component.field, about, layer.field, head.field, options),
+      el("div", { class: "controls" }, component.field, about, layer.field, head.field, slice.field, options),
     ),
     small,
   );
@@ -79,7 +80,7 @@ function viewer() {
     const alone = !readings.some((r) => r.maps[`${state.component}/${state.layer}`]);
     about.textContent = told
       ? [
-          told.about,
+          told.explains,
           told.rule ? `${told.signed ? "Sign by" : "By"} ${told.rule}` : "",
           alone ? "one map for the whole model" : "",
         ]
@@ -98,12 +99,18 @@ function viewer() {
       state.head,
       !perHead,
     );
+    const slices = slicesOf(readings);
+    slice.field.hidden = slices < 2;
+    slice.show(
+      [...Array(slices).keys()].map((value) => ({ value, label: String(value) })),
+      state.slice,
+    );
   });
-  section(["panes", "image", "component", "layer", "head", "opacity", "marks", "outline", "clip", "shared"], () => {
+  section(["panes", "image", "component", "layer", "head", "slice", "opacity", "marks", "outline", "clip", "shared"], () => {
     both.hidden = state.panes.length < 2;
     drawPanes(panes);
   });
-  section(["panes", "image", "component", "layer", "head"], () => neighbours(small));
+  section(["panes", "image", "component", "layer", "head", "slice"], () => neighbours(small));
   images.forEach((image, number) => {
     image.addEventListener("load", () => [...panes.children].filter((one) => usesPicture(one, number)).forEach(paint), {
       once: true,
@@ -137,18 +144,16 @@ function settle(readings) {
   if (state.image >= readings[0].shown) state.image = 0;
   const heads = Math.max(0, ...readings.map((r) => r.layers.find((l) => l.layer === state.layer)?.heads || 0));
   if (state.head >= heads) state.head = -1;
+  if (state.slice >= slicesOf(readings)) state.slice = 0;
 }
 
-/** Names of the components that there are maps of, the best known first. */
+/** Slices of the chosen map, of a volume or a clip; 0 for an image. */
+const slicesOf = (readings) => Math.max(0, ...readings.map((r) => entryOf(r, state.component, state.layer)?.depth || 0));
+
+/** Names of the components that there are maps of. */
 function componentsOf(readings) {
-  const order = ["attention", "rollout", "foreground", "u1", "u2", "u3", "k1", "artifacts"];
-  const place = (name) => (order.includes(name) ? order.indexOf(name) : order.length);
-  const found = new Set(
-    readings.flatMap((r) =>
-      r.components.map((c) => c.name).filter((name) => Object.keys(r.maps).some((map) => map.startsWith(`${name}/`))),
-    ),
-  );
-  return [...found].sort((a, b) => place(a) - place(b));
+  const maps = readings.flatMap((r) => Object.keys(r.maps));
+  return namesOf("components").filter((name) => maps.some((map) => map.startsWith(`${name}/`)));
 }
 
 const layersOf = (readings) =>
@@ -262,6 +267,13 @@ function neighbours(box) {
       [...Array(heads).keys()].map((head) => ({ label: `head ${head}`, layer: state.layer, head })),
     ]);
   }
+  const slices = slicesOf([reading]);
+  if (slices > 1) {
+    groups.push([
+      "All slices",
+      [...Array(slices).keys()].map((slice) => ({ label: `slice ${slice}`, layer: state.layer, head: state.head, slice })),
+    ]);
+  }
   const layers = layersOf([reading]).filter((layer) => reading.maps[`${state.component}/${layer}`]);
   if (layers.length > 1) {
     const of = heads > 1 ? `, ${headName(state.head)}` : "";
@@ -283,8 +295,8 @@ function neighbours(box) {
   );
 }
 
-function tile(reading, image, { label, layer, head }) {
-  const map = mapOf(reading, state.component, layer, image, head);
+function tile(reading, image, { label, layer, head, slice = state.slice }) {
+  const map = mapOf(reading, state.component, layer, image, head, slice);
   if (!map) return null;
   const canvas = el("canvas", { width: map.width, height: map.height, "aria-hidden": "true" });
   const context = canvas.getContext("2d");
@@ -295,14 +307,14 @@ function tile(reading, image, { label, layer, head }) {
     pixels.data.set([...color, Number.isNaN(value) ? 60 : 255], 4 * i);
   });
   context.putImageData(pixels, 0, 0);
-  const chosen = layer === state.layer && head === state.head;
+  const chosen = layer === state.layer && head === state.head && slice === state.slice;
   return el(
     "button",
     {
       type: "button",
       class: "tile",
       "aria-pressed": String(chosen),
-      on: { click: () => refocus(label, { layer, head }) },
+      on: { click: () => refocus(label, { layer, head, slice }) },
     },
     canvas,
     el("span", {}, label),

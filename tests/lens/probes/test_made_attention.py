@@ -1,4 +1,4 @@
-"""Measures against the whole-map formulas, closed forms and loops; blocks, windows, noise and the table."""
+"""Numbers of made attention against whole-map formulas, closed forms and loops; blocks, windows, noise and the table."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitreous.base.errors import DataError, NotReached
+from lens.passes import NUMBERS, measured
+from vitreous.base.errors import DataError, NotReached, SettingError
 from vitreous.lens.formulas import indicators
-from vitreous.lens.measures import COLUMNS, KEYS, Measures, averaged
+from vitreous.lens.layer_features import LayerFeatures
+from vitreous.lens.probe import BatchInfo, Rows, chosen, records, table
+from vitreous.lens.probes.rank_collapse import RankCollapse
 
 SIDE = 5  # a grid of 5 x 5 places, 8 pixels apart
 
@@ -29,7 +32,7 @@ class Shown:
     altered: Tensor | None = None
     layout: Any = None
     name: str = "attn"
-    number: int = 0
+    call_index: int = 0
     kind: str = "token"
     scale: float | None = 1.0
     stochastic: bool = True
@@ -72,13 +75,6 @@ def grid(prefix=1, side=SIDE, pitch=8.0):
     axis = (torch.arange(side, dtype=torch.float64) + 0.5) * pitch
     places = torch.cat([torch.full((prefix, 2), torch.nan), torch.cartesian_prod(axis, axis)])[None].double()
     return SimpleNamespace(queries=places, keys=places)
-
-
-def measured(*calls, **settings):
-    measures = Measures(settings.pop("model", nn.Identity()), **settings)
-    for call in calls:
-        measures.see(call)
-    return measures.columns()
 
 
 def column(table, name, source="attention", kind="token", together=False):
@@ -269,13 +265,13 @@ def test_a_planted_gaussian_head_returns_its_width(width, prefix):
 
 
 def test_rank_collapse_of_planted_tokens():
-    call, plain = shown(), nn.Identity()
+    batch = BatchInfo(torch.zeros(2, 3, 4, 4), 2, None)
     spread = torch.stack([torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])])  # half its energy is in the mean
     for tokens, wanted in ((torch.ones(2, 6, 3), 0.0), (torch.eye(2).repeat(2, 1, 1) - 0.5, 1.0), (spread, np.sqrt(0.5))):
-        measures = Measures(plain)
-        measures.see(call)
-        measures.tokens("attn", 0, tokens if tokens.ndim == 3 else tokens.expand(2, -1, -1))
-        close(column(measures.columns(), "rank_collapse", together=True), wanted)
+        observer = RankCollapse().start(None, batch)
+        stream = tokens if tokens.ndim == 3 else tokens.expand(2, -1, -1)
+        observer.on_layer(LayerFeatures(0, ("attn", 0), "token", stream=stream))
+        close(column(table(observer.finish().rows, [RankCollapse()]), "rank_collapse", together=True), wanted)
 
 
 # -- windows, kinds, effective maps ------------------------------------------------------------------------------------
@@ -361,56 +357,38 @@ def test_alignment_is_of_tokens_with_themselves():
 
 
 def test_the_table_is_tidy():
-    measures = Measures(nn.Identity(), noisy=True)
-    for seed in (0, 1):
-        for name in ("b", "a"):
-            measures.see(shown(batch=4, name=name, seed=seed))
-            measures.tokens(name, 0, random(4, 5, 3, seed=seed))
-    table = measures.columns()
-    assert tuple(table) == (*KEYS, *COLUMNS)
-    assert measures.layers == {("b", 0): 0, ("a", 0): 1}  # in the order of the pass
-    assert {len(values) for values in table.values()} == {2 * 4 * (3 + 1 + 3)}
-    keys = list(zip(*(table[name].tolist() for name in KEYS), strict=True))
+    calls = [shown(batch=4, name=name, seed=seed) for seed, name in enumerate("ba")]
+    found = measured(*calls, noisy=True, first=3)
+    columns = list(records(chosen(NUMBERS), "measures"))
+    assert list(found) == ["layer", "head", "image", "source", "kind", *columns]
+    assert {len(values) for values in found.values()} == {2 * 2 * (3 + 1 + 3)}
+    keys = list(zip(*(found[name].tolist() for name in list(found)[:5]), strict=True))
     assert len(set(keys)) == len(keys)
-    assert keys[:5] == [(0, head, 0, "attention", "token") for head in (-1, 0, 1, 2)] + [(0, -1, 1, "attention", "token")]
-    assert all(table[name].dtype == np.float64 for name in COLUMNS)
-    heads = table["head"] < 0
-    assert np.isfinite(table["rank_collapse"]).tolist() == heads.tolist()
-    assert np.isfinite(table["selectivity_paper"]).tolist() == heads.tolist()
+    assert keys[:5] == [(0, head, 3, "attention", "token") for head in (-1, 0, 1, 2)] + [(0, -1, 4, "attention", "token")]
+    assert all(found[name].dtype == np.float64 for name in columns)
+    assert np.isfinite(found["selectivity_paper"]).tolist() == (found["head"] < 0).tolist()
+    one = measured(shown(batch=4, name="b", seed=0), noisy=True, first=3)
+    for name in found:  # the first in the order of the pass, whatever it is called
+        np.testing.assert_array_equal(found[name][found["layer"] == 0], one[name])
 
 
-def test_taken_in_pieces_the_rows_are_the_same():
-    calls = [shown(seed=seed, layout=grid()) for seed in (0, 1, 2)]
-    whole = measured(*calls)
-    measures, parts = Measures(nn.Identity()), []
-    for call in calls:
-        measures.see(call)
-        parts.append(measures.take())
-    assert len(measures.take()["layer"]) == 0
-    later = Measures(nn.Identity(), first=4)  # as after an interruption
-    later.see(calls[2])
-    for found in (parts, [*parts[:2], later.columns()]):
-        order = np.lexsort([np.concatenate([part[name] for part in found]) for name in ("head", "image", "source")])
-        again = np.lexsort([whole[name] for name in ("head", "image", "source")])
-        for name in ("image", "head", "attention_entropy", "effective_rank"):
-            np.testing.assert_array_equal(np.concatenate([part[name] for part in found])[order], whole[name][again])
+def test_rows_of_several_probes_become_one_and_undeclared_measures_are_refused():
+    collapse = [Rows(0, "attention", "token", {"rank_collapse": torch.tensor([[0.5]])}, 0, together=True)]
+    selective = [Rows(0, "attention", "token", {"selectivity_paper": torch.tensor([[0.25]])}, 0, together=True)]
+    probes = chosen(("attention_rows", "rank_collapse"))
+    found = table(collapse + selective, probes)
+    assert len(found["layer"]) == 1
+    assert (found["rank_collapse"][0], found["selectivity_paper"][0], found["head"][0]) == (0.5, 0.25, -1)
+    with pytest.raises(SettingError, match=r"values of rank_collapse in a readout\. Expected.*Add them"):
+        table(collapse, chosen("attention_rows"))
+    with pytest.raises(SettingError, match="values of score"):
+        table([Rows(0, "score", "token", {"rank_collapse": torch.ones(1, 1)})], probes)
 
 
-def test_averages_over_images():
-    table = measured(shown(batch=5, layout=grid()))
-    mean = averaged(table)
-    assert tuple(mean) == tuple(table)
-    assert set(mean["image"]) == {-1}
-    for name in ("mean_distance", "head_redundancy"):
-        close(column(mean, name)[0], column(table, name).mean(dim=0))
-    close(column(mean, "effective_rank", "score")[0], column(table, "effective_rank", "score").mean(dim=0))
-    assert np.isnan(mean["perturbation_robustness"]).all()
-
-
-def test_only_the_sources_asked_for():
-    table = measured(shown(), sources=("attention",))
-    assert set(table["source"]) == {"attention"}
-    assert set(measured(shown(), sources=("score",))["source"]) == {"score"}
+def test_only_what_is_asked_for():
+    assert set(measured(shown(), probes="attention_rows")["source"]) == {"attention"}
+    assert set(measured(shown(), probes="spectra")["source"]) == {"score"}
+    assert len(measured(shown(), probes="spectra:scores=false")["source"]) == 0
 
 
 def test_an_image_that_is_not_finite_spoils_its_own_rows_alone():
@@ -426,10 +404,10 @@ def test_an_image_that_is_not_finite_spoils_its_own_rows_alone():
 
 
 def test_bad_batches_are_refused():
-    with pytest.raises(DataError, match=r"batch of 3.*perturbed"):
+    with pytest.raises(DataError, match=r"batch of 3 in attn.*noise=0"):
         measured(shown(batch=3), noisy=True)
     with pytest.raises(NotReached, match="b saw 2 of 4 images"):
-        measured(shown(name="a"), shown(name="b"), shown(name="a"))
+        measured(shown(name="a", batch=4), shown(name="b"))
 
 
 def test_autocast_does_not_reach_the_measures():

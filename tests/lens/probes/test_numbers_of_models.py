@@ -1,4 +1,4 @@
-"""Measures of whole models, through the tap, against what the models themselves compute."""
+"""Numbers of whole models, through the tap, against what the models themselves compute."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from lens.passes import seen as seen_by_probes
 from vitreous import SPC, SVDA, EViT, TokenMerging, graft
 from vitreous.base.errors import DataError
+from vitreous.lens.batch_pass import perturbed
 from vitreous.lens.formulas import indicators
-from vitreous.lens.measures import Measures, averaged, perturbed
 from vitreous.lens.tap import trace, watch
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -51,10 +52,9 @@ def both(images, seed=0, noise=0.01):
     return torch.cat([images, torch.stack(noisy).to(images)])
 
 
-def measured(model, batch, **settings):
-    measures = Measures(model, **{"noisy": True} | settings)
-    watch(model, batch, measures.see, on_output=measures.leave)
-    return measures.columns(), measures
+def measured(model, batch, noisy=True, **settings):
+    """The table, and what all probes read."""
+    return seen_by_probes(model, batch, noisy=noisy, **settings)
 
 
 def column(table, name, layer, source="attention", together=False):
@@ -109,7 +109,7 @@ def test_equals_what_the_unfused_host_computes(host):
             getattr(block.attn, name).register_forward_hook(lambda m, a, out, at=(i, name): seen.update({at: out}))
     with torch.no_grad():
         peer(images)
-    table, measures = measured(model, images)
+    table, readout = measured(model, images)
     prefix = seen[0, "map"].shape[-1] - 16
     for i in range(2):
         q, k = seen[i, "q_norm"], seen[i, "k_norm"]
@@ -120,8 +120,8 @@ def test_equals_what_the_unfused_host_computes(host):
             close(column(table, "effective_rank", i, "score"), indicators.effective_rank(spectrum, eps=0))
             close(column(table, "spectral_entropy_paper", i, "score"), indicators.spectral_entropy(spectrum))
     notes = {"plain": "", "average pool": "", "registers, qk norm": "normalised", "rope": "rotary", "grouped": "rotary"}
-    assert notes.get(host, "not seen") in "".join(measures.notes)
-    assert bool(measures.notes) == bool(notes.get(host, "not seen"))
+    assert notes.get(host, "not seen") in "".join(readout.notes)
+    assert bool(readout.notes) == bool(notes.get(host, "not seen"))
 
 
 @pytest.mark.parametrize("host", ["rope", "eva"])
@@ -154,7 +154,7 @@ def test_equals_the_formula_of_svda(scale):
     with torch.no_grad():
         model(images)
     raw = dict(raw)
-    table, measures = measured(model, images)
+    table, readout = measured(model, images)
     for i, block in enumerate(model.blocks):
         q, k, _ = raw[i].reshape(6, 17, 3, 2, 16).permute(2, 0, 3, 1, 4)
         q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
@@ -168,15 +168,15 @@ def test_equals_the_formula_of_svda(scale):
         close(column(table, "effective_rank", i, "learned")[0], entropy.exp())
         close(column(table, "effective_rank_paper", i, "learned")[0], indicators.effective_rank(sigma))
         close(column(table, "spectral_sparsity_paper", i, "learned")[0], torch.zeros(2))
-    assert ["normalised" in note for note in measures.notes] == [True]
+    assert ["normalised" in note for note in readout.notes] == [True]
 
 
 def test_alignment_before_a_spectrum_that_was_turned_is_not_made_up():
     model = graft(build("rope"), SVDA())
-    table, measures = measured(model, both(pictures()))
+    table, readout = measured(model, both(pictures()))
     assert np.isnan(table["angular_alignment"]).all()
     assert np.isnan(table["angular_alignment_paper"]).all()
-    assert any(note.startswith("blocks.0.attn to blocks.1.attn (2): alignment") for note in measures.notes)
+    assert any(note.startswith("blocks.0.attn to blocks.1.attn (2): alignment") for note in readout.notes)
 
 
 class Blurring(torch.nn.Module):
@@ -209,23 +209,25 @@ def test_planted_gaussian_heads_return_their_widths():
 def test_batches_make_no_difference():
     model, images = build(), pictures(5)
     whole, _ = measured(model, images, noisy=False)
-    measures, layouts = Measures(model), trace(model, images)
-    for batch in images.split(2):
-        watch(model, batch, measures.see, layouts=layouts, on_output=measures.leave)
-    split = measures.columns()
-    assert list(split) == list(whole)
+    layouts = trace(model, images)
+    parts = [measured(model, images[i : i + 2], noisy=False, layouts=layouts, first=i)[0] for i in (0, 2, 4)]
+    split = {name: np.concatenate([part[name] for part in parts]) for name in whole}
+    assert list(parts[0]) == list(whole)
+    sources = {name: i for i, name in enumerate(dict.fromkeys(whole["source"].tolist()))}
+    source = [sources[name] for name in split["source"].tolist()]
+    order = np.lexsort([split["head"], split["image"], source, split["layer"]])
     for name, values in whole.items():
         if values.dtype.kind == "f":
-            np.testing.assert_allclose(split[name], values, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(split[name][order], values, rtol=1e-4, atol=1e-6)
         else:
-            np.testing.assert_array_equal(split[name], values)
+            np.testing.assert_array_equal(split[name][order], values)
 
 
 def test_rows_of_the_model_come_with_the_first_image_alone():
-    table, measures = measured(build("eva"), pictures(2), noisy=False, first=16)
+    table, readout = measured(build("eva"), pictures(2), noisy=False, first=16)
     assert set(table["source"]) == {"attention", "score"}
     assert set(table["image"]) == {16, 17}
-    assert measures.notes == []
+    assert readout.notes == []
 
 
 def test_without_noise_nothing_changes():
@@ -260,13 +262,9 @@ def test_inserted_tokens_are_among_those_attended_to():
 def test_merged_tokens_stand_at_the_mean_of_their_places(mechanism):
     """Image by image: which tokens are merged depends on the image, and the traced one is none of them."""
     model, images, calls = graft(build(), mechanism), pictures(4), []
-    measures = Measures(model)
-
-    def see(call):
-        measures.see(call)
-        calls.append((call.map(), call.source))
-
-    watch(model, images, see, layouts=trace(model, pictures(1, seed=9)))
+    layouts = trace(model, pictures(1, seed=9))
+    watch(model, images, lambda call: calls.append((call.map(), call.source)), layouts=layouts)
+    table, _ = measured(model, images, noisy=False, layouts=layouts)
     maps, source = calls[1]
     assert len({tuple(row.tolist()) for row in source}) == 4
     for image in range(4):
@@ -276,7 +274,7 @@ def test_merged_tokens_stand_at_the_mean_of_their_places(mechanism):
             if spoken_for:
                 means[token] = torch.stack(spoken_for).mean(dim=0)
         wanted = indicators.mean_distance(maps[image], indicators.distances(means, means))[0]
-        close(column(measures.columns(), "mean_distance", 1)[image], wanted)
+        close(column(table, "mean_distance", 1)[image], wanted)
 
 
 @pytest.mark.parametrize("mechanisms", [(), (SVDA(),)], ids=["plain", "svda"])
@@ -293,21 +291,15 @@ def test_bfloat16_and_autocast_come_near_float32(mechanisms):
 
 
 def test_rank_collapse_of_the_residual_stream():
-    """Told the tokens after a block, of clean and noisy images, by whoever sees them."""
-    model, images, seen = build(), both(pictures()), {}
-    measures = Measures(model, noisy=True)
-
-    def leave(name, number, output):
-        measures.leave(name, number, output)
-        if name in ("blocks.0", "blocks.1"):
-            seen[name] = output
-            measures.tokens(f"{name}.attn", 0, output)
-
-    watch(model, images, measures.see, on_output=leave)
+    """Of all tokens after a block, of the clean images."""
+    model, images, outputs = build(), both(pictures()), {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda m, args, out, i=i: outputs.__setitem__(i, out.clone()))
+    table, _ = measured(model, images, probes="rank_collapse")
     for i in range(2):
-        x = seen[f"blocks.{i}"][:3].double()
+        x = outputs[i][:3].double()
         wanted = (x - x.mean(1, keepdim=True)).norm(dim=(1, 2)) / x.norm(dim=(1, 2))
-        close(column(measures.columns(), "rank_collapse", i, together=True)[:, 0], wanted)
+        close(column(table, "rank_collapse", i, together=True)[:, 0], wanted)
 
 
 def test_a_trained_model(shared_data):
@@ -317,12 +309,11 @@ def test_a_trained_model(shared_data):
     photographs = np.load(shared_data / "imagenet1k-samples" / "imagenet_50_224px.npz")["images"][:2]
     images = (torch.from_numpy(photographs).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
     noisy = perturbed(images, 0.01, torch.Generator().manual_seed(0), (0.5,), (0.5,))
-    table, measures = measured(model, torch.cat([images, noisy]))
-    assert measures.notes == []
-    table = averaged(table)
+    table, readout = measured(model, torch.cat([images, noisy]))
+    assert readout.notes == []
 
     def heads(name, source="attention"):
-        return torch.stack([column(table, name, i, source)[0] for i in range(12)])
+        return torch.stack([column(table, name, i, source).mean(0) for i in range(12)])
 
     assert heads("mean_distance").shape == (12, 3)
     assert 1 <= heads("effective_tokens").min() < 5 < 50 < heads("effective_tokens").max() <= 197

@@ -1,0 +1,257 @@
+"""What is read from a pass: `Probe` (what it measures), `Observer` (of one batch), `Readout` (what came of it).
+
+A probe is one file of `lens/probes/`, or a class from elsewhere: see `docs/how-to/add-a-probe.md`. `look` runs all of them in
+one pass. `Measure` (a number), `Component` (a map) and `Source` (what rows are of) are the records by which a reading says
+what its columns and maps are; pages, tables and alarms take labels, units and bounds from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from vitreous.base.catalogue import Catalogue
+from vitreous.base.errors import SettingError
+from vitreous.base.text_form import Settings
+from vitreous.lens.direction import Direction
+from vitreous.lens.formulas.row_statistics import RowBlock
+from vitreous.lens.layer_features import LayerFeatures
+from vitreous.lens.tap import Layouts
+from vitreous.lens.tap.attention_call import AttentionCall
+from vitreous.lens.token_coordinates import TokenCoordinates
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that a probe gives: a column of the table.
+
+    low, high: the least and the largest possible value; None: no bound. better: which way is desired, if either is.
+    explains: one sentence for the page. short: heading in the table of the command line; "" leaves it out there.
+    A name that ends with "_paper" is a form as published, which pages show only when asked.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    better: Literal["higher", "lower", "neither"] = "neither"
+    explains: str = ""
+    short: str = ""
+
+
+@dataclass(frozen=True)
+class Component(Measure):
+    """A kind of map. Maps are called "NAME/LAYER", layer -1 for one of the whole model.
+
+    signed: below zero is the other side; per_head: maps are (B, H, *grid), else (B, *grid). scored: compared with masks;
+    curves: insertion and deletion are made in its order, where they are asked for.
+    """
+
+    signed: bool = False
+    per_head: bool = False
+    scored: bool = True
+    curves: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """What rows of the table are of."""
+
+    name: str
+    label: str
+    explains: str = ""
+
+
+ATTENTION = Source("attention", "Attention maps", "Measured on the maps that the images produced.")
+
+
+@dataclass
+class Rows:
+    """Some rows of the table: values {measure: (images, heads)} of one layer, from image number `first` on.
+
+    first: -1: of no single image. together: of all heads together, (images, 1). kind: that of the attention, or
+    "effective". Rows of several probes with the same layer, source and kind become one.
+    """
+
+    layer: int
+    source: str
+    kind: str
+    values: dict[str, Tensor]
+    first: int = -1
+    together: bool = False
+
+
+@dataclass
+class Readout:
+    """What a probe read of one batch.
+
+    maps: {"NAME/LAYER": (B, [H,] *grid)}. confidence: {map: (B,)} that its sign is right. details: {map: {"rule": how it was
+    made, ...}}, the same for all images. notes: what was left out, and why, in words.
+    """
+
+    rows: list[Rows] = field(default_factory=list)
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    confidence: dict[str, Tensor] = field(default_factory=dict)
+    details: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class BatchInfo:
+    """One batch: images (B, C, h, w) as the model takes them; with `noisy` as many noisy copies follow the `count` images.
+
+    first: number of the first image. block: numbers that a buffer may hold. choices: what the first batch of a look decided
+    for all others, such as {"u/6": "raw"}; text, kept with the reading. loss: of (output, targets), for probes that need one.
+    """
+
+    images: Tensor
+    count: int
+    layouts: Layouts
+    noisy: bool = False
+    first: int = 0
+    seed: int = 0
+    block: int = 1 << 20
+    class_token: bool = True
+    direction: Direction | None = None
+    choices: dict[str, str] = field(default_factory=dict)
+    loss: Callable[[Any, Any], Tensor] | None = None
+    objects: dict[type, Any] = field(default_factory=dict)
+
+    def clean(self, x: Tensor) -> Tensor:
+        """The part of x (B, ...) that is of the images themselves, without their noisy copies."""
+        return x[: len(x) // 2] if self.noisy else x
+
+    def shared(self, kind: type[T]) -> T:
+        """The one object `kind(batch)` of this batch, for what several probes need and should be computed once."""
+        if kind not in self.objects:
+            self.objects[kind] = kind(self)
+        return self.objects[kind]
+
+
+class Observer:
+    """Follows one batch for a probe, and holds what that needs, nothing longer. Override what is wanted.
+
+    Tensors of a call are valid during the callback alone.
+    """
+
+    def on_rows(self, block: RowBlock) -> None:
+        """Some rows of the map of the attention that `on_attention` gets next, in order; all probes share them."""
+
+    def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
+        """One attention, of all images of the batch."""
+
+    def on_output(self, name: str, call_index: int, output: Any) -> None:
+        """The output of one of the modules that `Probe.outputs` names."""
+
+    def on_layer(self, features: LayerFeatures) -> None:
+        """One layer, as soon as it is complete; its tensors are let go afterwards."""
+
+    def finish(self) -> Readout:
+        """What came of it, when the pass is over."""
+        return Readout()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Settings):
+    """Something to be read from a pass. Says what it measures; `start` makes the observer of each batch.
+
+    order: where its measures and maps stand among those of others. passes: it needs passes of its own (`extra`); such
+    probes run only where they are asked for by name.
+    """
+
+    measures: ClassVar[tuple[Measure, ...]] = ()
+    components: ClassVar[tuple[Component, ...]] = ()
+    sources: ClassVar[tuple[Source, ...]] = (ATTENTION,)
+    order: ClassVar[int] = 100
+    passes: ClassVar[bool] = False
+
+    def outputs(self, model: nn.Module, batch: BatchInfo) -> Iterable[str]:
+        """Names of the modules whose output it wants to see."""
+        return ()
+
+    def start(self, model: nn.Module, batch: BatchInfo) -> Observer:
+        """The observer of one batch."""
+        return Observer()
+
+    def extra(self, model: nn.Module, batch: BatchInfo, targets: Sequence[int]) -> Readout:
+        """Passes of its own, after the common one, with `passes`; targets: the label of each image, -1: unknown.
+
+        The model is in eval mode; gradients are off until the probe turns them on. Both, and the parameters' `grad`, are
+        afterwards as before.
+        """
+        return Readout()
+
+
+PROBES = Catalogue("lens/probes", Probe, "probe")
+
+
+def chosen(probes: Sequence[str | Probe] | None) -> list[Probe]:
+    """Probes from text forms or objects, in order; None, and the text "all": those of `lens/probes` without `passes`.
+
+    A dotted name imports a class of another package. Raises UnknownName, and SettingError where two probes give the same.
+    """
+    found: list[Probe] = []
+    for probe in ["all"] if probes is None else [probes] if isinstance(probes, str | Probe) else probes:
+        if probe == "all":
+            found += [item() for item in map(PROBES.item, PROBES.files) if not item.passes]
+        else:
+            found.append(PROBES.parse(probe, foreign=True) if isinstance(probe, str) else probe)
+    names = [record.name for probe in found for record in (*probe.measures, *probe.components)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SettingError(f"Found {', '.join(twice)} in two probes. Expected each measure and map once. Leave one out.")
+    return sorted(found, key=lambda probe: (probe.order, probe.name))
+
+
+def records(probes: Sequence[Probe], kind: Literal["measures", "components", "sources"]) -> dict[str, Any]:
+    """{name: record} of what these probes give, in order."""
+    return {record.name: record for probe in probes for record in getattr(probe, kind)}
+
+
+def table(rows: Sequence[Rows], probes: Sequence[Probe]) -> dict[str, np.ndarray]:
+    """{column: (rows,)}: layer, head, image, source, kind, then each measure of these probes as float64.
+
+    Sorted by layer, source, kind, image and head. NaN: not applicable.
+    """
+    names, sources = records(probes, "measures"), list(records(probes, "sources"))
+    merged: dict[tuple, dict[str, np.ndarray]] = {}
+    for part in rows:
+        values = {name: value.detach().double().cpu().numpy() for name, value in part.values.items()}
+        if not values.keys() <= names.keys() or part.source not in sources:
+            wrong = sorted(values.keys() - names.keys()) or [part.source]
+            raise SettingError(
+                f"Found values of {', '.join(wrong)} in a readout. Expected measures and sources that its probe declares. "
+                "Add them to `measures` or `sources` of the probe."
+            )
+        key = (part.layer, sources.index(part.source), part.kind == "effective", part.kind, part.first, part.together)
+        merged.setdefault(key, {}).update(values)
+    merged = dict(sorted(merged.items()))
+    shapes = [next(iter(values.values())).shape for values in merged.values()]  # (images, heads)
+    sizes = np.array([images * heads for images, heads in shapes], int)
+    whole = (("layer", 0, int), ("source", 1, int), ("kind", 3, str))
+    columns = {name: np.repeat(np.array([key[at] for key in merged], of), sizes) for name, at, of in whole}
+    columns |= {name: np.full(sizes.sum(), -1) for name in ("head", "image")}
+    columns |= {name: np.full(sizes.sum(), np.nan) for name in names}
+    end = 0
+    for ((*_, first, together), values), (images, heads) in zip(merged.items(), shapes, strict=True):
+        start, end = end, end + images * heads
+        if not together:
+            columns["head"][start:end] = np.tile(np.arange(heads), images)
+        if first >= 0:
+            columns["image"][start:end] = np.repeat(np.arange(images) + first, heads)
+        for name, value in values.items():
+            columns[name][start:end] = value.ravel()
+    order = np.lexsort([columns["head"], columns["image"], columns["kind"] == "effective", columns["source"], columns["layer"]])
+    columns["source"] = np.array(sources, str)[columns["source"]]
+    return {name: columns[name][order] for name in ("layer", "head", "image", "source", "kind", *names)}
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names of layers, for a note: the first, the last and how many."""
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"

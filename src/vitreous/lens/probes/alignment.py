@@ -1,0 +1,74 @@
+"""Whether tokens seek what they are themselves: the cosine of a token's own query and key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitreous.lens.formulas import indicators, spectra
+from vitreous.lens.probe import BatchInfo, Measure, Observer, Probe, Readout, Rows, listed
+from vitreous.lens.tap.attention_call import AttentionCall
+from vitreous.lens.token_coordinates import TokenCoordinates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment(Probe):
+    """Cosine of a token's own query and key, before a learned spectrum comes in; nothing where that cannot be told.
+
+    Only where queries and keys are the same tokens. The paper's form is that of the noisy image.
+    """
+
+    order: ClassVar[int] = 20
+    measures: ClassVar[tuple[Measure, ...]] = (
+        Measure(
+            "angular_alignment", "Alignment", "cosine", -1, 1, "neither",
+            "Of a token's own query and key. 1: tokens seek what they are themselves.",
+        ),
+        Measure(
+            "angular_alignment_paper", "Alignment, paper's form", "cosine", -1, 1, "neither",
+            "As published: of the noisy image.",
+        ),
+    )  # fmt: skip
+
+    def start(self, model: nn.Module, batch: BatchInfo) -> Observer:
+        return AlignmentObserver(model, batch)
+
+
+class AlignmentObserver(Observer):
+    def __init__(self, model: nn.Module, batch: BatchInfo):
+        self.batch, self.rows, self.turned = batch, [], []
+        self.modules = dict(model.named_modules())
+
+    def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
+        if call.kind != "token" or call.q is None or call.q.shape != call.k.shape or not where.same:
+            return  # not of tokens, or attention to other tokens
+        q, module = call.q, self.modules.get(call.name)
+        sigma = None if module is None else spectra.learned(module, q.shape[2]).values
+        if sigma is not None:
+            q = without_spectrum(q, sigma)
+            if q is None:
+                self.turned += [] if call.name in self.turned else [call.name]
+                return
+        cosine = indicators.angular_alignment(q.flatten(0, 1), call.k.flatten(0, 1)).unflatten(0, q.shape[:2]).mean(dim=1)
+        values = {"angular_alignment": self.batch.clean(cosine)}
+        if self.batch.noisy:
+            values["angular_alignment_paper"] = cosine[len(cosine) // 2 :]
+        self.rows.append(Rows(where.layer, "attention", call.kind, values, self.batch.first))
+
+    def finish(self) -> Readout:
+        why = "alignment: the learned spectrum cannot be taken off the queries (rotary embedding, or zeros in it)"
+        return Readout(self.rows, notes=[f"{listed(self.turned)}: {why}"] if self.turned else [])
+
+
+def without_spectrum(q: Tensor, sigma: Tensor) -> Tensor | None:
+    """Queries (B, W, H, N, K) before a spectrum (H, K) was multiplied on unit rows; None if what is left is not of one length.
+
+    A rotation after the spectrum, or a zero in it, leaves other lengths: then there is no way back.
+    """
+    q = q.to(torch.promote_types(q.dtype, torch.float32)) / sigma.to(q.device)[:, None]
+    norm = torch.linalg.vector_norm(q, dim=-1)
+    low, high = norm.amin(dim=(0, 1, 3)), norm.amax(dim=(0, 1, 3))
+    return q if bool((high - low <= 1e-2 * high).all()) else None

@@ -1,0 +1,39 @@
+"""What the class token looks at, head by head; without a class token, what is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from vitreous.lens.layer_features import LayerFeatures
+from vitreous.lens.probe import BatchInfo, Component, Observer, Probe, Readout
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMaps(Probe):
+    """The attention of each layer on the grid of its keys."""
+
+    order: ClassVar[int] = 60
+    components: ClassVar[tuple[Component, ...]] = (
+        Component(
+            "attention", "Attention", low=0, high=1, per_head=True,
+            explains="Attention of the class token to the patches, head by head; without a class token, the attention received.",
+        ),
+    )  # fmt: skip
+
+    def start(self, model: nn.Module, batch: BatchInfo) -> Observer:
+        return MapsObserver()
+
+
+class MapsObserver(Observer):
+    def __init__(self):
+        self.maps = {}
+
+    def on_layer(self, features: LayerFeatures) -> None:
+        if features.attention is not None:
+            self.maps[f"attention/{features.layer}"] = features.attention.unflatten(-1, features.grid)
+
+    def finish(self) -> Readout:
+        return Readout(maps=self.maps)

@@ -1,0 +1,120 @@
+"""Spectra of each head: of the scores on an image, of the weights, and those that a spectral attention learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitreous.lens.formulas import spectra
+from vitreous.lens.probe import BatchInfo, Measure, Observer, Probe, Readout, Rows, Source, listed
+from vitreous.lens.tap.attention_call import AttentionCall
+from vitreous.lens.token_coordinates import TokenCoordinates
+
+PAPER = "As published; not comparable between token counts."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectra(Probe):
+    """Entropy, effective rank and sparsity of the spectra of `lens.formulas.spectra`, in paper and corrected form.
+
+    Rows of weights and of learned spectra come with image 0 alone, of no single image. Settings: scores=false leaves out
+    the spectra of the scores, which take most of the time; weights=false the other ones.
+    """
+
+    order: ClassVar[int] = 50
+    sources: ClassVar[tuple[Source, ...]] = (
+        Source(
+            "learned", "Learned spectrum",
+            "The values sigma that a spectral attention learned. The same for every image.",
+        ),
+        Source("weight", "Spectrum of the weights", "Singular values of W_Qᵀ W_K. The same for every image."),
+        Source("score", "Spectrum of the scores", "Singular values of Q Kᵀ on these images."),
+    )  # fmt: skip
+    measures: ClassVar[tuple[Measure, ...]] = (
+        Measure(
+            "spectral_entropy", "Spectral entropy", "nats", 0, None, "neither",
+            "0: one axis carries all. Log of the number of axes: all carry the same.",
+        ),
+        Measure("spectral_entropy_paper", "Spectral entropy, paper's form", "nats", 0, None, "neither", PAPER),
+        Measure(
+            "effective_rank", "Effective rank", "axes", 1, None, "neither",
+            "How many axes share the energy. 1: a single one.",
+        ),
+        Measure("effective_rank_paper", "Effective rank, paper's form", "axes", 1, None, "neither", PAPER),
+        Measure(
+            "effective_rank_l1", "Effective rank (magnitudes)", "axes", 1, None, "neither",
+            "Roy and Vetterli's: axes that share the magnitude.",
+        ),
+        Measure(
+            "spectral_sparsity", "Spectral sparsity", "", 0, 1, "neither",
+            "Share of axes that are as good as nothing.",
+        ),
+        Measure("spectral_sparsity_paper", "Spectral sparsity, paper's form", "", 0, 1, "neither", PAPER),
+    )  # fmt: skip
+
+    scores: bool = True
+    weights: bool = True
+
+    def outputs(self, model: nn.Module, batch: BatchInfo) -> Iterable[str]:
+        """Layers that may be a projection of an attention: their energies tell what lies between weights and scores."""
+        if batch.first or not self.weights:
+            return ()
+        return (name for name, _ in model.named_modules() if name.rpartition(".")[2] in spectra.NAMES)
+
+    def start(self, model: nn.Module, batch: BatchInfo) -> Observer:
+        return SpectraObserver(self, model, batch)
+
+
+class SpectraObserver(Observer):
+    def __init__(self, probe: Spectra, model: nn.Module, batch: BatchInfo):
+        self.probe, self.batch, self.rows = probe, batch, []
+        self.modules = dict(model.named_modules())
+        self.energies: dict[str, dict[str, Tensor]] = {}  # {module: {child: energies of its output}}
+        self.seen: set[str] = set()  # modules of which a call was seen
+        self.notes: dict[str, list[str]] = {}
+
+    def on_output(self, name: str, call_index: int, output: Any) -> None:
+        parent, _, child = name.rpartition(".")
+        if parent not in self.seen and isinstance(output, Tensor) and output.is_floating_point():
+            axis = 1 if isinstance(self.modules.get(name), nn.Conv2d) else output.ndim - 1
+            others = [i for i in range(output.ndim) if i != axis]
+            self.energies.setdefault(parent, {})[child] = output.detach().float().square().sum(dim=others)
+
+    def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
+        if self.batch.first == 0 and self.probe.weights:
+            self.add_model(call, where.layer)
+        if self.probe.scores and call.q is not None:
+            self.add_scores(call, where.layer)
+
+    def add_model(self, call: AttentionCall, layer: int) -> None:
+        """The rows that follow from the model alone; from the call, which shows H and K."""
+        self.seen.add(call.name)
+        module, energies = self.modules.get(call.name), self.energies.pop(call.name, {})
+        if module is None or call.q is None or call.kind == "channel":
+            return
+        heads, width = call.q.shape[2], call.q.shape[4]
+        q, k = (x.float().square().sum(dim=(0, 1, 3)) for x in (call.q, call.k))
+        weight = spectra.weight(module, heads, width, spectra.Energies(q, k, energies))
+        if weight.note:
+            self.notes.setdefault(f"weight spectrum: {weight.note}", []).append(call.name)
+        for spectrum in (spectra.learned(module, heads), weight):
+            if spectrum.values is not None:
+                values = {name: value[None] for name, value in spectrum.indicators().items()}
+                self.rows.append(Rows(layer, spectrum.source, call.kind, values))
+
+    def add_scores(self, call: AttentionCall, layer: int) -> None:
+        """Spectra of the scores, some images at a time: the decomposition works in float64."""
+        images = max(1, self.batch.block // (2 * call.q[0].numel() + 2 * call.k[0].numel()))
+        parts = [
+            {name: value.mean(dim=1) for name, value in spectra.score(q, k, call.scale).indicators().items()}
+            for q, k in zip(*(self.batch.clean(x).split(images) for x in (call.q, call.k)), strict=True)
+        ]
+        values = {name: torch.cat([part[name] for part in parts]) for name in spectra.INDICATORS}
+        self.rows.append(Rows(layer, "score", call.kind, values, self.batch.first))
+
+    def finish(self) -> Readout:
+        return Readout(self.rows, notes=[f"{listed(names)}: {note}" for note, names in self.notes.items()])

@@ -1,0 +1,151 @@
+"""Where the tokens of each attention are on the image, also where grafts of ours merged, dropped or inserted tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from vitreous.layers.stream import take
+from vitreous.lens.coordinates.layout import Layout
+from vitreous.lens.formulas.row_statistics import Points, same_points
+from vitreous.lens.tap.attention_call import AttentionCall
+
+
+@dataclass(frozen=True)
+class TokenCoordinates:
+    """Where the tokens of one attention are.
+
+    layer: its number among the attentions of the pass. points: (y, x) in pixels of queries and keys, NaN for tokens
+    without a place; None: unknown, or not of tokens. layout: of the original tokens; None: unknown. source, inserted: as
+    in `TokenState`, for a call of our own token grafts. images: how many of the batch count, from the first on.
+    class_token: whether the first token without a place is one.
+    """
+
+    layer: int
+    points: Points | None = None
+    layout: Layout | None = None
+    source: Tensor | None = None
+    inserted: int = 0
+    images: int = 0
+    class_token: bool = False
+
+    @property
+    def merged(self) -> bool:
+        """Whether tokens were merged or dropped before this attention."""
+        return self.source is not None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether tokens were merged, dropped or inserted."""
+        return self.merged or self.inserted > 0
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens without a place come first."""
+        return 0 if self.layout is None else self.layout.prefix
+
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """Of the keys; None where it is not known."""
+        return None if self.layout is None else self.layout.key_grid
+
+    @property
+    def has_class(self) -> bool:
+        """Whether a class token attends to all others."""
+        return self.class_token and self.prefix > 0 and self.layout.windows == 1
+
+    @cached_property
+    def same(self) -> bool:
+        """Whether queries and keys are the same tokens, as far as their places tell."""
+        return self.points is None or same_points(*self.points)
+
+    def picture(self, values: Tensor) -> Tensor:
+        """One value per key (B, ..., W, M) -> (B, ..., *grid); 0 where a token was dropped."""
+        if self.inserted:
+            values = values[..., : values.shape[-1] - self.inserted]
+        if self.source is not None:
+            source = self.source[: self.images]
+            flat = values.flatten(1, -2).mT  # (B, M, ...)
+            values = take(flat, source, absent=0).mT.unflatten(1, values.shape[1:-1])
+        return self.layout.key_picture(values)
+
+
+class Locator:
+    """Finds the coordinates of each attention of one pass, in the order of the calls.
+
+    images: how many of the batch count. class_token: as of `has_class_token`.
+    """
+
+    def __init__(self, images: int, class_token: bool = True):
+        self.images, self.class_token, self.count = images, class_token, 0
+        self.layout: Layout | None = None  # of the original tokens, for calls of our own token grafts
+        self.points: Tensor | None = None  # of the latest call whose tokens were not merged
+
+    def locate(self, call: AttentionCall) -> TokenCoordinates:
+        """Where the tokens of the next call are. Merged, dropped and inserted tokens go by what our grafts recorded."""
+        layer, self.count = self.count, self.count + 1
+        if self.layout is None and call.layout is not None:
+            self.layout = without_last(call.layout, call.inserted)
+        if call.kind == "channel":
+            return TokenCoordinates(layer)
+        recorded = call.source is not None or call.inserted > 0
+        return TokenCoordinates(
+            layer,
+            self.points_of(call),
+            self.layout if recorded else call.layout,
+            call.source,
+            call.inserted,
+            self.images,
+            self.class_token,
+        )
+
+    def points_of(self, call: AttentionCall) -> Points | None:
+        """(y, x) of queries and keys; a merged token stands at the mean of the places that it speaks for, image by image."""
+        windows, n, m = *call.output.shape[1:4:2], call.v.shape[3]
+        if call.source is not None:
+            if self.points is None or len(self.points) != call.source.shape[1] or n != m or windows > 1:
+                return None
+            points = mean_points(self.points, call.source[: self.images].to(self.points.device), n)
+            return points, points
+        layout = call.layout
+        if layout is None or layout.queries.shape[:2] != (windows, n) or layout.keys.shape[:2] != (windows, m):
+            return None
+        if windows == 1 and not call.inserted:
+            self.points = layout.queries[0]
+        return layout.queries[None], layout.keys[None]
+
+
+def mean_points(points: Tensor, source: Tensor, tokens: int) -> Tensor:
+    """Places (B, 1, tokens, 2) of merged tokens: the mean of those that each speaks for. NaN where there are none.
+
+    points (N0, 2) of the original tokens; source (B, N0): which token speaks for each, -1: none.
+    """
+    there = (source >= 0) & points.isfinite().all(dim=-1)
+    image, token = there.nonzero(as_tuple=True)
+    index = image * tokens + source[there]
+    total = points.new_zeros(len(source) * tokens, 2).index_add(0, index, points[token])
+    count = torch.bincount(index, minlength=len(source) * tokens)
+    return (total / count[:, None]).unflatten(0, (len(source), 1, tokens))
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the first of tokens without a place is a class token: not where parameters speak of registers alone."""
+    names = [name.rpartition(".")[2].lower() for name, _ in model.named_parameters()]
+    return any("cls" in name or "class" in name for name in names) or not any("reg" in name for name in names)
+
+
+def without_last(layout: Layout, count: int) -> Layout:
+    """The layout without the last `count` tokens, those that a graft inserted."""
+    if not count:
+        return layout
+    queries, keys = layout.queries.shape[1] - count, layout.keys.shape[1] - count
+    return replace(
+        layout,
+        queries=layout.queries[:, :queries],
+        keys=layout.keys[:, :keys],
+        cells=None if layout.cells is None else layout.cells[:, :queries],
+        key_cells=None if layout.key_cells is None else layout.key_cells[:, :keys],
+    )
