@@ -230,25 +230,17 @@ def said(reading: Reading) -> list[str]:
     return lines
 
 
-SHOWN = {  # what most people ask first: column of the table, and its heading
-    "attention_entropy": "entropy",
-    "effective_tokens": "tokens",
-    "mean_distance": "distance",
-    "head_redundancy": "alike",
-    "perturbation_robustness": "noise",
-}
-
-
 def overview(reading: Reading) -> Table:
-    """By layer, means over heads and images of what most people ask first; the report says what each means."""
+    """By layer, means over heads and images of measures with a short heading; the report says what each means."""
     columns = reading.table()
-    shown = [name for name in SHOWN if name in columns and np.isfinite(columns[name]).any()]
+    headings = {name: record["short"] for name, record in reading.measures.items() if record["short"]}
+    shown = [name for name in headings if name in columns and np.isfinite(columns[name]).any()]
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("layer", no_wrap=True)
-    for name in ("kind", "heads", "grid", *(SHOWN[name] for name in shown)):
+    for name in ("kind", "heads", "grid", *(headings[name] for name in shown)):
         table.add_column(name, justify="left" if name == "kind" else "right")
     for layer in reading.layers:
-        here = (columns["layer"] == layer["layer"]) & (columns["source"] == "attention") & (columns["kind"] == layer["kind"])
+        here = (columns["layer"] == layer["layer"]) & (columns["kind"] == layer["kind"])
         values = [columns[name][here] for name in shown]
         means = [f"{np.nanmean(value):.3g}" if np.isfinite(value).any() else "" for value in values]
         grid = "x".join(map(str, layer["grid"])) if layer["grid"] else ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitreous.base.errors import DataError, NotReached
 from vitreous.lens.formulas.row_statistics import Distances, RowBlock
 from vitreous.lens.layer_features import FeatureCollector, LayerFeatures
-from vitreous.lens.preserve_state import undisturbed
+from vitreous.lens.preserve_state import preserve_state
 from vitreous.lens.probe import BatchInfo, Observer, Probe, Readout
 from vitreous.lens.tap.attention_call import FULL_CHECK_ROWS, AttentionCall, Buffers
 from vitreous.lens.token_coordinates import Locator, TokenCoordinates
@@ -122,7 +122,7 @@ def extra_passes(model: nn.Module, probes: Sequence[Probe], batch: BatchInfo, ta
             for p, _, _ in gradients:
                 p.grad = None
             try:
-                with undisturbed(model):
+                with preserve_state(model):
                     readouts.append(probe.extra(model, batch, targets))
             finally:
                 for p, gradient, required in gradients:

@@ -19,7 +19,7 @@ class AttentionMaps(Probe):
     components: ClassVar[tuple[Component, ...]] = (
         Component(
             "attention", "Attention", low=0, high=1, per_head=True,
-            explains="Attention of the class token to the patches, head by head; without a class token, the attention received.",
+            explains="What the class token looks at, head by head; without a class token, what is looked at on average.",
         ),
     )  # fmt: skip
 

@@ -38,20 +38,22 @@ Alarm = dict[str, Any]  # alarm, layer, value, before, text
 
 
 def indicators(reading: Reading) -> Indicators:
-    """Means over images and heads by layer: attention_entropy and below_uniform (nats), and rank_collapse; finite ones."""
+    """Means over images and heads by layer: attention_entropy and below_uniform (nats), and rank_collapse; finite ones.
+
+    Empty for a measure that the reading does not have.
+    """
     table = reading.table()
-    found: Indicators = {"attention_entropy": {}, "below_uniform": {}, "rank_collapse": {}}
+    by_layer: Indicators = {"attention_entropy": {}, "below_uniform": {}, "rank_collapse": {}}
     token = (table["source"] == "attention") & (table["kind"] == "token")
-    for facts in reading.layers:
-        here = token & (table["layer"] == facts["layer"])
-        entropy, rank = (finite_mean(table[name][here]) for name in ("attention_entropy", "rank_collapse"))
-        layer = str(facts["layer"])
-        if entropy is not None:
-            found["attention_entropy"][layer] = entropy
-            found["below_uniform"][layer] = log(facts["keys"]) - entropy
-        if rank is not None:
-            found["rank_collapse"][layer] = rank
-    return found
+    for record in reading.layers:
+        here, layer = token & (table["layer"] == record["layer"]), str(record["layer"])
+        for name in ("attention_entropy", "rank_collapse"):
+            value = finite_mean(table[name][here]) if name in reading.measures else None
+            if value is not None:
+                by_layer[name][layer] = value
+        if layer in by_layer["attention_entropy"]:
+            by_layer["below_uniform"][layer] = log(record["keys"]) - by_layer["attention_entropy"][layer]
+    return by_layer
 
 
 def finite_mean(values: np.ndarray) -> float | None:
