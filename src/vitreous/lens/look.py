@@ -142,7 +142,7 @@ def look(
 ) -> Reading:
     """A reading of any model: indicators, spectra and maps for every attention, head and image.
 
-    images: a tensor (B, C, h, w), normalised as the model takes it; or paths, PIL images, folders, an Samples, which go
+    images: a tensor (B, C, h, w), normalised as the model takes it; or paths, PIL images, folders, Samples, which go
         through the model's pretrained_cfg.
     masks: a folder of .png masks or a boxes.csv; for tensors an array (B, h, w). With masks every map is scored against
         them, beside centre, random and area.
