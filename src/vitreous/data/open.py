@@ -1,4 +1,4 @@
-"""One way in: a text that names a data set, or the path of one, to Data."""
+"""`open_data`: a text that names a data set, or the path of one, to Data; `OpenOnce` for several runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def open_data(
 
     spec: "cutouts" or "cutouts:size=64,classes=4,train=2000,test=500,correlation=0.8" (made scenes);
     "fashion-mnist:PATH", "cifar10:PATH", "cifar100:PATH"; or PATH alone, recognised by what is there: idx files, CIFAR
-    files, an .npz, a folder or tar of class folders, a .csv table (columns file, label; see `manifest.list_table`); or
+    files, an .npz, a folder or tar of class folders, a .csv table (columns file, label, or label:NAME for each of several
+    classes; see `sources.table.list_table`); or
     "hf:PATH", a data set that Hugging Face's `datasets` saved to disk.
 
     image_size: pixels a side; made scenes have it, a transform brings others to it. seed draws the made scenes and the

@@ -130,12 +130,13 @@ def copies(listing: Listing, seen: dict[str, Examined]) -> Iterator[Problem]:
 def classes(listing: Listing, readable: list[str]) -> Iterator[Problem]:
     """Classes with no or one readable image to train on, and names that differ in case or spaces alone."""
     trained = [name for name in readable if listing.part(name) in ("", "train")]
-    count = Counter(listing.classes[name] for name in trained)
+    count = Counter(label for name in trained for label in listing.class_names(name))
     alike: dict[str, set[str]] = defaultdict(set)
-    for label in sorted({label for name, label in listing.classes.items() if listing.part(name) in ("", "train")}):
+    in_train = {label for name in listing.classes if listing.part(name) in ("", "train") for label in listing.class_names(name)}
+    for label in sorted(in_train | set(listing.set_classes)):
         if count[label] < 2:
             yield Problem("class", label, f"{'one image' if count[label] else 'no image'} to train on that can be read")
-    for label in listing.classes.values():
+    for label in listing.set_classes or listing.classes.values():
         alike[" ".join(label.casefold().split())].add(label)
     for names in alike.values():
         if len(names) > 1:

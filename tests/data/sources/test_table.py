@@ -7,7 +7,8 @@ import pytest
 
 from data import made
 from vitreous.base.errors import DataError
-from vitreous.data import open_data
+from vitreous.data import ClassSet, open_data
+from vitreous.data.validate import check_data
 
 
 def table(root, text, name="table.csv"):
@@ -134,3 +135,59 @@ def test_names_that_are_not_text_are_found(photos):
     strange = os.fsdecode(b"images/caf\xe9.png")
     made.write(photos, {strange: made.picture(60)})
     assert strange in open_data(table(photos, rows(*PARTS, f"{strange},cat,train"))).train.names
+
+
+# -- sets of classes ---------------------------------------------------------------------------------------------------
+
+SETS = [f"images/{k}.png,{int(k % 2 == 0)},{1 if k in (1, 2, 9) else ''},{'0.0' if k else '1.0'}" for k in range(12)]
+SET_HEAD = "file,label:dog,label:young cat,label:cow"
+
+
+def test_a_column_for_each_class_gives_sets_of_classes(photos):
+    parts = [f"{line},{'train' if k < 8 else 'test'}" for k, line in enumerate(SETS)]
+    data = open_data(table(photos, rows(*parts, head=SET_HEAD + ",split")))
+    assert data.classes == ("dog", "young cat", "cow")  # in the order of the columns
+    assert isinstance(data.train.target, ClassSet)
+    nan = float("nan")
+    np.testing.assert_array_equal(data.train.target.values[:4], [[1, nan, 1], [0, 1, 0], [1, 1, 0], [0, nan, 0]])
+    np.testing.assert_array_equal(data.tests["test"].target.values, [[1, nan, 0], [0, 1, 0], [1, nan, 0], [0, nan, 0]])
+
+
+def test_sets_of_classes_are_split_by_content_class_by_class(photos):
+    data = open_data(table(photos, rows(*SETS, head=SET_HEAD)))
+    again = open_data(table(photos, rows(*reversed(SETS), head=SET_HEAD), "other.csv"))
+    assert data.tests["test"].names == again.tests["test"].names[::-1]
+    # strata by their rarest class: cow {0} keeps its one image, young cat {1, 2, 9}, dog {4, 6, 8, 10}, none {3, 5, 7, 11}
+    assert "images/0.png" in data.train.names
+    groups = [{1, 2, 9}, {4, 6, 8, 10}, {3, 5, 7, 11}]
+    held = {int(name.split("/")[1][:-4]) for name in data.tests["test"].names}
+    assert [len(held & group) for group in groups] == [1, 1, 1]
+
+
+def test_sets_of_classes_are_checked_class_by_class(photos):
+    (photos / "images" / "0.png").write_bytes(b"")
+    path = table(photos, rows(*SETS, head=SET_HEAD))
+    with pytest.raises(DataError, match=r"no image that can be read of 'cow' to train on, such as 'images/0.png'"):
+        open_data(path)
+    problems = {(problem.kind, problem.file) for problem in check_data(path).problems}
+    assert problems == {("unreadable", "images/0.png"), ("class", "cow")}
+    quarantined = open_data(table(photos, rows(*[line.rpartition(",")[0] for line in SETS], head=SET_HEAD.rpartition(",")[0])))
+    assert [(bad.file, bad.label) for bad in quarantined.quarantined] == [("images/0.png", "dog")]
+
+
+@pytest.mark.parametrize(
+    ("head", "line", "match"),
+    [
+        ("file,label,label:dog", "images/0.png,cat,1", r"column label and 'label:dog'.*Take one"),
+        ("file,label:dog,label:dog", "images/0.png,1,1", "each once"),
+        ("file,label:", "images/0.png,1", "label:NAME"),
+        ("file,dog,cat", "images/0.png,1,0", "label:NAME"),
+        ("file,label:dog,label:cat", "images/0.png,1,-1", r"line 2 .*'-1' for label:cat. Expected 1 \(present\)"),
+        ("file,label:dog,label:cat", "images/0.png,,", "nothing is known of its classes"),
+        ("file,label:dog,label:cat", ",1,0", "lacks a file"),
+        ("file,label:dog,label:cat", "images/0.png,1,0\nimages/0.png,1,", "once more, with another label"),
+    ],
+)
+def test_a_table_of_sets_that_is_not_clear_is_refused(photos, head, line, match):
+    with pytest.raises(DataError, match=match):
+        open_data(table(photos, rows(line, head=head)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,7 @@ from vitreous.data.object_boxes import Foreground, foreground_mask
 from vitreous.data.problems import listed
 from vitreous.data.quarantine import Examined, Progress, Quarantined, examine, lines
 from vitreous.data.samples import Data, Samples, pixel_statistics
-from vitreous.data.targets import Indices, Target
+from vitreous.data.targets import ClassIndex, ClassSet, Indices, Target
 
 PARTS = {
     "train": "train", "training": "train",
@@ -31,6 +32,8 @@ class Listing:
     """Images by name, as a folder, a table or a data set names them; nothing is read yet.
 
     classes: {image: class name}. parts: {image: "train", "test" or "val"}, None where all are to be split by content.
+    set_classes: where an image may have several classes, their names, else empty. sets: then {image: 1, 0 or NaN for each
+    of them}, and `classes` holds the names of those present, joined by +.
     """
 
     name: str
@@ -38,6 +41,27 @@ class Listing:
     classes: dict[str, str]
     parts: dict[str, str] | None = None
     foregrounds: dict[str, Foreground] = field(default_factory=dict)
+    set_classes: tuple[str, ...] = ()
+    sets: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def class_names(self, name: str) -> tuple[str, ...]:
+        """The classes of an image: one, or as many as are present."""
+        if not self.set_classes:
+            return (self.classes[name],)
+        return tuple(label for label, value in zip(self.set_classes, self.sets[name], strict=True) if value == 1)
+
+    def target(self, names: Sequence[str], classes: Sequence[str]) -> Target:
+        """The target of these images."""
+        if self.set_classes:
+            return ClassSet([self.sets[name] for name in names])
+        index = {label: k for k, label in enumerate(classes)}
+        return ClassIndex([index[self.classes[name]] for name in names])
+
+    def strata(self, names: Sequence[str]) -> dict[str, Any]:
+        """What a split by content divides each image with: its class, of several the rarest."""
+        if not self.set_classes:
+            return self.classes
+        return dict(zip(names, self.target(names, ()).strata().tolist(), strict=True)) if names else {}
 
     def part(self, name: str) -> str:
         return "" if self.parts is None else self.parts[name]
@@ -106,10 +130,9 @@ def assemble(
     if not names["test"]:
         names["test"] = names.pop("val")
     classes = class_names(listing, quarantined, names)
-    label = {name: k for k, name in enumerate(classes)}
     sets = {
         part: FileSamples(
-            some, [listing.files[n] for n in some], [label[listing.classes[n]] for n in some], foregrounds=listing.foregrounds
+            some, [listing.files[n] for n in some], listing.target(some, classes), foregrounds=listing.foregrounds
         )
         for part, some in names.items()
         if some
@@ -153,6 +176,8 @@ def check_parts(listing: Listing) -> None:
                 f"Found the parts {listed(sorted(there))} in {listing.name!r}; expected train, and one of test or val (or "
                 "valid, validation), or no parts at all, for a split by content. Add one, or leave the parts out."
             )
+    if listing.set_classes:  # every part has the same columns
+        return
     classes: dict[str, set[str]] = {}
     for name, label in listing.classes.items():
         classes.setdefault(listing.part(name) or "train", set()).add(label)
@@ -173,9 +198,10 @@ def check_parts(listing: Listing) -> None:
 
 def by_content(listing: Listing, names: Sequence[str], found: dict[str, Examined]) -> dict[str, str]:
     """Hold out the images of each class whose contents have the lowest digests: a fifth, but never all."""
-    digests: dict[str, dict[str, list[str]]] = {}
+    digests: dict[Any, dict[str, list[str]]] = {}
+    strata = listing.strata(names)
     for name in names:
-        digests.setdefault(listing.classes[name], {}).setdefault(found[name].contents, []).append(name)
+        digests.setdefault(strata[name], {}).setdefault(found[name].contents, []).append(name)
     parts = {}
     for same in digests.values():
         held_out = lowest(same, HELD_OUT)
@@ -193,19 +219,24 @@ def lowest(digests: Iterable[str], share: float) -> set[str]:
 
 
 def class_names(listing: Listing, quarantined: Sequence[Quarantined], names: dict[str, list[str]]) -> tuple[str, ...]:
-    """Class names as listed, sorted; raises DataError if no readable image of one is left to train on, or none to test."""
-    wanted = {label for name, label in listing.classes.items() if listing.part(name) in ("", "train")}
-    if lacking := wanted - {listing.classes[name] for name in names["train"]}:
-        first = sorted(lacking)[0]
-        bad = next((bad for bad in quarantined if bad.label == first), None)
+    """Class names, sorted, or in the order of a table's columns.
+
+    Raises DataError if no readable image of one is left to train on, or none to test.
+    """
+    wanted = listing.set_classes or tuple(
+        sorted({label for name, label in listing.classes.items() if listing.part(name) in ("", "train")})
+    )
+    there = {label for name in names["train"] for label in listing.class_names(name)}
+    if lacking := [label for label in wanted if label not in there]:
+        bad = next((bad for bad in quarantined if lacking[0] in listing.class_names(bad.file)), None)
         why = f", such as {bad.file!r}: {bad.reason}" if bad else ""
         raise DataError(
-            f"Found no image that can be read of {listed(sorted(lacking))} to train on{why}. Expected at least one of each "
+            f"Found no image that can be read of {listed(lacking)} to train on{why}. Expected at least one of each "
             "class. Replace the files, or take the class out."
         )
     if not names["test"]:
         raise DataError("Found no image that can be read to test on. Expected at least one. Replace the files.")
-    return tuple(sorted(wanted))
+    return wanted
 
 
 def survey(images: Samples) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:

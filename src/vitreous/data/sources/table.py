@@ -1,9 +1,10 @@
-"""Tables of images: a CSV file that names each image, its class, its part if any, and its boxes or mask if any."""
+"""CSV tables of images: each with its class or set of classes and, where given, its part, boxes or mask."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path, PureWindowsPath
 
 from vitreous.base.errors import DataError
@@ -14,24 +15,30 @@ from vitreous.data.sources.listing import PARTS, Listing
 
 SIDES = ("x0", "y0", "x1", "y1")
 KNOWN = ("file", "label", "split", "mask", *SIDES)
+SET = "label:"  # before the name of a class, in the head of a column of a class set
+PRESENCE = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "": math.nan}  # 1.0 and 0.0 are how pandas writes them
 
 
 def list_table(path: Path, *, outside: bool = False, report: Report = raised) -> Listing:
-    """The images that a CSV file with the columns file and label names; `report` is told of lines that do not fit.
+    """The images that a CSV file names; `report` is called for lines that do not fit.
 
-    Optional columns: split (train, val or test, or a synonym; in every line or in none, then by content), mask (a .png) and
-    x0, y0, x1, y1 (pixels, both ends included; empty where there is none; several lines of one file hold several boxes).
-    Others are not read. Paths are relative to the table's folder, slashes between their parts; one that leads out of it, by
-    `..`, as an absolute path or through a link, is refused unless outside is set. A file that is not there is no mistake of
-    the table: it is quarantined as unreadable.
+    Columns: file, and label (the class) or, where an image may have several classes, one column `label:NAME` for each
+    class: 1 present, 0 absent, empty not known. Optional: split (train, val or test, or a synonym; in every line or in none,
+    then by content), mask (a .png) and x0, y0, x1, y1 (pixels, both ends included; empty where there is none; several lines
+    of one file hold several boxes). Others are not read. Paths are relative to the table's folder, slashes between their
+    parts; one that leads out of it, by `..`, as an absolute path or through a link, is refused unless outside is set. A file
+    that is not there is no mistake of the table: it is quarantined as unreadable.
+
+    Raises DataError for a table without such columns, or with both label and label:NAME.
     """
     listing = Listing(path.stem, {}, {}, {})
     boxes: dict[str, list[Box]] = {}
-    if not (lines := rows(path)):
+    lines, listing.set_classes = read_rows(path)
+    if not lines:
         raise DataError(f"Found no image in {str(path)!r}; expected a line for each, below file,label. Check the table.")
     for line, row in lines:
         try:
-            take(row, path.parent, outside, listing, boxes)
+            add_row(row, path.parent, outside, listing, boxes)
         except ValueError as error:
             problem = DataError(f"Found line {line} of {str(path)!r}: {error}")
             problem.__cause__ = error
@@ -50,31 +57,47 @@ def list_table(path: Path, *, outside: bool = False, report: Report = raised) ->
     return listing
 
 
-def rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """The lines of a CSV file by column, with their numbers. Raises DataError if it has no columns file and label."""
+def read_rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]]:
+    """The lines of a CSV file by column, with their numbers; and the classes of its columns label:NAME.
+
+    Raises DataError for columns that do not say what each image is.
+    """
     text = contents(path, str(path)).decode("utf-8-sig", "surrogateescape")
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
-        columns = reader.fieldnames or []
-        if not {"file", "label"} <= set(columns) or len(set(columns)) < len(columns):
+        columns = list(reader.fieldnames or [])
+        set_classes = tuple(name.removeprefix(SET) for name in columns if name.startswith(SET))
+        if "label" in columns and set_classes:
             raise DataError(
-                f"Found the columns {listed(columns)} in {str(path)!r}; expected file and label, each once, and any of "
-                f"{', '.join(KNOWN[2:])}, separated by commas. Name them so in the first line."
+                f"Found the column label and {listed([SET + name for name in set_classes])} in {str(path)!r}; expected one "
+                "class per image (label), or a set of classes (label:NAME for each). Take one of them out."
             )
-        return [(reader.line_num, row) for row in reader]
+        unnamed = "file" not in columns or not ("label" in columns or set_classes) or "" in set_classes
+        if unnamed or len(set(columns)) < len(columns):
+            raise DataError(
+                f"Found the columns {listed(columns)} in {str(path)!r}; expected file and label (or label:NAME for each of "
+                f"several classes), each once, and any of {', '.join(KNOWN[2:])}, separated by commas. Name them so in the "
+                "first line."
+            )
+        return [(reader.line_num, row) for row in reader], set_classes
     except csv.Error as error:
         raise DataError(
             f"Found {str(path)!r}, which is no table ({error}, line {reader.line_num}); expected comma-separated text."
         ) from error
 
 
-def take(row: dict[str, str], folder: Path, outside: bool, listing: Listing, boxes: dict[str, list[Box]]) -> None:
+def add_row(row: dict[str, str], folder: Path, outside: bool, listing: Listing, boxes: dict[str, list[Box]]) -> None:
     """Add one line to the listing. Raises ValueError saying what was found, expected and to be done."""
     if None in row or None in row.values():
         raise ValueError("it has more or fewer cells than the first line. Expected as many. Put names with commas in quotes.")
-    name, label, split = row["file"], row["label"], row.get("split", "")
-    if not name or not label:
+    name, split = row["file"], row.get("split", "")
+    present = tuple(presence(row, label) for label in listing.set_classes)
+    label = "+".join(label for label, value in zip(listing.set_classes, present, strict=True) if value == 1)
+    label = label if listing.set_classes else row["label"]
+    if not name or not (label or present):
         raise ValueError("it lacks a file or a label. Expected both. Fill them in, or take the line out.")
+    if present and all(map(math.isnan, present)):
+        raise ValueError("nothing is known of its classes. Expected 1 or 0 for one at least. Fill in, or take the line out.")
     if split and split.lower() not in PARTS:
         raise ValueError(f"the split {split!r}. Expected one of {', '.join(PARTS)}. Mend it.")
     part = PARTS[split.lower()] if split else ""
@@ -82,16 +105,26 @@ def take(row: dict[str, str], folder: Path, outside: bool, listing: Listing, box
     source = inside(name, folder, outside)
     mask = inside(row["mask"], folder, outside) if row.get("mask") else None
     if name in listing.files:
-        if (label, part) != (listing.classes[name], listing.parts[name]):
+        if (label, part, present) != (listing.classes[name], listing.parts[name], listing.sets.get(name, ())):
             raise ValueError(f"{name!r} once more, with another label or split. Expected one of each. Take one line out.")
         if box is None or name not in boxes:
             raise ValueError(f"{name!r} once more. Expected each image once, or a box in each of its lines. Take one out.")
     listing.files[name], listing.classes[name], listing.parts[name] = source, label, part
+    if present:
+        listing.sets[name] = present
     if box is not None:
         boxes.setdefault(name, []).append(box)
     elif mask is not None:
         foreground: Foreground = (row["mask"], mask)
         listing.foregrounds[name] = foreground
+
+
+def presence(row: dict[str, str], label: str) -> float:
+    """1, 0 or NaN of a class in a line. Raises ValueError for another value."""
+    text = row[SET + label].strip()
+    if text not in PRESENCE:
+        raise ValueError(f"{text!r} for {SET}{label}. Expected 1 (present), 0 (absent) or nothing (not known). Mend it.")
+    return PRESENCE[text]
 
 
 def box_of(row: dict[str, str]) -> Box | None:
