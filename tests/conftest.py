@@ -21,6 +21,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 def pytest_addoption(parser):
     parser.addoption("--require-data", action="store_true", help="fail where the real images and weights are absent")
     parser.addoption("--require-browser", action="store_true", help="fail where there is no Chromium to open the report with")
+    parser.addoption("--full", action="store_true", help="all mechanisms, hosts, laws and pairs, for the nightly run")
 
 
 GUARD = Path(__file__).parent / "no_network" / "sitecustomize.py"

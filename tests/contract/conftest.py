@@ -1,17 +1,20 @@
-"""A law names what it holds for: `text` and `host` (each mechanism in each host that takes it), or one of the two."""
+"""A law names what it holds for: `text` and `host` (mechanisms in hosts that take them), or one of the two."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from contract.hosts import CASES, HOSTS, TEXTS
+from contract.hosts import HOSTS, TEXTS, cases, law_checks
 
 
 def pytest_generate_tests(metafunc):
-    names = set(metafunc.fixturenames)
-    if {"text", "host"} <= names:
-        metafunc.parametrize(("text", "host"), CASES)
+    names, full = set(metafunc.fixturenames), metafunc.config.getoption("full")
+    if "contract_check" in names:
+        checks = list(law_checks(full))
+        metafunc.parametrize("contract_check", [check for _, check in checks], ids=[f"{text}-{c.name}" for text, c in checks])
+    elif {"text", "host"} <= names:
+        metafunc.parametrize(("text", "host"), cases(full))
     elif "text" in names:
         metafunc.parametrize("text", TEXTS)
     elif "host" in names:

@@ -1,114 +1,44 @@
-"""The hosts and mechanisms that the laws are held against, and which of them fit together.
+"""The mechanisms that the laws are held against, and in which of the small hosts: all that fits, or a covering array.
 
-Small hosts of every kind that a graft may meet, each with weights large enough that no mistake can hide.
+On each push one mechanism per signature (`signatures.py`) meets every law in one host of each kind of head and attention;
+beyond that every mechanism meets every host that takes it, and every law; every law meets every host. `pytest --full` runs the
+whole product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+import itertools
+from collections.abc import Iterator
 
-import timm
-import torch
-from timm.layers import DiffAttention
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import (
-    ParallelScalingBlock,
-    ParallelThingsBlock,
-    ResPostBlock,
-    VisionTransformer,
-)
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import vitreous
-from vitreous.layers.adoption import REGISTRIES
+from contract.covering import covering_rows
+from contract.signatures import representatives
+from vitreous import parse
 from vitreous.mechanism import mechanism_class
+from vitreous.testing import Check, contract_checks
+from vitreous.testing import hosts as small
+from vitreous.testing.contract import laws, laws_everywhere
+from vitreous.testing.hosts import (  # noqa: F401  (for the tests of this suite)
+    CLASSES,
+    HOSTS,
+    ROTARY,
+    SMALL,
+    anatomy,
+    build,
+    fit,
+    images,
+    loss,
+    per_place,
+)
 
-SIZE, CLASSES = 32, 5  # pixels, classes; patches of 8 x 8 pixels, so a grid of 4 x 4
-SMALL = {"img_size": SIZE, "patch_size": 8, "num_classes": CLASSES, "embed_dim": 32, "depth": 4, "num_heads": 2}
-
-
-def vit(cls: type[nn.Module] = VisionTransformer, **options) -> Callable[[], nn.Module]:
-    return partial(cls, **{**SMALL, **options})
-
-
-def named(name: str, **options) -> Callable[[], nn.Module]:
-    return partial(timm.create_model, name, img_size=SIZE, patch_size=8, num_classes=CLASSES, **options)
-
-
-DINOV2 = {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5}
-EVA02 = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True}
-DINOV3 = {"attn_type": "rope", "rope_type": "dinov3", "use_rot_pos_emb": True, "use_abs_pos_emb": False}
-
-HOSTS: dict[str, Callable[[], nn.Module]] = {
-    "plain": vit(),
-    "test_vit": named("test_vit"),
-    "test_vit2": named("test_vit2"),  # register, average pool, LayerScale
-    "test_vit3": named("test_vit3"),  # register, attention pool over the prefix too
-    "test_vit4": named("test_vit4"),  # RMSNorm
-    "distilled": vit(VisionTransformerDistilled),
-    "dinov2": vit(**DINOV2, dynamic_img_size=True),
-    "clip": vit(pre_norm=True),
-    "qk_norm": vit(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
-    "res_post": vit(block_fn=ResPostBlock),
-    "class_avg": vit(global_pool="avg"),
-    "class_map": vit(global_pool="map"),
-    "class_map_all": vit(global_pool="map", pool_include_prefix=True),
-    "prr": vit(global_pool="prr"),
-    "fc_norm": vit(fc_norm=True),
-    "max": vit(global_pool="max"),
-    "parallel_scaling": vit(block_fn=ParallelScalingBlock),
-    "parallel_things": vit(block_fn=ParallelThingsBlock),
-    "diff_attention": vit(attn_layer=DiffAttention),
-    "eva": vit(Eva),
-    "eva02": vit(Eva, **EVA02),
-    "dinov3": vit(Eva, **DINOV3, num_reg_tokens=2, init_values=1e-5, rope_rotate_half=True, dynamic_img_size=True),
-    "rope_mixed": vit(Eva, attn_type="rope", rope_type="mixed", use_rot_pos_emb=True),
-    "grouped": vit(Eva, **DINOV3, qkv_fused=False, num_kv_heads=1, qk_norm=True),
-}
 PRIMARY = "dinov2"  # for laws that take long: class token, registers, LayerScale, any image size
-
-
-def build(host: str) -> nn.Module:
-    """The host in eval mode, the same at every call; the global random state stays as it is."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = HOSTS[host]()
-        with torch.no_grad():
-            for parameter in model.parameters():  # the usual start is so small that blocks do next to nothing
-                if parameter.ndim > 1:
-                    parameter.normal_(std=parameter[0].numel() ** -0.5)
-                else:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def images(count: int = 3, size: int = SIZE, seed: int = 1) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-# -- mechanisms, and which of them fits which host -------------------------------------------------------------------
+KINDS = (PRIMARY, "plain", "test_vit2", "class_map_all", "distilled", "res_post", "dinov3")  # of head and attention
+GRAPHS = ("compiles", "exports")  # seconds each; ONNX traces every mechanism, too
+ROTARY_KINDS = ("eva02", "dinov3")  # where attention is compiled and exported, too
 
 TEXTS = [text for stem in vitreous.catalogue() for text in (stem, *mechanism_class(stem).examples)]
-
-ROTARY = frozenset({"eva", "eva02", "dinov3", "rope_mixed", "grouped"})
-PARALLEL = frozenset({"parallel_scaling", "parallel_things"})
-
-# The hosts that lack what a mechanism may require. Any refusal beside these is a mistake.
-LACKING = {
-    "stream": frozenset(),
-    "grid": frozenset(),
-    "insert": ROTARY,
-    "remove": ROTARY,
-    "class_token": frozenset({"test_vit2", "test_vit3", "test_vit4"}),
-    "attention": PARALLEL | {"diff_attention"},
-    "halves": PARALLEL,
-    "reads_inserted": frozenset({"max"}),
-    "class_head": frozenset({"test_vit2", "test_vit3", "test_vit4", "class_avg", "class_map", "class_map_all", "prr", "max"}),
-    "poolable": frozenset({"distilled", "test_vit3", "class_map", "class_map_all", "prr"}),
-}
 
 
 def stem(text: str) -> str:
@@ -121,70 +51,52 @@ def folder(text: str) -> str:
 
 
 def refused(text: str) -> frozenset[str]:
-    return frozenset().union(*(LACKING[word] for word in vitreous.parse(text).requires))
-
-
-def features_change(text: str) -> bool:
-    """True if the mechanism shows before the head, already at its start."""
-    return folder(text) != "head" and not vitreous.parse(text).exact_at_init
-
-
-# A mechanism's default settings meet every host that takes them, its further examples one host of each kind of head and
-# attention: the laws' time grows with mechanisms times hosts. (What is refused is compared for every pair.)
-SOME = {PRIMARY, "plain", "test_vit2", "class_map_all", "distilled", "res_post", "dinov3"}
-CASES = [
-    (text, host)
-    for text in TEXTS
-    for host in HOSTS
-    if host not in refused(text) and (text in vitreous.catalogue() or host in SOME)
-]
+    """The hosts that have to refuse the mechanism."""
+    return frozenset(name for name in HOSTS if small.lacks(name, parse(text)))
 
 
 def grafted(text: str, host: str = PRIMARY) -> nn.Module:
-    return vitreous.graft(build(host), text)
+    return small.grafted(text, host)
 
 
-def per_place(model: nn.Module) -> int:
-    """How many tokens each place has, as the model says: 1, or more where every channel has its own, below each other."""
-    height, width = model.patch_embed.dynamic_feat_size((SIZE, SIZE))
-    return height * width // (SIZE // 8) ** 2
+def stand_ins() -> list[str]:
+    """One mechanism per signature: the first in the list of texts."""
+    first = {mechanism: text for text, mechanism in reversed([(text, parse(text)) for text in TEXTS])}
+    return [first[mechanism] for mechanism in representatives(map(parse, TEXTS)).values()]
 
 
-# -- what a model is made of -----------------------------------------------------------------------------------------
+def law_rows(full: bool) -> set[tuple[str, str, str]]:
+    """(text, host, law) that are checked, of the laws that hold everywhere."""
+    factors = TEXTS, list(HOSTS), [law.__name__ for law in laws(laws_everywhere)]
+    takes = {text: set(HOSTS) - refused(text) for text in TEXTS}
+
+    def allowed(row: tuple[str, str, str]) -> bool:
+        return row[1] in takes[row[0]]
+
+    given = list(filter(allowed, itertools.product(TEXTS if full else stand_ins(), HOSTS if full else KINDS, factors[2])))
+    return {*given, *([] if full else covering_rows(factors, allowed, given))}
 
 
-def anatomy(model: nn.Module, records: bool = False) -> dict[str, tuple]:
-    """Every module by name: the object, its class, mode, attributes, and what it owns in which order.
-
-    records: also whether there is a list of grafts on the model.
-    """
-    return {
-        name: (
-            id(module),
-            type(module),
-            module.training,
-            sorted(key for key in module.__dict__ if records or key != "grafts"),
-            [(kind, key, id(value)) for kind in REGISTRIES[:3] for key, value in module.__dict__[kind].items()],
-        )
-        for name, module in model.named_modules()
-    }
-
-
-def loss(model: nn.Module, x: Tensor) -> Tensor:
-    """Of the logits and of all features: some of what a graft brings shows in the patches of the last block only."""
-    features = model.forward_features(x)
-    logits = model.forward_head(features)
-    return F.cross_entropy(logits, torch.arange(len(x)) % CLASSES) + features.tanh().sum(-1).mean()
+def law_checks(full: bool) -> Iterator[tuple[str, Check]]:
+    """(text, check): the contract of each mechanism, thinned as the module says; what is refused is checked for all."""
+    rows, everywhere, chosen = law_rows(full), laws(laws_everywhere), stand_ins()
+    for text in TEXTS:
+        for check in contract_checks(text):
+            name = check.law.__name__
+            taken = (
+                (text, check.host, name) in rows if check.law in everywhere else full or text in chosen or name not in GRAPHS
+            )
+            if taken:
+                yield text, check
+        if text in chosen and folder(text) == "attn":
+            for host in ROTARY_KINDS:
+                yield from (
+                    (text, one) for one in contract_checks(text, hosts=[host]) if one.law.__name__ in ("compiles", "exports")
+                )
 
 
-def fit(model: nn.Module, parameters: Iterable[nn.Parameter], steps: int = 2, lr: float = 0.05) -> None:
-    """A few steps of training on noise; only `parameters` move, if there are any. The model's mode stays."""
-    parameters = list(parameters)
-    if not parameters:
-        return
-    optimizer = torch.optim.SGD(parameters, lr=lr)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss(model, images(4, seed=10 + step)).backward()
-        optimizer.step()
-    model.zero_grad(set_to_none=True)
+def cases(full: bool) -> list[tuple[str, str]]:
+    """(text, host) for the laws of this suite alone: one mechanism per signature in one host of each kind, and all in one."""
+    chosen = TEXTS if full else stand_ins()
+    hosts = {text: (HOSTS if full else KINDS) if text in chosen else (PRIMARY,) for text in TEXTS}
+    return [(text, host) for text in TEXTS for host in hosts[text] if host not in refused(text)]

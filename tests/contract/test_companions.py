@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import io
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from contract.hosts import CLASSES, PRIMARY, TEXTS, anatomy, build, fit, grafted, images
+from contract.hosts import CLASSES, PRIMARY, TEXTS, build, fit, grafted, images
 from vitreous import check, graft, grafts, new_parameters, parse, ungraft
 from vitreous.base.errors import HostError
 from vitreous.models.model_folder import load, save
@@ -27,31 +24,6 @@ def assert_whole(model: nn.Module, text: str, like: nn.Module) -> None:
     assert [record.mechanism for record in grafts(model)] == [parse(text)]
     ungraft(model)
     assert set(model.state_dict()) == set(build(PRIMARY).state_dict())
-
-
-def test_deepcopy(text):
-    """The copy's record points into the copy; taking the graft out there leaves the original alone."""
-    model = grafted(text)
-    before, logits = anatomy(model, records=True), model(images())
-    twin = copy.deepcopy(model)
-    assert not {id(m) for m in model.modules()} & {id(m) for m in twin.modules()}
-    assert_whole(twin, text, model)
-    assert torch.equal(twin(images()), build(PRIMARY)(images()))
-    assert anatomy(model, records=True) == before
-    assert torch.equal(model(images()), logits)
-    assert ungraft(model).changed == ()
-
-
-def test_a_converted_copy(text):
-    """Displaced modules that share tensors share them in the copy as well, and follow it."""
-    twin = copy.deepcopy(grafted(text)).double()
-    ungraft(twin)
-    assert torch.equal(twin(images().double()), build(PRIMARY).double()(images().double()))
-
-
-def test_pickle(text):
-    model = grafted(text)
-    assert_whole(pickle.loads(pickle.dumps(model)), text, model)
 
 
 def test_saving_the_whole_model(text):
@@ -74,23 +46,6 @@ def test_saving_a_folder(text, tmp_path):
     check(again, images())
     assert [record.mechanism for record in grafts(again)] == [parse(text)]
     assert torch.equal(again(images()), model(images()))
-
-
-def test_moving_average(text):
-    """timm's: follows every parameter, loads into the model, and gives up its graft like any model."""
-    model = grafted(text)
-    average = ModelEmaV3(model, decay=0.5)
-    start = copy.deepcopy(model.state_dict())
-    fit(model, model.parameters())
-    average.update(model)
-    now, mean = model.state_dict(), average.module.state_dict()
-    for name in now:
-        torch.testing.assert_close(mean[name], (start[name] + now[name]) / 2)
-    model.load_state_dict(mean)
-    assert torch.equal(model(images()), average.module(images()))
-    assert ungraft(average.module).mechanisms == (parse(text),)
-    ungraft(model)
-    assert torch.equal(model(images()), average.module(images()))
 
 
 def test_functional_call(text):

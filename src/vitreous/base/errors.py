@@ -34,6 +34,10 @@ class DataError(VitreousError):
     """Images, labels or weights that cannot be read, or do not fit."""
 
 
+class ContractError(VitreousError):
+    """A mechanism, task or probe does not keep a law that all of its kind keep (`vitreous.testing`)."""
+
+
 class UnknownName(VitreousError):
     """A name that is not known; the message offers the nearest ones.
 

@@ -1,0 +1,8 @@
+"""The contract of a mechanism as checks that any test suite can run, and the small hosts that they run in."""
+
+from vitreous.base.errors import ContractError
+from vitreous.testing.check import Check
+from vitreous.testing.contract import contract_checks
+from vitreous.testing.hosts import small_hosts
+
+__all__ = ["Check", "ContractError", "contract_checks", "small_hosts"]

@@ -1,0 +1,137 @@
+"""Laws about what does not depend on the kind of host, checked in one, each a function of (mechanism, host)."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from vitreous.grafting import check, graft, ungraft
+from vitreous.layers.stream import Stream
+from vitreous.mechanism import Mechanism
+from vitreous.slots import prefix
+from vitreous.testing.check import close, holds
+from vitreous.testing.hosts import anatomy, build, fit, grafted, images, per_place
+
+
+def changes_are_pure(mechanism: Mechanism, host: str) -> None:
+    """`changes` reads the model and writes nothing; one mechanism serves several models."""
+    model = build(host)
+    before, values = anatomy(model, records=True), copy.deepcopy(model.state_dict())
+    holds(bool(mechanism.changes(model)), "no changes at all")
+    after = anatomy(model, records=True)
+    written = [name or "the model" for name in before | after if before.get(name) != after.get(name)]
+    written += [name for name, value in model.state_dict().items() if not torch.equal(value, values[name])]
+    holds(not written, f"written to: {', '.join(written)}")
+    first, second = grafted(mechanism, host), grafted(mechanism, host)
+    shared = {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+    holds(not shared, f"{len(shared)} parameters in both of two models")
+
+
+def grafting_is_repeatable(mechanism: Mechanism, host: str) -> None:
+    """Two grafts of one mechanism start with the same values; the global random state is neither used nor moved."""
+    state = torch.get_rng_state()
+    first = grafted(mechanism, host)
+    check(first, images())
+    first(images()).sum().backward()
+    holds(torch.equal(torch.get_rng_state(), state), "the global random state moved")
+    torch.manual_seed(1234)
+    second = grafted(mechanism, host)
+    holds(list(first.state_dict()) == list(second.state_dict()), "other keys")
+    for name, value in first.state_dict().items():
+        close(second.state_dict()[name], value, name)
+
+
+def conversion_reaches_everything(mechanism: Mechanism, host: str) -> None:
+    """Graft and `.to(dtype)` commute (but for roundings of new values made of the host's); removal follows."""
+    for dtype in (torch.float64, torch.bfloat16):
+        before, after = grafted(mechanism, host).to(dtype), graft(build(host).to(dtype), mechanism)
+        x = images().to(dtype)
+        kinds = {t.dtype for t in (*after.parameters(), *after.buffers()) if t.is_floating_point()} | {before(x).dtype}
+        holds(kinds == {dtype}, f"{', '.join(map(str, kinds))} after .to({dtype})")
+        rounding = 0 if mechanism.keeps_weights else 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        close(before(x), after(x), f"{dtype}, converted after and before", rounding)
+        ungraft(before)
+        close(before(x), build(host).to(dtype)(x), f"{dtype}, after removal")
+
+
+def copies_are_whole(mechanism: Mechanism, host: str) -> None:
+    """deepcopy and pickle give models of their own, which compute the same and give up their graft alone."""
+    model = grafted(mechanism, host)
+    before, logits = anatomy(model, records=True), model(images())
+    for way, twin in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
+        shared = {id(m) for m in model.modules()} & {id(m) for m in twin.modules()}
+        holds(not shared, f"{way}: {len(shared)} modules in both")
+        close(check(twin, images())(images()), logits, f"{way}: the output")
+        holds(ungraft(twin).mechanisms == (mechanism,), f"{way}: another mechanism in the record")
+        close(twin(images()), build(host)(images()), f"{way}: the output after removal")
+        holds(anatomy(model, records=True) == before, f"{way}: the original changed")
+    twin = copy.deepcopy(model).double()
+    ungraft(twin)  # displaced modules that share tensors share them in the copy as well
+    close(twin(images().double()), build(host).double()(images().double()), "a converted copy after removal")
+
+
+def moving_average_follows(mechanism: Mechanism, host: str) -> None:
+    """timm's moving average follows every parameter, loads into the model, and gives up its graft."""
+    model = grafted(mechanism, host)
+    average, start = ModelEmaV3(model, decay=0.5), copy.deepcopy(model.state_dict())
+    fit(model, model.parameters())
+    average.update(model)
+    for name, now in model.state_dict().items():
+        torch.testing.assert_close(average.module.state_dict()[name], (start[name] + now) / 2, msg=f"the mean of {name}".format)
+    model.load_state_dict(average.module.state_dict())
+    close(model(images()), average.module(images()), "the output of the average")
+    ungraft(average.module), ungraft(model)
+    close(model(images()), average.module(images()), "the output of the average after removal")
+
+
+def unusual_images_stay_finite(mechanism: Mechanism, host: str) -> None:
+    """Black, constant, very dark and very bright images give finite outputs and gradients."""
+    model = grafted(mechanism, host)
+    x = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), 1e-6 * images(1)[0], 1e3 * images(1)[0]])
+    out = model(x.requires_grad_())
+    out.sum().backward()
+    gradients = {"images": x.grad} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    wrong = [name for name, value in ({"the output": out} | gradients).items() if not value.isfinite().all()]
+    holds(not wrong, f"values that are not finite in {', '.join(wrong)}")
+
+
+def slices_and_sizes(mechanism: Mechanism, host: str) -> None:
+    """A slice of the blocks gives its intermediate features; images of another size keep the host's shapes."""
+    model, plain = grafted(mechanism, host), build(host)
+    start, (_, taken) = opening(model, images()), model.forward_intermediates(images(), output_fmt="NLC")
+    for k in (1, len(model.blocks)):
+        close(plain_tokens(model.blocks[:k](start))[:, prefix(model) :], taken[k - 1], f"the first {k} blocks")
+    if getattr(model, "dynamic_img_size", False):
+        (_, here), (_, there) = (each.forward_intermediates(images(size=48)) for each in (model, plain))
+        shapes = [torch.cat([y] * per_place(model), dim=-2).shape for y in there]
+        holds([y.shape for y in here] == shapes, f"shapes {[y.shape for y in here]} at 48 x 48 pixels")
+        check(model, images(size=48))
+
+
+def opening(model: nn.Module, x: Tensor) -> Tensor | Stream:
+    """What the first block gets."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+
+
+def plain_tokens(x: Tensor | Stream) -> Tensor:
+    return x.tokens() if isinstance(x, Stream) else x
+
+
+def compiles(mechanism: Mechanism, host: str) -> None:
+    """With static shapes, torch.compile takes the model as one graph."""
+    model = grafted(mechanism, host)
+    torch.compiler.reset()
+    close(torch.compile(model, fullgraph=True, backend="eager")(images()), model(images()), "the compiled output")
+
+
+def exports(mechanism: Mechanism, host: str) -> None:
+    """With static shapes, torch.export takes the model with batches of any size."""
+    model = grafted(mechanism, host)
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    program = torch.export.export(model, (images(3),), dynamic_shapes=(batch,)).module()
+    for count in (3, 5):
+        close(program(images(count)), model(images(count)), f"the exported output of {count} images", 1e-5)
