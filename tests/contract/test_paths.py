@@ -101,6 +101,15 @@ def test_reentrant_checkpointing_switched_on_later_is_noticed(text):
         timm.layers.set_reentrant_ckpt(False)
 
 
+def test_slices(text):
+    model = grafted(text)
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images()))))
+    for k in (1, len(model.blocks)):
+        out = model.blocks[:k](x)
+        out = out.tokens() if isinstance(out, Stream) else out
+        assert torch.equal(out, walked(model, images())[k - 1])
+
+
 def test_pruning_is_noticed(text):
     """A cut model gives the features that it had; a graft that was cut away is reported, and removal refuses."""
     model = grafted(text)

@@ -11,12 +11,7 @@ import torch
 from timm.layers import DiffAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
-from timm.models.vision_transformer import (
-    ParallelScalingBlock,
-    ParallelThingsBlock,
-    ResPostBlock,
-    VisionTransformer,
-)
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,14 +20,7 @@ from vitreous.layers.adoption import REGISTRIES
 from vitreous.mechanism import Mechanism
 
 SIZE, CLASSES = 32, 5  # pixels, classes; patches of 8 x 8 pixels, so a grid of 4 x 4
-SMALL: dict[str, Any] = {
-    "img_size": SIZE,
-    "patch_size": 8,
-    "num_classes": CLASSES,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-}
+SMALL: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "num_classes": CLASSES, "embed_dim": 32, "depth": 4, "num_heads": 2}
 EVA02 = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True}
 DINOV3 = {"attn_type": "rope", "rope_type": "dinov3", "use_rot_pos_emb": True, "use_abs_pos_emb": False}
 
@@ -77,7 +65,7 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
 def small_hosts() -> dict[str, Callable[[], nn.Module]]:
     """{name: function that builds it} of the hosts that the contract is checked in, one per kind of timm ViT.
 
-    Each has 4 blocks (test_vit: 6 to 10), a grid of 4 x 4 patches at 32 x 32 pixels and 5 classes; built in eval mode, the
+    Each has 4 blocks or more, a grid of 4 x 4 patches at 32 x 32 pixels and 5 classes; built in eval mode, the
     same weights at every call, large enough that no mistake hides behind a small start.
     """
     return {name: partial(build, name) for name in HOSTS}

@@ -7,14 +7,11 @@ import pickle
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
 
 from vitreous.grafting import check, graft, ungraft
-from vitreous.layers.stream import Stream
 from vitreous.mechanism import Mechanism
-from vitreous.slots import prefix
 from vitreous.testing.check import close, holds
-from vitreous.testing.hosts import anatomy, build, fit, grafted, images, per_place
+from vitreous.testing.hosts import anatomy, build, fit, grafted, images
 
 
 def changes_are_pure(mechanism: Mechanism, host: str) -> None:
@@ -97,28 +94,6 @@ def unusual_images_stay_finite(mechanism: Mechanism, host: str) -> None:
     gradients = {"images": x.grad} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     wrong = [name for name, value in ({"the output": out} | gradients).items() if not value.isfinite().all()]
     holds(not wrong, f"values that are not finite in {', '.join(wrong)}")
-
-
-def slices_and_sizes(mechanism: Mechanism, host: str) -> None:
-    """A slice of the blocks gives its intermediate features; images of another size keep the host's shapes."""
-    model, plain = grafted(mechanism, host), build(host)
-    start, (_, taken) = opening(model, images()), model.forward_intermediates(images(), output_fmt="NLC")
-    for k in (1, len(model.blocks)):
-        close(plain_tokens(model.blocks[:k](start))[:, prefix(model) :], taken[k - 1], f"the first {k} blocks")
-    if getattr(model, "dynamic_img_size", False):
-        (_, here), (_, there) = (each.forward_intermediates(images(size=48)) for each in (model, plain))
-        shapes = [torch.cat([y] * per_place(model), dim=-2).shape for y in there]
-        holds([y.shape for y in here] == shapes, f"shapes {[y.shape for y in here]} at 48 x 48 pixels")
-        check(model, images(size=48))
-
-
-def opening(model: nn.Module, x: Tensor) -> Tensor | Stream:
-    """What the first block gets."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
-
-
-def plain_tokens(x: Tensor | Stream) -> Tensor:
-    return x.tokens() if isinstance(x, Stream) else x
 
 
 def compiles(mechanism: Mechanism, host: str) -> None:
