@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vitreous.base.text_form import written
+from test_house import SRC, imported
+from vitreous.base.catalogue import Catalogue
+from vitreous.base.text_form import Settings, written
 from vitreous.mechanism import catalogue, mechanism_class
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +26,33 @@ def rows(text: str, section: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
+def catalogues() -> dict[str, Catalogue]:
+    """{module.NAME: it} of every catalogue in the package, found by how one is made."""
+    found = {}
+    for path in SRC.rglob("*.py"):
+        module = ".".join(("vitreous", *path.relative_to(SRC).with_suffix("").parts))
+        for name in re.findall(r"^([A-Z_]+) = Catalogue\(", path.read_text(), re.M):
+            found[f"{module}.{name}"] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def items() -> dict[str, type[Settings]]:
+    """{module: class} of every item of every catalogue."""
+    classes = [catalogue.item(name) for catalogue in catalogues().values() for name in catalogue.files]
+    return {cls.__module__: cls for cls in classes}
+
+
+def leaning(sources: dict[str, str], prototypes: set[str]) -> set[str]:
+    """The modules {name without `vitreous.`: source} that import a prototype and are none."""
+    return {
+        name
+        for name, source in sources.items()
+        if name not in prototypes
+        for target in imported(source, Path(*name.split(".")))
+        if target in prototypes or target.rpartition(".")[0] in prototypes
+    }
+
+
 def test_cards_and_mechanisms_are_the_same_list():
     assert {path.stem for path in CARDS.glob("*.md")} == set(catalogue())
 
@@ -34,6 +63,7 @@ def test_card(name):
     assert re.findall(r"^## (.*)$", text, re.M) == SECTIONS
     for word in (f"`{name}` · slot `{catalogue()[name].parent.name}`", "**Paper.**", "**Idea.**", "**Cost.**", "**Licence.**"):
         assert word in text, word
+    assert ("**Stage.** Prototype" in text) == (cls.stage == "prototype")
     module = importlib.import_module(cls.__module__)
     tests = (ROOT / "tests" / "mechanisms" / f"test_{name}.py").read_text()
     equations = rows(text, "Equation, code, test")
@@ -51,3 +81,31 @@ def test_card(name):
     assert not wrong
     for paper in re.findall(r"arXiv (\d{4}\.\d{5})", cls.paper):
         assert paper in text
+
+
+# -- stable and prototype ----------------------------------------------------------------------------------------------
+
+
+def test_every_item_is_stable_or_a_prototype():
+    assert {"vitreous.mechanism.MECHANISMS", "vitreous.lens.probe.PROBES"} <= set(catalogues())
+    assert {cls.stage for cls in items().values()} <= {"stable", "prototype"}
+
+
+def test_a_stable_item_that_leans_on_a_prototype_is_found():
+    sources = {
+        "mechanisms.attn.stable": "from vitreous.mechanisms.mixer.early import step",
+        "mechanisms.attn.other": "def f():\n    import vitreous.mechanisms.mixer.early",
+        "mechanisms.attn.dots": "from ..mixer import early",
+        "mechanisms.mixer.early": "from vitreous.mechanisms.mixer import earlier",
+        "mechanisms.mixer.earlier": "from vitreous import slots",
+    }
+    prototypes = {"mechanisms.mixer.early", "mechanisms.mixer.earlier"}
+    assert leaning(sources, prototypes) == {"mechanisms.attn.stable", "mechanisms.attn.other", "mechanisms.attn.dots"}
+    assert leaning(sources, set()) == set()
+
+
+def test_nothing_leans_on_a_prototype():
+    """A prototype's text form and numbers may change, so only prototypes may import one."""
+    sources = {".".join(path.relative_to(SRC).with_suffix("").parts): path.read_text() for path in SRC.rglob("*.py")}
+    prototypes = {module.removeprefix("vitreous.") for module, cls in items().items() if cls.stage == "prototype"}
+    assert leaning(sources, prototypes) == set()

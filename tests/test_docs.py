@@ -9,6 +9,7 @@ import importlib.util
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,15 @@ def file_and_text(block: str) -> tuple[str | None, str]:
     return (named[1], rest) if named else (None, block)
 
 
+def sample_of_cases(test: Callable) -> list[tuple]:
+    """The arguments of a test's calls: none, or with one parameter some of its values, no more than twelve, far apart."""
+    marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+    if not marks:
+        return [()]
+    values = list(marks[0].args[1])
+    return [(value,) for value in values[:: len(values) // 12 + 1]]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_runs_and_its_tests_pass(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -54,7 +64,8 @@ def test_python_runs_and_its_tests_pass(page, tmp_path, monkeypatch):
         tests = [value for name, value in vars(module).items() if name.startswith("test_")]
         assert tests
         for test in tests:
-            test()
+            for arguments in sample_of_cases(test):
+                test(*arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -32,7 +32,7 @@ def outside(tmp_path, monkeypatch):
 
 
 def test_a_mechanism_of_another_package_passes(outside):
-    checks = list(contract_checks(outside.Tempered(start=0.5), hosts=KINDS))
+    checks = contract_checks(outside.Tempered(start=0.5), hosts=KINDS)
     for check in checks:
         check.run()
     assert [c.name for c in contract_checks("somebodys_package.Tempered:start=0.5", hosts=KINDS)] == [c.name for c in checks]
@@ -40,7 +40,7 @@ def test_a_mechanism_of_another_package_passes(outside):
     assert names >= {"is_described", "refusal-diff_attention", "exports-dinov2"} | {
         f"masks-{host}" for host in ("eva", "plain")
     }
-    assert len(names) == len(list(contract_checks(outside.Tempered())))
+    assert len(names) == len(contract_checks(outside.Tempered()))
 
 
 def test_small_hosts_run_and_are_the_same_at_every_call():
@@ -54,7 +54,7 @@ def test_small_hosts_run_and_are_the_same_at_every_call():
 @pytest.mark.parametrize("item", [7, None, nn.Identity()])
 def test_anything_else_is_refused(item):
     with pytest.raises(SettingError, match=r"^Found .*Expected a mechanism.*\. Give"):
-        next(contract_checks(item))
+        contract_checks(item)
 
 
 def test_a_failed_check_says_what_and_where_in_three_parts():

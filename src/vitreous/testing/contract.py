@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 from vitreous.base.errors import HostError, SettingError
@@ -16,7 +16,7 @@ from vitreous.testing.check import THREE_PARTS, Check, close, holds
 from vitreous.testing.hosts import HOSTS, anatomy, build, lacks
 
 
-def contract_checks(item: Mechanism | str, *, hosts: Iterable[str] | None = None) -> Iterator[Check]:
+def contract_checks(item: Mechanism | str, *, hosts: Iterable[str] | None = None) -> list[Check]:
     """The checks of a mechanism, or of its text form ("svda", "package.module.Class:setting=value").
 
     Each has a `name` and a `run()`, which raises ContractError. The mechanism is checked as it is set; its settings have to
@@ -32,14 +32,13 @@ def contract_checks(item: Mechanism | str, *, hosts: Iterable[str] | None = None
         item = parse(item, foreign=True)
     if not isinstance(item, Mechanism):
         raise SettingError(f"Found {item!r}. Expected a mechanism, or its text form. Give for example svda.")
-    yield Check(is_described, item)
     names = list(HOSTS if hosts is None else hosts)
     taking = [name for name in names if not lacks(name, item)]
-    yield from (Check(refusal, item, name) for name in names if name not in taking)
+    checks = [Check(is_described, item), *(Check(refusal, item, name) for name in names if name not in taking)]
     for module, where in ((laws_everywhere, taking), (laws_once, taking[:1])):
-        for law in laws(module):
-            if getattr(item, UNLESS.get(law.__name__, "name")):
-                yield from (Check(law, item, name) for name in where)
+        held = [law for law in laws(module) if getattr(item, UNLESS.get(law.__name__, "name"))]
+        checks += [Check(law, item, name) for law in held for name in where]
+    return checks
 
 
 UNLESS = {"plain_checkpoint_loads": "keeps_weights", "compiles": "static_shapes", "exports": "static_shapes"}  # claims
