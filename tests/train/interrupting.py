@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from vitreous.models import model_folder
-from vitreous.train.engine import loop, resume
+from vitreous.train.engine import loop, resume, step
 from vitreous.train.engine.prepare import prepare
 from vitreous.train.records.run_folder import Run, read_metrics
 
@@ -88,14 +88,14 @@ def die() -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, update: int, act: Callable[[], Any]) -> None:
     """Do something in the middle of an update."""
-    original = loop.step_gradients
+    original = step.add_gradients
 
     def struck(session, *batch):
         if session.progress.updates + 1 == update:
             act()
         return original(session, *batch)
 
-    monkeypatch.setattr(loop, "step_gradients", struck)
+    monkeypatch.setattr(step, "add_gradients", struck)
 
 
 def breaking(monkeypatch, change, at=(5,)):
@@ -117,8 +117,8 @@ def output(name, value):
         def hook(module, inputs, out):
             return out.clone().index_fill_(0, torch.tensor([1]), value) if now() else None
 
-        for model in filter(None, (session.model, session.whole)):
-            model.get_submodule(name).register_forward_hook(hook)
+        for objective in filter(None, (session.objective, session.whole)):
+            objective.model.get_submodule(name).register_forward_hook(hook)
 
     return change
 

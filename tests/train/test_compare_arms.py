@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from vitreous.base.metrics import CLASSIFICATION, Metric
 from vitreous.train.study import compare_arms
+
+ACCURACY = CLASSIFICATION[0]
 
 
 def run(folder, right, rate=100.0, patience=None, content="same"):
@@ -63,10 +66,17 @@ def test_verdicts_and_cost(study):
     text = "\n".join(compare_arms.tables(found))
     assert found["cost"]["b"]["mean"] == pytest.approx(2.0)
     assert found["cost"]["plain"]["by_seed"] == [1.0, 1.0, 1.0]
-    assert compare_arms.verdict({"interval_by_seed": [0.01, 0.2], "interval_by_image": [0.02, 0.1]}) == "better"
-    assert compare_arms.verdict({"interval_by_seed": [-0.2, -0.01], "interval_by_image": [-0.1, -0.02]}) == "worse"
-    assert compare_arms.verdict({"interval_by_seed": [-0.01, 0.2], "interval_by_image": [0.02, 0.1]}) == "no difference shown"
-    assert compare_arms.verdict({"interval_by_seed": None, "interval_by_image": [0.02, 0.1]}) == "better"
+    for by_seed, by_image, verdict in (
+        ([0.01, 0.2], [0.02, 0.1], "better"),
+        ([-0.2, -0.01], [-0.1, -0.02], "worse"),
+        ([-0.01, 0.2], [0.02, 0.1], "no difference shown"),
+        (None, [0.02, 0.1], "better"),
+        (None, None, "no difference shown"),
+    ):
+        difference = {"interval_by_seed": by_seed, "interval_by_image": by_image}
+        assert compare_arms.verdict(difference, ACCURACY) == verdict
+    error = Metric("error", "px", "lower", "error")
+    assert compare_arms.verdict({"interval_by_seed": None, "interval_by_image": [0.02, 0.1]}, error) == "worse"
     assert "all 2 comparisons of a test set hold" in text
     assert "| c |" in text
 

@@ -376,9 +376,9 @@ def test_batches_that_are_not_shuffled_are_dealt_out_whole():
 
 def test_settings_that_do_not_fit_the_number_of_processes_are_refused():
     with pytest.raises(SettingError, match="--shard in one process"):
-        check_team(TrainSettings("cutouts", shard=True), 1)
+        check_team(chosen := TrainSettings("cutouts", shard=True), chosen.parsed_task(), 1)
     with pytest.raises(SettingError, match="Expected at least 8"):
-        check_team(TrainSettings("cutouts", batch_size=6, mixup=0.1), 4)
+        check_team(chosen := TrainSettings("cutouts", batch_size=6, mixup=0.1), chosen.parsed_task(), 4)
     with pytest.raises(SettingError, match="Leave the number out"):
         Team(0, 2).device(torch.device("cuda:1"))
 

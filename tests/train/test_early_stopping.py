@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from train.interrupting import ENTRY, Moments, differing, in_child
+from vitreous.base.metrics import CLASSIFICATION, Metric
+from vitreous.tasks.classification import ClassificationObjective
 from vitreous.train import load, train
-from vitreous.train.engine import early_stopping, loop
+from vitreous.train.engine import early_stopping
 from vitreous.train.engine.resume import resume
 from vitreous.train.records.run_folder import read_metrics, read_table
+
+ACCURACY = CLASSIFICATION[0]
 
 
 def lines(*accuracies, names=("test",)):
@@ -30,37 +34,45 @@ def lines(*accuracies, names=("test",)):
 )
 def test_when_to_stop_and_what_to_keep(accuracies, patient, best, done):
     found = lines(*accuracies)
-    assert early_stopping.kept(found, patient)["epoch"] == best
-    assert early_stopping.exhausted(found, patient) == done
-    assert early_stopping.finished(found, 9, patient) == done
-    assert early_stopping.finished(found, len(found), patient)
+    assert early_stopping.kept(found, patient, ACCURACY)["epoch"] == best
+    assert early_stopping.exhausted(found, patient, ACCURACY) == done
+    assert early_stopping.finished(found, 9, patient, ACCURACY) == done
+    assert early_stopping.finished(found, len(found), patient, ACCURACY)
+
+
+def test_lower_is_better_where_the_metric_says_so():
+    error = Metric("accuracy", "px", "lower", "error")
+    found = lines(0.5, 0.4, 0.4, 0.6)
+    assert early_stopping.kept(found, 2, error)["epoch"] == 2
+    assert early_stopping.exhausted(found, 2, error)
+    assert "no better error on `test` for 2 epochs" in early_stopping.why(found, 9, 2, error)
 
 
 def test_what_is_watched():
     assert early_stopping.watched(["test", "swapped"]) == "test"
     assert early_stopping.watched(["test", "val"]) == "val"
     assert early_stopping.watched(["held-out", "test", "val"]) == "held-out"
-    assert "had no part" in early_stopping.why(lines(0.5, names=("test", "val")), 9, 2)
-    assert "flattered" in early_stopping.why(lines(0.5), 9, 2)
-    assert "none was picked" in early_stopping.why(lines(0.5), 9, None)
+    assert "had no part" in early_stopping.why(lines(0.5, names=("test", "val")), 9, 2, ACCURACY)
+    assert "flattered" in early_stopping.why(lines(0.5), 9, 2, ACCURACY)
+    assert "none was picked" in early_stopping.why(lines(0.5), 9, None, ACCURACY)
 
 
 @pytest.fixture
 def falling(monkeypatch):
     """Accuracy on the held-out images as told, epoch by epoch, the rest as it is."""
     given = [0.3, 0.6, 0.5, 0.4, 0.9, 0.9]
-    real = loop.score
+    real = ClassificationObjective.score
 
-    def told(logits, labels):
-        found = real(logits, labels)
-        if len(labels) == 6:  # those held out, one a class
+    def told(objective, outputs):
+        found = real(objective, outputs)
+        if len(outputs["target"]) == 6:  # those held out, one a class
             found["accuracy"] = given[told.session.progress.epoch - 1]
         return found
 
     prepare = ENTRY.prepare
     monkeypatch.setattr(ENTRY, "prepare", lambda *args: setattr(told, "session", prepare(*args)) or told.session)
     monkeypatch.setattr("vitreous.train.engine.resume.prepare", ENTRY.prepare)
-    monkeypatch.setattr(loop, "score", told)
+    monkeypatch.setattr(ClassificationObjective, "score", told)
 
 
 RUN = dict(epochs=6, patience=2, hold_out=0.1, lr=3e-3)

@@ -14,7 +14,7 @@ from vitreous import grafts
 from vitreous.base.errors import DataError, NotReached, SettingError, VitreousError
 from vitreous.lens.reading import read
 from vitreous.train import TrainSettings, load, train
-from vitreous.train.engine.loop import NotFinite, score
+from vitreous.train.engine.loop import NotFinite
 from vitreous.train.engine.loop import test as run_test
 from vitreous.train.engine.prepare import prepare
 from vitreous.train.records.run_folder import read_metrics, read_table
@@ -250,7 +250,7 @@ def test_real_weights_score_what_is_published_for_them(settings, shared_data):
         data=str(shared_data / "cifar10/cifar10_5k2k.npz"), model=str(shared_data / "weights/vit_cifar10"), model_kwargs=()
     )
     session = prepare(chosen)
-    accuracy = score(*run_test(session, session.tests["test"], bool))["accuracy"]
+    accuracy = session.tested.score(run_test(session, session.tests["test"], bool))["accuracy"]
     assert accuracy == pytest.approx(0.6900, abs=0.0011)
 
 

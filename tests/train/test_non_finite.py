@@ -13,11 +13,11 @@ from train.interrupting import NAN, breaking, die, differing, in_child, output
 from vitreous.base.errors import DataError
 from vitreous.commands.cli import main
 from vitreous.train import load, train
-from vitreous.train.engine import loop, non_finite
+from vitreous.train.engine import loop, non_finite, step
 from vitreous.train.engine.prepare import prepare
 from vitreous.train.engine.resume import replay, resume
 from vitreous.train.engine.state import NotFinite, read_state
-from vitreous.train.objectives import step_losses
+from vitreous.train.engine.step import step_losses
 from vitreous.train.records.run_folder import read_metrics
 
 pytestmark = pytest.mark.forks
@@ -109,21 +109,19 @@ def test_the_step_is_replayed_with_its_own_draws(settings, quiet, monkeypatch):
     """Mixup and dropped paths are those of the step that failed: the losses agree to the last digit."""
     seen = []
 
-    def noted(session, parts):
-        seen.append({name: value.item() for name, value in parts.items()})
-        return parts | {"made": parts["classification"] * (NAN if session.progress.updates == 4 else 0)}
-
-    def stepped(session, *batch, original=loop.step_gradients):
-        parts, count = original(session, *batch)
-        return noted(session, parts), count
+    def noted(session, *batch):
+        losses = step_losses(session, *batch)
+        seen.append({name: value.item() for name, value in losses.by_name.items()})
+        made = losses.means["classification"] * (NAN if session.progress.updates == 4 else 0)
+        return replace(losses, means=losses.means | {"made": made})
 
     recipe = settings(mixup=0.3, drop_path=0.3, batch_size=8)
-    monkeypatch.setattr(loop, "step_gradients", stepped)
-    with pytest.raises(NotFinite):
-        train(recipe, quiet)
-    monkeypatch.setattr(
-        "vitreous.train.engine.non_finite.step_losses", lambda session, *batch: noted(session, step_losses(session, *batch))
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "step_losses", noted)
+        patch.setattr(non_finite, "step_losses", step_losses)
+        with pytest.raises(NotFinite):
+            train(recipe, quiet)
+    monkeypatch.setattr(non_finite, "step_losses", noted)
     assert replay(recipe.out, quiet) == "the loss made"
     assert seen[-1] == seen[-2]
 
@@ -197,7 +195,7 @@ def test_a_damaged_state_is_written_again_after_a_return(settings, quiet, monkey
 def test_what_an_earlier_search_left_is_not_found_again(settings):
     """In a copy of the model that is no optimizer's, as of one that is spread over processes."""
     session = prepare(settings())
-    alone = replace(session, model=copy.deepcopy(session.model))
+    alone = replace(session, objective=copy.deepcopy(session.objective))
     alone.model.head.weight.grad = torch.full_like(alone.model.head.weight, NAN)
     assert non_finite.diagnose(alone, next(iter(session.train))) is None
 

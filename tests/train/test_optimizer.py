@@ -8,6 +8,7 @@ import torch
 
 from vitreous import SVDA, graft
 from vitreous.base.errors import SettingError, UnknownName
+from vitreous.tasks import TASKS
 from vitreous.train.optimizer import choose_trainable, frozen, make_optimizer, make_scheduler, parameter_groups
 from vitreous.train.settings import TrainSettings
 
@@ -91,10 +92,15 @@ def test_frozen_parameters_are_in_no_group(small):
     assert set(found) == {name for name, p in small.named_parameters() if p.requires_grad}
 
 
+def objective(model):
+    model.num_classes = 2
+    return TASKS.parse("classification").build(model, None)
+
+
 def rates(steps: int, **changes) -> list[float]:
     """Learning rate with which each update of a run is taken."""
     settings = TrainSettings("cutouts", lr=1.0, **changes)
-    optimizer = make_optimizer(torch.nn.Linear(2, 2), settings)
+    optimizer = make_optimizer(objective(torch.nn.Linear(2, 2)), settings)
     scheduler = make_scheduler(optimizer, settings, steps)
     found = []
     for update in range(1, settings.epochs * steps + 1):
@@ -119,7 +125,7 @@ def test_none_is_constant():
 
 def test_layer_decay_holds_without_a_schedule(small):
     settings = TrainSettings("cutouts", lr=1.0, sched="none", layer_decay=0.5)
-    optimizer = make_optimizer(small, settings)
+    optimizer = make_optimizer(objective(small), settings)
     make_scheduler(optimizer, settings, 5)
     assert {group["lr"] for group in optimizer.param_groups} == {group["lr_scale"] for group in optimizer.param_groups}
     assert min(group["lr"] for group in optimizer.param_groups) < 0.1

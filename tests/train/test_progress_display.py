@@ -7,6 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
+from vitreous.base.metrics import CLASSIFICATION
 from vitreous.train import train
 from vitreous.train.records.progress_display import ROWS, Shown
 from vitreous.train.records.run_folder import read_metrics
@@ -52,14 +53,14 @@ def test_no_color_is_heard_on_a_terminal(settings, monkeypatch):
 @pytest.mark.parametrize("epochs", [1, ROWS, 3 * ROWS])
 def test_the_table_fits_a_small_terminal(epochs):
     made = {"losses": {"total": 1.0}, "tests": {"test": {"accuracy": 0.5}}, "lr": 1e-3, "seconds": 1.0}
-    shown = Shown(console(force_terminal=True), epochs)
+    shown = Shown(console(force_terminal=True), epochs, CLASSIFICATION[0])
     shown.epoch([made | {"epoch": k} for k in range(1, epochs + 1)])
     assert shown.table.row_count == min(epochs, ROWS)
     assert list(shown.table.columns[0].cells)[-1] == str(epochs)
 
 
 def test_a_bar_goes_with_its_epoch_even_if_that_breaks_off():
-    shown = Shown(console(), 2)
+    shown = Shown(console(), 2, CLASSIFICATION[0])
 
     def breaks():
         for batch in shown.batches([1, 0], 2, 1):

@@ -22,7 +22,7 @@ def test_auto_goes_by_weights_and_number_of_images(loaded, images, used):
     assert settings.recipe == record["used"] == used
     assert record["asked"] == "auto"
     assert all(getattr(settings, name) == found["value"] for name, found in record["values"].items())
-    assert settings.mixed == (used != "finetune-small")
+    assert settings.parsed_task().pairs_images == (used != "finetune-small")
 
 
 def test_rate_and_warm_up_follow_batch_and_epochs():

@@ -133,7 +133,7 @@ def test_a_state_of_another_model_is_refused(settings):
 @pytest.mark.parametrize("averaged", [False, True])
 def test_weights_that_are_not_finite_are_not_kept(settings, tmp_path, averaged):
     session = prepare(settings(model_ema=0.9 if averaged else None))
-    (session.tested if averaged else session.model).head.bias.data[2] = float("nan")
+    (session.tested if averaged else session.objective).model.head.bias.data[2] = float("nan")
     states = States(tmp_path)
     with pytest.raises(NotFinite, match=r"the first head.bias"):
         states.save(session)
@@ -145,7 +145,7 @@ def test_the_newest_and_the_one_before_are_kept(settings, tmp_path):
     for session.progress.updates in (0, 3, 12, 12, 1000000):
         states.save(session)
     assert [path.name for path in states.paths()] == ["001000000.safetensors", "000000012.safetensors"]
-    assert states.load(print)["updates"] == 1000000
+    assert states.load(print)["progress"]["updates"] == 1000000
     states.clear()
     assert list(tmp_path.iterdir()) == []
     assert states.load(print) is None

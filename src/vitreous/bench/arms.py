@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.models import get_model_input_config
@@ -11,10 +12,12 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from vitreous.base.errors import SettingError
-from vitreous.grafting import graft, grafts, penalties, ungraft
+from vitreous.grafting import graft, grafts, ungraft
 from vitreous.mechanism import parse
 from vitreous.models import model_folder
 from vitreous.models.create import check_patches, create_model
+from vitreous.tasks import TASKS
+from vitreous.train.engine.distributed import StepModule
 from vitreous.train.optimizer import parameter_groups
 from vitreous.train.settings import key_values
 
@@ -98,14 +101,16 @@ class Cell:
                 "num_classes=1000, or --mode inference."
             )
         labels = torch.randint(model.num_classes, (self.batch,), generator=generator).to(self.device)
+        step = StepModule(TASKS.parse("classification").build(model, None), partial(torch.autocast, **half))
+        step.objective.model = run
+        batch = {"images": images, "target": labels}
         model.train()
         optimizer = create_optimizer_v2(parameter_groups(model, 0.05), opt="adamw", lr=1e-5, weight_decay=0.0)
 
         def train() -> None:
             optimizer.zero_grad()
-            with torch.autocast(**half):
-                loss = nn.functional.cross_entropy(run(images), labels)
-            sum(penalties(model).values(), loss).backward()  # training pays for these too
+            losses, terms = step(batch, 0.0, True)
+            sum([*losses.values(), *terms.values()]).backward()  # training pays for the grafts' penalties too
             optimizer.step()
 
         return train

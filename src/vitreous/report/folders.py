@@ -12,7 +12,7 @@ from typing import Any
 
 from vitreous.base.errors import DataError
 
-RUN_FACTS = ("command", "seed", "device", "model", "data", "settings", "versions", "machine", "remarks")
+RUN_FACTS = ("command", "seed", "device", "task", "model", "data", "settings", "versions", "machine", "remarks")
 EPOCHS = 60  # of one run on a page
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from vitreous.base.files import write_text
+from vitreous.base.metrics import metrics_of
 from vitreous.report import packing
 from vitreous.report.folders import Source, open_folders
 from vitreous.report.reading import RECORDS, ReadingFolder, boiled_down
@@ -63,6 +65,7 @@ def payload(sources: Sequence[Source], readings: Sequence[Sequence[ReadingFolder
             "leftOut": source.left_out,
             "run": source.run,
             "metrics": source.metrics or [],
+            "metric": asdict(metrics_of(source.run or {})[0]),
             "readings": [boiled_down(reading, images, pictures) for reading in group],
         }
         for source, group in zip(sources, readings, strict=True)

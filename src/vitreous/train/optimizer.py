@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,17 +14,21 @@ from torch import nn
 from vitreous.base.errors import SettingError, UnknownName
 from vitreous.base.text_form import spread
 from vitreous.grafting import new_parameters, no_weight_decay
+from vitreous.tasks import Objective
 from vitreous.train.settings import TrainSettings
 
 
-def choose_trainable(model: nn.Module, train: str = "all", freeze: tuple[str, ...] = ()) -> int:
+def choose_trainable(
+    model: nn.Module, train: str = "all", freeze: tuple[str, ...] = (), paths: Iterable[str] | None = None
+) -> int:
     """Set `requires_grad` of every parameter as `train` and `freeze` say; returns how many numbers learn.
 
-    train: all | new (what the grafts brought) | new+head (and the classifier). freeze: paths such as blocks.0-9.
+    train: all | new (what the grafts brought) | new+head (and the classifier). freeze: paths such as blocks.0-9. paths: what
+    a task trains, in place of all.
     Raises UnknownName for a path that no parameter lies under, SettingError if nothing is left to train.
     """
     fixed = frozen(model, freeze)
-    chosen = set(dict(model.named_parameters()))
+    chosen = set(dict(model.named_parameters())) if paths is None else frozen(model, tuple(paths))
     if train != "all":
         chosen = set(new_parameters(model))
         if train == "new+head":
@@ -73,9 +78,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
     return param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over `parameter_groups`."""
-    groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
+def make_optimizer(objective: Objective, settings: TrainSettings) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over `parameter_groups` of the model, and the objective's own parameters as its head."""
+    groups = parameter_groups(objective.model, settings.weight_decay, settings.layer_decay)
+    own = nn.ModuleDict({name: child for name, child in objective.named_children() if name != "model"})
+    if any(p.requires_grad for p in own.parameters()):
+        groups += param_groups_weight_decay(own, settings.weight_decay)
     return create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=0.0)
 
 

@@ -17,12 +17,15 @@ from tyro import conf
 
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import SettingError, UnknownName
+from vitreous.base.text_form import settings as settings_of
+from vitreous.base.text_form import values_of
 from vitreous.data.augmentation import check_augmentation
 from vitreous.mechanism import parse
+from vitreous.tasks import TASKS, Task
 from vitreous.train import recipes
 from vitreous.train.records.trackers import check_tracker
+from vitreous.train.updates import UPDATES
 
-CLASS_WEIGHTS = ("none", "balanced")
 SCHEDULERS = ("cosine", "step", "wsd", "constant", "none")
 HELP = """\
 Train or fine-tune a vision transformer, with mechanisms grafted into it, into a run folder.
@@ -89,12 +92,16 @@ class Network:
 class Optimisation:
     """How it is trained."""
 
+    task: str = "classification"
+    """What is learned, by what loss: a task with its settings, such as classification:smoothing=0.1."""
+    update: str = "plain"
+    """How a step is made from gradients: an update with its settings, such as plain."""
     recipe: Literal["none", "auto", "finetune-small", "finetune-large", "scratch"] = "none"
     """Published values for what is not given below; auto chooses by the weights and the number of images, and says what."""
     epochs: int | None = None
     """Passes over the training images (default: the recipe's, or 10)."""
     patience: int | None = None
-    """Stop after so many epochs without a better accuracy on the images held out, else on val, else on test; the best
+    """Stop after so many epochs without a better score on the images held out, else on val, else on test; the best
     epoch's weights are kept."""
     batch_size: int = 64
     """Images per step, of all processes together."""
@@ -181,8 +188,6 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
                 f"Found --recipe {self.recipe} with --opt {self.opt} and no --lr. Expected one, since the recipes' "
                 "learning rates are for AdamW and its kin. Give --lr, or leave --opt out."
             )
-        if self.class_weights not in CLASS_WEIGHTS:
-            raise UnknownName(self.class_weights, "kind of class weights", CLASS_WEIGHTS)
         if self.sched not in SCHEDULERS:
             raise UnknownName(self.sched, "scheduler", SCHEDULERS)
         if self.aug is not None:
@@ -195,11 +200,8 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise SettingError(f"Found {flag(name)} {value}. Expected {low} to {high}. Give a value in this range.")
-        if self.mixed and self.batch_size % 2:
-            raise SettingError(
-                f"Found --batch-size {self.batch_size} with mixup or cutmix, which pair images. Expected an even number. "
-                "Change one of them."
-            )
+        UPDATES.parse(self.update, foreign=True)
+        self.check_task()
         if self.warmup_epochs and self.epochs and self.warmup_epochs >= self.epochs:
             raise SettingError(
                 f"Found --warmup-epochs {self.warmup_epochs} of --epochs {self.epochs}. Expected fewer, since the warm-up "
@@ -210,10 +212,34 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
         self.network_arguments()
         self.torch_device()
 
-    @property
-    def mixed(self) -> bool:
-        """True if training images are mixed with each other."""
-        return bool(self.mixup or self.cutmix)
+    def parsed_task(self) -> Task:
+        """The task. Those of its settings that its text does not have, and that are `SHARED`, are taken from this record.
+
+        Raises UnknownName, and SettingError for a value that does not fit.
+        """
+        task = TASKS.parse(self.task, foreign=True)
+        values = {name: getattr(self, name) for name in self.shared_settings()}
+        return replace(task, **{name: value for name, value in values.items() if value is not None})
+
+    def shared_settings(self) -> set[str]:
+        """The settings of this record that are those of its task: in `SHARED`, known to the task, and not in its text."""
+        task = type(TASKS.parse(self.task, foreign=True))
+        name, _, words = self.task.partition(":")
+        return SHARED.keys() & settings_of(task).keys() - values_of(task, name, words).keys()
+
+    def check_task(self) -> None:
+        """Raise SettingError for a task that does not fit the other settings."""
+        for name in sorted(SHARED.keys() - self.shared_settings()):
+            if getattr(self, name) not in (None, SHARED[name]):
+                raise SettingError(
+                    f"Found {flag(name)} {getattr(self, name)} with --task {self.task}. Expected it for a task that has the "
+                    f"setting {name} and does not name it itself. Leave one of them out."
+                )
+        if self.parsed_task().pairs_images and self.batch_size % 2:
+            raise SettingError(
+                f"Found --batch-size {self.batch_size} with mixup or cutmix, which pair images. Expected an even number. "
+                "Change one of them."
+            )
 
     def with_recipe(self, loaded: bool, images: int) -> tuple[TrainSettings, dict[str, Any] | None]:
         """Settings without gaps, and the record for run.json: the recipe, why it, each value and its source.
@@ -223,7 +249,8 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
         if self.recipe == "none":
             return self, None
         name, why = recipes.choose(loaded, images) if self.recipe == "auto" else (self.recipe, "as asked")
-        values = recipes.resolve(vars(self), name)
+        others = {setting: off for setting, off in SHARED.items() if setting not in self.shared_settings()}
+        values = recipes.resolve(vars(self) | others, name)
         record = {"asked": self.recipe, "used": name, "why": why}
         record["values"] = {setting: {"value": value, "from": source} for setting, (value, source) in values.items()}
         return replace(self, recipe=name, **{setting: value for setting, (value, _) in values.items()}), record
@@ -251,6 +278,7 @@ def key_values(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+SHARED = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": "none"}  # may be of the task; where off
 RANGES = {
     "image_size": (1, 10_000),
     "limit": (1, 10**9),

@@ -105,13 +105,23 @@ const colored = (series, ordered) =>
     color: lineColor(i, series.length, ordered),
   }));
 
-/** Accuracy on a test set after an epoch, in percent, or null. */
-function percent(metrics, test) {
-  const accuracy = own(metrics?.tests, test)?.accuracy ?? null;
-  return accuracy === null ? null : 100 * accuracy;
+/** The score on a test set after an epoch as it is shown, parts of 1 in percent, or null. */
+function score(metric, metrics, test) {
+  const value = own(own(metrics?.tests, test), metric.name) ?? null;
+  return value === null || metric.unit !== "%" ? value : 100 * value;
 }
 
-/** Loss and accuracies by epoch, one line per run, or per test set where there is one run. */
+/** What the runs are scored by: {id, metric, test} of every metric and test set, each once. */
+function scoresOf(runs) {
+  const all = runs.flatMap((run) =>
+    run.metrics.flatMap((m) =>
+      Object.keys(m.tests || {}).map((test) => [`${run.metric.name}-${test}`, { metric: run.metric, test }]),
+    ),
+  );
+  return [...new Map(all)].map(([id, one]) => ({ id, ...one }));
+}
+
+/** Loss and scores by epoch, one line per run. */
 function trainingCharts() {
   const runs = DATA.sources.filter((source) => source.metrics.length);
   if (!runs.length) return [];
@@ -122,16 +132,15 @@ function trainingCharts() {
     xLabel: "epoch",
     series: colored(runs.map((run) => line(run.name, run, (m) => m.losses?.total))),
   });
-  const tests = [...new Set(runs.flatMap((run) => run.metrics.flatMap((m) => Object.keys(m.tests || {}))))];
   return [
     loss,
-    ...tests.map((test) =>
+    ...scoresOf(runs).map(({ id, metric, test }) =>
       chart({
-        id: `accuracy-${test}`,
-        title: `Accuracy, ${test}`,
-        unit: "%",
+        id,
+        title: `${capital(metric.label)}, ${test}`,
+        unit: metric.unit,
         xLabel: "epoch",
-        series: colored(runs.map((run) => line(run.name, run, (m) => percent(m, test)))),
+        series: colored(runs.map((run) => line(run.name, run, (m) => score(metric, m, test)))),
       }),
     ),
   ];
@@ -176,7 +185,7 @@ function runsTable() {
     reading: source.readings[last(i).at],
     metrics: source.metrics[source.metrics.length - 1],
   }));
-  const tests = [...new Set(ends.flatMap((end) => Object.keys(end.metrics?.tests || {})))];
+  const scores = scoresOf(DATA.sources.filter((source) => source.metrics.length));
   const average =
     (name) =>
     ({ reading }) => {
@@ -202,11 +211,14 @@ function runsTable() {
     columns: [
       { label: "Run", value: ({ run }) => run.name },
       { label: "Epoch", numeric: true, value: ({ run }) => run.epochs[run.epochs.length - 1] },
-      ...tests.map((test) => ({
-        label: `Accuracy, ${test}`,
+      ...scores.map(({ metric, test }) => ({
+        label: `${capital(metric.label)}, ${test}`,
         numeric: true,
-        value: ({ metrics }) => percent(metrics, test),
-        text: ({ metrics }) => (percent(metrics, test) === null ? "–" : `${percent(metrics, test).toFixed(1)} %`),
+        value: ({ metrics }) => score(metric, metrics, test),
+        text: ({ metrics }) => {
+          const value = score(metric, metrics, test);
+          return value === null ? "–" : `${value.toFixed(metric.unit === "%" ? 1 : 4)} ${metric.unit}`;
+        },
       })),
       ...(scored
         ? [

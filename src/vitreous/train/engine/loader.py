@@ -28,7 +28,7 @@ from vitreous.train.engine.workers import (
     worker_killed,
 )
 
-ORDER, FLIP, AUGMENT = range(3)  # what a draw is for: first part of its key
+ORDER, FLIP, AUGMENT, DRAW = range(4)  # what a draw is for: first part of its key
 NO_DRIVE = "the drive does not answer"
 PAUSE = 0.5  # seconds before a file that cannot be read is tried again
 

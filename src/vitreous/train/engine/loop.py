@@ -6,13 +6,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from itertools import count
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitreous.base.errors import HostError, NotReached
 from vitreous.base.processes import naming_the_lost
@@ -21,16 +19,17 @@ from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
 from vitreous.lens.reading import read as read_reading
 from vitreous.models import model_folder
+from vitreous.tasks import Outputs, save_objective
 from vitreous.train.engine import early_stopping, non_finite
-from vitreous.train.engine.distributed import step_gradients
 from vitreous.train.engine.loader import Loader
 from vitreous.train.engine.session import Session
 from vitreous.train.engine.sharding import collect_weights, whole
 from vitreous.train.engine.signals import Stopping
-from vitreous.train.engine.state import NotFinite, random_states, restore, writing
-from vitreous.train.objectives import set_progress
+from vitreous.train.engine.state import NotFinite, ValueNotFinite, random_states, restore, writing
+from vitreous.train.engine.step import Step, set_schedules
 from vitreous.train.records import alarms, summary
 from vitreous.train.records.lost_images import gather_lost, write_quarantine
+from vitreous.train.records.predictions import write_predictions
 from vitreous.train.records.progress_display import Shown, speaker
 from vitreous.train.records.run_folder import Run, read_metrics, to_resume
 
@@ -38,7 +37,8 @@ from vitreous.train.records.run_folder import Run, read_metrics, to_resume
 def go_on(session: Session, run: Run, console: Console) -> None:
     """Train from the progress of the session to the end."""
     say, first = speaker(console), session.progress.epoch
-    tracked, shown = session.trackers.of(run.folder, first, say), Shown(console, session.settings.epochs)
+    settings, metric = session.settings, session.task.metrics[0]
+    tracked, shown = session.trackers.of(run.folder, first, say), Shown(console, settings.epochs, metric)
     with Stopping(to_resume(run.folder), say) as stopping, naming_the_lost(), tracked, shown, closing(session.train):
         if not session.progress.updates:
             collect_weights(session)
@@ -51,8 +51,8 @@ def go_on(session: Session, run: Run, console: Console) -> None:
                 continue
             finish_epoch(session, run, stopping, shown)
             session.progress = session.progress.next_epoch()
-        if session.settings.patience is not None and session.team.first:
-            say(early_stopping.why(read_metrics(run.folder), session.settings.epochs, session.settings.patience))
+        if settings.patience is not None and session.team.first:
+            say(early_stopping.why(read_metrics(run.folder), settings.epochs, settings.patience, metric))
     if session.team.first:
         run.states.clear()
 
@@ -60,13 +60,15 @@ def go_on(session: Session, run: Run, console: Console) -> None:
 def finished(session: Session, run: Run) -> bool:
     """Whether nothing is left to train, by the metrics that the first process wrote."""
     return session.team.first_does(
-        lambda: early_stopping.finished(read_metrics(run.folder), session.settings.epochs, session.settings.patience)
+        lambda: early_stopping.finished(
+            read_metrics(run.folder), session.settings.epochs, session.settings.patience, session.task.metrics[0]
+        )
     )
 
 
 def train_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -> None:
     """What is left of a pass over the training images; the state is saved at its end, when told to stop, and when due."""
-    session.model.train()
+    session.objective.train()
     progress, due = session.progress, session.settings.save_every
     for _ in shown.batches(steps(session, run), len(session.train) - progress.step, progress.epoch):
         if stopping.agree(session.team) or (due and session.progress.updates % due == 0):
@@ -80,7 +82,7 @@ def steps(session: Session, run: Run) -> Iterator[None]:
     """The steps of what is left of a pass over the training images, one taken at each `next`."""
     progress = session.progress
     session.train.set_epoch(progress.epoch, progress.step)
-    learning = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
+    learning = {name: p for name, p in session.parameters.items() if p.requires_grad}
     watched = [name for name in new_parameters(session.model) if name in learning]
     started = time.perf_counter()
     for batch in session.train:
@@ -99,25 +101,21 @@ def take_step(
 ) -> None:
     """One update, unless a loss or gradient is not finite: then NotFinite, and batch and state are in the run folder.
 
-    learning: the parameters that learn. watched: those whose gradient norms are logged.
+    batch: images and target as they are loaded. learning, watched: as `Step` takes them.
     """
-    before = random_states(session.device)
-    images, labels = (tensor.to(session.device) for tensor in batch)
-    session.optimizer.zero_grad(set_to_none=True)
-    parts, count = step_gradients(session, images, labels)
-    loss = sum(parts.values())
-    total = whole(nn.utils.get_total_norm([p.grad for p in learning.values() if p.grad is not None]))
-    if not torch.isfinite(loss + total):
-        raise not_finite(session, run, (images, labels), before, parts | {"gradient norm": total})
-    norms = {name: whole(learning[name].grad.norm()) for name in watched if learning[name].grad is not None}
-    if session.settings.clip_grad is not None:
-        nn.utils.clip_grads_with_norm_(learning.values(), session.settings.clip_grad, total)
-    session.optimizer.step()
+    before, progress = random_states(session.device), session.progress
+    images, target = (tensor.to(session.device) for tensor in batch)
+    step = Step(session, images, target, learning, watched)
+    try:
+        losses = session.update.step(session.optimizer, step.gradients, step.norm, step.clip)
+    except ValueNotFinite as error:
+        raise not_finite(session, run, (images, target), before, error.values) from None
+    session.objective.after_update(progress.updates + 1)
     if session.ema is not None:
-        session.ema.update(session.model, step=session.progress.updates + 1)
-    session.progress.norms.add({"total": total} | norms)
-    session.progress.losses.add({"total": loss, **parts}, count)
-    session.progress.seen += count
+        session.ema.update(session.objective, step=progress.updates + 1)
+    progress.norms.add(step.norms)
+    progress.losses.add({"total": losses.total, **losses.by_name}, step.count)
+    progress.seen += step.count
 
 
 def set_rate(session: Session) -> float:
@@ -135,7 +133,7 @@ def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -
     """Test, look, and write what the epoch came to. All of it follows from the state that was saved before."""
     started, progress = time.perf_counter(), session.progress
     collect_weights(session)
-    set_progress(session.tested, session.fraction_done)
+    set_schedules(session.tested, session.fraction_done)
     pause = stopping.end if session.team.size == 1 else bool  # several processes end together, afterwards
     outcomes = {name: test(session, batches, pause) for name, batches in session.tests.items()}
     gather_lost(session)
@@ -148,15 +146,17 @@ def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -
         "losses": progress.losses.values(),
         "gradients": progress.norms.values(),
         "images_per_second": progress.seen / progress.seconds,
-        "tests": {name: score(*outcome) for name, outcome in outcomes.items()},
+        "tests": {name: session.tested.score(outputs) for name, outputs in outcomes.items()},
         "seconds": progress.seconds + time.perf_counter() - started,
     }
     with writing(run.folder):
         metrics |= watch(session, run, progress.epoch)
         stopping.end()
-        if early_stopping.kept([*read_metrics(run.folder), metrics], session.settings.patience) is metrics:
-            model_folder.save(session.tested, run.folder, classes=session.data.classes, inputs=session.inputs.config())
-            write_predictions(run, outcomes, {name: batches.missing for name, batches in session.tests.items()})
+        lines = [*read_metrics(run.folder), metrics]
+        if early_stopping.kept(lines, session.settings.patience, session.task.metrics[0]) is metrics:
+            model_folder.save(session.tested.model, run.folder, classes=session.data.classes, inputs=session.inputs.config())
+            save_objective(session.tested, run.folder)
+            write_predictions(run, session, outcomes)
         lost = write_quarantine(session, run)
         run.log(metrics)
         session.trackers.log(metrics)
@@ -168,26 +168,20 @@ def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -
 
 
 @torch.no_grad()
-def test(session: Session, batches: Loader, pause: Callable[[], None]) -> tuple[Tensor, Tensor]:
-    """Logits (n, classes) and labels (n) of a test set, on the CPU; none but in the first process.
+def test(session: Session, batches: Loader, pause: Callable[[], None]) -> Outputs:
+    """What the objective predicts of a test set, on the CPU; nothing but in the first process.
 
     pause: called after each batch.
     """
-    model = session.tested.eval()
-    found = []
-    for images, labels in batches:
+    objective, parts = session.tested.eval(), []
+    for images, target in batches:
+        batch = {"images": images.to(session.device), "target": target.to(session.device)}
         with session.autocast():
-            found.append((model(images.to(session.device)).float().cpu(), labels))
+            outputs = objective.predict(batch)
+        parts.append({name: value.cpu() for name, value in outputs.items()})
         pause()
-    found = session.team.in_turn(found) or [(torch.empty(0), torch.empty(0))]
-    logits, labels = zip(*found, strict=True)
-    return torch.cat(logits), torch.cat(labels)
-
-
-def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, 0 to 1, and mean cross-entropy in nats."""
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
-    return {"accuracy": accuracy, "loss": F.cross_entropy(logits, labels).item()}
+    parts = session.team.in_turn(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def read(session: Session, run: Run, epoch: int) -> Reading | None:
@@ -195,7 +189,7 @@ def read(session: Session, run: Run, epoch: int) -> Reading | None:
     if session.sample is None or not session.team.first:
         return None
     about = {"weights": "run", "classes": list(session.data.classes)}
-    return look(session.tested, session.sample, inputs=session.inputs.config(), out=run.reading(epoch), about=about)
+    return look(session.tested.model, session.sample, inputs=session.inputs.config(), out=run.reading(epoch), about=about)
 
 
 def watch(session: Session, run: Run, epoch: int) -> dict[str, Any]:
@@ -216,31 +210,17 @@ def watch(session: Session, run: Run, epoch: int) -> dict[str, Any]:
     return {"indicators": present, "alarms": alarms.alarms([*before, present])}
 
 
-def write_predictions(run: Run, outcomes: dict[str, tuple[Tensor, Tensor]], missing: dict[str, set[int]]) -> None:
-    """Write predictions.csv: what the model says of each test image that could be read, and how probable it holds that to be.
-
-    missing: {set: indices of images that could not be read}.
-    """
-    lines = []
-    for name, (logits, labels) in outcomes.items():
-        probability, predicted = logits.softmax(1).max(1)
-        rows = zip(labels.tolist(), predicted.tolist(), probability.tolist(), strict=True)
-        indices = (i for i in count() if i not in missing[name])
-        lines += [(name, i, label, guess, f"{p:.6f}") for i, (label, guess, p) in zip(indices, rows, strict=False)]
-    run.table("predictions.csv", ["set", "index", "label", "predicted", "probability"], lines)
-
-
 def not_finite(
-    session: Session, run: Run, batch: tuple[Tensor, Tensor], rng: dict[str, Any], shown: dict[str, Tensor]
+    session: Session, run: Run, batch: tuple[Tensor, Tensor], rng: dict[str, Any], values: dict[str, Tensor]
 ) -> NotFinite:
     """The error for a step that was not taken, after its batch and the state before it were written for `replay`."""
-    values = ", ".join(f"{name} {value.item():.4g}" for name, value in shown.items())
-    gradients = {name: p.grad for name, p in session.model.named_parameters() if p.grad is not None}
+    text = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
+    gradients = {name: p.grad for name, p in session.parameters.items() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if not whole(torch.isfinite(gradient).all())]
     non_finite.dump(session, batch, rng, run.folder)
     origin = non_finite.find_origin(session, batch, rng)
     error = NotFinite(
-        f"Found {values} at step {session.progress.updates + 1}, in epoch {session.progress.epoch}"
+        f"Found {text} at step {session.progress.updates + 1}, in epoch {session.progress.epoch}"
         + (f"; {len(bad)} gradients are not finite, the first of {bad[0]}" if bad else "")
         + (f"; it begins with {origin}" if origin else "; run again, the step was finite")
         + f". Expected finite numbers. The step was not taken; `vitreous replay {run.folder}` runs it again. "

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.base.errors import DataError
+from vitreous.tasks import Batch, Losses, Objective
+from vitreous.train.engine.distributed import StepModule
 from vitreous.train.engine.loader import rejoined
-from vitreous.train.engine.session import Session
+from vitreous.train.engine.session import Session, own_name
 from vitreous.train.engine.sharding import put_together
 from vitreous.train.engine.state import (
     capture,
@@ -24,13 +26,13 @@ from vitreous.train.engine.state import (
     write_state,
     writing,
 )
-from vitreous.train.objectives import set_progress, step_losses
+from vitreous.train.engine.step import draw_batch, set_schedules, step_losses
 
 NAME = "not-finite.safetensors"
-Batch = tuple[Tensor, Tensor]
+Loaded = tuple[Tensor, Tensor]  # images and target of a batch, before anything is drawn
 
 
-def dump(session: Session, batch: Batch, rng: dict[str, Any], folder: Path) -> None:
+def dump(session: Session, batch: Loaded, rng: dict[str, Any], folder: Path) -> None:
     """Write the batch of all processes, before it was mixed, and the state before the step, random states `rng` included."""
     state, parts = capture(session, rng), session.team.gather(tuple(tensor.cpu() for tensor in batch))
     if session.team.first:
@@ -38,86 +40,113 @@ def dump(session: Session, batch: Batch, rng: dict[str, Any], folder: Path) -> N
             write_state(folder / NAME, {"state": state, "batch": tuple(map(rejoined, zip(*parts, strict=True)))})
 
 
-def load(session: Session, folder: Path) -> Batch:
+def load(session: Session, folder: Path) -> Loaded:
     """Put the session into the state before the step that `dump` kept; returns the batch. Raises DataError if there is none."""
     if not (folder / NAME).is_file():
         raise DataError(
             f"Found no {NAME} in {folder}. Expected the record of a step that was not finite, which a run leaves when it "
             "stops at one. There is nothing to replay."
         )
-    found = read_state(folder / NAME)
-    restore(session, found["state"])
-    images, labels = found["batch"]
-    return images.to(session.device), labels.to(session.device)
+    record = read_state(folder / NAME)
+    restore(session, record["state"])
+    images, target = record["batch"]
+    return images.to(session.device), target.to(session.device)
 
 
-def diagnose(session: Session, batch: Batch, rng: dict[str, Any] | None = None) -> str | None:
-    """Run the step again, without taking it; says in words where what is not finite begins, None if all is finite.
+def diagnose(session: Session, batch: Loaded, rng: dict[str, Any] | None = None, count: int | None = None) -> str | None:
+    """Run the step again, without taking it; returns where what is not finite begins, in words, None if all is finite.
 
-    The random states are put back afterwards.
+    count: images of all processes, if there are others. The random states are put back afterwards.
     """
-    images, labels = batch
+    images, target = batch
     present = random_states(session.device)
     try:
         set_random_states(rng or present, session.device)
         if images.is_floating_point() and not torch.isfinite(images).all():
             bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
             return f"the images themselves, numbers {', '.join(map(str, bad[:8]))} of the batch"
-        for name, p in session.model.named_parameters():
+        for name, p in session.parameters.items():
             if not torch.isfinite(p).all():
                 return f"the weights themselves, {name}"
-        return first_in_step(session, images, labels)
+        alone = replace(session, step_module=StepModule(session.objective, session.autocast))
+        set_schedules(alone.objective, alone.fraction_done)
+        return first_in_step(alone, draw_batch(alone, images, target, count or len(images)))
     finally:
-        session.model.zero_grad(set_to_none=True)
+        session.objective.zero_grad(set_to_none=True)
         set_random_states(present, session.device)
 
 
-def find_origin(session: Session, batch: Batch, rng: dict[str, Any]) -> str | None:
+def find_origin(session: Session, batch: Loaded, rng: dict[str, Any]) -> str | None:
     """`diagnose` by each process with its part of the batch; the words of the first that finds something."""
-    alone = session
+    alone, count = session, session.team.count(len(batch[0]))
     if session.whole is not None:
-        put_together(session.model, session.whole)
-        alone = replace(session, model=session.whole)
-    found = session.team.everyone(diagnose(alone, batch, rng) if len(batch[0]) else None)
-    return next(filter(None, found), None)
+        put_together(session.objective, session.whole)
+        alone = replace(session, objective=session.whole)
+    origins = session.team.everyone(diagnose(alone, batch, rng, count) if len(batch[0]) else None)
+    return next(filter(None, origins), None)
 
 
-def first_in_step(session: Session, images: Tensor, labels: Tensor) -> str | None:
-    """The first module whose output is not finite; else the loss; else the first whose gradient is not."""
-    session.model.train()
-    session.model.zero_grad(set_to_none=True)
-    with watched(session.model) as (outputs, gradients):
-        parts = step_losses(session, images, labels)
-        if outputs:
-            return f"the output of {outputs[0]}"
-        for name, value in parts.items():
-            if not torch.isfinite(value):
-                return f"the loss {name}" + by_penalties(session, name)
-        sum(parts.values()).backward()
-    if gradients:
-        return f"the gradient that comes out of {gradients[0]}"
-    norms = {name: p.grad.norm() for name, p in session.model.named_parameters() if p.grad is not None}
-    for name, norm in norms.items():
-        if not finite(norm):
-            return f"the gradient of {name}"
-    if not finite(nn.utils.get_total_norm(list(norms.values()))):
-        return f"the norm of all gradients, the largest of {max(norms, key=norms.get)}"
+class Origin(Exception):
+    """Where what is not finite begins, in words: ends the step in which it shows."""
+
+
+class NoStep(torch.optim.SGD):
+    """An optimizer that leaves the weights alone."""
+
+    def step(self, closure: Callable | None = None) -> None:
+        return None
+
+
+def first_in_step(session: Session, batch: Batch) -> str | None:
+    """The first module whose output is not finite in a step; else the loss; else the first whose gradient is not."""
+    objective, start = session.objective.train(), random_states(session.device)
+    learning = {name: p for name, p in session.parameters.items() if p.requires_grad}
+
+    def examined_gradients() -> Losses:
+        objective.zero_grad(set_to_none=True)
+        set_random_states(start, session.device)
+        with watched(objective) as (outputs, gradients):
+            losses = step_losses(session, batch)
+            if outputs:
+                raise Origin(f"the output of {outputs[0]}")
+            for name, value in losses.by_name.items():
+                if not torch.isfinite(value):
+                    raise Origin(f"the loss {name}" + by_penalties(session, name))
+            losses.total.backward()
+        if gradients:
+            raise Origin(f"the gradient that comes out of {gradients[0]}")
+        norms = {name: p.grad.norm() for name, p in learning.items() if p.grad is not None}
+        for name, norm in norms.items():
+            if not finite(norm):
+                raise Origin(f"the gradient of {name}")
+        if not finite(nn.utils.get_total_norm(list(norms.values()))):
+            raise Origin(f"the norm of all gradients, the largest of {max(norms, key=norms.get)}")
+        return losses
+
+    def norm(tensors: list[Tensor] | None = None) -> Tensor:
+        if tensors is None:
+            tensors = [p.grad for p in learning.values() if p.grad is not None]
+        return nn.utils.get_total_norm(tensors)
+
+    try:
+        session.update.step(NoStep(learning.values(), lr=0.0), examined_gradients, norm, clip=lambda: None)
+    except Origin as origin:
+        return str(origin)
     return None
 
 
 def by_penalties(session: Session, name: str) -> str:
     """The modules whose own penalty of that name is not finite, in words."""
-    set_progress(session.model, session.fraction_done)
-    found = [
+    paths = [
         path
         for path, module in session.model.named_modules()
         if hasattr(module, "penalties") and name in (own := module.penalties()) and not torch.isfinite(own[name])
     ]
-    return f", a penalty of {described(session.model, found[0])}" if found else ""
+    return f", a penalty of {described(session.objective, f'model.{paths[0]}'.rstrip('.'))}" if paths else ""
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
+def watched(objective: Objective) -> Iterator[tuple[list[str], list[str]]]:
     """Two lists that fill up in order: modules whose output is not finite, and modules whose gradient turns non-finite.
 
     A module is named for its gradient if what goes back into its output is finite and what comes out at its input is not.
@@ -133,7 +162,7 @@ def watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
     def after(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> Any:
             if not all(finite(value) for value in tensors_in(output)):
-                outputs.append(described(model, name))
+                outputs.append(described(objective, name))
             if isinstance(output, Tensor):
                 return spied(output, lambda g: arrives(name, g))
             for value in tensors_in(output):
@@ -148,10 +177,12 @@ def watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
 
     def leaves(name: str, gradient: Tensor) -> None:
         if not finite(gradient) and arrived.get(name, True):
-            gradients.append(described(model, name))
+            gradients.append(described(objective, name))
 
     handles = []
-    for name, module in model.named_modules():
+    for name, module in objective.named_modules():
+        if name.split(".")[0] in objective.fixed:
+            continue
         handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
     try:
         yield outputs, gradients
@@ -186,5 +217,6 @@ def finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def described(model: nn.Module, name: str) -> str:
-    return f"{name or 'the model'} ({type(model.get_submodule(name)).__name__})"
+def described(objective: Objective, name: str) -> str:
+    shown = "the model" if name == "model" else own_name(name)
+    return f"{shown} ({type(objective.get_submodule(name)).__name__})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import HostError, NotReached, SettingError
 from vitreous.base.processes import ALONE, Team
-from vitreous.data import ArraySamples, Data, Samples, open_data
+from vitreous.data import ArraySamples, Data, Samples, check_target, open_data
 from vitreous.data.holdout import hold_out
 from vitreous.data.preprocess import Preprocess
 from vitreous.grafting import check, graft, grafts
@@ -26,16 +26,18 @@ from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
 from vitreous.models import model_folder
 from vitreous.models.create import adapt, check_patches, create_model, own_size, tells_apart
+from vitreous.tasks import Objective
 from vitreous.train import recipes
 from vitreous.train.engine.distributed import check_team, join_processes
 from vitreous.train.engine.loader import loader
 from vitreous.train.engine.session import Session
-from vitreous.train.engine.sharding import check_optimizer, shard
-from vitreous.train.engine.state import seed_apart
-from vitreous.train.objectives import classification_loss, mixing
+from vitreous.train.engine.sharding import check_optimizer, check_sharding, shard
+from vitreous.train.engine.state import digest, seed_apart, tensors_of
+from vitreous.train.engine.step import draw_batch
 from vitreous.train.optimizer import choose_trainable, make_optimizer, make_scheduler
 from vitreous.train.records.trackers import Trackers
 from vitreous.train.settings import TrainSettings
+from vitreous.train.updates import UPDATES
 
 SAMPLE = 64  # images on which grafts are checked and calibrated
 READ = 16  # test images that are looked at after every epoch
@@ -52,45 +54,48 @@ def prepare(
     trackers = Trackers(settings.tracker if team.first else ())
     data, inputs, model, remarks = data_and_model(settings, console, opening)
     settings, recipe = settings.with_recipe(from_weights(settings), len(data.train))
-    check_team(settings, team.size)
+    task = settings.parsed_task()
+    check_team(settings, task, team.size)
     remarks += recipes.remarks(recipe) if recipe else []
     there = len(grafts(model))
     graft(model, *(parse(text, foreign=True) for text in settings.graft))
-    learning = choose_trainable(model, settings.train, settings.freeze)
-    remarks.append(f"Learning: {learning:,} of {sum(p.numel() for p in model.parameters()):,} parameters.")
 
     def batches(images, size, **options):
         common = {"seed": settings.seed, "workers": settings.workers, "strict": settings.strict}
         return loader(images, inputs, size, **common, **options)
 
-    train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=settings.mixed, team=team)
+    train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=task.pairs_images, team=team)
     tests = {name: batches(images, 2 * settings.batch_size, team=team) for name, images in data.tests.items()}
-    sample = next(iter(batches(spaced(data.tests["test"], SAMPLE), SAMPLE)))[0].to(device)
+    sample, target = (part.to(device) for part in next(iter(batches(spaced(data.tests["test"], SAMPLE), SAMPLE))))
     model.to(device)
     for record in grafts(model)[there:]:
         record.mechanism.calibrate(model, next(iter(batches(spaced(data.train, SAMPLE), SAMPLE)))[0].to(device))
     set_checkpointing(model, settings)
-    ema = None if settings.model_ema is None else ModelEmaV3(model, settings.model_ema, use_warmup=True)
-    whole = copy.deepcopy(model) if settings.shard else None
+    objective = task.build(model, data).to(device)
+    learning = choose_trainable(model, settings.train, settings.freeze, objective.learns())
+    remarks.append(f"Learning: {learning:,} of {sum(p.numel() for p in model.parameters()):,} parameters.")
+    ema = None if settings.model_ema is None else ModelEmaV3(objective, settings.model_ema, use_warmup=True)
+    whole = copy.deepcopy(objective) if settings.shard else None
     if settings.shard:
+        check_sharding(objective, settings.task)
         check_optimizer(settings.opt, device, team.size)
-        for spreading in (model, ema.module) if ema else (model,):
-            shard(spreading, device, team.size)
-    optimizer = make_optimizer(model, settings)
+        for spreading in (objective, ema.module) if ema else (objective,):
+            shard(spreading.model, device, team.size)
+    optimizer = make_optimizer(objective, settings)
     session = Session(
         settings=settings,
         device=device,
         data=data,
         inputs=inputs,
-        model=model,
-        loss=classification_loss(settings, data.train.labels, len(data.classes)).to(device),
-        mixing=mixing(settings, len(data.classes)),
+        task=task,
+        objective=objective,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, settings, steps=len(train)),
+        update=UPDATES.parse(settings.update, foreign=True),
         ema=ema,
         train=train,
         tests=tests,
-        sample=spaced(data.tests["test"], READ) if readable(whole or model, sample, remarks) else None,
+        sample=spaced(data.tests["test"], READ) if readable((whole or objective).model, sample, remarks) else None,
         remarks=remarks,
         trackers=trackers,
         recipe=recipe,
@@ -100,7 +105,8 @@ def prepare(
     if grafts(model):
         with session.autocast():
             check(model.train(), sample)  # on the path that will run
-    session.step_module = join_processes(session, sample[:2])
+    drawn = draw_batch(session, sample[:2], target[:2], 2 * team.size) if team.size > 1 else {}
+    session.step_module = join_processes(session, drawn)
     random_seed(settings.seed)  # dropout, mixup and augmentation draw alike in every arm
     seed_apart(session)
     return session
@@ -143,6 +149,7 @@ def data_and_model(
             outside=settings.outside,
             progress=progress,
         )
+        check_target(data, settings.parsed_task().target, settings.task)
         data = hold_out(data, settings.hold_out, progress) if settings.hold_out else data
     in_memory = isinstance(data.train, ArraySamples)  # all of one size, which a new network can take
     size = data.image_size if settings.image_size or loaded or in_memory else own
@@ -237,6 +244,11 @@ def run_metadata(session: Session) -> dict[str, Any]:
             "images": {"train": len(data.train)} | {name: len(images) for name, images in data.tests.items()},
             "inputs": session.inputs.config(),
         },
+        "task": {
+            "text": session.task.full_text(),
+            "metrics": [asdict(metric) for metric in session.task.metrics],
+            "fixed": fixed_digests(session.objective),
+        },
         "model": {
             "architecture": model.pretrained_cfg["architecture"],
             "mechanisms": [str(record.mechanism) for record in grafts(model)],
@@ -248,3 +260,12 @@ def run_metadata(session: Session) -> dict[str, Any]:
         "processes": session.team.size,
         "remarks": session.remarks,
     } | ({"recipe": session.recipe} if session.recipe else {})
+
+
+def fixed_digests(objective: Objective) -> dict[str, str]:
+    """{child: SHA-256 of its tensors} of what follows from the settings and is in no state, such as a frozen teacher."""
+    parts = {
+        name: {key: tensor.detach().cpu().contiguous() for key, tensor in tensors_of(objective.get_submodule(name)).items()}
+        for name in objective.fixed
+    }
+    return {name: digest("", tensors) for name, tensors in parts.items() if tensors}

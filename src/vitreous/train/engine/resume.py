@@ -183,7 +183,9 @@ def resume_once(
 
 
 def already_finished(run: Run, settings: TrainSettings) -> bool:
-    return not run.states.paths() and early_stopping.finished(read_metrics(run.folder), settings.epochs, settings.patience)
+    return not run.states.paths() and early_stopping.finished(
+        read_metrics(run.folder), settings.epochs, settings.patience, settings.parsed_task().metrics[0]
+    )
 
 
 def replay(folder: str | Path, console: Console | None = None) -> str | None:

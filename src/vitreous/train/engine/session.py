@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -15,9 +14,11 @@ from torch import Tensor, nn
 from vitreous.base.processes import ALONE, Team
 from vitreous.data import Data, Samples
 from vitreous.data.preprocess import Preprocess
+from vitreous.tasks import Objective, Task
 from vitreous.train.engine.loader import Loader
 from vitreous.train.records.trackers import Trackers
 from vitreous.train.settings import TrainSettings
+from vitreous.train.updates import Update
 
 
 class Means:
@@ -72,11 +73,11 @@ class Session:
     device: torch.device
     data: Data
     inputs: Preprocess
-    model: nn.Module
-    loss: nn.Module
-    mixing: Mixup | None
+    task: Task
+    objective: Objective
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
+    update: Update
     ema: ModelEmaV3 | None
     train: Loader
     tests: dict[str, Loader]
@@ -85,19 +86,30 @@ class Session:
     trackers: Trackers
     recipe: dict[str, Any] | None = None
     team: Team = ALONE
-    whole: nn.Module | None = None
+    whole: Objective | None = None
     step_module: nn.Module | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
-    def tested(self) -> nn.Module:
-        """The model that is tested, read and saved: the averaged one, if there is one."""
+    def model(self) -> nn.Module:
+        """The model that learns."""
+        return self.objective.model
+
+    @property
+    def tested(self) -> Objective:
+        """The objective that is tested and whose model is read and saved: the averaged one, if there is one."""
         return self.whole or self.averaged
 
     @property
-    def averaged(self) -> nn.Module:
-        """The moving average of the weights where one is kept, else the model that learns; its weights may be spread."""
-        return self.model if self.ema is None else self.ema.module
+    def averaged(self) -> Objective:
+        """The moving average where one is kept, else the objective that learns; its weights may be spread."""
+        return self.objective if self.ema is None else self.ema.module
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters: those of the model by their names in it, then the objective's own as objective.NAME."""
+        named = dict(self.objective.named_parameters())
+        return {own_name(name): parameter for name, parameter in named.items()}
 
     @property
     def fraction_done(self) -> float:
@@ -106,3 +118,8 @@ class Session:
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp)
+
+
+def own_name(name: str) -> str:
+    """The name of a parameter or module of an objective, for people: what is in the model by its name there."""
+    return name.removeprefix("model.") if name.startswith("model.") else f"objective.{name}"

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from vitreous.base.errors import SettingError
 from vitreous.base.processes import Lost, naming_the_lost
 from vitreous.grafting import penalties
+from vitreous.tasks import Objective
 from vitreous.train.engine.session import Session
 
 
@@ -31,6 +32,15 @@ def shard(model: nn.Module, device: torch.device, size: int) -> None:
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else a pass without a backward leaves it whole
+
+
+def check_sharding(objective: Objective, task: str) -> None:
+    """Raise SettingError where a task learns parameters beside the model, which are not spread."""
+    if names := [name for name, p in objective.named_parameters() if p.requires_grad and not name.startswith("model.")]:
+        raise SettingError(
+            f"Found --shard with the task {task}, which learns {names[0]} beside the model. Expected a task that learns the "
+            "model alone. Leave --shard out."
+        )
 
 
 def check_optimizer(name: str, device: torch.device, size: int) -> None:

@@ -26,19 +26,32 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import DataError, SettingError, VitreousError
 from vitreous.base.files import write
-from vitreous.train.engine.session import Means, Progress, Session
+from vitreous.tasks import Objective
+from vitreous.train.engine.session import Means, Progress, Session, own_name
 from vitreous.train.engine.sharding import gathered, spread, spread_state, whole
 
-FORMAT = 1
+FORMAT = 2
+READ = ("1", "2")  # formats; 1 has no objective of its own and other names for the progress
 FOLDER = "state"
 KEPT = 2  # the newest and the one before
 PLAIN = (bool, int, float, str, type(None))
 
 
 class NotFinite(VitreousError):
-    """A loss, gradient or weight is not a finite number. update: the number of the step that was not taken, if one was not."""
+    """A loss, gradient or weight is not a finite number.
+
+    update: the number of the step that was not taken, if one was not.
+    """
 
     update: int | None = None
+
+
+class ValueNotFinite(Exception):
+    """Ends a step before it is taken. values: losses and the norm of the gradient, of which one is not finite."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        super().__init__()
+        self.values = values
 
 
 # -- a run as one structure, and back ------------------------------------------------------------------------------
@@ -51,41 +64,44 @@ def capture(session: Session, rng: dict[str, Any] | None = None) -> dict[str, An
 
     The schedule of the learning rate and those of modules follow from `updates`.
     """
-    progress = session.progress
-    place = {name: value for name, value in vars(progress).items() if not isinstance(value, Means)}
+    progress = {name: vars(value) if isinstance(value, Means) else value for name, value in vars(session.progress).items()}
+    averaged = None if session.ema is None else session.ema.module
     states = session.team.everyone(rng or random_states(session.device))
     return {
         "settings": asdict(session.settings) | {"data": session.settings.data},
-        "updates": place.pop("updates"),
-        "place": place | {"losses": vars(progress.losses), "norms": vars(progress.norms)},
+        "progress": progress,
         "model": gathered(tensors_of(session.model)),
-        "ema": None if session.ema is None else gathered(tensors_of(session.ema.module)),
+        "objective": gathered(own_tensors(session.objective)),
+        "ema": averaged and gathered(tensors_of(averaged.model)),
+        "objective_ema": averaged and gathered(own_tensors(averaged)),
         "optimizer": gathered(session.optimizer.state_dict()),
         "rng": states[0],
         "rng_of_others": states[1:],
     }
 
 
-def restore(session: Session, found: dict[str, Any]) -> None:
+def restore(session: Session, state: dict[str, Any]) -> None:
     """Put a run, made from the same settings, into a captured state. Raises DataError if it does not fit exactly."""
-    fill(session.model, found["model"], "model")
+    fill(tensors_of(session.model), state["model"], "model")
+    fill(own_tensors(session.objective), state.get("objective", {}), "part of the task beside the model")
     if session.ema is not None:
-        fill(session.ema.module, found["ema"] or {}, "averaged model")
+        fill(tensors_of(session.ema.module.model), state["ema"] or {}, "averaged model")
+        fill(own_tensors(session.ema.module), state.get("objective_ema") or {}, "averaged part beside the model")
     try:
-        session.optimizer.load_state_dict(found["optimizer"])
+        session.optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as error:
         raise unfit(f"an optimizer of another form ({error})") from error
-    if digest(*packed(session.optimizer.state_dict())) != digest(*packed(found["optimizer"])):
+    if digest(*packed(session.optimizer.state_dict())) != digest(*packed(state["optimizer"])):
         raise unfit(f"an optimizer, {session.settings.opt}, that does not come back as it was")
     spread_state(session.optimizer)
-    place = {"updates": found["updates"]} | found["place"]
+    progress = dict(state["progress"] if "progress" in state else {"updates": state["updates"]} | state["place"])
     for name in ("losses", "norms"):
-        means, kept = Means(), place.pop(name)
-        means.sums = {key: value.to(session.device) for key, value in kept["sums"].items()}
-        means.weight = kept["weight"]
-        place[name] = means
-    session.progress = Progress(**place)
-    states = [found["rng"], *found.get("rng_of_others", ())]
+        means, record = Means(), progress.pop(name)
+        means.sums = {key: value.to(session.device) for key, value in record["sums"].items()}
+        means.weight = record["weight"]
+        progress[name] = means
+    session.progress = Progress(**progress)
+    states = [state["rng"], *state.get("rng_of_others", ())]
     set_random_states(states[session.team.rank if len(states) == session.team.size else 0], session.device)
     if len(states) != session.team.size:
         seed_apart(session)
@@ -96,10 +112,15 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+def own_tensors(objective: Objective) -> dict[str, Tensor]:
+    """`tensors_of` what an objective has beside its model and what follows from the settings."""
+    others = ("model", *objective.fixed)
+    return {name: tensor for name, tensor in tensors_of(objective).items() if name.split(".")[0] not in others}
+
+
 @torch.no_grad()
-def fill(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Copy tensors into a model of the same names, shapes and types."""
-    there = tensors_of(model)
+def fill(there: dict[str, Tensor], tensors: dict[str, Tensor], what: str) -> None:
+    """Copy tensors into others of the same names, shapes and types."""
     wrong = sorted(set(there) ^ set(tensors))
     wrong += [n for n, t in there.items() if n in tensors and (t.shape, t.dtype) != (tensors[n].shape, tensors[n].dtype)]
     if wrong:
@@ -147,14 +168,14 @@ def of_device(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)
 
 
-def check_finite(model: nn.Module, what: str = "model") -> None:
+def check_finite(objective: Objective, what: str = "model") -> None:
     """Raise NotFinite if a weight is not finite, or a buffer holds NaN (masks may hold infinity)."""
-    bad = [name for name, p in model.named_parameters() if not whole(torch.isfinite(p).all())]
-    bad += [name for name, b in model.named_buffers() if b.is_floating_point() and torch.isnan(b).any()]
+    bad = [name for name, p in objective.named_parameters() if not whole(torch.isfinite(p).all())]
+    bad += [name for name, b in objective.named_buffers() if b.is_floating_point() and torch.isnan(b).any()]
     if bad:
         raise NotFinite(
-            f"Found {len(bad)} tensors of the {what} that are not finite, the first {bad[0]}. Expected finite weights; these "
-            "were not saved. Go on from the last good state, with a lower --lr or --clip-grad 1."
+            f"Found {len(bad)} tensors of the {what} that are not finite, the first {own_name(bad[0])}. Expected finite "
+            "weights; these were not saved. Go on from the last good state, with a lower --lr or --clip-grad 1."
         )
 
 
@@ -177,7 +198,7 @@ class States:
         """
         if self.latest == session.progress.updates:
             return
-        check_finite(session.model)
+        check_finite(session.objective)
         if session.ema is not None:
             check_finite(session.ema.module, "averaged model")
         self.latest, content = session.progress.updates, capture(session)
@@ -236,7 +257,7 @@ def read_state(path: Path) -> Any:
             metadata = file.metadata() or {}
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-        if metadata.get("format") != str(FORMAT):
+        if metadata.get("format") not in READ:
             raise ValueError(f"format {metadata.get('format')}")
         if metadata["sha256"] != digest(metadata["state"], tensors):
             raise ValueError("its sum does not agree")

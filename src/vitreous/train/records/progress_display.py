@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
+from vitreous.base.metrics import Metric
 from vitreous.train.records import summary
 
 T = TypeVar("T")
@@ -18,10 +19,10 @@ ROWS = 12  # epochs that the table shows, so that it fits a small terminal
 
 
 class Shown:
-    """Shows one run; to be entered. epochs: how many there are at most."""
+    """Shows one run; to be entered. epochs: how many there are at most. metric: what is shown of a test."""
 
-    def __init__(self, console: Console, epochs: int):
-        self.console, self.epochs = console, epochs
+    def __init__(self, console: Console, epochs: int, metric: Metric):
+        self.console, self.epochs, self.metric = console, epochs, metric
         self.bar = Progress(console=console)
         self.table: Table | None = None
         self.live = Live(console=console, get_renderable=self.render, refresh_per_second=4) if console.is_terminal else None
@@ -54,9 +55,9 @@ class Shown:
     def epoch(self, lines: list[dict[str, Any]]) -> None:
         """Show that an epoch is over. lines: those of metrics.jsonl, the last being its."""
         if not self.console.is_terminal:
-            self.say(summary.line(lines[-1], self.epochs))
+            self.say(summary.line(lines[-1], self.epochs, self.metric))
             return
-        head, *rows = summary.cells(lines[-ROWS:])
+        head, *rows = summary.cells(lines[-ROWS:], self.metric)
         self.table = Table(*head[:1], header_style="bold")
         for name in head[1:]:
             self.table.add_column(name, justify="right")

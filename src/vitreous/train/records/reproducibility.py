@@ -74,6 +74,8 @@ def since(
     differences = between_manifests(rows, manifest(session.data))
     for name in ("data", "model", "device"):
         differences += between({name: record.get(name)}, {name: metadata[name]})
+    if "task" in record:  # runs of older versions have none
+        differences += between({"task": {"fixed": record["task"].get("fixed")}}, {"task": {"fixed": metadata["task"]["fixed"]}})
     processes = {"processes": record.get("processes", 1)}
     differences += between(processes, {"processes": metadata["processes"]})
     differences += between({"versions": record.get("versions")}, {"versions": versions()})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitreous.base.files import write_text
+from vitreous.base.metrics import Metric, metrics_of
 from vitreous.base.statistics import of_mean
 from vitreous.train.engine import early_stopping
 from vitreous.train.records import alarms
@@ -22,9 +23,9 @@ FILES = """\
 """
 
 
-def line(metrics: dict[str, Any], epochs: int) -> str:
+def line(metrics: dict[str, Any], epochs: int, metric: Metric) -> str:
     """One epoch in one line."""
-    scores = "  ".join(f"{name} {100 * found['accuracy']:.2f} %" for name, found in metrics["tests"].items())
+    scores = "  ".join(f"{name} {metric.text(scores[metric.name])}" for name, scores in metrics["tests"].items())
     return (
         f"epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  loss {metrics['losses']['total']:.4f}  {scores}"
         f"  {metrics['images_per_second']:,.0f} images/s"
@@ -45,10 +46,11 @@ def warnings(lines: Sequence[dict[str, Any]]) -> list[str]:
 def write(folder: Path) -> None:
     """Write summary.md of a run from its run.json and metrics.jsonl."""
     run, epochs = json.loads((folder / "run.json").read_text(encoding="utf-8")), read_metrics(folder)
-    settings, model = run["settings"], run["model"]
+    settings, model, metric = run["settings"], run["model"], metrics_of(run)[0]
     patient = settings.get("patience")
     spaced = {round(1 + i * (len(epochs) - 1) / 9) for i in range(10)}
-    shown = sorted(spaced | {1, len(epochs), early_stopping.kept(epochs, patient)["epoch"]})
+    shown = sorted(spaced | {1, len(epochs), early_stopping.kept(epochs, patient, metric)["epoch"]})
+    done = early_stopping.finished(epochs, settings["epochs"], patient, metric)
     going_on = f"vitreous resume {shlex.quote(str(folder))}"
     text = [
         f"# {model['architecture']} on {run['data']['name']}\n",
@@ -56,39 +58,48 @@ def write(folder: Path) -> None:
         f"{len(epochs)} of {settings['epochs']} epochs, {sum(found['seconds'] for found in epochs):,.0f} seconds on "
         f"{run['device']}, started {run['started']}.\n",
         *(f"{remark}\n" for remark in run["remarks"]),
-        table(cells([epochs[number - 1] for number in shown])),
-        f"{early_stopping.why(epochs, settings['epochs'], patient)}\n",
+        table(cells([epochs[number - 1] for number in shown], metric)),
+        f"{early_stopping.why(epochs, settings['epochs'], patient, metric)}\n",
         *(f"{warning}\n" for warning in warnings(epochs)),
         FILES,
-        *([] if early_stopping.finished(epochs, settings["epochs"], patient) else [f"Not finished: `{going_on}` goes on.\n"]),
+        *([] if done else [f"Not finished: `{going_on}` goes on.\n"]),
         f"Typed: `{run['command']}`\n",
         f"Next: `vitreous train {shlex.quote(settings['data'])} --model {shlex.quote(str(folder))}` trains it further.\n",
     ]
     write_text(folder / "summary.md", "\n".join(text))
 
 
-def cells(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
+def cells(lines: Sequence[dict[str, Any]], metric: Metric) -> list[list[str]]:
     """Epochs as the rows of a table, its head first."""
     names = list(lines[0]["tests"])
-    rows = [["epoch", "loss", *(f"accuracy: {name}" for name in names), "learning rate", "seconds"]]
+    rows = [["epoch", "loss", *(f"{metric.label}: {name}" for name in names), "learning rate", "seconds"]]
     for found in lines:
-        scores = (f"{100 * found['tests'][name]['accuracy']:.2f} %" for name in names)
+        scores = (metric.text(found["tests"][name][metric.name]) for name in names)
         ends = f"{found['lr']:.2e}", f"{found['seconds']:.1f}"
         rows.append([str(found["epoch"]), f"{found['losses']['total']:.4f}", *scores, *ends])
     return rows
 
 
 def write_seeds(folder: Path, runs: list[Path]) -> None:
-    """Write summary.md of several seeds: each one's accuracies, their mean, its 95 % interval, and their standard deviation."""
-    found = [outcome(run) for run in runs]
-    names = list(found[0])
-    scores = {name: [100 * tests[name]["accuracy"] for tests in found] for name in names}
+    """Write summary.md of several seeds: the first metric of each, its mean with a 95 % interval, and its deviation."""
+    outcomes, metric = [outcome(run) for run in runs], run_metrics(runs[0])[0]
+    names, digits = list(outcomes[0]), 2 if metric.unit == "%" else 4
+    scores = {name: [metric.scale * tests[name][metric.name] for tests in outcomes] for name in names}
     ends = {name: of_mean(scores[name]) for name in names}
-    rows = [["run", *(f"accuracy: {name}" for name in names)]]
-    rows += [[run.name, *(f"{scores[name][i]:.2f} %" for name in names)] for i, run in enumerate(runs)]
-    rows += [["mean", *(f"{statistics.mean(scores[name]):.2f} %" for name in names)]]
-    rows += [["95 % interval of the mean", *(f"{ends[name][0]:.2f} to {ends[name][1]:.2f} %" for name in names)]]
-    rows += [["standard deviation", *(f"{statistics.stdev(scores[name]):.2f}" for name in names)]]
+
+    def row(title: str, cell: Callable[[str], str]) -> list[str]:
+        return [title, *map(cell, names)]
+
+    rows = [
+        row("run", lambda name: f"{metric.label}: {name}"),
+        *(row(run.name, lambda name, i=i: f"{scores[name][i]:.{digits}f} {metric.unit}") for i, run in enumerate(runs)),
+        row("mean", lambda name: f"{statistics.mean(scores[name]):.{digits}f} {metric.unit}"),
+        row(
+            "95 % interval of the mean",
+            lambda name: f"{ends[name][0]:.{digits}f} to {ends[name][1]:.{digits}f} {metric.unit}",
+        ),
+        row("standard deviation", lambda name: f"{statistics.stdev(scores[name]):.{digits}f}"),
+    ]
     text = [
         f"# {len(runs)} seeds\n",
         table(rows),
@@ -100,8 +111,13 @@ def write_seeds(folder: Path, runs: list[Path]) -> None:
 
 def outcome(folder: Path) -> dict[str, dict[str, float]]:
     """Scores by test set of the epoch whose weights a run keeps."""
-    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
-    return early_stopping.kept(read_metrics(folder), settings.get("patience"))["tests"]
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return early_stopping.kept(read_metrics(folder), run["settings"].get("patience"), metrics_of(run)[0])["tests"]
+
+
+def run_metrics(folder: Path) -> tuple[Metric, ...]:
+    """The metrics of the run in a folder, by its run.json."""
+    return metrics_of(json.loads((folder / "run.json").read_text(encoding="utf-8")))
 
 
 def table(rows: list[list[str]]) -> str:

@@ -26,7 +26,7 @@ class Tracker(Protocol):
         """
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
-        """After each epoch: its numbers by name, such as "losses/total" and "tests/test/accuracy"."""
+        """After each epoch: its numbers by name, such as "losses/total" and "tests/test/loss"."""
 
     def finish(self) -> None:
         """At the end, however it ends, unless the process is killed; and before the run goes back to an earlier state."""

@@ -1,4 +1,4 @@
-"""Arms of a study compared: accuracies over seeds, and paired differences from the first arm, from run folders alone.
+"""Arms of a study compared by the first metric of their task: means over seeds, and paired differences from the first arm.
 
 Two intervals stand beside each difference, since two things are left to chance:
 
@@ -16,16 +16,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vitreous.base.metrics import Metric
 from vitreous.base.statistics import of_images, of_mean, wilson
-from vitreous.train.records.run_folder import read_metrics, read_rows, read_table
-from vitreous.train.records.summary import outcome, table
+from vitreous.train.records.predictions import by_image
+from vitreous.train.records.run_folder import read_metrics, read_rows
+from vitreous.train.records.summary import outcome, run_metrics, table
 
 LEVEL = 0.95
+BY = ("interval_by_seed", "interval_by_image")
 
 
 def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
@@ -36,27 +40,35 @@ def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
     """
     first, *others = arms
     level = 1 - (1 - LEVEL) / max(len(others), 1)
+    metric = run_metrics(arms[first][0])[0]
     outcomes = {name: [outcome(run) for run in runs] for name, runs in arms.items()}
-    right = {name: [correct(run) for run in runs] for name, runs in arms.items()}
+    images = {name: [by_image(run, metric) for run in runs] for name, runs in arms.items()}
     same = alike(arms[first])
     tests = {}
     for test in outcomes[first][0]:
-        scores = {name: [found[test]["accuracy"] for found in of_seeds] for name, of_seeds in outcomes.items()}
-        answers = {name: [found[test] for found in of_seeds] for name, of_seeds in right.items()}
+        scores = {name: [tests[test][metric.name] for tests in of_seeds] for name, of_seeds in outcomes.items()}
+        answers = {name: [values.get(test, {}) for values in of_seeds] for name, of_seeds in images.items()}
         tests[test] = {
-            "arms": {name: one_arm(values, answers[name][0]) for name, values in scores.items()},
+            "arms": {name: one_arm(metric, values, answers[name][0]) for name, values in scores.items()},
             "differences": {
                 name: one_difference(scores[name], scores[first], answers[name], answers[first], level, same) for name in others
             },
         }
-    return {"first": first, "level": level, "tests": tests, "cost": {name: cost(arms[name], arms[first]) for name in arms}}
+    costs = {name: cost(arms[name], arms[first]) for name in arms}
+    return {"first": first, "level": level, "metric": asdict(metric), "tests": tests, "cost": costs}
 
 
-def one_arm(scores: list[float], answers: dict[int, bool]) -> dict[str, Any]:
-    """Accuracies by seed, their mean and its interval: Student's over seeds, or Wilson's over the images of a single seed."""
-    several = len(scores) > 1
-    interval = of_mean(scores, LEVEL) if several else wilson(sum(answers.values()), len(answers))
-    return {"accuracy": scores, "mean": statistics.mean(scores), "interval": list(interval)}
+def one_arm(metric: Metric, scores: list[float], answers: dict[int, float]) -> dict[str, Any]:
+    """Scores by seed, their mean and its interval: Student's over seeds, or Wilson's over the images of a single seed.
+
+    The latter only where each image is right or wrong, else there is none.
+    """
+    interval = None
+    if len(scores) > 1:
+        interval = list(of_mean(scores, LEVEL))
+    elif answers and set(answers.values()) <= {0.0, 1.0}:
+        interval = list(wilson(sum(answers.values()), len(answers)))
+    return {metric.name: scores, "mean": statistics.mean(scores), "interval": interval}
 
 
 def one_difference(
@@ -64,17 +76,17 @@ def one_difference(
 ) -> dict[str, Any]:
     """Paired difference of two arms with both intervals. same: whether all seeds were tested on the same images."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    units: dict[Any, list[int]] = {}  # by test image
+    units: dict[Any, list[float]] = {}  # by test image
     for seed, (a, b) in enumerate(zip(answers, base, strict=True)):
         for image in a.keys() & b.keys():
-            units.setdefault(image if same else (seed, image), []).append(int(a[image]) - int(b[image]))
+            units.setdefault(image if same else (seed, image), []).append(a[image] - b[image])
     per_image = np.array([statistics.mean(units[key]) for key in sorted(units)])
-    _, low, high = of_images(per_image, level)
+    interval = list(of_images(per_image, level)[1:]) if len(per_image) else None
     return {
         "by_seed": differences,
         "mean": statistics.mean(differences),
         "interval_by_seed": list(of_mean(differences, level)) if len(differences) > 1 else None,
-        "interval_by_image": [low, high],
+        "interval_by_image": interval,
     }
 
 
@@ -88,39 +100,31 @@ def cost(runs: Sequence[Path], base: Sequence[Path]) -> dict[str, Any]:
     return {"by_seed": ratios, "mean": math.exp(statistics.mean(map(math.log, ratios)))}
 
 
-def correct(run: Path) -> dict[str, dict[int, bool]]:
-    """{test set: {image: whether it was recognised}} of a run."""
-    found: dict[str, dict[int, bool]] = {}
-    for line in read_table(run / "predictions.csv"):
-        found.setdefault(line["set"], {})[int(line["index"])] = line["label"] == line["predicted"]
-    return found
-
-
 def alike(runs: Sequence[Path]) -> bool:
     """True if all the runs were tested on the same images; made data are drawn by the seed."""
     tested = [[row for row in read_rows(run / "manifest.csv") if row[0] != "train"] for run in runs]
     return all(rows == tested[0] for rows in tested)
 
 
-def verdict(found: dict[str, Any]) -> str:
+def verdict(difference: dict[str, Any], metric: Metric) -> str:
     """What a difference comes to: "better" or "worse" where no interval holds 0, else "no difference shown"."""
-    ends = [found["interval_by_image"], *([found["interval_by_seed"]] if found["interval_by_seed"] else [])]
-    if all(low > 0 for low, _ in ends):
+    intervals = [metric.sign * np.array(difference[name]) for name in BY if difference[name]]
+    if intervals and all(min(ends) > 0 for ends in intervals):
         return "better"
-    return "worse" if all(high < 0 for _, high in ends) else "no difference shown"
+    return "worse" if intervals and all(max(ends) < 0 for ends in intervals) else "no difference shown"
 
 
 def tables(results: dict[str, Any]) -> list[str]:
     """The results as Markdown: a table for each test set, and what its intervals mean."""
     first, seeds = results["first"], len(results["cost"][results["first"]]["by_seed"])
-    text = []
-    for test, found in results["tests"].items():
-        rows = [["arm", "accuracy", "95 % interval", f"to {first}", "by seed", "by image", "", "cost"]]
-        for name, arm in found["arms"].items():
-            cells = [name, f"{100 * arm['mean']:.2f} %", span(arm["interval"], " %")]
-            if other := found["differences"].get(name):
-                by_seed = span(other["interval_by_seed"]) if other["interval_by_seed"] else ""
-                cells += [f"{100 * other['mean']:+.2f}", by_seed, span(other["interval_by_image"]), verdict(other)]
+    metric, text = Metric(**results["metric"]), []
+    for test, result in results["tests"].items():
+        rows = [["arm", metric.label, "95 % interval", f"to {first}", "by seed", "by image", "", "cost"]]
+        for name, arm in result["arms"].items():
+            cells = [name, metric.text(arm["mean"]), span(metric, arm["interval"], signed=False)]
+            if difference := result["differences"].get(name):
+                by_seed, by_image = (span(metric, difference[interval]) for interval in BY)
+                cells += [signed(metric, difference["mean"]), by_seed, by_image, verdict(difference, metric)]
             else:
                 cells += [""] * 4
             rows.append([*cells, f"{results['cost'][name]['mean']:.2f}"])
@@ -128,16 +132,32 @@ def tables(results: dict[str, Any]) -> list[str]:
     many = len(results["cost"]) - 1
     over = "Student's over the seeds" if seeds > 1 else "Wilson's over the test images, since there is one seed"
     each = f"{100 * results['level']:.1f} % each, so that all {many} comparisons of a test set hold at 95 % (Bonferroni)"
+    article = "an" if metric.label[0] in "aeiou" else "a"
     text.append(
         f"{seeds} seed{'s' if seeds > 1 else ''}; runs of one seed have the same data, order, recipe and starting weights. "
-        f"Intervals of an accuracy are {over}. Differences are in points, paired: *by seed* asks whether other seeds would "
-        "show them on these images, *by image* whether other images would with these weights; neither covers both. They "
-        f"hold at {each if many > 1 else '95 %'}. Better or worse is said where no interval holds 0. Cost is seconds of "
-        "training per image, relative to the first arm, as it came while training: `vitreous bench` measures it in turns.\n"
+        f"Intervals of {article} {metric.label} are {over}. Differences are in {unit(metric)}, paired: *by seed* asks whether "
+        "other seeds would show them on these images, *by image* whether other images would with these weights; neither "
+        f"covers both. They hold at {each if many > 1 else '95 %'}. Better or worse is said where no interval holds 0. Cost is "
+        "seconds of training per image, relative to the first arm, as it came while training: `vitreous bench` measures it in "
+        "turns.\n"
     )
     return text
 
 
-def span(ends: Sequence[float], unit: str = "") -> str:
-    """An interval of parts of 1 in points."""
-    return f"{100 * ends[0]:{'.2f' if unit else '+.2f'}} to {100 * ends[1]:{'.2f' if unit else '+.2f'}}{unit}"
+def unit(metric: Metric) -> str:
+    """The unit of a difference, for people."""
+    return "points" if metric.unit == "%" else metric.unit
+
+
+def signed(metric: Metric, value: float) -> str:
+    """A difference as it is shown, without its unit."""
+    return f"{metric.scale * value:+.{2 if metric.unit == '%' else 4}f}"
+
+
+def span(metric: Metric, ends: Sequence[float] | None, signed: bool = True) -> str:
+    """An interval as it is shown; empty where there is none. signed: of a difference, without unit."""
+    if ends is None:
+        return ""
+    digits = 2 if metric.unit == "%" else 4
+    low, high = (f"{metric.scale * value:{'+' if signed else ''}.{digits}f}" for value in ends)
+    return f"{low} to {high}" + ("" if signed else f" {metric.unit}")

@@ -26,6 +26,7 @@ from tyro import conf
 from vitreous.base.environment import command_line
 from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import write_text
+from vitreous.base.metrics import Metric
 from vitreous.base.processes import Team, connected
 from vitreous.data import OpenOnce
 from vitreous.grafting import graft
@@ -132,10 +133,11 @@ def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable
     with writing(folder):
         save(folder, model_folder.read_json(folder / STUDY) | {"results": results})
         write_text(folder / "summary.md", "\n".join([title, *compare_arms.tables(results), *listed, ""]))
-    for test, found in results["tests"].items():
-        for name, other in found["differences"].items():
-            said = f"{compare_arms.verdict(other)}, {100 * other['mean']:+.2f} points to {results['first']}"
-            say(f"{test}: {name}: {said}")
+    metric = Metric(**results["metric"])
+    for test, outcome in results["tests"].items():
+        for name, difference in outcome["differences"].items():
+            size = f"{compare_arms.signed(metric, difference['mean'])} {compare_arms.unit(metric)}"
+            say(f"{test}: {name}: {compare_arms.verdict(difference, metric)}, {size} to {results['first']}")
 
 
 def again(folder: Path, console: Console | None = None) -> Path:

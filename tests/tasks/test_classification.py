@@ -1,4 +1,4 @@
-"""The loss and the penalties, against sums written out here."""
+"""The loss of classification and the penalties of grafts, against sums written out here."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch
 
 from vitreous import SVDA, graft
 from vitreous.grafting import penalties
-from vitreous.train.objectives import classification_loss, mixing
+from vitreous.tasks.classification import classification_loss, mixing
 from vitreous.train.settings import TrainSettings
 
 
@@ -41,20 +41,20 @@ def test_label_smoothing(smoothing):
     target[torch.arange(7), labels] += 1 - smoothing
     expected = -(target * logits.log_softmax(1)).sum(1).mean()
     settings = TrainSettings("cutouts", smoothing=smoothing)
-    torch.testing.assert_close(classification_loss(settings, labels.numpy(), 5)(logits, labels), expected)
+    torch.testing.assert_close(classification_loss(settings.parsed_task(), labels.numpy(), 5)(logits, labels), expected)
 
 
 def test_mixed_images_have_mixed_labels():
     settings = TrainSettings("cutouts", mixup=0.5, cutmix=0.5, smoothing=0.1)
     images, labels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8).clone(), torch.arange(4)
-    mixed, soft = mixing(settings, 4)(images, labels)
+    mixed, soft = mixing(settings.parsed_task(), 4)(images, labels)
     torch.testing.assert_close(soft.sum(1), torch.ones(4))
     kept = (mixed[0] != 3).double().mean() if set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0} else 1 - mixed[0].mean() / 3
     assert soft[0, 0].item() == pytest.approx(0.9 * kept.item() + 0.025, abs=1e-5)  # image 0 is paired with image 3
     logits = torch.randn(4, 4)
-    loss = classification_loss(settings, labels.numpy(), 4)
+    loss = classification_loss(settings.parsed_task(), labels.numpy(), 4)
     torch.testing.assert_close(loss(logits, soft), -(soft * logits.log_softmax(1)).sum(1).mean())
-    assert mixing(TrainSettings("cutouts"), 4) is None
+    assert mixing(TrainSettings("cutouts").parsed_task(), 4) is None
 
 
 def by_loops(logits, target, labels):
@@ -75,7 +75,7 @@ def by_loops(logits, target, labels):
 def test_balanced_weights_are_scikit_learns(smoothing, mixup):
     labels = np.array([0] * 12 + [1] * 3 + [3] * 5)  # nothing of class 2
     settings = TrainSettings("cutouts", class_weights="balanced", smoothing=smoothing, mixup=mixup)
-    loss = classification_loss(settings, labels, 4)
+    loss = classification_loss(settings.parsed_task(), labels, 4)
     assert loss.weights[labels].double().mean().item() == pytest.approx(1.0, rel=1e-6)
     draw = torch.Generator().manual_seed(0)
     logits, batch = torch.randn(6, 4, generator=draw), torch.tensor([0, 1, 3, 0, 1, 3])
@@ -89,5 +89,5 @@ def test_balanced_weights_are_scikit_learns(smoothing, mixup):
 def test_equal_classes_weigh_nothing():
     labels = np.arange(40) % 4
     logits, batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
-    weighted = classification_loss(TrainSettings("cutouts", class_weights="balanced"), labels, 4)
+    weighted = classification_loss(TrainSettings("cutouts", class_weights="balanced").parsed_task(), labels, 4)
     torch.testing.assert_close(weighted(logits, batch), torch.nn.functional.cross_entropy(logits, batch))

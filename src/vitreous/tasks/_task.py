@@ -1,0 +1,175 @@
+"""`Task`, a choice of target, loss and metrics; `Objective`, the module that trains it; `Dice`, its random numbers.
+
+A task is one file of this folder: there is no registry to edit. docs/how-to/add-a-task.md makes one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from vitreous.base.catalogue import Catalogue
+from vitreous.base.errors import DataError
+from vitreous.base.files import write
+from vitreous.base.metrics import Metric
+from vitreous.base.text_form import Settings
+from vitreous.data import Data, Target
+
+Batch = dict[str, Tensor]  # tensors by name, the images first in each: so a batch can be cut into parts
+Outputs = dict[str, Tensor]  # of a test, by name, the images first in each
+OBJECTIVE = "objective.safetensors"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of a step by name, scalars. means: over its images, the main one first. penalties: of weights, once a step."""
+
+    means: dict[str, Tensor]
+    penalties: dict[str, Tensor]
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        return self.means | self.penalties
+
+    @property
+    def total(self) -> Tensor:
+        """What the step lowers: their sum."""
+        return sum(self.by_name.values())
+
+
+class Dice:
+    """Random numbers of one step, the same for an image however its batch is cut over processes.
+
+    They are drawn for the whole batch of `count` images from a generator of their own, by `key` alone; `rows` (B,) are the
+    images of this process. So nothing has to be saved for a resumed run to draw the same.
+    """
+
+    def __init__(self, key: tuple[int, ...], count: int, rows: np.ndarray, device: torch.device):
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        self.generator = torch.Generator().manual_seed(seed)
+        self.count, self.rows, self.device = count, torch.from_numpy(rows), device
+
+    def uniform(self, *shape: int) -> Tensor:
+        """(B, *shape) in [0, 1)."""
+        return torch.rand((self.count, *shape), generator=self.generator)[self.rows].to(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Settings):
+    """Base of all tasks. Subclasses are frozen, keyword-only dataclasses whose settings all have defaults.
+
+    A setting of the name of one of `vitreous train` (smoothing, mixup, cutmix, class_weights) is given by that as well.
+
+    paper: authors, year, arXiv id. target: what each sample must carry. metrics: of a test; the first one chooses the epoch
+    that is kept. couples_images: the loss of a batch is not the mean of its images' losses, so that a batch may not be cut.
+    """
+
+    paper: ClassVar[str] = ""
+    target: ClassVar[type[Target]]
+    metrics: ClassVar[tuple[Metric, ...]]
+    couples_images: ClassVar[bool] = False
+
+    @property
+    def pairs_images(self) -> bool:
+        """Whether `draw` pairs the images of a batch, the first with the last and so on, and needs an even number."""
+        return False
+
+    def build(self, model: nn.Module, data: Data | None) -> Objective:
+        """The objective that trains this model on these data; data is None where it is only timed.
+
+        Raises HostError or SettingError where model, data and settings do not fit together.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what it trains: define build(self, model, data).")
+
+
+class Objective(nn.Module, ABC):
+    """A model and what training adds to it: a teacher, a decoder, a projector. Drawing, loss, prediction and score.
+
+    model: what is looked at, saved and shipped. columns: of predictions.csv, after set and index. fixed: children that
+    follow from the settings, such as a frozen teacher: always in eval mode, not in the state of a run, whose run.json has
+    their digest. shipped: children that `predict` needs beside the model; they are saved as objective.safetensors.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    fixed: tuple[str, ...] = ()
+    shipped: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def train(self, mode: bool = True) -> Objective:
+        super().train(mode)
+        for name in self.fixed:
+            self.get_submodule(name).eval()
+        return self
+
+    def learns(self) -> Iterable[str] | None:
+        """Paths of the model that this task trains, such as blocks.0; None: as the run says (--train)."""
+        return None
+
+    def draw(self, images: Tensor, target: Tensor, dice: Dice) -> Batch:
+        """A batch as it is loaded, with everything random that its loss depends on; called once a step.
+
+        images: (B, C, H, W). target: (B, ...).
+        """
+        return {"images": images, "target": target}
+
+    @abstractmethod
+    def losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """{name: mean over the images of the batch}, the main one first; scalars, summed and lowered.
+
+        Draws nothing but dropout. progress: of training, 0 to 1. Runs under autocast with --amp.
+        """
+
+    def after_update(self, updates: int) -> None:
+        """Called after each update of the weights, `updates` in number by now: momentum teachers."""
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> Outputs:
+        """What a test keeps of a batch with "images" and "target": all that `score` and `rows` need."""
+
+    @abstractmethod
+    def score(self, outputs: Outputs) -> dict[str, float]:
+        """{name of the metric: value} of a whole test set."""
+
+    def rows(self, outputs: Outputs) -> Iterator[tuple]:
+        """The cells of `columns` for each image, in order."""
+        return iter(())
+
+
+TASKS = Catalogue("tasks", Task, "task")
+
+
+def save_objective(objective: Objective, folder: Path) -> None:
+    """Write the children that `predict` needs, if there are any, as objective.safetensors."""
+    tensors = shipped_tensors(objective)
+    if tensors:
+        save: Callable[[Path], None] = lambda path: safetensors.torch.save_file(tensors, path)  # noqa: E731
+        write(folder / OBJECTIVE, save)
+
+
+def load_objective(objective: Objective, folder: Path) -> None:
+    """Fill the children that `predict` needs from a run folder. Raises DataError if they do not fit."""
+    there = shipped_tensors(objective)
+    tensors = safetensors.torch.load_file(folder / OBJECTIVE) if there else {}
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in there.items()}:
+        raise DataError(
+            f"Found other tensors in {folder / OBJECTIVE} than the task has. Expected {', '.join(sorted(there))}. Use the task "
+            "and the settings in its run.json."
+        )
+    for name, tensor in tensors.items():
+        objective.state_dict()[name].copy_(tensor)
+
+
+def shipped_tensors(objective: Objective) -> dict[str, Tensor]:
+    state = objective.state_dict()
+    return {name: tensor.contiguous() for name, tensor in state.items() if name.split(".")[0] in objective.shipped}

@@ -1,0 +1,94 @@
+"""Several classes per image, each present, absent or not known, by binary cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitreous.base.errors import SettingError
+from vitreous.base.metrics import Metric
+from vitreous.data import ClassSet, Data
+from vitreous.tasks._task import Batch, Objective, Outputs, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLabel(Task):
+    """Any number of classes per image, by binary cross-entropy.
+
+    Classes that are not known of an image (NaN) have no part in its loss, which is the mean over those that are known.
+
+    threshold: probability from which a class counts as found in predictions.csv.
+    """
+
+    target = ClassSet
+    metrics = (
+        Metric("mean_average_precision", "%", "higher", "mean average precision"),
+        Metric("loss", "nats", "lower", "loss"),
+    )
+    threshold: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.threshold <= 1:
+            raise SettingError(f"Found threshold={self.threshold}. Expected a probability, 0 to 1. Give for example 0.5.")
+
+    def build(self, model: nn.Module, data: Data | None) -> MultiLabelObjective:
+        return MultiLabelObjective(model, self.threshold)
+
+
+class MultiLabelObjective(Objective):
+    """A network with one logit per class. Target: (B, classes) float, 1 present, 0 absent, NaN not known."""
+
+    columns = ("present", "predicted")
+
+    def __init__(self, model: nn.Module, threshold: float):
+        super().__init__(model)
+        self.threshold = threshold
+
+    def losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        return {"multi_label": known_cross_entropy(self.model(batch["images"]).float(), batch["target"]).mean()}
+
+    def predict(self, batch: Batch) -> Outputs:
+        """logits, target (B, classes)."""
+        return {"logits": self.model(batch["images"]).float(), "target": batch["target"]}
+
+    def score(self, outputs: Outputs) -> dict[str, float]:
+        """Mean over classes of the average precision, 0 to 1, and mean binary cross-entropy in nats."""
+        logits, target = outputs["logits"], outputs["target"]
+        known = ~target.isnan()
+        pairs = ((logits[known[:, c], c], target[known[:, c], c]) for c in range(target.shape[1]))
+        precisions = [average_precision(scores, truth) for scores, truth in pairs if truth.any()]
+        return {
+            "mean_average_precision": sum(precisions) / max(len(precisions), 1),
+            "loss": known_cross_entropy(logits, target).mean().item(),
+        }
+
+    def rows(self, outputs: Outputs) -> Iterator[tuple]:
+        """The numbers of the classes that are present, and of those that are found."""
+        found = outputs["logits"].sigmoid() >= self.threshold
+        for present, predicted in zip(outputs["target"] == 1, found, strict=True):
+            yield tuple(" ".join(map(str, classes.nonzero().flatten().tolist())) for classes in (present, predicted))
+
+
+def known_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy of each image in nats, the mean over its known classes; 0 where none is. (B, K) twice -> (B,)."""
+    known = ~target.isnan()
+    each = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(), reduction="none") * known
+    return each.sum(1) / known.sum(1).clamp(min=1)
+
+
+def average_precision(scores: Tensor, truth: Tensor) -> float:
+    """Mean precision over the steps of recall, sum_k (R_k - R_k-1) P_k, equal scores being one step. (n,) twice.
+
+    truth: 1 or 0, at least one 1. As scikit-learn's `average_precision_score`.
+    """
+    order = scores.argsort(descending=True)
+    scores, hits = scores[order], truth[order].double().cumsum(0)
+    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of each group of equal scores
+    ranks = torch.arange(1, len(scores) + 1, dtype=torch.float64)[last]
+    steps = hits[last].diff(prepend=torch.zeros(1, dtype=torch.float64)) / hits[-1]
+    return (steps * hits[last] / ranks).sum().item()
