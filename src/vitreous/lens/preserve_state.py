@@ -1,4 +1,4 @@
-"""A model is left as it was found."""
+"""`preserve_state`: run a body in eval mode, and restore modes and random state after it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients while the body runs; afterwards every module's mode and the random state as before.
+    """Eval mode without gradients in the body; modes and random state restored after it.
 
     Random state: of torch, numpy and Python, for models that draw from those.
     """
@@ -22,7 +22,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     devices = {p.device for module in modules for p in module._parameters.values() if p is not None and p.is_cuda}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
-            if any(modes):  # to set an attribute of a module takes longer than to read it
+            if any(modes):  # setting an attribute of a module takes longer than reading it
                 model.eval()
             yield
     finally:

@@ -1,9 +1,12 @@
-"""Place tracing: where in the image the queries and keys of an attention are, whatever the model.
+"""`CoordinateTracer`: where in the image every tensor of a pass is; the table of rules.
 
-`CoordinateTracer` gives the pixels of the input image their coordinates and moves these by the very calls that the model
-makes. What an attention call reads, `layout` snaps to a grid: patches, windows, prefix tokens and padding, pooled keys.
+Coordinates of the pixels start at the input image, and every call moves them by a rule of
+`view_rules` or `mixing_rules`, looked up by the function's name in `RULES`. `layout.layout` turns
+the coordinates of an attention's queries and keys into a grid: patches, windows, prefix tokens and
+padding, pooled keys.
 
-Parameters (class token, latent queries, position tables) have no place, which is NaN. Unknown calls lose the places.
+Parameters (class token, latent queries, position tables) have no place, which is NaN. Calls without
+a rule lose the coordinates.
 """
 
 from __future__ import annotations
@@ -71,21 +74,26 @@ _NAMES = {
     mixing_rules.attend: "scaled_dot_product_attention",
     mixing_rules.merge: "scatter_add scatter_reduce index_add index_reduce",
 }
-_UNRELATED = {  # values that have nothing to do with those of the argument
+_UNRELATED = {  # their values have nothing to do with those of the argument
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones",
     "new_empty", "new_full", "new_tensor", "bernoulli", "zero", "fill", "normal", "uniform", "random", "sign", "heaviside",
     "grad", "base",
 }  # fmt: skip
+# calls whose results another run would change
 _RANDOM = {
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like", "randint_like",
     "uniform", "random", "exponential", "log_normal", "cauchy", "geometric",
 }  # fmt: skip
+# rules that move values by an index tensor, which may depend on the image
 _INDEXED = {view_rules.pick, view_rules.gather, view_rules.select, view_rules.sort, view_rules.write, mixing_rules.merge}
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
 
 def plain_name(func: Any) -> str:
-    """What a torch function, method, property or operator is called, less the underscores: "add" for `Tensor.__iadd__`."""
+    """Name of a torch function, method, property or operator, less its underscores.
+
+    "add" for `Tensor.__iadd__`'s operator `add_`, "mT" for the getter of `Tensor.mT`.
+    """
     name = getattr(func, "__name__", "")
     if name == "__get__":
         name = func.__self__.__name__
@@ -93,28 +101,40 @@ def plain_name(func: Any) -> str:
 
 
 class CoordinateTracer:
-    """The places of the tensors of one forward pass of one image. Tables are weak: tensors are not kept alive."""
+    """Coordinates of the tensors of one forward pass of one image.
+
+    Tables are weak, so that no tensor lives longer than in the model.
+    """
 
     def __init__(self, image: Tensor):
         """image: the input (1, C, h, w). The centre of its first pixel is at (0.5, 0.5)."""
         self.size = (image.shape[-2], image.shape[-1])
         self.fields: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.lost_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that lost its places
+        self.lost_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> name of the call that lost its coordinates
         self.varying: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that another image, or chance, would change
-        self.chosen_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> the call that took tokens by such an index
+        self.chosen_by: WeakIdKeyDictionary = (
+            WeakIdKeyDictionary()
+        )  # tensor -> name of the call that took tokens by such an index
+        # float64: second moments of pixel coordinates lose the variance in float32
         y = (torch.arange(self.size[0], dtype=torch.float64, device="cpu") + 0.5)[:, None]
         x = (torch.arange(self.size[1], dtype=torch.float64, device="cpu") + 0.5)[None]
         parts = (y, x, y.square() + x.square(), torch.ones((), dtype=torch.float64, device="cpu"))
+        # stride 0 along batch and channels: a field costs h + w numbers here
         self.fields[image] = CoordinateField((tuple(part.expand(image.shape) for part in parts),))
 
     def follow(self, func: Any, args: tuple, kwargs: dict[str, Any] | None, out: Any) -> None:
-        """Give the output of a call its places. To be called with torch functions switched off."""
+        """Give the outputs of a call their coordinates.
+
+        To be called after it, with torch functions switched off.
+        """
         name, kwargs = plain_name(func), kwargs or {}
         inputs = list(_tensors((*args, *kwargs.values())))
+        # `x[i] = y` returns nothing, and changes its first argument
         results = [args[0]] if name == "setitem" else list(_tensors((out,)))
         outputs = [tensor for tensor in results if tensor.is_floating_point() or tensor.is_complex()]
         has_place = any(tensor in self.fields for tensor in inputs)
         varying = has_place or name in _RANDOM or any(tensor in self.varying or tensor in self.lost_by for tensor in inputs)
+        # also integers: an index computed from the image makes its choice depend on the image
         if varying and name not in _UNRELATED:
             for tensor in results:
                 self.varying[tensor] = None
@@ -122,12 +142,14 @@ class CoordinateTracer:
             return
         chosen_by = next((self.chosen_by[tensor] for tensor in inputs if tensor in self.chosen_by), None)
         rule = RULES.get(name)
+        # tokens chosen by values of this image: other images have other coordinates
         if rule in _INDEXED and any(tensor in self.varying for tensor in inputs if not tensor.is_floating_point()):
             chosen_by = name
         op = TensorOp(name, func, args, kwargs, args[0] if name == "setitem" else out, self.field)
         fields = self._apply_rule(rule, op) if has_place and rule else None
         reason = next((self.lost_by[tensor] for tensor in inputs if tensor in self.lost_by), None)
         if has_place:
+            # the newest loss is named, not the first of the chain
             reason = None if name in _UNRELATED else name
         for tensor, field in zip(outputs, fields or [None] * len(outputs), strict=False):
             self._set(tensor, field)
@@ -137,9 +159,11 @@ class CoordinateTracer:
                 self.chosen_by[tensor] = chosen_by
 
     def _set(self, tensor: Tensor, field: CoordinateField | None) -> None:
+        """Store or remove the field of a tensor; fields of another shape are not stored."""
         self.lost_by.pop(tensor, None)
         if field is None:
             self.fields.pop(tensor, None)
+        # a wrong shape would be a wrong rule: rather no coordinates than wrong ones
         elif tuple(field.sets[0][0].shape) == tuple(tensor.shape):
             self.fields[tensor] = field
 
@@ -148,24 +172,30 @@ class CoordinateTracer:
         """Fields of the outputs, or None where the rule does not fit the call."""
         try:
             result = rule(op)
+        # a call in a form that its rule does not expect loses coordinates, it does not end the pass
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
             return None
         return result if isinstance(result, list) else None if result is None else [result]
 
     def field(self, value: Any) -> CoordinateField | None:
-        """The field of a tensor; None: none, or no tensor."""
+        """The field of a tensor; None: no field, or no tensor."""
         return self.fields.get(value) if isinstance(value, Tensor) else None
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """(*tensor.shape, 4) float64: y, x in pixels, variance of the pixels it stands for, tokens merged. NaN = no place.
+        """Coordinates of a tensor: (*tensor.shape, 4) float64, or None if it has no place at all.
 
-        Along axes on which nothing differs the stride is 0. None: unknown, or no place at all.
+        The last axis holds y, x in pixels, the variance of the pixels that an entry stands for, and
+        how many tokens were merged into it; NaN: no place. Along axes on which they are constant
+        the stride is 0.
         """
         field = self.field(tensor)
         return None if field is None else _stacked(field.sets[0], tuple(tensor.shape))
 
     def reason(self, *tensors: Tensor) -> str:
-        """What is to be known of the places of these tensors, in words; "" if nothing: who lost them, or who chose them."""
+        """Why these tensors have no common coordinates, in words; "" if there is no reason.
+
+        Which call lost them, or chose among them.
+        """
         lost_by = next((self.lost_by[tensor] for tensor in tensors if tensor in self.lost_by), None)
         if lost_by is not None:
             return f"{lost_by} lost the places"
@@ -178,7 +208,9 @@ class CoordinateTracer:
 
 
 def _stacked(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    """y, x, variance and mass of the parts as one tensor (*shape, 4), expanded."""
     y, x, moment, mass = (thin(part) for part in parts)
+    # from the second moment, which mixing rules average like y and x
     width = variance((y, x, moment, mass))
     return torch.stack(torch.broadcast_tensors(y, x, width, mass), dim=-1).expand(*shape, 4)
 

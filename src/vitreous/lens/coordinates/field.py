@@ -1,13 +1,14 @@
-"""Fields of places: where in the image every element of a tensor comes from, held cheaply.
+"""`CoordinateField`: where in the image every element of a tensor comes from; `TensorOp`.
 
-A place is a point of the input image. A `CoordinateField` holds the places of every element of one tensor as four parts
-that have the tensor's own shape: y, x, their second moment y^2 + x^2 (from which follows how far a mean is spread) and the mass
-(how many tokens were merged into one). Along axes on which places do not differ the parts have stride 0, so a field of
-(1, N, D) costs N numbers, and a view of the tensor is the same view of each part. NaN = no place.
+A place is a point of the input image. A `CoordinateField` holds the places of every element of one
+tensor as four parts that have the tensor's own shape: y, x, their second moment y^2 + x^2 (from
+which follows how far a mean is spread) and the mass (how many tokens were merged into one). Along
+axes on which places do not differ the parts have stride 0, so a field of (1, N, D) costs N numbers,
+and a view of the tensor is the same view of each part. NaN: no place.
 
-The product of two tensors that both have places (scores) has two sets of parts: where its rows and where its columns
-are. A later contraction takes the set that does not vary along the contracted axis, which for an attention map is the
-query's, on either side of the product.
+The product of two tensors that both have places (scores) has two sets of parts: where its rows and
+where its columns are. A later contraction takes the set that does not vary along the contracted
+axis, which for an attention map is the query's, on either side of the product.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ CLOSE = 1e-3  # pixels: places that differ by less are one
 
 @dataclass(frozen=True)
 class CoordinateField:
-    """The places of one tensor's elements. contracted: a product summed over places (channel attention)."""
+    """The places of one tensor's elements.
+
+    sets: one, or two for a product of rows and columns. is_channel_product: the product summed over
+    places (channel attention).
+    """
 
     sets: tuple[Parts, ...]
     is_channel_product: bool = False
@@ -37,9 +42,11 @@ class CoordinateField:
 
 @dataclass(frozen=True)
 class TensorOp:
-    """One call: the function's plain name, its arguments and output, and who knows the fields of its arguments.
+    """One call of a torch function, as a rule gets it.
 
-    A rule is a function (Move) -> Field of the output, a list of Fields (one per output) or None (no place).
+    name: the function's plain name. field: gives the `CoordinateField` of an argument, or None. A
+    rule is a function (TensorOp) -> CoordinateField of the output, a list of them (one per output),
+    or None (no place).
     """
 
     name: str
@@ -60,13 +67,15 @@ class TensorOp:
 
     @property
     def source(self) -> CoordinateField | None:
+        """The field of the first argument."""
         return self.field(self.first)
 
     @property
     def out_of_place(self) -> Callable:
-        """The function that leaves its argument as it is, where this one works in place: a part may be shared."""
+        """The function, or its out-of-place form where it works in place."""
         name = getattr(self.func, "__name__", "")
         if name.endswith("_") and not name.startswith("__"):
+            # parts may be shared between tensors, so nothing may change them
             return getattr(Tensor, name[:-1], None) or getattr(torch, name[:-1])
         return self.func
 
@@ -80,17 +89,17 @@ class TensorOp:
 
 
 def to_cpu(value: Any) -> Any:
-    """Index tensors to where the parts live, also inside a tuple or list."""
+    """Index tensors on the CPU, where parts are kept, also inside a tuple or list."""
     if isinstance(value, Tensor):
         return value.cpu()
     return type(value)(map(to_cpu, value)) if type(value) in (tuple, list) else value
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def thin(part: Tensor) -> Tensor:
-    """Axes of stride 0 cut to length 1."""
+    """A part with axes of stride 0 cut to length 1."""
     for axis, step in enumerate(part.stride()):
         if step == 0 and part.shape[axis] > 1:
             part = part.narrow(axis, 0, 1)
@@ -98,10 +107,12 @@ def thin(part: Tensor) -> Tensor:
 
 
 def is_constant_along(parts: Parts, axis: int) -> bool:
-    """Whether places do not differ along an axis (NaN is no difference)."""
+    """True if places do not differ along an axis (NaN is no difference)."""
     for part in parts[:2]:
         if part.shape[axis] > 1 and part.stride(axis) != 0:
+            # axes of stride 0 need no reading
             values = thin(part)
+            # NaN neither lowers the minimum nor raises the maximum
             low = values.nan_to_num(nan=torch.inf).amin(axis)
             high = values.nan_to_num(nan=-torch.inf).amax(axis)
             if bool((high - low > CLOSE).any()):
@@ -110,7 +121,7 @@ def is_constant_along(parts: Parts, axis: int) -> bool:
 
 
 def is_constant(parts: Parts) -> bool:
-    """Whether one and the same place, or none, stands everywhere."""
+    """True if all elements have one and the same place, or none."""
     return all(thin(part).numel() == 1 or _level(thin(part)) for part in parts[:2])
 
 
@@ -120,22 +131,28 @@ def shape_of(out: Any) -> tuple[int, ...]:
 
 
 def _level(values: Tensor) -> bool:
+    """True if finite values differ by no more than CLOSE."""
     finite = values[~values.isnan()]
     return not finite.numel() or bool(finite.max() - finite.min() <= CLOSE)
 
 
 def no_place(shape: Sequence[int]) -> Parts:
     """Parts of a tensor without a place."""
+    # one number, expanded
     return (torch.full((), torch.nan, dtype=torch.float64, device="cpu").expand(tuple(shape)),) * 4
 
 
 def parts_of_set(field: CoordinateField | None, which: int, shape: Sequence[int]) -> Parts:
-    """One set of a field; of a field that lacks it, or of none, parts without a place."""
+    """Set number `which` of a field; parts without a place if it has none."""
     return field.sets[which] if field and which < len(field.sets) else no_place(shape)
 
 
 def average(parts: Parts, total: Callable[[Tensor], Tensor]) -> Parts:
-    """Parts weighted by a linear operator with non-negative weights; what has no place has no weight."""
+    """Parts under a linear operator with non-negative weights, over the sum of its weights.
+
+    total: the operator. Elements without a place have weight 0.
+    """
+    # without missing places all parts share one weight
     if not parts[0].isnan().any():
         weight = total(torch.ones((), dtype=torch.float64, device="cpu").expand(parts[0].shape))
         return tuple(total(part) / weight for part in parts)
@@ -144,7 +161,7 @@ def average(parts: Parts, total: Callable[[Tensor], Tensor]) -> Parts:
 
 
 def mean_over(parts: Parts, axes: int | Sequence[int]) -> Parts:
-    """Mean over axes, which stay with length 1."""
+    """Mean of parts over axes, which stay with length 1."""
     axes = [axes] if isinstance(axes, int) else list(axes)
     parts = tuple(thin(part) for part in parts)
     shape = torch.broadcast_shapes(*(part.shape for part in parts))
@@ -154,15 +171,19 @@ def mean_over(parts: Parts, axes: int | Sequence[int]) -> Parts:
 
 
 def parts_of_sum(a: Parts, b: Parts) -> Parts:
-    """Where the sum of two tensors is, from sets of the same shape: the mean of what has a place.
+    """Where the sum of two tensors is, from sets of one shape: the mean of what has a place.
 
-    Where one of them stands for smaller parts of the image (a stream beside its filtered copy, a fine map to which a coarse
-    one is added, tokens that attended with the queries of whole regions), it alone.
+    Where one of them stands for smaller parts of the image (a stream beside its filtered copy, a
+    fine map to which a coarse one is added, tokens that attended with the queries of whole
+    regions), it alone.
     """
+    # residual branches mostly have the very places of their stream
     if a is b or all(equal_parts(thin(p), thin(q)) for p, q in zip(a, b, strict=True)):
         return a
     a, b = (tuple(torch.broadcast_tensors(*map(thin, parts))) for parts in (a, b))
+    # medians: one pooled token does not decide for all
     first, second = (float(variance(parts).nanmedian()) for parts in (a, b))
+    # 5 % and CLOSE: differences by rounding count as none
     if first > 1.05 * second + CLOSE:
         a, b, first, second = b, a, second, first
     alone = second > 1.05 * first + CLOSE
@@ -171,13 +192,16 @@ def parts_of_sum(a: Parts, b: Parts) -> Parts:
 
 
 def variance(parts: Parts) -> Tensor:
-    """Variance of the pixels that an element stands for, in square pixels, over both axes together."""
+    """Variance of the pixels that an element stands for, in square pixels.
+
+    The sum over both axes: E[y^2 + x^2] - E[y]^2 - E[x]^2.
+    """
     y, x, moment, _ = parts
     return (moment - y.square() - x.square()).clamp(min=0)
 
 
 def equal_parts(p: Tensor, q: Tensor) -> bool:
-    """Whether two parts are equal, NaN included."""
+    """True if two parts are equal, NaN included."""
     return p.shape == q.shape and torch.equal(p.nan_to_num(nan=-1.0), q.nan_to_num(nan=-1.0))
 
 

@@ -17,11 +17,13 @@ class Layout:
     """Places of one attention call in the image: W windows, N queries, M keys.
 
     size: (height, width) of the image in pixels.
-    queries, keys: (W, N, 2), (W, M, 2) float64, centres (y, x) in pixels; NaN: no place (prefix, inserted, padding).
-    grid, key_grid: (rows, cols) of all query (key) places over all windows; None: they are on no grid.
+    queries, keys: (W, N, 2), (W, M, 2) float64, centres (y, x) in pixels; NaN: no place (prefix,
+        inserted, padding).
+    grid, key_grid: (rows, cols) of all query (key) places over all windows; None: they are on no
+        grid.
     prefix: how many leading queries have no place in any window (class token, registers).
-    windows, heads: into how many of each the leading axes divide; factors: (size, "W" | "H") of each leading axis,
-        outermost first, for one image.
+    windows, heads: into how many of each the leading axes divide; factors: (size, "W" | "H") of
+        each leading axis, outermost first, for one image.
     note: why something is unknown, or "".
     """
 
@@ -70,8 +72,9 @@ def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None,
 def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note: str = "") -> Layout | None:
     """Layout of an attention from raw places (`CoordinateTracer.of`), or None if neither queries nor keys have any.
 
-    query: (*leading, N, K, 2 or 4), key: (*leading, M, K, 2 or 4): (y, x), and with 4 the spread and the mass too; None
-    for a tensor without places. Leading axes (those of one image) broadcast; K is the axis that the product sums.
+    query: (*leading, N, K, 2 or 4), key: (*leading, M, K, 2 or 4): (y, x), and with 4 the spread
+    and the mass too; None for a tensor without places. Leading axes (those of one image) broadcast;
+    K is the axis that the product sums.
     """
     query, key = (None if places is None else _tokens(places) for places in (query, key))
     if query is None and key is None:
@@ -191,9 +194,9 @@ def _one_per_window(places: Tensor, window_starts: Sequence[Tensor]) -> Tensor:
 def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens that stand for much of the image lose their place: a pooled mean is not the patch in the middle.
 
-    Compared is the variance of the pixels that a token stands for with that of the median token beside it: the mean of
-    all tokens exceeds it by the variance of their places. Tokens that are all at one place are compared with those of the
-    other side.
+    Compared is the variance of the pixels that a token stands for with that of the median token
+    beside it: the mean of all tokens exceeds it by the variance of their places. Tokens that are
+    all at one place are compared with those of the other side.
     """
     points = [places.flatten(0, -2)[places[..., 0].flatten().isfinite()] for places in (query, key)]
     spreads = [(float(p[:, 2].median()), float(p[:, :2].var(0, correction=0).sum())) for p in points if len(p)]
@@ -208,14 +211,15 @@ def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return sides[0], sides[1]
 
 
-# --- grids ------------------------------------------------------------------------------------------------------------
+# --- grids ----------------------------------------------------------------------------------------
 
 
 def snap(places: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int] | None, Tensor | None]:
     """(rows, cols) and the cell of each of (W, N, 4) places by rank, or (None, None) if they make no grid.
 
-    Ranks, not distances: convolutions with padding pull places at the border inward. Where places are missing (dropped
-    tokens) the pitch of the others says which; merged tokens make no such grid.
+    Ranks, not distances: convolutions with padding pull places at the border inward. Where places
+    are missing (dropped tokens) the pitch of the others says which; merged tokens make no such
+    grid.
     """
     flat = places.reshape(-1, 4)
     has_place = flat[:, 0].isfinite()
@@ -254,7 +258,8 @@ def _ranks(values: Tensor, close: float) -> tuple[Tensor, Tensor]:
 def _covers(levels: Tensor, length: int) -> bool:
     """Whether levels go from border to border without a gap.
 
-    The margins of both sides together are one step, or nearly two where a filter laid its outputs twice as dense.
+    The margins of both sides together are one step, or nearly two where a filter laid its outputs
+    twice as dense.
     """
     if len(levels) < 2:
         return True

@@ -1,8 +1,8 @@
 """Rules for calls that mix values: a mean, a filter, a product or a merge is at the mean place of what it mixes.
 
-Residual sums take the mean of what has a place. A product takes the place of what does not vary along the contracted
-axis: a linear layer its row's, attention its query's. A rule takes a `TensorOp` and returns the `CoordinateField` of its
-output or None.
+Residual sums take the mean of what has a place. A product takes the place of what does not vary
+along the contracted axis: a linear layer its row's, attention its query's. A rule takes a
+`TensorOp` and returns the `CoordinateField` of its output or None.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from vitreous.lens.coordinates.field import (
 )
 from vitreous.lens.coordinates.view_rules import pair, refold
 
-# --- elementwise ------------------------------------------------------------------------------------------------------
+# --- elementwise ----------------------------------------------------------------------------------
 
 
 def combine(op: TensorOp) -> CoordinateField | None:
     """Sums, products, `where` of several tensors: the mean of what has a place.
 
-    A single place beside many (a gate from a pooled token) says nothing about them and is left out. Something with one
-    set of places beside scores with two (a bias) leaves these as they are.
+    A single place beside many (a gate from a pooled token) says nothing about them and is left out.
+    Something with one set of places beside scores with two (a bias) leaves these as they are.
     """
     shape = shape_of(op.out)
     fields = [field for value in (*op.args, *op.kwargs.values()) if (field := op.field(value))]
@@ -61,7 +61,7 @@ def extreme(op: TensorOp) -> CoordinateField | None:
     return combine(op) if two else reduce(op)
 
 
-# --- means over axes and footprints -----------------------------------------------------------------------------------
+# --- means over axes and footprints ---------------------------------------------------------------
 
 
 def reduce(op: TensorOp) -> CoordinateField | None:
@@ -100,7 +100,8 @@ def _spatial(
 ) -> CoordinateField | None:
     """Places (..., C, *space) under an operator on (n, 1, *space), which is given parts of one channel.
 
-    sides: (before, after) of each axis, by which the image goes on over its border, so that zero padding pulls nothing in.
+    sides: (before, after) of each axis, by which the image goes on over its border, so that zero
+    padding pulls nothing in.
     """
     field, shape = op.source, shape_of(op.out)
     if field is None:
@@ -250,15 +251,16 @@ def fold(op: TensorOp) -> CoordinateField | None:
     return CoordinateField((tuple(part.expand(shape) for part in means),))
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------
 
 
 def contract(op: TensorOp, operands: Sequence[tuple[Tensor, str]], out: str) -> CoordinateField | None:
     """Places of a product of one or two tensors whose axes have letters, as in einsum; letters not in `out` are summed.
 
-    Sets that do not vary along a summed axis give the place: one, or two (rows and columns of scores). A single place
-    beside many says nothing and is left out, unless it is no place at all (a class token's query). If all vary: the mean,
-    of what a factor without places does not multiply by 0 (a matrix that selects or merges tokens).
+    Sets that do not vary along a summed axis give the place: one, or two (rows and columns of
+    scores). A single place beside many says nothing and is left out, unless it is no place at all
+    (a class token's query). If all vary: the mean, of what a factor without places does not
+    multiply by 0 (a matrix that selects or merges tokens).
     """
     fixed, loose, own, shape = [], [], [], shape_of(op.out)
     for i, (tensor, letters) in enumerate(operands):
@@ -355,7 +357,7 @@ def attend(op: TensorOp) -> CoordinateField | None:
     return value and CoordinateField((broadcast(mean_over(value.sets[0], -2), shape),))
 
 
-# --- merges -----------------------------------------------------------------------------------------------------------
+# --- merges ---------------------------------------------------------------------------------------
 
 
 def merge(op: TensorOp) -> CoordinateField | None:

@@ -1,6 +1,7 @@
 """Rules for calls that move values without mixing them: views, gathers, joins, padding, writing into a tensor.
 
-A rule takes a `TensorOp` and returns the `CoordinateField` of its output, a list of Fields (one per output) or None (no place).
+A rule takes a `TensorOp` and returns the `CoordinateField` of its output, a list of Fields (one per
+output) or None (no place).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vitreous.lens.coordinates.field import (
     to_cpu,
 )
 
-# --- values that stay where they are, and views -----------------------------------------------------------------------
+# --- values that stay where they are, and views ---------------------------------------------------
 
 
 def keep(op: TensorOp) -> CoordinateField | None:
@@ -178,7 +179,7 @@ def sort(op: TensorOp) -> list[CoordinateField | None] | None:
     return [op.source.map_parts(lambda part: part.gather(dim, index)), None]
 
 
-# --- several tensors into one -----------------------------------------------------------------------------------------
+# --- several tensors into one ---------------------------------------------------------------------
 
 
 def join(op: TensorOp) -> CoordinateField | None:
@@ -231,7 +232,7 @@ def complex_view(op: TensorOp) -> CoordinateField | None:
     return op.source and op.source.map_parts(lambda part: part[..., None].expand(shape_of(op.out)))
 
 
-# --- padding, patches, writing ----------------------------------------------------------------------------------------
+# --- padding, patches, writing --------------------------------------------------------------------
 
 
 def pad(op: TensorOp) -> CoordinateField | None:

@@ -1,12 +1,19 @@
-"""See every attention of any model while it happens: `watch` a pass, after a `trace` has told where its tokens are.
+"""Capture every attention of any model in a forward pass, checked against its own output.
 
-seeing.py    the two verbs, and the function mode that sees every call of a pass
-running.py   which module runs now, and what became of its tokens
-found.py     an attention as it was found, and the fused route
-softmax.py, facts.py, axes.py    the route of models that write attention out: product, softmax, contraction with V
-tracer.py    the traced pass: shapes, places and kinds of every call
-capture.py   brings each attention to one form, checks it and shows it
-call.py      what is shown: a `AttentionCall`
+`trace` runs one image and finds where the tokens of every call are; `watch` runs a batch and
+gives every attention to a callback as an `AttentionCall`. docs/tap.md follows a batch through
+these files in calling order.
+
+capture_pass.py     `watch`, `trace`, and the function mode that intercepts every call of a pass
+module_stack.py     `ModuleStack`: which module runs now, and the state of its tokens
+attention_op.py     `AttentionOp`: an intercepted attention; the fused route
+softmax.py          `DataFlow`: the written-out route: product, softmax, product with V
+dataflow.py         roles that tensors have on this route: `Scores`, `Weights`, `WeightedSum`
+axes.py             `Contraction`, and `Axes` followed through views
+tracer.py           `Tracer`: shapes, coordinates and kinds of every call, from one image
+capture.py          `Capture`: arranges every attention, checks it, and calls the callback
+attention_call.py   `AttentionCall`: what the callback gets
+tensor_set.py       `TensorSet`: which tensors are known, without holding them
 """
 
 from vitreous.lens.tap.capture_pass import (

@@ -1,4 +1,4 @@
-"""One attention of a forward pass, in one form whatever the model: batch, windows, heads, queries, keys."""
+"""`AttentionCall`: one attention of a forward pass, in one form whatever the model."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from torch import Tensor
 from vitreous.base.errors import HostError
 from vitreous.lens.coordinates.layout import Layout
 
-MAX_ENTRIES = 1 << 24  # entries of a buffer (64 MiB): what a block of rows may take, however large batch and sequence are
-FULL_CHECK_ROWS = 256  # up to this many rows the check covers all of them; beyond, strips spread over the rows
+# Entries of a buffer (64 MiB): the most that a block of rows takes at any batch and sequence.
+MAX_ENTRIES = 1 << 24
+# Up to this many rows the check covers all of them; beyond, strips spread over the rows.
+FULL_CHECK_ROWS = 256
 STRIP_COUNT, STRIP_ROWS = 8, 8
 
 
 class Buffers:
-    """Two float32 buffers, as large as the largest block so far and used again for every block of a pass.
+    """Two float32 buffers, as large as the largest block so far, reused for all blocks.
 
-    Fresh tensors per block would do, but for some allocators, which keep freed blocks of this size: peaks of gigabytes.
+    Fresh tensors per block would be simpler, but some allocators keep freed blocks of this size,
+    with peaks of gigabytes.
     """
 
     def __init__(self):
         self.flat: list[Tensor | None] = [None, None]
 
     def take(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Buffer 0 or 1 as a contiguous float32 tensor of this shape; what it held is lost."""
+        """Buffer 0 or 1 as a contiguous float32 tensor of a shape; its old content is lost."""
         size, flat = math.prod(shape), self.flat[index]
         if flat is None or flat.numel() < size or flat.device != device:
             self.flat[index] = flat = None  # the old one goes before the larger one comes
             self.flat[index] = flat = torch.empty(size, device=device, dtype=torch.float32)
+        # a part of a larger buffer is contiguous, so a view costs nothing
         return flat[:size].view(shape)
 
 
@@ -48,10 +52,12 @@ class Arrangement:
 
     @cached_property
     def flat(self) -> list[tuple[int, str]]:
+        """All factors, in the order of the axes."""
         return [factor for axis in self.factors for factor in axis]
 
     @cached_property
     def order(self) -> list[int]:
+        """Positions in `flat` of the factors of B, then of W, then of H."""
         return sorted(range(len(self.flat)), key=lambda i: "BWH".index(self.flat[i][1]))
 
     @cached_property
@@ -73,13 +79,14 @@ class Arrangement:
     def merge(self, x: Tensor) -> Tensor:
         """x (leading axes, X, Y) -> (B, W, H, X, Y), copied only where no view can be."""
         rest = x.shape[len(self.factors) :]
-        if self.order == list(range(len(self.flat))):  # as nearly always
+        # factors are nearly always in this order already
+        if self.order == list(range(len(self.flat))):
             return x.reshape(*self.groups, *rest)
         return self.spread(x).reshape(*self.groups, *rest)
 
 
 class Map(ABC):
-    """A map that gives its rows in a buffer: groups (B, W, H), size (N, M)."""
+    """A map whose rows are computed into a buffer: groups (B, W, H), size (N, M)."""
 
     groups: tuple[int, int, int]
     size: tuple[int, int]
@@ -87,16 +94,23 @@ class Map(ABC):
     def slices(self, size: int) -> Iterator[slice]:
         """All rows in order, at most `size` at a time, and no more than a buffer may hold."""
         queries, keys = self.size
+        # at least one row, even where a single one exceeds the bound
         step = max(1, min(size, MAX_ENTRIES // max(1, math.prod(self.groups) * keys)))
         for start in range(0, queries, step):
             yield slice(start, min(start + step, queries))
 
     @abstractmethod
     def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
-        """Rows (B, W, H, n, M), float32. fresh: the buffer is left as it is until the next block, and may serve once more."""
+        """Rows (B, W, H, n, M), float32.
+
+        fresh: the buffer stays unchanged until the next block, which may return it again if it asks
+        for the same rows.
+        """
 
 
 class ComputedMap(Map):
+    """The map of a fused call, computed again from queries, keys, mask and scale."""
+
     def __init__(
         self,
         q: Tensor,
@@ -107,7 +121,11 @@ class ComputedMap(Map):
         arrangement: Arrangement,
         buffers: Buffers,
     ):
-        """q (B, W, H, N, K), k (B, W, H, M, K); mask broadcastable to the call's own (leading axes, N, M)."""
+        """q (B, W, H, N, K), k (B, W, H, M, K).
+
+        mask: broadcastable to the call's own (leading axes, N, M); added to the scores, or boolean
+        with True where a key takes part.
+        """
         self.groups, self.size = q.shape[:3], (q.shape[3], k.shape[3])
         self.q, self.k = (x.flatten(0, 2).float() for x in (q, k))
         self.causal, self.scale, self.arrangement, self.buffers = causal, scale, arrangement, buffers
@@ -115,17 +133,19 @@ class ComputedMap(Map):
         self.bias = self.blocked = None
         if mask is not None:
             lead = [math.prod(size for size, _ in axis) for axis in arrangement.factors]
-            values = ~mask if mask.dtype == torch.bool else mask.float()  # before it is expanded, while it is small
+            # converted before it is expanded, while it is small
+            values = ~mask if mask.dtype == torch.bool else mask.float()
             values = arrangement.spread(values.expand(*lead, *self.size))
             self.blocked, self.bias = (values, None) if mask.dtype == torch.bool else (None, values)
 
     def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
-        """Rows of the map; those in which all keys are masked are 0, as in the fused kernels."""
+        """Rows of the map; rows whose keys are all masked are 0, as in fused kernels."""
         ready, self.fresh = self.fresh, None
         if ready is not None and ready[0] == rows:
             return ready[1]
         n, keys = rows.stop - rows.start, self.size[1]
         shape = (self.q.shape[0], n, keys)
+        # baddbmm with beta=0 writes scale * q k^T into the buffer without a temporary
         scores = self.buffers.take(0, shape, self.q.device)
         torch.baddbmm(scores, self.q[:, rows], self.k.mT, beta=0, alpha=self.scale, out=scores)
         spread = scores.view(*self.arrangement.sizes, n, keys)
@@ -138,6 +158,7 @@ class ComputedMap(Map):
             scores.masked_fill_(torch.arange(keys, device=scores.device) > query, -math.inf)
         maps = torch.softmax(scores, dim=-1, out=self.buffers.take(1, shape, self.q.device))
         if self.blocked is not None or self.bias is not None:
+            # softmax of a row of -inf is NaN; fused kernels give 0 there
             maps.masked_fill_((scores.amax(-1, keepdim=True) == -math.inf), 0)
         maps = maps.view(*self.groups, n, keys)
         self.fresh = (rows, maps) if fresh else None
@@ -145,7 +166,7 @@ class ComputedMap(Map):
 
 
 class StoredMap(Map):
-    """The map of a softmax that was seen: probabilities as it gave them, and what multiplied V."""
+    """The map of an intercepted softmax: its own output, and what multiplied V."""
 
     def __init__(self, probabilities: Tensor | None, effective: Tensor, arrangement: Arrangement, buffers: Buffers):
         """Both with the call's own leading axes, (leading axes, N, M)."""
@@ -156,29 +177,37 @@ class StoredMap(Map):
     def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
         """Rows of the softmax's own output, or of what multiplied V."""
         part = (self.effective if effective else self.probabilities)[..., rows, :]
+        # a copy, since the model may still overwrite its map in place
         buffer = self.buffers.take(0, part.shape, part.device)
         return buffer.copy_(part).view(*self.groups, *part.shape[-2:])
 
 
 @dataclass
 class AttentionCall:
-    """One attention, seen while it happens. Tensors are valid only during the callback that gets it.
+    """One attention of a pass. Tensors are valid only during the callback that gets it.
 
-    name: dotted path of the innermost running module ("blocks.3.attn"; a leaf of class Softmax is left out).
-    number: 0, 1, ..: how-manieth attention under this name in this pass.
+    name: dotted path of the innermost running module ("blocks.3.attn"; a leaf of class Softmax is
+        left out).
+    call_index: 0 for the first attention under this name in this pass, 1 for the second, ...
     route: "fused" (`scaled_dot_product_attention`, map recomputed) or "softmax" (map as it was).
-    kind: "token" (places attend to places), "channel" (channels to channels), "pooling" (weights over places that no
-        product of queries and keys made).
-    q, k: (B, W, H, N, K), (B, W, H, M, K) as they enter the product; None where there is none, or its axes were lost.
+    kind: "token" (places attend to places), "channel" (channels to channels), "pooling" (weights
+        over places without a product of queries and keys).
+    q, k: (B, W, H, N, K), (B, W, H, M, K) as they enter the product; None where there is none, or
+        its axes were lost.
     v, output: (B, W, H, M, Kv), (B, W, H, N, Kv), the second as the model computed it.
     scale: what the fused call multiplied q k^T with; None: unknown.
-    layout: where queries and keys are in the image (`places.Layout`); None: unknown, or other in every image: see source.
-    source, inserted: of our own token grafts, as in `layers.tokens.TokenState`: (B, N0) for each original token the
-        index of the one that speaks for it, -1 dropped; None: itself. Inserted tokens stand at the end.
-    mixed: values were changed between softmax and V, so that `effective` maps differ from probabilities.
-    stochastic: rows of the effective map are non-negative and sum to one (rows masked in full count as such).
-    error, verified: the largest error of the check, relative, and what it was: see `tap`.
-    note: what else there is to know, in words.
+    layout: where queries and keys are in the image (`coordinates.layout.Layout`); None: unknown, or
+        different in every image: see source.
+    source, inserted: of our own token grafts, as in `layers.stream.TokenState`: (B, N0) for each
+        original token the index of the present token that stands for it, -1 dropped; None: itself.
+        Inserted tokens are at the end.
+    mixed: values were changed between softmax and V, so that `effective` maps differ from
+        probabilities.
+    stochastic: rows of the effective map are non-negative and sum to one (rows masked in full count
+        as such).
+    error, verified: the largest error of the check, relative, and what was checked
+        (`output_error`).
+    note: anything else to know, in words.
     """
 
     name: str
@@ -201,9 +230,10 @@ class AttentionCall:
     maps: Map | None = field(default=None, repr=False)
 
     def rows(self, size: int = 256, effective: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of at most `size` rows, (slice, (B, W, H, n, M) float32), in order; ONE buffer: use at once, keep nothing.
+        """Blocks of at most `size` rows in order: (slice, (B, W, H, n, M) float32).
 
-        effective: what multiplied V, in place of the softmax's own output; they are the same unless `mixed`.
+        All blocks share ONE buffer: use each at once, or clone it. effective: what multiplied V, in
+        place of the softmax's own output; they are the same unless `mixed`.
         """
         if self.maps is None:
             raise HostError(
@@ -211,10 +241,11 @@ class AttentionCall:
                 "not kept. Read rows() or map() inside the callback."
             )
         for rows in self.maps.slices(size):
+            # a generator, so that a consumer that stops early computes nothing more
             yield rows, self.maps.block(rows, effective)
 
     def map(self, effective: bool = False) -> Tensor:
-        """The whole map (B, W, H, N, M), float32, a tensor of its own: for small ones."""
+        """The whole map (B, W, H, N, M), float32, as a tensor of its own: for small ones."""
         return torch.cat([block.clone() for _, block in self.rows(effective=effective)], dim=3)
 
 
@@ -228,7 +259,7 @@ def checked_rows(call: AttentionCall) -> list[slice]:
 
 
 def output_error(call: AttentionCall) -> tuple[float, str]:
-    """max |A V - output| / max |V| over the rows of `strips`, and what was done, in words.
+    """max |A V - output| / max |V| over `checked_rows`, and a text that says what was done.
 
     NaN where both are NaN is no error: rows masked in full, of a plain softmax.
     """
@@ -236,6 +267,7 @@ def output_error(call: AttentionCall) -> tuple[float, str]:
     for rows in slices:
         recomputed, output = call.maps.block(rows, effective=True, fresh=True) @ v, call.output[..., rows, :].float()
         error = (recomputed - output).abs_()
+        # one transfer per block from the device
         largest = error.max().item()
         if math.isnan(largest):
             largest = error.masked_fill_(recomputed.isnan() & output.isnan(), 0).max().item()
@@ -248,8 +280,12 @@ def output_error(call: AttentionCall) -> tuple[float, str]:
 
 
 def is_stochastic(call: AttentionCall) -> bool:
-    """Whether rows of the effective map are non-negative and sum to one, or to zero where they were masked in full."""
+    """True if rows of the effective map are non-negative and sum to one.
+
+    Rows that are masked in full may sum to zero.
+    """
     for _, block in call.rows(effective=True):
+        # half precision sums to one within a percent
         total = block.sum(-1)
         if bool(((total - 1).abs() > 1e-2).logical_and(total != 0).any()) or bool((block < -1e-6).any()):
             return False

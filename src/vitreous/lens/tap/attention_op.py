@@ -1,4 +1,4 @@
-"""An attention as a tap finds it, and who receives it."""
+"""`AttentionOp`: an intercepted attention; the fused route; `Receiver`, which gets it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Factors = tuple[tuple[tuple[int, str], ...], ...]  # of leading axes, see `Arran
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something in a pass that gave no map: where it was, and why."""
+    """A part of a pass that gave no map: the name of its module, and the reason."""
 
     name: str
     reason: str
@@ -30,10 +30,13 @@ class Refusal:
 
 @dataclass
 class AttentionOp:
-    """An attention as it was found: leading axes are the call's own.
+    """An intercepted attention; leading axes are the call's own.
 
-    q, k: each an operand of the product and what brings a tensor with its axes to (..., N, K), (..., M, K); None: unknown.
+    route: "fused" or "softmax". q, k: `OperandView`s that give (..., N, K) and (..., M, K); None if
+        there is no product of queries and keys, or its axes were lost.
     v, output: (..., M, Kv), (..., N, Kv).
+    mask, causal, scale: as `scaled_dot_product_attention` got them.
+    weighted_sum: of the softmax route. heads: their number, where the module passed it.
     """
 
     route: str
@@ -49,15 +52,17 @@ class AttentionOp:
 
     @property
     def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading axes."""
         return tuple(self.output.shape[:-2])
 
 
 def fused_attention(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> AttentionOp | str:
-    """A call of `scaled_dot_product_attention` as it was given, or why it has no map."""
+    """The `AttentionOp` of a `scaled_dot_product_attention` call, or why it has no map."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     arguments = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None} | dict(zip(names, args, strict=False))
     arguments |= kwargs
     q, k, v = arguments["query"], arguments["key"], arguments["value"]
+    # each refusal is a text that ends up in the report, so it says what to do
     if q.is_nested:
         return "nested tensors have no map of one shape; give images of one size"
     if arguments["dropout_p"]:
@@ -65,7 +70,8 @@ def fused_attention(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) ->
     lead = out.shape[:-2]
 
     def spread(x: Tensor, axes: int) -> Tensor:
-        """x with `axes` axes (and more behind) -> the call's leading axes; fewer key heads serve several query heads."""
+        """x with `axes` own axes (and more behind) -> the leading axes of the call."""
+        # grouped-query attention: one key head serves several query heads in a row
         if axes > 2 and lead and x.shape[axes - 3] not in (1, lead[-1]):
             x = x.repeat_interleave(lead[-1] // x.shape[axes - 3], dim=axes - 3)
         return x.expand(*lead, *x.shape[axes - 2 :])
@@ -84,9 +90,10 @@ def fused_attention(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) ->
 
 
 def guess_factors(lead: Sequence[int], heads: int | None) -> Factors:
-    """Factors of leading axes of one image where places do not tell: the last axis is heads, others are windows.
+    """Factors of leading axes of one image without coordinates: heads last, windows before.
 
-    heads: how many there are, if the module said so; they are inside of windows in one axis with them.
+    heads: their number, if the module passed it; in one axis with windows they are the inner
+    factor.
     """
     if not lead:
         return ()
@@ -97,10 +104,11 @@ def guess_factors(lead: Sequence[int], heads: int | None) -> Factors:
 
 
 class Receiver(ABC):
-    """What becomes of the attentions of one pass. count: how many were taken; refused: what gave no map.
+    """Gets the attentions of one pass. count: how many; refused: what gave no map.
 
-    strict: tensors that no visible call made are an error. In a first pass they are only remembered: what is there again
-    in the second is a constant that the model's code keeps, and what is not was computed out of sight.
+    strict: tensors that no intercepted call made are an error. The first pass only records them:
+    what is there again in the second pass is a constant that the model's code keeps, and what is
+    new in it was computed out of sight.
     """
 
     strict = False
@@ -110,18 +118,21 @@ class Receiver(ABC):
         self.counts: Counter[str] = Counter()
 
     def key(self, stack: ModuleStack) -> Key:
+        """(path of the running module, index of this attention under that path)."""
         name = stack.path
         self.counts[name] += 1
         return name, self.counts[name] - 1
 
     def refuse(self, name: str, reason: str) -> None:
+        """Record why something gave no map, once."""
+        # a module that runs many times is refused once
         refusal = Refusal(name, reason)
         if refusal not in self.refused:
             self.refused.append(refusal)
 
     def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:  # noqa: B027 (only the tracer follows)
-        """Every call of the pass, after it was made."""
+        """Called after every call of the pass."""
 
     @abstractmethod
     def attention(self, stack: ModuleStack, op: AttentionOp) -> None:
-        """An attention that the pass made."""
+        """Called at every attention of the pass."""

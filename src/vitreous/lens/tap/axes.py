@@ -1,4 +1,8 @@
-"""Which axis became which: contractions in labels, and axes followed through views."""
+"""Axes of tensors: contractions in labels, and axes followed through views.
+
+`Contraction` gives matmul, einsum and their kin one form. `Axes` says where each entry of a tensor
+stood in an earlier one, after any chain of views.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,10 @@ Digit = tuple[int, int | None]  # size, stride in the flat index of the first te
 
 @dataclass(frozen=True)
 class Contraction:
-    """out = sum over the labels that only a and b have; one label per axis, equal labels are one axis (or size 1).
+    """out = sum over the labels that only a and b have; one label per axis.
 
-    batch: labels that count as leading axes even where one operand lacks them (broadcasting of matmul).
+    Axes with equal labels are one axis (or one of them has size 1). batch: labels that count as
+    leading axes even where one operand lacks them (broadcasting of matmul).
     """
 
     a: Tensor
@@ -34,24 +39,27 @@ OPERAND_NAMES = ("input", "batch1", "mat1", "other", "tensor2", "batch2", "mat2"
 
 
 def contraction(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Contraction | None:
-    """The call as a contraction of two tensors, or None if it is none, or one of another form."""
+    """The call as a contraction of two tensors, or None if it is none, or of another form."""
     if name == "einsum":
         return einsum_contraction(args)
     if name not in MATMULS:
         return None
     operands = [*args, *(kwargs[key] for key in OPERAND_NAMES if key in kwargs)]
     operands = [x for x in operands if isinstance(x, Tensor)]
+    # the first argument is added to the product and is no operand
     if name in ("baddbmm", "addmm"):
         operands = operands[1:]
     if len(operands) != 2 or min(x.ndim for x in operands) < 2:
         return None
     a, b = reversed(operands) if name == "__rmatmul__" else operands
     lead = tuple(range(max(a.ndim, b.ndim) - 2))
+    # leading axes are numbered from the right end, as broadcasting aligns them
     own = [lead[len(lead) - (x.ndim - 2) :] for x in (a, b)]
     return Contraction(a, b, (*own[0], "n", "c"), (*own[1], "c", "m"), (*lead, "n", "m"), frozenset(lead))
 
 
 def einsum_contraction(args: Sequence[Any]) -> Contraction | None:
+    """The contraction of an einsum of two operands without diagonals, else None."""
     operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
     if not isinstance(args[0], str) or len(operands) != 2:
         return None
@@ -63,6 +71,7 @@ def einsum_contraction(args: Sequence[Any]) -> Contraction | None:
         out = expand_ellipsis(right, len(right.replace("...", "")) + (longest if "..." in right else 0))
     else:
         every = [label for own in labels for label in own]
+        # without "->" the output has the ellipsis first, then letters that occur once, in order
         out = tuple(sorted({label for label in every if isinstance(label, int)}, reverse=True))
         out += tuple(sorted(label for label in every if isinstance(label, str) and every.count(label) == 1))
     if any(len(set(own)) < len(own) for own in (*labels, out)):
@@ -78,7 +87,10 @@ def expand_ellipsis(term: str, ndim: int) -> tuple[Label, ...]:
 
 
 def arrange(x: Tensor, labels: Sequence[Label], wanted: Sequence[Label], sizes: dict[Label, int]) -> Tensor:
-    """x with one axis per wanted label (and more behind), in that order, a view; axes of size 1, or absent, are expanded."""
+    """x as a view with one axis per wanted label (and more behind), in that order.
+
+    Axes of size 1, and absent ones, are expanded to `sizes`.
+    """
     more = range(len(labels), x.ndim)
     x = x.permute(*(labels.index(label) for label in wanted if label in labels), *more)
     for i, label in enumerate(wanted):
@@ -89,10 +101,11 @@ def arrange(x: Tensor, labels: Sequence[Label], wanted: Sequence[Label], sizes: 
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes of a tensor that came from a first one by views: where each entry stood there.
+    """Where each entry of a tensor stood in an earlier tensor, from which views led to it.
 
-    shape: that of the first tensor. digits: for each axis its parts, outermost first. offset: flat index there of the entry
-    at 0, 0, ...
+    shape: of the earlier tensor. digits: for each axis its parts (`Digit`), outermost first, so
+    that a flattened or split axis keeps its origin. offset: flat index there of the entry at 0, 0,
+    ...
     """
 
     shape: tuple[int, ...]
@@ -101,13 +114,15 @@ class Axes:
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> Axes:
+        """The axes of a contiguous tensor in itself."""
         strides = torch.empty(tuple(shape), device="meta").stride()
         return cls(tuple(shape), tuple(((n, s),) for n, s in zip(shape, strides, strict=True)))
 
     def after_view(self, view: Tensor, shape: Sequence[int]) -> Axes | None:
-        """Axes after a view. view: what the view gave of a contiguous tensor of `shape`, that of these axes.
+        """Axes after a view of a contiguous tensor of `shape`, that of these axes, or None.
 
-        Its strides say which parts of which axes it took. None if that cannot be said of an axis.
+        view: the result of the view on a stand-in, whose strides tell which parts of which axes it
+        took. None if that cannot be said of an axis.
         """
         parts, stride = [], 1  # (size, stride in the first tensor, stride in the viewed one), innermost first
         for digits, n in zip(reversed(self.digits), reversed(shape), strict=True):
@@ -116,6 +131,7 @@ class Axes:
                 parts.append((size, base, inner))
                 inner *= size
             stride *= n
+        # the offset of the view is that of its first entry, in digits of the viewed tensor
         start = view.storage_offset()
         view_digits = [axis_digits(parts, n, s, start) for n, s in zip(view.shape, view.stride(), strict=True)]
         if any(digits is None for digits in view_digits):
@@ -132,16 +148,19 @@ class Axes:
         return Axes(self.shape, tuple(spread), self.offset)
 
     def with_new_axis(self, axis: int, size: int) -> Axes:
-        """Axes after the entries of one were mixed."""
+        """Axes after the entries along one axis were mixed, which ends what is known of it."""
         return Axes(self.shape, (*self.digits[:axis], ((size, None),), *self.digits[axis + 1 :]), self.offset)
 
     @property
     def traceable(self) -> bool:
-        """False if an axis is new."""
+        """False if an axis is new, so that entries along it come from nowhere in particular."""
         return all(base is not None for digits in self.digits for _, base in digits)
 
     def index(self, axes: Sequence[int]) -> Tensor:
-        """Flat index in the first tensor of each entry at coordinate 0 of the other axes: int64, one axis per given one."""
+        """Flat index in the earlier tensor of each entry at coordinate 0 of the other axes.
+
+        int64, one axis per entry of `axes`.
+        """
         total = torch.tensor(self.offset)
         for axis in axes:
             total = total[..., None] + flat_steps(self.digits[axis])
@@ -149,16 +168,24 @@ class Axes:
 
 
 def axis_digits(parts: Sequence[tuple[int, int | None, int]], n: int, stride: int, start: int) -> tuple[Digit, ...] | None:
-    """The parts, outermost first, that an axis of n entries a stride apart runs over; None if it ends within one."""
+    """The parts, outermost first, over which an axis of n entries at a stride runs.
+
+    parts: (size, stride in the earlier tensor, stride in the viewed one), innermost first. None if
+    the axis ends within a part.
+    """
     if n == 1 or stride == 0:
+        # a repeated entry, or a single one, has no stride of its own
         return ((n, 0),)
     digits: list[Digit] = []
     for size, base, inner in parts:
         first, step = start // inner % size, stride // inner
+        # the axis takes every `step`-th entry of one part, as x[::2] does
         if inner <= stride < inner * size and stride % inner == 0 and first + (n - 1) * step < size:
             return ((n, None if base is None else base * step),)
+        # the range of strides that this part contributes to the axis
         low, high = max(inner, stride), min(inner * size, stride * n)
         if low < high:
+            # the cut goes through an entry of the part, or starts in its middle
             if low % inner or high % low or first:
                 return None
             digits.append((high // low, None if base is None else base * (low // inner)))
@@ -176,6 +203,7 @@ def flat_steps(digits: Sequence[Digit]) -> Tensor:
 
 def unravel(flat: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """Flat index in a contiguous tensor of this shape -> one index per axis."""
+    # innermost axis first, then reversed
     coordinates = []
     for n in reversed(shape):
         coordinates.append(flat % n)
@@ -184,9 +212,13 @@ def unravel(flat: Tensor, shape: Sequence[int]) -> list[Tensor]:
 
 
 def on_meta(func: Callable, args: Sequence[Any], kwargs: dict[str, Any], source: Tensor, stand_in: Tensor) -> Any:
-    """The call on tensors without data, with `stand_in` for `source`: strides of what it gives show what a view did."""
+    """The call on tensors without data, with `stand_in` for `source`.
+
+    Strides of its result show what a view did, at no cost and without touching the data.
+    """
 
     def without_data(x: Any) -> Any:
+        """The argument with tensors replaced by ones on the "meta" device."""
         if isinstance(x, Tensor):
             return stand_in if x is source else torch.empty(x.shape, device="meta")
         return type(x)(map(without_data, x)) if type(x) in (list, tuple) else x

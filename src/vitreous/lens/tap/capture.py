@@ -1,4 +1,4 @@
-"""Every attention of a pass brought to one form, checked, and shown."""
+"""`Capture`: brings every attention to one form, checks it, and calls the callback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLOAT32 = {"highest": 0.0, "high": 2**-10, "medium": 2**-7}  # what PyTorch is a
 
 
 class Capture(Receiver):
-    """Brings every attention to one form, checks it, and shows it."""
+    """Gives every attention of a pass over a batch to `on_attention`, checked."""
 
     strict = True
 
@@ -34,6 +34,7 @@ class Capture(Receiver):
         self.on_attention, self.layouts, self.batch, self.buffers = on_attention, layouts, batch, Buffers()
 
     def attention(self, stack: ModuleStack, op: AttentionOp) -> None:
+        """Arrange one attention, check its map, and give it to the callback, or refuse it."""
         name, call_index = self.key(stack)
         traced = self.layouts.calls.get((name, call_index))
         arrangement = batch_arrangement(op, traced, self.batch)
@@ -43,6 +44,7 @@ class Capture(Receiver):
             return
         call = self.call(name, call_index, stack, op, traced, arrangement)
         tolerance = max(TOLERANCE, 4 * precision(op))
+        # not `>`: an error of NaN must be refused too
         if not call.error <= tolerance:
             self.refuse(name, f"its map is off by {call.error:.2g}, more than {tolerance:.2g} ({call.verified})")
             return
@@ -50,11 +52,13 @@ class Capture(Receiver):
         try:
             self.on_attention(call)
         finally:
+            # the tensors behind it are freed here, so that memory does not grow with depth
             call.maps = None
 
     def call(
         self, name: str, call_index: int, stack: ModuleStack, op: AttentionOp, traced: Traced | None, arrangement: Arrangement
     ) -> AttentionCall:
+        """The `AttentionCall` of an intercepted attention, with the error of its check."""
         v, output = arrangement.merge(op.v), arrangement.merge(op.output)
         q, k = (None if side is None else arrangement.merge(side[1](side[0])) for side in (op.q, op.k))
         weighted_sum, state = op.weighted_sum, stack.state
@@ -62,6 +66,7 @@ class Capture(Receiver):
             maps = ComputedMap(q, k, op.mask, op.causal, op.scale, arrangement, self.buffers)
         else:
             maps = StoredMap(weighted_sum.probabilities, weighted_sum.effective, arrangement, self.buffers)
+        # a reducer of tokens leaves other tokens in every image: no common layout
         layout = traced.layout if traced is not None and state.source is None else None
         if layout is not None and (layout.queries.shape[1], layout.keys.shape[1]) != (output.shape[3], v.shape[3]):
             layout = None  # another number of tokens than in the traced pass
@@ -87,30 +92,38 @@ class Capture(Receiver):
         )
         call.error, call.verified = output_error(call)
         if weighted_sum is not None and weighted_sum.product is not None:
+            # A V = output holds by construction on this route, so the scores are checked as well
             call.error, call.verified = max(call.error, weighted_sum.product.error()), f"score entries and {call.verified}"
         elif weighted_sum is not None:
             call.verified += ", from the very weights"
+        # an unchanged softmax is stochastic by definition; only changed maps need a look
         call.stochastic = not call.mixed or is_stochastic(call)
         return call
 
 
 def precision(op: AttentionOp) -> float:
-    """The coarsest step, relative, of what a call computed with."""
+    """The coarsest relative step of the formats that a call computed with."""
     product = None if op.weighted_sum is None else op.weighted_sum.product
     values = [op.output] if product is None else [op.output, product.values]
+    # scores may have been computed in a coarser format than the output
     steps = [torch.finfo(x.dtype).eps for x in values]
     return max(*steps, FLOAT32[torch.get_float32_matmul_precision()])
 
 
 def batch_arrangement(op: AttentionOp, traced: Traced | None, batch: int) -> Arrangement | None:
-    """The arrangement of a call in a pass with `batch` images: the axis that grew holds the batch, outermost."""
+    """How leading axes of a call divide in a pass of `batch` images; None: none is the batch.
+
+    The axis that grew against the traced pass of one image holds the batch as its outermost factor.
+    """
     lead = op.lead
     if traced is None or len(traced.lead) != len(lead):
         if not lead or lead[0] % batch:
             return cached_arrangement(guess_factors(lead, op.heads)) if batch == 1 else None
+        # a call that the traced pass did not make: by convention the batch is outermost
         inner = guess_factors((lead[0] // batch, *lead[1:]), op.heads)
         return cached_arrangement((((batch, "B"), *inner[0]), *inner[1:]))
     grown = [i for i, (n, m) in enumerate(zip(lead, traced.lead, strict=True)) if n != m]
+    # nothing can grow with one image; the traced factors hold if the sizes do
     if batch == 1:
         return cached_arrangement(guess_factors(lead, op.heads) if grown else traced.factors)
     if len(grown) != 1 or lead[grown[0]] != batch * traced.lead[grown[0]]:

@@ -1,13 +1,16 @@
-"""See every attention of any `torch.nn.Module` while it happens, without a line for any one model.
+"""`watch`, `trace`: intercept every attention of any `torch.nn.Module` in a forward pass.
 
-A `torch.overrides.TorchFunctionMode` around one forward pass sees every call of a PyTorch function. Attention comes by two
-routes: `scaled_dot_product_attention`, whose arguments say all, and a softmax written out, found by data flow
-(`lens.softmax`). Nothing is kept: each attention is shown to a callback as a `AttentionCall` and forgotten.
+A `torch.overrides.TorchFunctionMode` around one forward pass intercepts every call of a PyTorch
+function, without code for any one model. Attention is found by two routes:
+`scaled_dot_product_attention`, whose arguments define the map, and a softmax written out, found by
+data flow (`softmax.DataFlow`). Nothing is kept: each attention is given to a callback as an
+`AttentionCall` and released.
 
-What is shown was checked. Fused route: rows of the map are recomputed from the arguments, and A V must equal the call's own
-output, relative to max |V|. Softmax route, where that holds by construction: entries of the scores are recomputed from the
-recorded operands as well. What fails is refused with the reason, as is what cannot be seen: scripted modules, vmap, kernels
-of other packages, tensors that no visible call made.
+Every map is checked before. Fused route: rows of the map are recomputed from the arguments, and A V
+must equal the call's own output, relative to max |V|. Softmax route, where that holds by
+construction: entries of the scores are recomputed from the recorded operands as well. What fails is
+refused with the reason, and so is what cannot be intercepted: scripted modules, vmap, kernels of
+other packages, tensors that no intercepted call made.
 """
 
 from __future__ import annotations
@@ -42,10 +45,10 @@ from vitreous.lens.tap.tracer import Layouts, Traced, Tracer
 __all__ = ["AttentionCall", "Layout", "Layouts", "PassResult", "Refusal", "Traced", "trace", "watch"]
 
 NAMESPACES = {"aten", "prim", "prims", "profiler", "torchvision"}  # operators that hide no attention
-# Nearly every call of a pass is of one of these.
+# Nearly every call of a pass is of one of these; a test of types is cheap.
 ORDINARY_CALLS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
 GETTERS = {"T", "mT", "H", "mH", "data", "real", "imag"}  # attributes that are tensors
-# They give no tensor that needs following; most calls of a pass are of these.
+# Calls without a tensor to follow; most calls of a pass are of these.
 WITHOUT_TENSORS = {
     "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "__len__", "__get__", "__set__",
     "item", "tolist", "storage_offset", "element_size", "nelement", "ndimension", "__bool__", "__int__", "__float__",
@@ -55,7 +58,7 @@ WITHOUT_TENSORS = {
 
 @dataclass
 class PassResult:
-    """A pass that was watched: the model's output, and what gave no map."""
+    """The result of `watch`: the model's output, and what gave no map."""
 
     output: Any
     refused: list[Refusal]
@@ -70,13 +73,17 @@ def watch(
     on_output: OnOutput | None = None,
     outputs: Container[str] | None = None,
 ) -> PassResult:
-    """One forward pass of images (B, C, h, w), pixels as the model takes them; `on_attention` gets every attention.
+    """One forward pass of images (B, C, h, w); every attention goes to `on_attention`.
 
-    leave(name, number, output) is called at the end of every module's forward, or of those named in `outputs`. layouts: from
-    `trace`, for a caller with several batches of one size; None: traced here. The pass runs in eval mode, without gradients
-    and, if compiled, eagerly; hooks, modes and random state are as before, also after an error.
+    images: pixels as the model takes them, normalised.
+    layouts: from `trace`, for a caller with several batches of one size; None: traced here.
+    on_output(name, call_index, output): called at the end of every module's forward, or of those
+        named in `outputs`.
+    The pass runs in eval mode, without gradients and, if compiled, eagerly; hooks, modes and random
+    state are as before, also after an error.
 
-    Raises HostError for a model that cannot be seen, or without attention; NotReached if no call arrived at all.
+    Raises HostError for a model that cannot be intercepted, or without attention; NotReached if no
+    call arrived at all; DataError for images of another form.
     """
     modules = dict(model.named_modules())
     images = prepare_images(modules, images)
@@ -87,7 +94,7 @@ def watch(
 
 
 def trace(model: nn.Module, images: Tensor) -> Layouts:
-    """A pass of the first image, in which the places of every call are found. Raises as `watch`."""
+    """Layouts of every call, from a pass of the first image. Raises as `watch`."""
     modules = dict(model.named_modules())
     images = prepare_images(modules, images)[:1]
     tracer = Tracer(images)
@@ -96,7 +103,7 @@ def trace(model: nn.Module, images: Tensor) -> Layouts:
 
 
 def prepare_images(modules: dict[str, nn.Module], images: Tensor) -> Tensor:
-    """Images on the device and in the precision of the model of these modules. Raises DataError, HostError."""
+    """Images on the model's device and in its precision. Raises DataError, HostError."""
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         description = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise DataError(f"Found {description}. Expected at least one image, as (B, C, h, w). Add the batch axis: images[None].")
@@ -106,12 +113,16 @@ def prepare_images(modules: dict[str, nn.Module], images: Tensor) -> Tensor:
                 f"{name or 'The model'} is a {type(module).__name__}, scripted or traced code that runs out of sight. Expected "
                 "modules that run in Python. Give the model from before torch.jit."
             )
+    # the first floating parameter decides; a model without any takes images as they are
     like = next((p for p in registered_tensors(modules, "_parameters") if p.is_floating_point()), None)
     return images if like is None else images.to(like.device, like.dtype)
 
 
 def registered_tensors(modules: dict[str, nn.Module], registry: str) -> Iterator[Tensor]:
-    """What the modules hold in "_parameters" or "_buffers". The model's own methods walk the tree once for each."""
+    """All tensors of the modules in "_parameters" or "_buffers".
+
+    The model's own methods walk the tree of modules once for each.
+    """
     return (x for module in modules.values() for x in getattr(module, registry).values() if x is not None)
 
 
@@ -123,20 +134,25 @@ def run_pass(
     on_output: OnOutput | None,
     outputs: Container[str] | None = None,
 ) -> Any:
-    """One pass of images through the model, modules[""], its attentions to the receiver. Raises if there was none."""
+    """One pass of images through the model, modules[""]; its attentions go to the receiver.
+
+    Returns the model's output. Raises HostError or NotReached if there was no attention.
+    """
     model = modules[""]
+    # tensors in attributes are looked for once, since that walks all attributes of all modules
     if not visible:
         visible.add(attribute_tensors(model))
     visible.add((images, *registered_tensors(modules, "_parameters"), *registered_tensors(modules, "_buffers")))
     stack = ModuleStack(modules, on_output, outputs)
     with (
-        torch._C._EnableTorchFunction(),
+        torch._C._EnableTorchFunction(),  # a caller inside DisableTorchFunction would otherwise hide the whole pass
         preserve_state(model),
         force_eager(),
         stack,
         Tap(stack, receiver, visible) as tap,
     ):
         output = model(images)
+    # `layouts` outlive the pass, and may not grow with every batch
     visible.tidy()
     if receiver.count:
         return output
@@ -154,29 +170,40 @@ def run_pass(
 
 
 def attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that modules keep in plain attributes, lists and dicts, such as tables made in an earlier pass."""
+    """Tensors that modules keep in plain attributes, lists and dicts.
+
+    Such as tables of positions made in an earlier pass.
+    """
     for module in model.modules():
         for key, value in vars(module).items():
+            # these are listed by `registered_tensors`
             if key not in ("_parameters", "_buffers", "_modules"):
                 yield from tensors(value)
 
 
 @contextmanager
 def force_eager() -> Iterator[None]:
-    """Compiled code runs as it was written, while the body runs; for the whole process, as torch.compiler has it."""
+    """Compiled code runs uncompiled while the body runs.
+
+    For the whole process, as torch.compiler has it.
+    """
     with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
         yield
 
 
 @contextmanager
 def outside_tap(device: torch.device) -> Iterator[None]:
-    """Calculations of ours: unseen by taps, in the precision they say."""
+    """Computations of the lens: not intercepted, and in the precision that they name."""
     with torch._C.DisableTorchFunction(), torch.autocast(device.type, enabled=False):
         yield
 
 
 class Tap(TorchFunctionMode):
-    """The mode that sees the calls of one pass, in one thread."""
+    """The function mode of a pass: runs every call, and finds the attentions among them.
+
+    calls: how many arrived. heads: number of heads that the module now running passed to
+    `multi_head_attention_forward`; None outside of it.
+    """
 
     def __init__(self, stack: ModuleStack, receiver: Receiver, visible: TensorSet):
         super().__init__()
@@ -184,18 +211,24 @@ class Tap(TorchFunctionMode):
         self.calls, self.heads = 0, None
 
     def __enter__(self) -> Tap:
+        # `__torch_function__` lets the calls of other threads pass
         self.thread = threading.get_ident()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        """Leave the mode, and refuse softmaxes that were never contracted."""
         super().__exit__(*error)
         for record in self.flow.softmaxes:
+            # it may have been a gate, or attention in a form that is not known: say so, lest it be
+            # missed
             if not record.used:
                 self.receiver.refuse(record.path, "a softmax was never contracted along its axis: its weights are no map")
         self.flow.clear()
 
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None):
+        """Run a call, follow its tensors, and hand on an attention that it completes."""
         kwargs, name = {} if kwargs is None else kwargs, function_name(func)
+        # other threads work on other images
         if name in WITHOUT_TENSORS or threading.get_ident() != self.thread:
             return func(*args, **kwargs)
         if Opening in types:  # no tensor: what is done with the tokens inside is seen, as the host's own code does it
@@ -206,6 +239,7 @@ class Tap(TorchFunctionMode):
             return self.run_body(func, args, kwargs)
         with torch._C.DisableTorchFunction():
             inputs = tensors((*args, *kwargs.values()))
+            # before the call, as it may work in place
             self.check_inputs(func, inputs)
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
@@ -214,13 +248,16 @@ class Tap(TorchFunctionMode):
             if name == "scaled_dot_product_attention":
                 result = fused_attention(args, kwargs, out)
             else:
-                follow = name in STARTS or self.flow.roles  # most calls of a pass begin nothing, and there is nothing to go on
+                # most calls of a pass begin no attention, and while no tensor has a role none can
+                # go on
+                follow = name in STARTS or self.flow.roles
                 result = self.flow.follow(name, self.stack, func, args, kwargs, inputs, out) if follow else None
             if isinstance(result, WeightedSum):
                 q, k = result.operands() or (None, None)
                 result = AttentionOp("softmax", q, k, result.v, result.output, weighted_sum=result)
         if isinstance(result, AttentionOp):
             result.heads = self.heads
+            # checks run in float32 under the autocast of any caller
             with outside_tap(result.output.device):
                 self.receiver.attention(self.stack, result)
         elif result is not None:
@@ -230,11 +267,13 @@ class Tap(TorchFunctionMode):
     def run_body(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the body of a function that would hide its calls, with this mode on.
 
-        A copy of it under other globals, in which nothing overrides functions, runs its body and does not ask again.
+        `multi_head_attention_forward` hands itself to the mode as a whole. A copy of it under other
+        globals, in which nothing overrides functions, runs its body and does not ask again.
         """
         names = {**func.__globals__, "has_torch_function": lambda *_: False}
         body = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
         body.__kwdefaults__ = func.__kwdefaults__
+        # heads are not in the shapes inside: they are merged with the batch into one axis
         outer, self.heads = self.heads, kwargs.get("num_heads", args[4] if len(args) > 4 else None)
         try:
             with self.reenter():
@@ -252,11 +291,15 @@ class Tap(TorchFunctionMode):
             TorchFunctionMode.__exit__(self, None, None, None)
 
     def check_inputs(self, func: Callable, inputs: Sequence[Tensor]) -> None:
-        """Look at a call before it is made: kernels that hide what they do, and tensors that came from such."""
+        """Check a call before it is made: opaque kernels, and tensors that came from such.
+
+        inputs: the tensors among its arguments.
+        """
         if isinstance(func, ORDINARY_CALLS):
             pass
         elif isinstance(func, (OpOverload, OpOverloadPacket)):
             operator = func._qualified_op_name if isinstance(func, OpOverloadPacket) else func.name()
+            # a custom operator may contain an attention that nothing shows
             if operator.split("::")[0] not in NAMESPACES:
                 self.receiver.refuse(self.stack.path, f"the kernel {operator} does not show what it computes")
         elif isinstance(func, HigherOrderOperator):
@@ -265,11 +308,14 @@ class Tap(TorchFunctionMode):
         for tensor in inputs:
             if tensor in self.visible or not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
                 continue
+            # under vmap a tensor hides the axis of images
             if torch._C._functorch.is_batchedtensor(tensor):
                 raise HostError(
                     f"{self.stack.path or 'The model'} runs under torch.vmap, where tensors stand for many. Expected plain "
                     "ones. Give the model a batch in place of vmap over images."
                 )
+            # scalars and single numbers carry no map; the tracing pass only records (see
+            # `Receiver`)
             if tensor.ndim and tensor.numel() > 1 and self.receiver.strict:
                 raise HostError(
                     f"{self.stack.path or 'The model'} works on a tensor {tuple(tensor.shape)} that no visible call made: it "
@@ -281,7 +327,10 @@ class Tap(TorchFunctionMode):
 
 
 def function_name(func: Callable) -> str:
-    """The name of a function without what tells its forms apart; that of an attribute for its getter."""
+    """The name of a function without its overload; that of an attribute for its getter.
+
+    "softmax" for `torch.ops.aten.softmax.int`, "mT" for the getter of `Tensor.mT`.
+    """
     name = getattr(func, "__name__", "")
     if name == "__get__":
         attribute = func.__self__.__name__

@@ -1,4 +1,4 @@
-"""Which module of a model runs now, and what became of its tokens, told by temporary hooks."""
+"""`ModuleStack`: the module that runs now, and the state of its tokens, by hooks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ OnOutput = Callable[[str, int, Any], None]
 
 
 class ModuleStack:
-    """A context in which `path` is the dotted path of the innermost running module; `on_output` is called at each end.
+    """A context in which `path` is the dotted path of the innermost running module.
 
-    leave(name, number, output): after a module's own hooks; number: how-manieth call of that module in this pass.
-    modules: all of a model, by name. ends: names of the modules whose ends `on_output` is called at; None: of all. Leaves of
-    PyTorch itself that are not among them get no hooks: most modules are such, and what runs in them counts as their
-    parent's.
-    state: the newest `TokenState` of our own token grafts. Hooks see the thread that entered and no other.
+    modules: all modules of a model, by name.
+    on_output(name, call_index, output): called after the module's own hooks; call_index: 0 for its
+        first call in this pass, 1 for the second.
+    outputs: names of the modules that `on_output` is called for; None: all. Leaves of PyTorch
+        itself that are not among them get no hooks, since most modules are such; what runs in them
+        counts as their parent's.
+    state: the newest `TokenState` of our own token grafts.
+    Hooks act in the thread that entered and in no other.
     """
 
     def __init__(self, modules: dict[str, nn.Module], on_output: OnOutput | None = None, outputs: Container[str] | None = None):
@@ -39,7 +42,8 @@ class ModuleStack:
         self.thread = threading.get_ident()
         try:
             for name, module in self.modules.items():
-                if "_orig_mod" in module._modules:  # what torch.compile puts around a module has no place of its own
+                # torch.compile wraps a module in one of the same path, whose child is "_orig_mod"
+                if "_orig_mod" in module._modules:
                     continue
                 if "_orig_mod" in name:
                     name = ".".join(part for part in name.split(".") if part != "_orig_mod")
@@ -49,6 +53,8 @@ class ModuleStack:
                 self.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
                 self.handles.append(module.register_forward_hook(exit, always_call=True))
         except BaseException:
+            # some hooks are registered already, and `with` calls __exit__ only after __enter__ has
+            # returned
             self.__exit__()
             raise
         return self
@@ -61,41 +67,48 @@ class ModuleStack:
 
     @property
     def path(self) -> str:
-        """Dotted path of the innermost running module; leaves of PyTorch, and any Softmax, count as their parents."""
+        """Dotted path of the innermost running module.
+
+        PyTorch's own leaves, and any module of class Softmax, count as their parents.
+        """
         own = (name for name, _, module in reversed(self.stack) if type(module).__name__ != "Softmax" and not is_leaf(module))
         return next(own, "")
 
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Pre-hook: push the module, and take the token state from its arguments."""
         if threading.get_ident() != self.thread:
             return
+        # the call index counts calls of the module object, which may stand under several names
         self.stack.append((name, self.counts[module], module))
         self.counts[module] += 1
         if isinstance(module, Block) and args and isinstance(args[0], Tensor):
-            self.state = PLAIN  # a stream of tokens begins here, or has not begun
+            self.state = PLAIN  # a block that takes a plain tensor starts a new stream, or comes before one
         self.state = newest_state((*args, *kwargs.values()), self.state)
 
     def exit(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        """Hook after a module's forward, which runs also when that raised: then without output."""
+        """Hook after a forward, which runs also when that raised: then without output."""
         if threading.get_ident() != self.thread:
             return
         call_index = 0
-        while self.stack:  # modules that an exception left are still on it
+        # an exception skips the hooks of inner modules, whose entries are then still on the stack
+        while self.stack:
             _, call_index, popped = self.stack.pop()
             if popped is module:
                 break
         self.state = PLAIN if isinstance(module, StreamEnd) else newest_state((output,), self.state)
         if self.on_output is not None and output is not None and (self.outputs is None or name in self.outputs):
+            # our own calls must not be intercepted by the tap
             with torch._C.DisableTorchFunction():
                 self.on_output(name, call_index, output)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's own, without children: none of these is an attention."""
+    """True for PyTorch's own modules without children: none of them is an attention."""
     return not module._modules and type(module).__module__.startswith("torch.nn.modules.")
 
 
 def newest_state(values: Iterable[Any], state: TokenState) -> TokenState:
-    """The last state among values, alone, in a stream or in a tuple; `state` if there is none."""
+    """The last state among values, alone, in a stream or a tuple; else `state`."""
     for value in values:
         if isinstance(value, (Stream, Opening)):
             state = value.state

@@ -1,4 +1,4 @@
-"""Tensors that were seen, without holding them."""
+"""`TensorSet`: membership of tensors by identity, without keeping them alive."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class TensorSet:
-    """A set of tensors, each itself and no other of equal values, that keeps none of them alive.
+    """A set of tensors by identity (not by value) that holds only weak references.
 
-    What torch has for this asks and tells in Python several times per tensor; a pass asks for each argument of each call.
+    `torch.utils.weak` runs several Python calls per lookup, and a pass looks up every argument of
+    every call; a plain dictionary of addresses needs one.
     """
 
     def __init__(self):
@@ -22,13 +23,13 @@ class TensorSet:
 
     def __contains__(self, tensor: Tensor) -> bool:
         reference = self.references.get(id(tensor))
-        return reference is not None and reference() is tensor  # another may have come to the address of one that is gone
+        return reference is not None and reference() is tensor  # an address is used again after its tensor is freed
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Take in tensors."""
+        """Add tensors."""
         for tensor in tensors:
             self.references[id(tensor)] = weakref.ref(tensor)
 
     def tidy(self) -> None:
-        """Forget those that are gone."""
+        """Remove the entries of tensors that no longer exist."""
         self.references = {at: reference for at, reference in self.references.items() if reference() is not None}

@@ -1,4 +1,4 @@
-"""Where the queries and keys of every attention are: a pass with one image, in which every call moves places."""
+"""`Tracer`: shapes, coordinates and kinds of every call, from a pass with one image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from vitreous.lens.tap.tensor_set import TensorSet
 
 @dataclass(frozen=True)
 class Traced:
-    """One call of a pass with one image: sizes of its leading axes, their factors (see `Arrangement`), kind and layout."""
+    """One call of a pass with one image.
+
+    lead: sizes of its leading axes. factors: of these (see `Arrangement`). kind, layout: as in
+    `AttentionCall`.
+    """
 
     lead: tuple[int, ...]
     factors: Factors
@@ -33,7 +37,9 @@ class Traced:
 class Layouts:
     """Where the queries and keys of every call are, from a pass with one image.
 
-    calls: by (call name, number). outputs: layouts of module outputs, by (module name, number).
+    calls: by (call name, call index). outputs: layouts of module outputs, by (module name, call
+        index).
+    earlier_tensors: of passes before; what is not among them later was computed out of sight.
     """
 
     calls: dict[Key, Traced] = field(default_factory=dict)
@@ -46,7 +52,7 @@ class Layouts:
 
 
 class Tracer(Receiver):
-    """Notes the shapes and places of every attention, and the places of module outputs, in a pass of one image."""
+    """Records shapes and layouts of every attention, and layouts of module outputs."""
 
     def __init__(self, image: Tensor):
         super().__init__()
@@ -56,17 +62,21 @@ class Tracer(Receiver):
         self.shared_layouts: dict[tuple, Layout] = {}  # layouts of calls by what they say
 
     def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        """Move coordinates through a call."""
         self.coordinates.follow(func, tuple(args), kwargs, out)
 
     def attention(self, stack: ModuleStack, op: AttentionOp) -> None:
+        """Record the leading axes, factors, kind and layout of an attention."""
         self.count += 1
         product = op.weighted_sum is None or op.weighted_sum.product is not None
         kind = "token" if product else "pooling"
         sides = (op.q, op.k)
-        if op.q is None:  # the output is where its query is, V where the keys are
+        # without a product, the output stands for the queries and V for the keys
+        if op.q is None:
             sides = (op.weighted_sum.output_view, op.weighted_sum.v_view)
         query, key = (self.places(side, x.shape[-2]) for side, x in zip(sides, (op.output, op.v), strict=True))
         call_layout = layout(query, key, self.coordinates.size, self.coordinates.reason(*(side[0] for side in sides)))
+        # without coordinates, or with leading axes that broadcast, factors are guessed
         if call_layout is None or len(call_layout.factors) != len(op.lead):
             call_layout, factors = None, guess_factors(op.lead, op.heads)
         else:
@@ -77,7 +87,10 @@ class Tracer(Receiver):
         self.layouts.calls[self.key(stack)] = Traced(op.lead, factors, kind, call_layout)
 
     def places(self, side: OperandView, count: int) -> Tensor:
-        """Places (..., count, K, 4) of a side, NaN if it has none; axes on which they do not differ have size 1 or stride 0."""
+        """Coordinates (..., count, K, 4) of an operand; NaN if it has none.
+
+        As of `CoordinateTracer.of`; axes along which they are constant have size 1 or stride 0.
+        """
         places = self.coordinates.of(side[0])
         if places is None:
             return torch.full((count, 1, 4), math.nan)
@@ -85,7 +98,10 @@ class Tracer(Receiver):
         return places.expand(*places.shape[:-3], count, *places.shape[-2:])
 
     def share(self, call_layout: Layout) -> Layout:
-        """The layout of an earlier call that says the same, else this one: calls that share one are soon compared."""
+        """The equal layout of an earlier call, else this one.
+
+        Calls that share one object are compared fast later.
+        """
         queries, keys = call_layout.queries.numpy().tobytes(), call_layout.keys.numpy().tobytes()
         if queries == keys and call_layout.queries.shape == call_layout.keys.shape:
             call_layout = replace(call_layout, keys=call_layout.queries)
@@ -93,7 +109,11 @@ class Tracer(Receiver):
         return self.shared_layouts.setdefault((queries, keys, *details), call_layout)
 
     def on_output(self, name: str, call_index: int, output: Any) -> None:
-        """The layout of a module's output (1, N, D), (1, D, N), (1, h, w, D) or (1, D, h, w)."""
+        """Record the layout of a module's output.
+
+        An Opening, a Stream, or (1, N, D), (1, D, N), (1, h, w, D), (1, D, h, w), alone or first in
+        a tuple.
+        """
         if isinstance(output, Opening):
             output = output.x
         if isinstance(output, Stream):  # for its original tokens, as in `Stream.tokens`
@@ -108,15 +128,18 @@ class Tracer(Receiver):
             self.layouts.outputs[name, call_index] = output_layout
 
     def layout_of_output(self, output: Tensor) -> Layout | None:
+        """The layout of an output with one axis of features, or None."""
         places = self.coordinates.of(output)
         if places is None or len(output) != 1:
             return None
         places = narrow_constant_axes(places)
+        # the axes of places are those along which coordinates differ; the one left holds features
         varying = [axis for axis in range(1, output.ndim) if places.shape[axis] > 1]
         if len(varying) != output.ndim - 2 or varying[-1] - varying[0] != len(varying) - 1:
             return None
         constant = next(axis for axis in range(1, output.ndim) if axis not in varying)
         places = places.movedim(constant, -2).flatten(1, -3)  # (1, N, 1, 4)
+        # layouts take long to find, and most modules leave tokens where they are
         key = places.numpy().tobytes()
         if key not in self.layouts_by_places:
             self.layouts_by_places[key] = layout(places, None, self.coordinates.size)
@@ -124,7 +147,7 @@ class Tracer(Receiver):
 
 
 def narrow_constant_axes(places: Tensor) -> Tensor:
-    """Places (..., 4) with size 1 in place of axes along which nothing differs."""
+    """Coordinates (..., 4) with size 1 in place of axes along which they are constant."""
     for axis in range(places.ndim - 1):
         if places.stride(axis) == 0:
             places = places.narrow(axis, 0, 1)
