@@ -1,4 +1,7 @@
-"""Where the queries and keys of an attention are: raw places snapped to a grid, windows told from heads."""
+"""`Layout`: where the queries and keys of an attention are, snapped to a grid.
+
+`layout` makes one of raw coordinates, and tells windows from heads; `snap` finds the grid.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ class Layout:
     grid, key_grid: (rows, cols) of all query (key) places over all windows; None: they are on no
         grid.
     prefix: how many leading queries have no place in any window (class token, registers).
-    windows, heads: into how many of each the leading axes divide; factors: (size, "W" | "H") of
-        each leading axis, outermost first, for one image.
+    windows, heads: into how many of each the leading axes divide.
+    factors: (size, "W" | "H") of each leading axis, outermost first, for one image.
     note: why something is unknown, or "".
     """
 
@@ -41,9 +44,9 @@ class Layout:
     key_cells: Tensor | None = field(default=None, repr=False)
 
     def picture(self, values: Tensor) -> Tensor:
-        """One value per query (..., W, N) -> (..., rows, cols) on the true grid; NaN where no query is.
+        """One value per query (..., W, N) -> (..., rows, cols) on `grid`; NaN where no query is.
 
-        Where several queries are at one place (overlapping windows) their mean stands there.
+        Where several queries are at one place (overlapping windows) their mean is taken.
         """
         return _picture(values, self.cells, self.grid, "queries")
 
@@ -53,6 +56,7 @@ class Layout:
 
 
 def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None, side: str) -> Tensor:
+    """Values (..., W, N) averaged into the cells of a grid; side: for the message."""
     if cells is None or grid is None:
         raise ValueError(f"The {side} of this attention are on no grid. Expected a layout with one. Draw them as rows.")
     if tuple(values.shape[-2:]) != tuple(cells.shape):
@@ -64,17 +68,19 @@ def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None,
     has_cell = index >= 0
     flat, index = flat[..., has_cell], index[has_cell]
     flat = flat if flat.is_floating_point() else flat.double()
+    # a mean of what falls into each cell
     total = flat.new_zeros(*values.shape[:-2], grid[0] * grid[1]).index_add(-1, index, flat)
     count = torch.bincount(index, minlength=grid[0] * grid[1])
     return (total / count).unflatten(-1, grid)  # 0 / 0 = NaN where no token is
 
 
 def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note: str = "") -> Layout | None:
-    """Layout of an attention from raw places (`CoordinateTracer.of`), or None if neither queries nor keys have any.
+    """Layout of an attention from raw coordinates, or None if neither side has any.
 
-    query: (*leading, N, K, 2 or 4), key: (*leading, M, K, 2 or 4): (y, x), and with 4 the spread
-    and the mass too; None for a tensor without places. Leading axes (those of one image) broadcast;
-    K is the axis that the product sums.
+    query: (*leading, N, K, 2 or 4), key: (*leading, M, K, 2 or 4), as of `CoordinateTracer.of`: (y,
+    x), and with 4 the variance and the mass too; None for a tensor without coordinates. Leading
+    axes (those of one image) broadcast; K is the axis that the product sums. size: (height, width)
+    of the image.
     """
     query, key = (None if places is None else _tokens(places) for places in (query, key))
     if query is None and key is None:
@@ -82,6 +88,7 @@ def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note
     query, key = _alike(query, key)
     factors, window_starts = _divide(query, key)
     query, key = _one_per_window(query, window_starts), _one_per_window(key, window_starts)  # (W, N, 4), (W, M, 4)
+    # over all windows together, where a median token is more typical than within one
     query, key = _without_pooled(query, key)
     if not bool(query[..., 0].isfinite().any() or key[..., 0].isfinite().any()):
         return None
@@ -96,12 +103,16 @@ def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note
 
 
 def channel(query: Tensor | None, key: Tensor | None) -> bool:
-    """Whether channels attend to channels: places (*leading, N, K, 2 or 4) differ along K, which is summed, not along N."""
+    """True if channels attend to channels.
+
+    Places (*leading, N, K, 2 or 4) then differ along K, which is summed, and not along N.
+    """
     present = [places for places in (query, key) if places is not None]
     return bool(present) and all(_differs(places, -2) and not _differs(places, -3) for places in present)
 
 
 def _differs(places: Tensor, axis: int) -> bool:
+    """True if places differ along an axis by more than CLOSE."""
     if places.shape[axis] == 1 or places.stride(axis) == 0:
         return False
     points = places[..., :2]
@@ -110,6 +121,7 @@ def _differs(places: Tensor, axis: int) -> bool:
 
 
 def _product(values) -> int:
+    """Product of the values; 1 of none."""
     total = 1
     for value in values:
         total *= value
@@ -120,6 +132,7 @@ def _tokens(places: Tensor) -> Tensor:
     """(*leading, N, K, 2 or 4) -> (*leading, N, 4): the mean over the summed axis."""
     places = places.double()
     if places.shape[-1] == 2:
+        # without variance and mass: single pixels, one token each
         rest = torch.tensor([0.0, 1.0], dtype=torch.float64, device=places.device).expand(places.shape)
         places = torch.cat([places, rest], dim=-1)
     if places.stride(-2) == 0:
@@ -128,7 +141,10 @@ def _tokens(places: Tensor) -> Tensor:
 
 
 def _alike(query: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both with the same leading axes; what is missing is NaN; fewer key heads than query heads are repeated."""
+    """Both sides with the same leading axes; an absent side is NaN.
+
+    Fewer key heads than query heads are repeated (grouped-query attention).
+    """
     if query is None or key is None:
         side = query if key is None else key
         none = side[..., :1, :].mul(torch.nan)
@@ -147,10 +163,11 @@ def _alike(query: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _divide(query: Tensor, key: Tensor) -> tuple[Factors, list[Tensor]]:
-    """What each leading axis is made of, and for each axis the indices at which a new window begins."""
+    """Factors of each leading axis, and the indices at which its windows start."""
     factors, window_starts = [], []
     for axis in range(query.ndim - 2):
         count = query.shape[axis]
+        # heads share their places, windows do not: equal patterns are heads
         ids = _patterns(query, key, axis)
         distinct = int(ids.max()) + 1
         first = torch.tensor([int((ids == i).nonzero()[0]) for i in range(distinct)])
@@ -158,8 +175,10 @@ def _divide(query: Tensor, key: Tensor) -> tuple[Factors, list[Tensor]]:
             factors.append(())
         elif distinct == 1:
             factors.append(((count, "H"),))
+        # patterns repeat in turn: heads outside, windows inside
         elif count % distinct == 0 and torch.equal(ids, torch.arange(distinct).repeat(count // distinct)):
             factors.append(tuple(pair for pair in ((count // distinct, "H"), (distinct, "W")) if pair[0] > 1))
+        # each pattern several times in a row: windows outside, heads inside
         elif count % distinct == 0 and torch.equal(ids, torch.arange(distinct).repeat_interleave(count // distinct)):
             factors.append(((distinct, "W"), (count // distinct, "H")))
         else:  # windows that look alike, such as those of padding only
@@ -170,10 +189,14 @@ def _divide(query: Tensor, key: Tensor) -> tuple[Factors, list[Tensor]]:
 
 
 def _patterns(query: Tensor, key: Tensor, axis: int) -> Tensor:
-    """For each index along a leading axis the number of its pattern of places, counted in order of appearance."""
+    """For each index along a leading axis the number of its pattern of places.
+
+    Counted in order of appearance: indices with equal places have equal numbers.
+    """
     count = query.shape[axis]
     rows = []
     for places in (query, key):
+        # a side with stride 0 is the same for all and tells nothing
         if places.stride(axis) != 0:
             points = places.movedim(axis, 0)[..., :2].reshape(count, -1)
             rows.append((points / CLOSE).round().nan_to_num(nan=-1e9))
@@ -185,18 +208,19 @@ def _patterns(query: Tensor, key: Tensor, axis: int) -> Tensor:
 
 
 def _one_per_window(places: Tensor, window_starts: Sequence[Tensor]) -> Tensor:
-    """(*leading, N, 4) -> (W, N, 4): one of each window."""
+    """(*leading, N, 4) -> (W, N, 4): one head of each window."""
     for axis, index in enumerate(window_starts):
         places = places.index_select(axis, index)
     return places.reshape(-1, *places.shape[-2:])
 
 
 def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that stand for much of the image lose their place: a pooled mean is not the patch in the middle.
+    """Remove the places of tokens that stand for much of the image.
 
-    Compared is the variance of the pixels that a token stands for with that of the median token
-    beside it: the mean of all tokens exceeds it by the variance of their places. Tokens that are
-    all at one place are compared with those of the other side.
+    A pooled mean is not the patch in the middle. The variance of the pixels that a token stands for
+    is compared with that of the median token beside it: the mean of all tokens exceeds it by the
+    variance of their places. Tokens that are all at one place are compared with those of the other
+    side.
     """
     points = [places.flatten(0, -2)[places[..., 0].flatten().isfinite()] for places in (query, key)]
     spreads = [(float(p[:, 2].median()), float(p[:, :2].var(0, correction=0).sum())) for p in points if len(p)]
@@ -215,11 +239,11 @@ def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def snap(places: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int] | None, Tensor | None]:
-    """(rows, cols) and the cell of each of (W, N, 4) places by rank, or (None, None) if they make no grid.
+    """(rows, cols) and the cell of each of (W, N, 4) places, or (None, None) without a grid.
 
-    Ranks, not distances: convolutions with padding pull places at the border inward. Where places
-    are missing (dropped tokens) the pitch of the others says which; merged tokens make no such
-    grid.
+    By rank, not by distance: convolutions with padding pull places at the border inward. Where
+    places are missing (dropped tokens) the pitch of the others gives the grid; merged tokens make
+    no such grid.
     """
     flat = places.reshape(-1, 4)
     has_place = flat[:, 0].isfinite()
@@ -227,11 +251,14 @@ def snap(places: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int] | None,
     if not len(points):
         return None, None
     extent = [float(points[:, i].max() - points[:, i].min()) for i in range(2)]
+    # if n places filled the extent evenly, each would have a square of this side
     pitch = ((extent[0] + 1) * (extent[1] + 1) / len(points)) ** 0.5
+    # strictly first; then within an eighth of the pitch, as padding shifts places at the border
     for close in (CLOSE, pitch / 8):
         ranks = [_ranks(points[:, i], close) for i in range(2)]
         grid = tuple(len(levels) for _, levels in ranks)
         index = ranks[0][0] * grid[1] + ranks[1][0]
+        # a grid has each combination of a row and a column
         full = len(index.unique()) == grid[0] * grid[1]
         if full and all(_covers(levels, length) for (_, levels), length in zip(ranks, size, strict=True)):
             return grid, _cells(index, has_place, places)
@@ -240,13 +267,17 @@ def snap(places: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int] | None,
 
 
 def _cells(index: Tensor, has_place: Tensor, places: Tensor) -> Tensor:
+    """(W, N) index into the grid, -1 where there is no place."""
     cells = torch.full(has_place.shape, -1, dtype=torch.long)
     cells[has_place] = index
     return cells.reshape(places.shape[:-1])
 
 
 def _ranks(values: Tensor, close: float) -> tuple[Tensor, Tensor]:
-    """Rank of each value among the levels, and the levels: sorted values, one where neighbours are close."""
+    """Rank of each value among the levels, and the levels.
+
+    Levels are the sorted values, merged where neighbours are close.
+    """
     order = values.argsort(stable=True)
     steps = torch.cat([torch.zeros(1, dtype=torch.long), (values[order].diff() > close).long()]).cumsum(0)
     ranks = torch.empty_like(steps)
@@ -256,7 +287,7 @@ def _ranks(values: Tensor, close: float) -> tuple[Tensor, Tensor]:
 
 
 def _covers(levels: Tensor, length: int) -> bool:
-    """Whether levels go from border to border without a gap.
+    """True if levels go from border to border without a gap.
 
     The margins of both sides together are one step, or nearly two where a filter laid its outputs
     twice as dense.
@@ -269,10 +300,14 @@ def _covers(levels: Tensor, length: int) -> bool:
 
 
 def _lattice(points: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], Tensor] | None:
-    """Grid and cells of places some of which are missing: all lie on multiples of one pitch, the same for both axes."""
+    """Grid and cells of places some of which are missing, or None.
+
+    All must lie on multiples of one pitch, the same for both axes.
+    """
     ranks = [_ranks(points[:, i], CLOSE) for i in range(2)]
     pitches = [float(levels.diff().min()) if len(levels) > 1 else None for _, levels in ranks]
     pitch = min((pitch for pitch in pitches if pitch), default=0.0)
+    # merged tokens differ in variance or mass; their means lie between the places of a grid
     merged = (points[:, 2].max() - points[:, 2].min() > pitch**2 / 2) | (points[:, 3].max() - points[:, 3].min() > CLOSE)
     if merged or pitches == [None, None] or (None not in pitches and abs(pitches[0] - pitches[1]) > 0.05 * pitches[0]):
         return None
@@ -280,6 +315,7 @@ def _lattice(points: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], Te
     for (rank, levels), pitch, other, length in zip(ranks, pitches, pitches[::-1], size, strict=True):
         pitch = pitch or other
         steps = (levels - levels[0]) / pitch
+        # 5 % of the pitch: beyond, places are on no lattice
         if float((steps - steps.round()).abs().max()) > 0.05:
             return None
         steps = steps.round().long() + int(float(levels[0]) / pitch)

@@ -1,4 +1,4 @@
-"""Rules for calls that mix values: a mean, a filter, a product or a merge is at the mean place of what it mixes.
+"""Rules for calls that mix values: sums, filters, products and merges, at a mean place.
 
 Residual sums take the mean of what has a place. A product takes the place of what does not vary
 along the contracted axis: a linear layer its row's, attention its query's. A rule takes a
@@ -44,8 +44,10 @@ def combine(op: TensorOp) -> CoordinateField | None:
     shape = shape_of(op.out)
     fields = [field for value in (*op.args, *op.kwargs.values()) if (field := op.field(value))]
     most = max((len(field.sets) for field in fields), default=0)
+    # scores have two sets; a bias or mask added to them has one, or none
     fields = [field for field in fields if len(field.sets) == most]
     if len(fields) > 1:
+        # if all are constant, one is kept: the sum of pooled tokens is where they are
         fields = [field for field in fields if not all(map(is_constant, field.sets))] or fields[:1]
     if not fields:
         return None
@@ -57,6 +59,7 @@ def combine(op: TensorOp) -> CoordinateField | None:
 
 def extreme(op: TensorOp) -> CoordinateField | None:
     """max, min: elementwise of two tensors, or over an axis."""
+    # torch.max(x, 1) reduces, torch.max(x, y) compares
     two = isinstance(op.arguments("input", "other").get("other"), Tensor)
     return combine(op) if two else reduce(op)
 
@@ -82,7 +85,8 @@ def reduce(op: TensorOp) -> CoordinateField | None:
 
 
 def _channels(parts: Parts, axis: int, groups: int = 1) -> Parts:
-    """Mean over channels, or over those of each group where channels have different places."""
+    """Mean over channels, or over each group where channels differ in places."""
+    # channels at one place need no groups, as nearly always
     if groups == 1 or all(part.stride(axis) == 0 for part in parts):
         return mean_over(parts, axis)
     split = tuple(part.unflatten(axis, (groups, -1)) for part in parts)
@@ -90,6 +94,7 @@ def _channels(parts: Parts, axis: int, groups: int = 1) -> Parts:
 
 
 def _shape_with_one(part: Tensor, axis: int) -> list[int]:
+    """A part's shape with length 1 along an axis."""
     shape = list(part.shape)
     shape[axis] = 1
     return shape
@@ -98,10 +103,10 @@ def _shape_with_one(part: Tensor, axis: int) -> list[int]:
 def _spatial(
     op: TensorOp, axes: int, total: Callable[[Tensor], Tensor], groups: int = 1, sides: Sequence[int] = ()
 ) -> CoordinateField | None:
-    """Places (..., C, *space) under an operator on (n, 1, *space), which is given parts of one channel.
+    """Places (..., C, *space) under a linear operator on (n, 1, *space).
 
-    sides: (before, after) of each axis, by which the image goes on over its border, so that zero
-    padding pulls nothing in.
+    total: the operator, which gets parts of one channel. sides: (before, after) of each axis, by
+    which the image is continued over its border, so that zero padding pulls nothing in.
     """
     field, shape = op.source, shape_of(op.out)
     if field is None:
@@ -111,12 +116,15 @@ def _spatial(
 
     def filtered(parts: Parts) -> Parts:
         parts = _channels(parts, channel, groups)
+        # only axes along which parts vary are filtered; the result is expanded
         small = torch.broadcast_shapes(*(thin(part).shape[: channel + 1] for part in parts))
         flat = tuple(thin(part).expand(*small, *space).reshape(-1, 1, *space) for part in parts)
         for axis in range(len(sides) // 2):
+            # zero padding would count as places at 0, or as missing ones that shift the mean inward
             flat = _extrapolate(flat, axis - axes, *sides[2 * axis : 2 * axis + 2])
         filtered_parts = [part.reshape(*small, *shape[channel + 1 :]) for part in average(flat, total)]
         if small[-1] > 1:
+            # one mean per group serves all output channels of the group
             filtered_parts = [part.repeat_interleave(shape[channel] // small[-1], channel) for part in filtered_parts]
         return tuple(part.expand(shape) for part in filtered_parts)
 
@@ -132,9 +140,11 @@ def convolve(op: TensorOp) -> CoordinateField | None:
     padding = arguments.get("padding", 0)
     if isinstance(padding, str):
         reach = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        # "same" pads one more on the right where the footprint is even
         left = [n // 2 for n in reach] if padding == "same" else [0] * axes
     else:
         left = _per_axis(padding, axes)
+    # a filter of one pixel is a linear layer, which leaves places alone
     if {*kernel, *stride, groups} == {1} and not any(left):
         return linear(op, -1 - axes)
     return _windowed(op, kernel, stride, left, dilation, groups)
@@ -162,10 +172,12 @@ def adapt(op: TensorOp) -> CoordinateField | list[CoordinateField | None] | None
 
 
 def _each_channel(op: TensorOp, axes: int, total: Callable[[Tensor], Tensor]) -> CoordinateField | None:
+    """`_spatial` with every channel on its own."""
     return _spatial(op, axes, total, op.first.shape[-axes - 1])
 
 
 def _per_axis(value: int | Sequence[int], axes: int) -> list[int]:
+    """A setting as one number per axis."""
     values = [value] if isinstance(value, int) else list(value)
     return values * axes if len(values) == 1 else values
 
@@ -176,10 +188,12 @@ def _windowed(
     """Means over windows, as many as the call itself gave."""
     axes, sides = len(kernel), []
     for i, (size, out) in enumerate(zip(op.first.shape[-axes:], shape_of(op.out)[-axes:], strict=True)):
+        # the length that the windows reach over; ceil_mode and output sizes are in `out` already
         need = (out - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
         sides += [left[i], need - left[i] - size]
 
     def total(part: Tensor) -> Tensor:
+        # avg_pool is faster than a convolution with ones, but knows no dilation
         if max(dilation) == 1 and axes > 1:
             return getattr(F, f"avg_pool{axes}d")(part, tuple(kernel), tuple(stride), divisor_override=1)
         ones = torch.ones(1, 1, *kernel, dtype=part.dtype, device="cpu")
@@ -189,12 +203,16 @@ def _windowed(
 
 
 def _extrapolate(parts: Parts, axis: int, before: int, after: int) -> Parts:
-    """Parts longer on both sides of an axis (or cut): places go on as at the border, spread and mass stay."""
+    """Parts longer on both sides of an axis (or cut).
+
+    Places go on as at the border; variance and mass stay.
+    """
     y, x, _, mass = parts
     size = mass.shape[axis]
     wanted = torch.arange(-before, size + after)
     inside = wanted.clamp(0, size - 1)
     inner = (2 * inside - wanted).clamp(0, size - 1)  # mirrored at the border
+    # how many steps beyond the border, in units of the mirrored step
     far = torch.where(inner == inside, 0.0, (wanted - inside) / (inside - inner)).double()
     far = far.reshape(-1, *(1,) * (-1 - axis))
     width = variance(parts)
@@ -217,6 +235,7 @@ def resize(op: TensorOp) -> CoordinateField | None:
     """interpolate: bilinear stands in for bicubic."""
     arguments = op.arguments("input", "size", "scale_factor", "mode", "align_corners")
     axes, mode = op.first.ndim - 2, arguments.get("mode", "nearest")
+    # bicubic weights are negative in places, and a mean needs non-negative ones
     mode = "bilinear" if mode == "bicubic" else mode
     corners = arguments.get("align_corners") if "linear" in mode else None
     size = shape_of(op.out)[-axes:]
@@ -255,28 +274,32 @@ def fold(op: TensorOp) -> CoordinateField | None:
 
 
 def contract(op: TensorOp, operands: Sequence[tuple[Tensor, str]], out: str) -> CoordinateField | None:
-    """Places of a product of one or two tensors whose axes have letters, as in einsum; letters not in `out` are summed.
+    """Places of a product of one or two tensors whose axes have letters, as in einsum.
 
-    Sets that do not vary along a summed axis give the place: one, or two (rows and columns of
-    scores). A single place beside many says nothing and is left out, unless it is no place at all
-    (a class token's query). If all vary: the mean, of what a factor without places does not
-    multiply by 0 (a matrix that selects or merges tokens).
+    Letters that are not in `out` are summed. Sets that do not vary along a summed axis give the
+    place: one, or two (rows and columns of scores). A single place beside many says nothing and is
+    left out, unless it is no place at all (a class token's query). If all vary: the mean, of what a
+    factor without places does not multiply by 0 (a matrix that selects or merges tokens).
     """
     fixed, loose, own, shape = [], [], [], shape_of(op.out)
     for i, (tensor, letters) in enumerate(operands):
         field = op.field(tensor)
         others = "".join(text for j, (_, text) in enumerate(operands) if j != i)
+        # letters of the output that this operand alone has
         own += [out.index(letter) for letter in letters if letter in out and letter not in others]
         for parts in field.sets if field else ():
             steady = all(is_constant_along(parts, axis) for axis, letter in enumerate(letters) if letter not in out)
+            # an operand that is at one place along the sum gives its own place
             (fixed if steady else loose).append(broadcast(_aligned(parts, letters, out), shape))
     if fixed:
+        # an operand that is nowhere in particular, as a pooled one, does not place the rows
         informative = [parts for parts in fixed if not is_constant(parts) or parts[0].isnan().all()]
         return CoordinateField(tuple((informative or fixed[:1])[:2]))
     if not loose:
         return None
     by_place = sorted(operands, key=lambda operand: op.field(operand[0]) is None)
     if len(operands) > 1 and op.field(by_place[1][0]) is None and bool((by_place[1][0] == 0).any()):
+        # zeros of the other factor select tokens: only what they let through counts
         (tensor, letters), (mask, its_letters) = by_place
         return CoordinateField((_masked_mean(op.field(tensor).sets[0], letters, to_cpu(mask) != 0, its_letters, out),))
     both_have_places = all(op.field(tensor) is not None for tensor, _ in operands)
@@ -286,7 +309,7 @@ def contract(op: TensorOp, operands: Sequence[tuple[Tensor, str]], out: str) -> 
 
 
 def _masked_mean(parts: Parts, letters: str, mask: Tensor, its_letters: str, out: str) -> Parts:
-    """Means over summed letters of what a mask, an operand of its own, lets through."""
+    """Means over summed letters of the elements that a second operand does not multiply by 0."""
     shape = parts[0].shape
     gone = [letter not in out for letter in letters]
     slim = tuple(thin(part) for part in parts)
@@ -300,7 +323,10 @@ def _masked_mean(parts: Parts, letters: str, mask: Tensor, its_letters: str, out
 
 
 def _aligned(parts: Parts, letters: str, out: str) -> Parts:
-    """Parts averaged over letters that are not in `out`, with the axes of `out` (length 1 where they have none)."""
+    """Parts averaged over letters that are not in `out`, with the axes of `out`.
+
+    Axes have length 1 where the parts have none.
+    """
     gone = [axis for axis, letter in enumerate(letters) if letter not in out]
     order = [letters.index(letter) for letter in out if letter in letters] + gone
     index = (*(slice(None) if letter in letters else None for letter in out), *(0 for _ in gone))
@@ -317,6 +343,7 @@ def matmul(op: TensorOp) -> CoordinateField | None:
     """matmul, bmm, baddbmm and the like."""
     tensors = [value for value in (*op.args, *op.kwargs.values()) if isinstance(value, Tensor)]
     a, b = tensors[1:3] if op.name in ("baddbmm", "addmm", "addmv") else tensors[:2]
+    # `a.__rmatmul__(b)` is b @ a
     if op.name == "rmatmul":
         a, b = b, a
     batch = string.ascii_uppercase[: max(a.ndim, b.ndim, 2) - 2]
@@ -335,6 +362,7 @@ def einsum(op: TensorOp) -> CoordinateField | None:
     inputs, _, out = text.replace(" ", "").partition("->")
     sides = inputs.split(",")
     lead = max(tensor.ndim - len(side.replace("...", "")) for side, tensor in zip(sides, tensors, strict=True))
+    # letters for the axes of the ellipsis
     free = [letter for letter in string.ascii_letters if letter not in inputs][:lead]
     if "->" not in text:
         once = sorted(letter for letter in set(inputs) - set(",.") if inputs.count(letter) == 1)
@@ -343,15 +371,20 @@ def einsum(op: TensorOp) -> CoordinateField | None:
     for side, tensor in zip(sides, tensors, strict=True):
         extra = tensor.ndim - len(side.replace("...", ""))
         filled_in.append(side.replace("...", "".join(free[lead - extra :])))
+    # a repeated letter is a diagonal, which the rule does not follow
     if any(len(set(side)) < len(side) for side in filled_in):
         return None
     return contract(op, list(zip(tensors, filled_in, strict=True)), out.replace("...", "".join(free)))
 
 
 def attend(op: TensorOp) -> CoordinateField | None:
-    """scaled_dot_product_attention: the query's place; if channels attend to channels, the value's."""
+    """scaled_dot_product_attention: the query's place.
+
+    If channels attend to channels, the value's.
+    """
     arguments = op.arguments("query", "key", "value")
     query, value, shape = op.field(arguments["query"]), op.field(arguments["value"]), shape_of(op.out)
+    # queries that differ along K are channels
     if query and is_constant_along(query.sets[0], -1):
         return CoordinateField((broadcast(mean_over(query.sets[0], -1), shape),))
     return value and CoordinateField((broadcast(mean_over(value.sets[0], -2), shape),))
@@ -361,22 +394,28 @@ def attend(op: TensorOp) -> CoordinateField | None:
 
 
 def merge(op: TensorOp) -> CoordinateField | None:
-    """scatter_add, scatter_reduce, index_add, index_reduce: the mean place by mass; the masses add up."""
+    """scatter_add, scatter_reduce, index_add, index_reduce: the mean place by mass.
+
+    The masses add up.
+    """
     arguments = op.arguments("input", "dim", "index", "source", "reduce")
     target, source = op.first, arguments.get("src", arguments.get("source"))
     base, field, dim = op.source, op.field(source), arguments["dim"] % target.ndim
     old, new = parts_of_set(base, 0, target.shape), parts_of_set(field, 0, source.shape)
     index = to_cpu(arguments["index"])
+    # index_add takes one index per slice; as scatter does, one per element
     if op.name.startswith("index"):
         index = index.reshape([-1 if axis == dim else 1 for axis in range(target.ndim)]).expand(source.shape)
     new = tuple(part[tuple(map(slice, index.shape))] for part in new)
     for axis in range(target.ndim):
+        # constant axes need no scattering
         if axis != dim and all(part.stride(axis) == 0 for part in (*old, *new, index)):
             old, new = (tuple(part.narrow(axis, 0, 1) for part in parts) for parts in (old, new))
             index = index.narrow(axis, 0, 1)
     stay, come = (torch.where(parts[0].isnan(), 0.0, parts[3]).contiguous() for parts in (old, new))
     if arguments.get("include_self", True) is False:
         hit = torch.zeros_like(stay).scatter_add(dim, index, torch.ones_like(come))
+        # include_self=False: targets that are hit lose their own value
         stay = stay.masked_fill(hit > 0, 0.0)
     mass = stay.scatter_add(dim, index, come)
     means = []

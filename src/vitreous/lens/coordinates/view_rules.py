@@ -1,7 +1,8 @@
-"""Rules for calls that move values without mixing them: views, gathers, joins, padding, writing into a tensor.
+"""Rules for calls that move values without mixing them: views, gathers, joins, padding.
 
-A rule takes a `TensorOp` and returns the `CoordinateField` of its output, a list of Fields (one per
-output) or None (no place).
+A rule takes a `TensorOp` and returns the `CoordinateField` of its output, a list of them (one per
+output) or None (no place). Most apply the very call to each part, without the axes along which the
+part is constant (stride 0), so that it costs as little as a view.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def view(op: TensorOp) -> CoordinateField | list[CoordinateField] | None:
 
 
 def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Axes of two shapes in the smallest groups of equal size: [(axes of old, axes of new)]."""
+    """Axes of two shapes in the smallest groups of equal size.
+
+    Yields (axes of old, axes of new).
+    """
     i = j = 0
     while i < len(old) or j < len(new):
         olds, news, a, b = [], [], 1, 1
@@ -56,6 +60,7 @@ def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], 
         if j < len(new):
             b, j = new[j], j + 1
             news.append(j - 1)
+        # take axes of the side whose product is smaller, until both are equal
         while a != b:
             if a < b:
                 a, i = a * old[i], i + 1
@@ -72,6 +77,7 @@ def refold(part: Tensor, shape: Sequence[int]) -> Tensor:
         return part.reshape(tuple(shape))
     small = list(shape)
     for olds, news in blocks(part.shape, shape):
+        # a constant group of axes is one element before, and is expanded again after
         if all(part.shape[axis] == 1 or part.stride(axis) == 0 for axis in olds):
             for axis in olds:
                 part = part.narrow(axis, 0, 1)
@@ -89,11 +95,13 @@ def fold(op: TensorOp) -> CoordinateField | None:
 
 
 def expand(op: TensorOp) -> CoordinateField | None:
+    """expand, expand_as, broadcast_to."""
     return op.source and op.source.map_parts(lambda part: part.expand(shape_of(op.out)))
 
 
 def roll(op: TensorOp) -> CoordinateField | None:
-    """roll and flip: axes of stride 0 need no work."""
+    """roll and flip, without axes of stride 0."""
+    # without dims, roll works on the flattened tensor, where no axis can be left out
     if "dims" not in op.arguments("input", "shifts", "dims") and op.name == "roll":
         return view(op)
     return op.source and op.source.map_parts(lambda part: op.apply(thin(part)).expand(shape_of(op.out)))
@@ -106,10 +114,12 @@ def repeat(op: TensorOp) -> CoordinateField | None:
         return None
 
     def change(part: Tensor) -> Tensor:
+        # repeat_interleave repeats along one axis, which the call itself names
         if len(shape) == 1 or op.name == "repeat_interleave":
             return op.apply(part)
         lead = part.expand((1,) * (len(shape) - part.ndim) + tuple(part.shape))
         slim = thin(lead)
+        # an axis of length 1 is expanded below instead of copied
         times = [1 if have == 1 else want // have for have, want in zip(slim.shape, shape, strict=True)]
         return slim.repeat(times).expand(shape)
 
@@ -117,7 +127,7 @@ def repeat(op: TensorOp) -> CoordinateField | None:
 
 
 def pick(op: TensorOp) -> CoordinateField | None:
-    """`tensor[index]` with the very index. Axes after those that the index names are not touched."""
+    """`tensor[index]` with the very index; axes after those that it names are not read."""
     field, index = op.source, to_cpu(op.args[1])
     if field is None:
         return None
@@ -126,6 +136,7 @@ def pick(op: TensorOp) -> CoordinateField | None:
     shape = shape_of(op.out)
 
     def change(part: Tensor) -> Tensor:
+        # slices and integers make a view, which keeps stride 0 by itself
         if not any(isinstance(item, Tensor | list) for item in items) or any(item is Ellipsis for item in items):
             return part[index]
         for axis in range(used, part.ndim):
@@ -137,7 +148,7 @@ def pick(op: TensorOp) -> CoordinateField | None:
 
 
 def gather(op: TensorOp) -> CoordinateField | None:
-    """gather, take_along_dim: axes on which neither places nor indices change are not read."""
+    """gather, take_along_dim, without axes on which neither places nor indices change."""
     along = op.name == "take_along_dim"
     arguments = op.arguments("input", *(("indices", "dim") if along else ("dim", "index")))
     field, index, dim = op.source, to_cpu(arguments["indices" if along else "index"]), arguments.get("dim")
@@ -158,7 +169,7 @@ def gather(op: TensorOp) -> CoordinateField | None:
 
 
 def select(op: TensorOp) -> CoordinateField | None:
-    """index_select: other axes of stride 0 are not read."""
+    """index_select, without other axes of stride 0."""
     arguments = op.arguments("input", "dim", "index")
     dim, index, shape = arguments["dim"], to_cpu(arguments["index"]), shape_of(op.out)
 
@@ -171,11 +182,12 @@ def select(op: TensorOp) -> CoordinateField | None:
 
 
 def sort(op: TensorOp) -> list[CoordinateField | None] | None:
-    """topk, sort: the values come from where their indices say."""
+    """topk, sort: values come from where their indices point; the indices have no field."""
     if op.source is None:
         return None
     index = to_cpu(op.out[1])
     dim = op.arguments("input", *(("k", "dim") if op.name == "topk" else ("dim",))).get("dim", -1)
+    # indices are integers and have no place of their own
     return [op.source.map_parts(lambda part: part.gather(dim, index)), None]
 
 
@@ -183,7 +195,10 @@ def sort(op: TensorOp) -> list[CoordinateField | None] | None:
 
 
 def join(op: TensorOp) -> CoordinateField | None:
-    """cat and stack: what has no place becomes NaN; axes on which no piece changes stay of stride 0."""
+    """cat and stack: pieces without places become NaN.
+
+    Axes on which no piece changes stay of stride 0.
+    """
     arguments = op.arguments("tensors", "dim")
     tensors, dim = list(arguments["tensors"]), arguments.get("dim", arguments.get("axis", 0))
     fields = [op.field(tensor) for tensor in tensors]
@@ -204,20 +219,24 @@ def join(op: TensorOp) -> CoordinateField | None:
 
 
 def _joined(pieces: list[Tensor], dim: int, shape: tuple[int, ...]) -> Tensor:
+    """One part of all pieces joined along `dim`."""
     for axis in range(len(shape)):
         fixed = all(piece.stride(axis) == 0 or piece.shape[axis] == 1 for piece in pieces)
         if fixed and axis != dim % len(shape):
             pieces = [piece.narrow(axis, 0, 1) for piece in pieces]
+        # pieces with the same places, as the halves of a rotation: constant along the joined axis
+        # too
         elif fixed and all(equal_parts(thin(pieces[0]), thin(piece)) for piece in pieces[1:]):
-            return pieces[0].narrow(axis, 0, 1).expand(shape)  # halves of a rotation, say: one place
+            return pieces[0].narrow(axis, 0, 1).expand(shape)
     slim = torch.broadcast_shapes(*(piece.select(dim, 0).shape for piece in pieces))
     axis = dim % len(shape)
+    # what is still constant in all pieces was narrowed above and is expanded at the end
     pieces = [piece.expand(*slim[:axis], piece.shape[axis], *slim[axis:]) for piece in pieces]
     return torch.cat(pieces, axis).expand(shape)
 
 
 def glu(op: TensorOp) -> CoordinateField | None:
-    """glu: half of the axis gates the other half."""
+    """glu: half of the axis gates the other half; the mean place of both."""
     dim = op.arguments("input", "dim").get("dim", -1)
     shape = shape_of(op.out)
     return op.source and CoordinateField(
@@ -236,7 +255,7 @@ def complex_view(op: TensorOp) -> CoordinateField | None:
 
 
 def pad(op: TensorOp) -> CoordinateField | None:
-    """Constant padding has no place; reflection and the like repeat places."""
+    """pad: constant padding has no place; reflection and the like repeat places."""
     arguments = op.arguments("input", "pad", "mode", "value")
     sides, field = list(arguments["pad"]), op.source
     if field is None:
@@ -247,16 +266,21 @@ def pad(op: TensorOp) -> CoordinateField | None:
 
     def change(part: Tensor) -> Tensor:
         for axis in range(part.ndim):
+            # pad counts pairs of sides from the last axis
             back = 2 * (part.ndim - 1 - axis)
             if part.stride(axis) == 0 and part.shape[axis] > 1 and not any(sides[back : back + 2]):
                 part = part.narrow(axis, 0, 1)
+        # NaN: constant padding has no place
         return F.pad(part, sides, value=torch.nan).expand(shape)
 
     return field.map_parts(change)
 
 
 def patches(op: TensorOp) -> CoordinateField | None:
-    """`Tensor.unfold` is a view; `F.unfold` lays windows (C k k) along the channels, its padding has no place."""
+    """`Tensor.unfold` is a view; `F.unfold` lays windows (C k k) along the channels.
+
+    The padding of the latter has no place.
+    """
     field = op.source
     if field is None or op.func in (Tensor.unfold, torch.Tensor.unfold):
         return view(op)
@@ -266,6 +290,7 @@ def patches(op: TensorOp) -> CoordinateField | None:
 
     def change(part: Tensor) -> Tensor:
         slim = part.narrow(-3, 0, 1) if part.stride(-3) == 0 else part
+        # padded with NaN here, as F.unfold itself pads with 0, which would be a place
         wide = F.pad(slim, (padding[1], padding[1], padding[0], padding[0]), value=torch.nan)
         windows = F.unfold(wide, arguments["kernel_size"], **settings).unflatten(-2, (slim.shape[-3], -1))
         return refold(windows.expand(*windows.shape[:-3], channels, *windows.shape[-2:]), shape_of(op.out))
@@ -279,10 +304,14 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def write(op: TensorOp) -> CoordinateField | None:
-    """`tensor[index] = value`, scatter, index_copy, copies into slices: what is written brings its place along."""
+    """Writing into a tensor: what is written brings its place along.
+
+    `tensor[index] = value`, scatter, index_copy, copies into slices.
+    """
     target = op.first
     values = op.args[-1] if len(op.args) > 2 else next(reversed(op.kwargs.values()), None)
     base, field = op.source, op.field(values)
+    # a number that is written has no place, and leaves those of the target
     if not isinstance(values, Tensor) or (base is None and field is None):
         return base
     rest = [to_cpu(value) for value in op.args[1:]]
@@ -291,6 +320,7 @@ def write(op: TensorOp) -> CoordinateField | None:
         if op.name == "setitem":
             p, q = _slim(p, q, rest[0])
             p = p.clone(memory_format=torch.contiguous_format)
+            # the part was cloned: parts are shared between tensors
             p[rest[0]] = q
             return p.expand(target.shape)
         p = p.clone(memory_format=torch.contiguous_format)
@@ -308,6 +338,7 @@ def write(op: TensorOp) -> CoordinateField | None:
 def _slim(p: Tensor, q: Tensor, index: Any) -> tuple[Tensor, Tensor]:
     """Both without axes of stride 0 that the index takes in full."""
     items = index if isinstance(index, tuple) else (index,)
+    # only slices keep the axes of both in step
     if p.ndim != q.ndim or not all(isinstance(item, slice) for item in items):
         return p, q
     for axis in range(p.ndim):
