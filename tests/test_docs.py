@@ -99,3 +99,13 @@ def test_the_walk_through_shows_the_shipped_mechanism_and_the_cards_sections():
         assert text.strip() in shipped, text
     card = "".join(blocks(page, "markdown"))
     assert re.findall(r"^## (.*)$", card, re.M) == SECTIONS
+
+
+def test_the_page_on_the_engine_names_its_files_and_functions():
+    page, engine = (ROOT / "docs" / "engine.md").read_text(), ROOT / "src" / "vitreous" / "train" / "engine"
+    assert {path.name for path in engine.glob("[!_]*.py")} <= set(re.findall(r"`(\w+\.py)`", page))
+    source = "".join(path.read_text() for path in engine.rglob("*.py"))
+    for name in re.findall(r"`([a-z]+_[a-z_]+|[A-Z]\w+)`", page):
+        assert re.search(rf"\b{name}\b", source), name
+    for link in re.findall(r"\]\(([^)#]+)", page):
+        assert (ROOT / "docs" / link).exists(), link

@@ -1,1 +1,1 @@
-"""One run, step by step: session, loop, step, state, resume."""
+"""The engine of training: a session, its loop, one step, and what lets a run stop and go on. See docs/engine.md."""
