@@ -50,7 +50,7 @@ def number(value: Any, digits: int = 5) -> float | int | None:
 def legible(value: Any) -> Any:
     """The same text, or tree of texts, with what cannot be seen written out: control, direction and broken characters.
 
-    They become \\x1b or \\u202e; a space at either end becomes ␠. Two different names stay different. Numbers that JSON
+    They become \\x1b or \\u202e; a space at either end becomes U+2420. Two different names stay different. Numbers that JSON
     does not know become None.
     """
     if isinstance(value, str):
