@@ -65,3 +65,19 @@ class TurnedObjective(Objective):
 
     def rows(self, outputs):
         return ((f"{error:.4f}",) for error in outputs["error"].tolist())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoViews(Turned):
+    """`Turned`, with two crops of each picture that are made near each other."""
+
+    def views(self, prepare):
+        return lambda picture: torch.stack([prepare(picture), prepare(picture)])
+
+    def build(self, model, data):
+        return TwoViewsObjective(model, self.momentum)
+
+
+class TwoViewsObjective(TurnedObjective):
+    def draw(self, images, target, dice):
+        return super().draw(images[:, 0], target, dice) | {"plain": images[:, 1]}

@@ -82,6 +82,14 @@ class Task(Settings):
         """Whether `draw` pairs the images of a batch, the first with the last and so on, and needs an even number."""
         return False
 
+    def views(self, prepare: Callable) -> Callable:
+        """What turns a training picture into a tensor, of one shape for all; several crops are stacked (V, C, H, W).
+
+        prepare: the run's own way, with its augmentation; it draws from torch's, NumPy's and Python's global states, which
+        training seeds for each picture. Tests do not come here.
+        """
+        return prepare
+
     def build(self, model: nn.Module, data: Data | None) -> Objective:
         """The objective that trains this model on these data; data is None where it is only timed.
 
@@ -119,7 +127,7 @@ class Objective(nn.Module, ABC):
     def draw(self, images: Tensor, target: Tensor, dice: Dice) -> Batch:
         """A batch as it is loaded, with everything random that its loss depends on; called once a step.
 
-        images: (B, C, H, W). target: (B, ...).
+        images: (B, C, H, W), or as `Task.views` makes them. target: (B, ...).
         """
         return {"images": images, "target": target}
 

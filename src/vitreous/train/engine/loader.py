@@ -268,15 +268,18 @@ def loader(
     workers: int = 0,
     strict: bool = False,
     team: Team = ALONE,
+    views: Callable[[Callable], Callable] | None = None,
 ) -> Loader:
-    """Batches of the images, in an order that (seed, epoch) draws if shuffled; see `Order` for even, `Loader` for the rest.
+    """Batches of the images, in an order that (seed, epoch) draws if shuffled.
 
-    Images in memory of the right size are not sent through workers.
+    See `Order` for even, `Task.views` for views, `Loader` for the rest. Images in memory of the right size are not sent
+    through workers.
     """
     order = Order(len(images), batch_size, shuffle=shuffle, even=even, seed=seed, team=team)
-    if in_memory(images, inputs) and aug in (None, "none", "flip"):
+    if views is None and in_memory(images, inputs) and aug in (None, "none", "flip"):
         return Loader(images, Batches(images, inputs, aug == "flip", seed), order)
-    return Loader(images, Prepared(images, training_transform(inputs, aug), seed, even), order, workers, strict)
+    change = training_transform(inputs, aug)
+    return Loader(images, Prepared(images, views(change) if views else change, seed, even), order, workers, strict)
 
 
 def in_memory(images: Samples, inputs: Preprocess) -> bool:

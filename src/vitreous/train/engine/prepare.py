@@ -26,7 +26,7 @@ from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
 from vitreous.models import model_folder
 from vitreous.models.create import adapt, check_patches, create_model, own_size, tells_apart
-from vitreous.tasks import Objective
+from vitreous.tasks import Objective, Task
 from vitreous.train import recipes
 from vitreous.train.engine.distributed import check_team, join_processes
 from vitreous.train.engine.loader import loader
@@ -64,9 +64,13 @@ def prepare(
         common = {"seed": settings.seed, "workers": settings.workers, "strict": settings.strict}
         return loader(images, inputs, size, **common, **options)
 
-    train = batches(data.train, settings.batch_size, aug=settings.aug, shuffle=True, even=task.pairs_images, team=team)
+    options = {"aug": settings.aug, "views": None if type(task).views is Task.views else task.views}
+    train = batches(data.train, settings.batch_size, shuffle=True, even=task.pairs_images, team=team, **options)
     tests = {name: batches(images, 2 * settings.batch_size, team=team) for name, images in data.tests.items()}
     sample, target = (part.to(device) for part in next(iter(batches(spaced(data.tests["test"], SAMPLE), SAMPLE))))
+    images = sample
+    if options["views"]:
+        images, target = (part.to(device) for part in next(iter(batches(spaced(data.train, SAMPLE), SAMPLE, **options))))
     model.to(device)
     for record in grafts(model)[there:]:
         record.mechanism.calibrate(model, next(iter(batches(spaced(data.train, SAMPLE), SAMPLE)))[0].to(device))
@@ -98,6 +102,7 @@ def prepare(
         sample=spaced(data.tests["test"], READ) if readable((whole or objective).model, sample, remarks) else None,
         remarks=remarks,
         trackers=trackers,
+        view_shape=tuple(images.shape[1:]),
         recipe=recipe,
         team=team,
         whole=whole,
@@ -105,7 +110,7 @@ def prepare(
     if grafts(model):
         with session.autocast():
             check(model.train(), sample)  # on the path that will run
-    drawn = draw_batch(session, sample[:2], target[:2], 2 * team.size) if team.size > 1 else {}
+    drawn = draw_batch(session, images[:2], target[:2], 2 * team.size) if team.size > 1 else {}
     session.step_module = join_processes(session, drawn)
     random_seed(settings.seed)  # dropout, mixup and augmentation draw alike in every arm
     seed_apart(session)

@@ -66,7 +66,8 @@ class Session:
 
     sample: test images that are looked at after every epoch; None where attention cannot be read. recipe: the record of
     `TrainSettings.with_recipe`. whole: where weights are spread over processes, a copy to test, read and save, which
-    `sharding.collect_weights` fills. step_module: what a step runs, joined with that of other processes.
+    `sharding.collect_weights` fills. step_module: what a step runs, joined with that of other processes. view_shape: of an
+    image in training, (C, H, W) unless the task has views of its own.
     """
 
     settings: TrainSettings
@@ -84,6 +85,7 @@ class Session:
     sample: Samples | None
     remarks: list[str]
     trackers: Trackers
+    view_shape: tuple[int, ...]
     recipe: dict[str, Any] | None = None
     team: Team = ALONE
     whole: Objective | None = None

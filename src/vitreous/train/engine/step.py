@@ -124,5 +124,5 @@ def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Lo
 
 def stand_in(session: Session) -> tuple[Tensor, Tensor]:
     """Two images of noise with a target, which take part and count nothing, where a process has no image of a batch."""
-    noise = torch.randn((2, *session.inputs.input_size), generator=torch.Generator().manual_seed(session.settings.seed))
+    noise = torch.randn((2, *session.view_shape), generator=torch.Generator().manual_seed(session.settings.seed))
     return noise.to(session.device), session.data.train.target.take([0, 0]).to(session.device)
