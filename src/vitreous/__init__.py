@@ -1,16 +1,23 @@
-"""Vitreous: see what a vision transformer looks at, graft mechanisms into it, train it, and take them out again."""
+"""Vitreous: see what a vision transformer looks at, graft mechanisms into it, train it, and take them out again.
+
+The names below are imported when first used, so that `import vitreous` costs nothing.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-import vitreous.architectures  # noqa: F401  (timm.create_model knows our networks)
-from vitreous.grafting import Graft, Removal, calibrate, check, graft, grafts, new_parameters, no_weight_decay, ungraft
-from vitreous.lens.direction import Direction, find_direction
-from vitreous.lens.foreground import foreground
-from vitreous.lens.look import look
-from vitreous.lens.reading import Reading, read
-from vitreous.mechanism import Mechanism, catalogue, class_by_name, parse
+from vitreous.base.after_import import after_import
+
+if TYPE_CHECKING:
+    from vitreous.grafting import Graft, Removal, calibrate, check, graft, grafts, new_parameters, no_weight_decay, ungraft
+    from vitreous.lens.direction import Direction, find_direction
+    from vitreous.lens.foreground import foreground
+    from vitreous.lens.look import look
+    from vitreous.lens.reading import Reading, read
+    from vitreous.mechanism import Mechanism, catalogue, parse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,11 +40,36 @@ __all__ = [
     "read",
     "ungraft",
 ]
+HOMES = {  # where each name stands; the imports for type checkers above say the same
+    "vitreous.grafting": (
+        "Graft", "Removal", "calibrate", "check", "graft", "grafts", "new_parameters", "no_weight_decay", "ungraft",
+    ),
+    "vitreous.lens.direction": ("Direction", "find_direction"),
+    "vitreous.lens.foreground": ("foreground",),
+    "vitreous.lens.look": ("look",),
+    "vitreous.lens.reading": ("Reading", "read"),
+    "vitreous.mechanism": ("Mechanism", "catalogue", "parse"),
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Every mechanism of the catalogue, by its class name: `from vitreous import SVDA`."""
-    found = None if name.startswith("_") else class_by_name(name)
-    if found is None:
+    """A public name, a module, or a mechanism of the catalogue by its class name: `from vitreous import SVDA`."""
+    value = None
+    if name in __all__:
+        home = next(module for module, names in HOMES.items() if name in names)
+        value = getattr(importlib.import_module(home), name)
+    elif not name.startswith("_"):
+        if importlib.util.find_spec(f"{__name__}.{name}"):
+            return importlib.import_module(f"{__name__}.{name}")
+        value = importlib.import_module("vitreous.mechanism").class_by_name(name)
+    if value is None:
         raise AttributeError(f"module 'vitreous' has no attribute {name!r}")
-    return found
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# timm.create_model knows our networks as soon as both packages are imported, in either order
+after_import("timm", lambda: importlib.import_module("vitreous.architectures"))

@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from vitreous.base.entry import PACKAGE, item_files
 from vitreous.base.errors import UnknownName
 from vitreous.base.text_form import Settings, values_of
 
 S = TypeVar("S", bound=Settings)
-PACKAGE = Path(__file__).parents[1]
 
 
 class Catalogue(Generic[S]):
@@ -29,12 +29,7 @@ class Catalogue(Generic[S]):
     @cached_property
     def files(self) -> dict[str, Path]:
         """{name: file} of every item, sorted by name. Nothing is imported."""
-        files: dict[str, Path] = {}
-        for file in sorted(self.folder.glob("*/*.py" if self.nested else "[!_]*.py"), key=lambda file: file.stem):
-            if file.stem in files:
-                raise RuntimeError(f"Two items are called {file.stem}: {files[file.stem]} and {file}. Rename one.")
-            files[file.stem] = file
-        return files
+        return item_files(self.folder, self.nested)
 
     def item(self, name: str) -> type[S]:
         """The class of that name, its file imported. Raises UnknownName."""

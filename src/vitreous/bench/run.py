@@ -23,7 +23,7 @@ from vitreous.base.files import writable, write_text
 from vitreous.bench.arms import Arm, Cell, own_size
 from vitreous.bench.memory import OUT, Residents, allocated, out_of_memory
 from vitreous.bench.operations import operations
-from vitreous.bench.settings import BenchSettings, from_words
+from vitreous.bench.settings import BenchSettings
 from vitreous.bench.timing import interval, ratio, rounds
 from vitreous.grafting import check, grafts
 from vitreous.report.speed import write as write_report
@@ -31,11 +31,6 @@ from vitreous.train.records.run_folder import choose_folder
 
 FORMAT = 1
 WARMUP = 3
-
-
-def bench_command(words: Sequence[str]) -> None:
-    """`vitreous bench MODEL`"""
-    bench(from_words(words), Console())
 
 
 def bench(settings: BenchSettings, console: Console | None = None) -> Path:

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
-from tyro import conf
+from typing import Literal
 
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import SettingError
@@ -21,15 +18,6 @@ from vitreous.models.create import check_name
 from vitreous.train.settings import Repeated, flag, key_values
 
 COMPILED = 8  # models at a time
-HELP = """\
-How fast is a model, with grafts, against the same model without them and against others? Latency, images per second, peak
-memory and operations. The models take turns, so that all meet the same machine; ratios come with 95 % intervals.
-
-examples:
-  vitreous bench vit_tiny_patch16_224 --graft svda --batch 1 16
-  vitreous bench vit_small_patch16_224 --graft spc:after=11 --mode inference training --image-size 224 384
-  vitreous bench runs/photos --against vit_tiny_patch16_224 deit3_small_patch16_224 --device cuda --compile --dtype bf16
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +108,3 @@ class BenchSettings(Comparison):
 
 def unique(values: Sequence) -> list:
     return list(dict.fromkeys(values))
-
-
-def from_words(words: Sequence[str]) -> BenchSettings:
-    """The settings that a command line asks for; exits with code 2, or 0 for --help, where tyro has the word."""
-    return tyro.cli(grouped, prog="vitreous bench", description=HELP, args=words, config=(conf.FlagCreatePairsOff,))
-
-
-def grouped(
-    model: Annotated[
-        conf.Positional[str], conf.arg(metavar="MODEL", help="A name of timm's (random weights), or a model folder")
-    ],
-    comparison: conf.OmitArgPrefixes[Comparison] = Comparison(),
-) -> BenchSettings:
-    return BenchSettings(model, **vars(comparison))

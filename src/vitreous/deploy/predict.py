@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
-from tyro import conf
 
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import DataError, SettingError
@@ -25,25 +22,12 @@ from vitreous.data.quarantine import cell, shown
 from vitreous.data.views import Views
 from vitreous.models.classes import names_of
 from vitreous.models.load import (
-    CONFIG,
-    RunName,
     check_new,
     logits_of,
     open_images,
     open_model,
     prepared,
 )
-
-HELP = """\
-The classes of images by a trained model, with probabilities, as a CSV file that spreadsheets open.
-
-Images are prepared exactly as in training. One that cannot be read has its line in the file, too, with the reason.
-
-examples:
-  vitreous predict runs/photos new-photos/
-  vitreous predict runs/photos cat.jpg dog.jpg --top 3 --out animals.csv
-  vitreous predict runs/photos new-photos.tar --json
-"""
 
 
 @dataclass(frozen=True)
@@ -54,26 +38,6 @@ class Prediction:
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
     reason: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predicting:
-    """How it is done, and where the result goes."""
-
-    out: str = "predictions.csv"
-    """File to write; it must be new, and appears whole or not at all."""
-    top: int = 1
-    """So many classes per image, the most probable first."""
-    batch_size: int = 16
-    """Images per forward pass."""
-    weights: str | None = None
-    """For a name of timm's: take the weights in this .safetensors file (or .pth, read without running code)."""
-    foreign: bool = False
-    """Import mechanisms of other packages that a folder names. This runs their code."""
-    device: str = "auto"
-    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
-    json: bool = False
-    """Say what was done as one JSON object, for programs."""
 
 
 def predict(
@@ -107,38 +71,33 @@ def predict(
             progress(done, len(views))
 
 
-def predict_command(words: Sequence[str]) -> None:
-    """`vitreous predict RUN IMAGES...`"""
-    arguments = tyro.cli(predict_words, prog="vitreous predict", description=HELP, args=words, config=CONFIG)
-    run_predict(*arguments)
-
-
-def run_predict(name: str, images: Sequence[str], how: Predicting, console: Console | None = None) -> dict[str, Any]:
-    """Predict and write the file; returns what was done: counts, classes found, skipped images. Says it, too."""
-    console = console or Console()
-    path = Path(how.out)
+def run_predict(
+    name: str,
+    images: Sequence[str],
+    out: str,
+    *,
+    top: int = 1,
+    batch_size: int = 16,
+    weights: str | None = None,
+    foreign: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Predict and write the file; returns counts, classes found and skipped images, and prints them to the console."""
+    console, path = console or Console(), Path(out)
     check_new(path)
-    check_range("top", how.top, 1_000_000)
-    check_range("batch-size", how.batch_size, 100_000)
-    device = torch_device(how.device)
-    model = open_model(name, how.weights, how.foreign).to(device)
+    check_range("top", top, 1_000_000)
+    check_range("batch-size", batch_size, 100_000)
+    on = torch_device(device)
+    model = open_model(name, weights, foreign).to(on)
     views = open_images(model, images)
     found: dict[str, Any] = {"model": name, "predictions": str(path), "images": 0, "classes": Counter(), "skipped": []}
-    shown_bar = console.is_terminal and not how.json
-    with Progress(console=console, transient=True, disable=not shown_bar) as progress, writable(path):
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress, writable(path):
         task = progress.add_task("images", total=len(views))
-        answers = predict(
-            model,
-            views,
-            top=how.top,
-            batch_size=how.batch_size,
-            progress=lambda done, of: progress.update(task, completed=done, total=of),
-        )
-        write(path, lambda temporary: write_table(temporary, answers, how.top, found))
-    if how.json:
-        print(json.dumps(found | {"classes": dict(found["classes"].most_common())}, indent=2))
-    else:
-        say(found, console)
+        step = lambda done, of: progress.update(task, completed=done, total=of)  # noqa: E731
+        answers = predict(model, views, top=top, batch_size=batch_size, progress=step)
+        write(path, lambda temporary: write_table(temporary, answers, top, found))
+    say(found, console)
     return found
 
 
@@ -185,13 +144,3 @@ def check_range(name: str, value: int, most: int) -> None:
     """Raise SettingError unless the value is 1 to `most`."""
     if not 1 <= value <= most:
         raise SettingError(f"Found --{name} {value}. Expected 1 to {most:,}. Give such a number.")
-
-
-def predict_words(
-    run: RunName,
-    images: Annotated[
-        conf.Positional[tuple[str, ...]], conf.arg(metavar="IMAGES", help="Images, or folders or tar archives of images")
-    ],
-    predicting: conf.OmitArgPrefixes[Predicting] = Predicting(),
-) -> tuple[str, tuple[str, ...], Predicting]:
-    return run, images, predicting

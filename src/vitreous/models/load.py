@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import timm
 import torch
 from torch import Tensor, nn
-from tyro import conf
 
 from vitreous.base.errors import DataError, HostError, SettingError
 from vitreous.data.decoding import Unreadable
@@ -23,11 +22,6 @@ from vitreous.models.create import check_name, create_model
 
 WeightsSource = Literal["run", "random", "file", "pretrained"]
 THREADS = 4  # that decode and resize images while the model waits
-CONFIG = (conf.FlagCreatePairsOff,)
-RunName = Annotated[
-    conf.Positional[str],
-    conf.arg(metavar="RUN", help="A run folder, another with config.json and model.safetensors, or a name of timm's"),
-]
 
 
 @dataclass(frozen=True)

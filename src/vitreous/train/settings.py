@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from timm.optim import list_optimizers
 from tyro import conf
 
@@ -27,18 +26,6 @@ from vitreous.train.records.trackers import check_tracker
 from vitreous.train.updates import UPDATES
 
 SCHEDULERS = ("cosine", "step", "wsd", "constant", "none")
-HELP = """\
-Train or fine-tune a vision transformer, with mechanisms grafted into it, into a run folder.
-
-examples:
-  vitreous train cutouts --model-kwargs patch_size=4 --graft svda --epochs 3
-  vitreous train fashion-mnist:PATH --model scratch_vit_patch4_28 --graft svda --opt adam --lr 3e-4
-      --sched none --epochs 100
-  vitreous train photos/ --pretrained --graft svda:start=import,layers=10-11 --freeze blocks.0-9 --lr 2e-5
-"""
-
-DATA = """cutouts (made scenes), fashion-mnist:PATH, cifar10:PATH, cifar100:PATH, or the PATH of such files, of a folder or
-tar of class folders, or of an .npz"""
 Repeated = Annotated[tuple[str, ...], conf.UseAppendAction]
 
 
@@ -309,20 +296,3 @@ RANGES = {
 def flag(name: str) -> str:
     """The setting as typed on the command line."""
     return "--" + name.replace("_", "-")
-
-
-def from_words(words: Sequence[str]) -> TrainSettings:
-    """The settings that a command line asks for; exits with code 2, or 0 for --help, where tyro has the word."""
-    config = (conf.FlagCreatePairsOff,)
-    return tyro.cli(grouped, prog="vitreous train", description=HELP, args=words, config=config)
-
-
-def grouped(
-    data: Annotated[conf.Positional[str], conf.arg(metavar="DATA", help=DATA)],
-    images: conf.OmitArgPrefixes[Images] = Images(),
-    network: conf.OmitArgPrefixes[Network] = Network(),
-    optimisation: conf.OmitArgPrefixes[Optimisation] = Optimisation(),
-    running: conf.OmitArgPrefixes[Running] = Running(),
-) -> TrainSettings:
-    groups = (images, network, optimisation, running)
-    return TrainSettings(data, **{name: value for group in groups for name, value in vars(group).items()})

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
-from tyro import conf
 
-from vitreous.base.errors import DataError, SettingError
+from vitreous.base.errors import DataError
 from vitreous.base.processes import ALONE, Team, connected
 from vitreous.data import Data, OpenOnce, open_data
 from vitreous.models import model_folder
@@ -26,75 +24,8 @@ from vitreous.train.records import reproducibility, summary
 from vitreous.train.records.progress_display import speaker
 from vitreous.train.records.run_folder import Run, read_metrics, read_rows
 from vitreous.train.records.trackers import TRACKERS
-from vitreous.train.settings import Repeated, TrainSettings
+from vitreous.train.settings import TrainSettings
 from vitreous.train.train import train_once
-
-CONFIG = (conf.FlagCreatePairsOff,)
-RESUME_HELP = """\
-Go on with a run that was stopped, killed, or ran out of disk. It ends with the very weights and numbers that it would have
-ended with: on the same machine, on the CPU. What does not bear on that can be given anew.
-
-example:
-  vitreous resume runs/cutouts-plain
-"""
-REPLAY_HELP = """\
-Run the step again at which a run stopped because a loss or gradient was not finite, from the state and the batch that it
-kept, and name the first module whose output or gradient is not. Changes nothing.
-
-example:
-  vitreous replay runs/cutouts-plain
-"""
-Folder = Annotated[conf.Positional[str], conf.arg(metavar="RUN", help="The run folder.")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changed:
-    """What may be other than the run was begun with."""
-
-    allow_changes: bool = False
-    """Go on though settings, data, grafts or versions have changed; the differences are shown."""
-    workers: int | None = None
-    """Processes that read and augment (default: as before; so for what follows)."""
-    save_every: int | None = None
-    """Updates after which the state is saved."""
-    rollbacks: int | None = None
-    """How often it may go back to the last good state after a step that is not finite, and leave that step out."""
-    rollback_lr: float | None = None
-    """Factor on the learning rate after each such return."""
-    tracker: Repeated = ()
-    """Who is told the numbers of every epoch (default: as before, but for code of other packages, to be named again)."""
-
-
-def resume_words(words: Sequence[str]) -> tuple[str, bool, dict[str, Any]]:
-    """The folder, whether changes are allowed, and the other settings that a command line asks for.
-
-    Raises SettingError for a setting of training that a begun run keeps.
-    """
-    kept = {f"--{field.name.replace('_', '-')}" for field in fields(TrainSettings)}
-    kept -= {f"--{field.name.replace('_', '-')}" for field in fields(Changed)}
-    for word in words:
-        if (name := word.partition("=")[0]) in kept:
-            raise SettingError(
-                f"Found {name} for a run that has begun. Expected it to keep its settings, so that it ends as it would have. "
-                f"Leave {name} out; or train further what it has come to: `vitreous train DATA --model RUN {name} ...`."
-            )
-
-    def read(run: Folder, changed: conf.OmitArgPrefixes[Changed] = Changed()) -> tuple[str, Changed]:
-        return run, changed
-
-    folder, changed = tyro.cli(read, prog="vitreous resume", description=RESUME_HELP, args=words, config=CONFIG)
-    found = vars(changed).copy()
-    found["tracker"] = found["tracker"] or None
-    return folder, found.pop("allow_changes"), found
-
-
-def replay_words(words: Sequence[str]) -> str:
-    """The folder that a command line names."""
-
-    def read(run: Folder) -> str:
-        return run
-
-    return tyro.cli(read, prog="vitreous replay", description=REPLAY_HELP, args=words)
 
 
 def resume(folder: str | Path, allow_changes: bool = False, console: Console | None = None, **changed: Any) -> Path:

@@ -14,14 +14,12 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
-from tyro import conf
 
 from vitreous.base.environment import command_line
 from vitreous.base.errors import DataError, SettingError
@@ -39,47 +37,12 @@ from vitreous.train.engine.state import writing
 from vitreous.train.records import reproducibility
 from vitreous.train.records.progress_display import speaker
 from vitreous.train.records.run_folder import STUDY, taken
-from vitreous.train.settings import DATA, Images, Network, Optimisation, Repeated, Running, TrainSettings
+from vitreous.train.settings import TrainSettings
 from vitreous.train.study import compare_arms
 from vitreous.train.train import train_once
 
 FORMAT = 1
 OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run
-HELP = """\
-Train arms that differ in their grafts alone, with the same seeds, data, order and recipe, and compare them with the first arm
-by paired intervals. Given again, the command goes on where it was stopped.
-
-example:
-  vitreous study photos/ --arm plain --arm svda:scale=sqrt --arm "svda spc:after=11" --seeds 3 --pretrained --recipe auto
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arms:
-    """What is compared."""
-
-    arm: Repeated = ()
-    """The grafts of an arm, with spaces between, or plain for none; the first arm is what the others are compared with."""
-
-
-NOTHING = (Arms(), Images(), Network(), Optimisation(), Running(seeds=3))  # what is asked for where nothing is
-
-
-def study_words(words: Sequence[str]) -> tuple[TrainSettings, tuple[str, ...]]:
-    """Settings of all runs and the arms that a command line asks for."""
-
-    def read(
-        data: Annotated[conf.Positional[str], conf.arg(metavar="DATA", help=DATA)],
-        arms: conf.OmitArgPrefixes[Arms] = NOTHING[0],
-        images: conf.OmitArgPrefixes[Images] = NOTHING[1],
-        network: conf.OmitArgPrefixes[Network] = NOTHING[2],
-        optimisation: conf.OmitArgPrefixes[Optimisation] = NOTHING[3],
-        running: conf.OmitArgPrefixes[Running] = NOTHING[4],
-    ) -> tuple[TrainSettings, tuple[str, ...]]:
-        groups = (images, network, optimisation, running)
-        return TrainSettings(data, **{name: value for group in groups for name, value in vars(group).items()}), arms.arm
-
-    return tyro.cli(read, prog="vitreous study", description=HELP, args=words, config=(conf.FlagCreatePairsOff,))
 
 
 def study(settings: TrainSettings, arms: Sequence[str], console: Console | None = None) -> Path:

@@ -1,24 +1,21 @@
-"""`vitreous look`, `compare` and `calibrate`: from words on a command line to a reading, its report, or a direction."""
+"""What `vitreous look` and `calibrate` do: from a model and images to a reading and its report, or to a direction."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 from torch import nn
-from tyro import conf
 
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import free_folder, writable
 from vitreous.base.processes import ALONE, Team, connected
+from vitreous.commands.look import Looking, Model
 from vitreous.data import Samples
 from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.grafting import grafts
@@ -31,77 +28,6 @@ from vitreous.train.settings import key_values
 
 QUICK = 10_000_000  # parameters up to which curves are made unasked: about half a minute on two cores
 DIRECTION = "foreground.safetensors"  # beside model.safetensors, the direction that travels with a model
-
-LOOK_HELP = """\
-See what a vision transformer looks at: maps and indicators for every layer and head, in one report.html.
-
-examples:
-  vitreous look vit_tiny_patch16_224 cat.jpg dog.jpg --out reading/
-  vitreous look vit_tiny_patch16_224 photos/ --weights model.safetensors --masks masks/
-  vitreous look runs/cutouts-plain photos/
-"""
-COMPARE_HELP = """\
-Two readings side by side, in one report.html: two models, or one before and after, on the same images.
-
-example:
-  vitreous compare reading-a/ reading-b/ --out comparison/
-"""
-CALIBRATE_HELP = """\
-Find a model's foreground direction from photographs without labels or masks: a small file that travels with the model.
-
-Fifty to five hundred photographs whose subject tends to be central. With a model folder the file goes into it, where
-`vitreous look` finds it; else give it to look with --direction.
-
-example:
-  vitreous calibrate runs/cutouts-plain photos/
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """Which model, and where its weights come from (for a name of timm's: its published ones, unless told otherwise)."""
-
-    weights: str | None = None
-    """Take the weights in this .safetensors file (or .pth, read without running code)."""
-    random_weights: bool = False
-    """Take random weights, to see how it works; every page says so."""
-    model_kwargs: tuple[str, ...] = ()
-    """The network's own arguments: name=value ..., such as img_size=384."""
-    foreign: bool = False
-    """Import mechanisms of other packages that a folder names. This runs their code."""
-    device: str = "auto"
-    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Looking:
-    """What is looked at, and how closely."""
-
-    masks: str | None = None
-    """Folder of .png masks of the images' names, or a boxes.csv: maps are then scored against them."""
-    direction: str | None = None
-    """File of `vitreous calibrate` (default: foreground.safetensors in the model's folder, if it is there)."""
-    curves: int | None = None
-    """Insertion and deletion curves of the maps on so many images (default: 2, or 0 for models of more than ten million
-    parameters, for which they take minutes)."""
-    noise: float = 0.01
-    """Deviation of the noise on pixels of [0, 1] under which attention is compared; 0: leave robustness out."""
-    batch_size: int = 8
-    """Images per forward pass."""
-    memory: float = 1.0
-    """GiB for working memory beside what the model itself needs."""
-    seed: int = 0
-    """Of the noise, the random baselines and the resampling."""
-    limit: int | None = None
-    """Look at no more than so many images, the first ones."""
-    out: str | None = None
-    """Folder of the reading: new, or one to go on with (default: the next free readings/NAME)."""
-
-
-def look_command(words: Sequence[str]) -> None:
-    """`vitreous look MODEL IMAGES...`"""
-    arguments = tyro.cli(look_words, prog="vitreous look", description=LOOK_HELP, args=words, config=CONFIG)
-    run_look(*arguments)
 
 
 def run_look(name: str, images: Sequence[str], source: Model, how: Looking, console: Console | None = None) -> Path:
@@ -145,23 +71,8 @@ def look_together(name: str, images: Sequence[str], source: Model, how: Looking,
     return folder
 
 
-def compare_command(words: Sequence[str]) -> None:
-    """`vitreous compare A B`"""
-    a, b, out = tyro.cli(compare_words, prog="vitreous compare", description=COMPARE_HELP, args=words, config=CONFIG)
-    console = Console()
-    folder = Path(out) if out else free_folder(Path("readings"), "comparison")
-    if (folder / "report.html").exists():
-        raise SettingError(f"Found {folder / 'report.html'} already. Expected a new folder. Choose another --out.")
-    with writable(folder):
-        write_report([Path(a), Path(b)], folder / "report.html")
-    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
-
-
-def calibrate_command(words: Sequence[str]) -> None:
-    """`vitreous calibrate MODEL PHOTOS...`"""
-    name, photos, out, source = tyro.cli(
-        calibrate_words, prog="vitreous calibrate", description=CALIBRATE_HELP, args=words, config=CONFIG
-    )
+def calibrate(name: str, photos: Sequence[str], out: str | None, source: Model) -> None:
+    """Find the direction of a model and save it, in the model's folder unless `out` names a file."""
     console = Console()
     path = Path(out) if out else Path(name) / DIRECTION
     if not path.parent.is_dir() or path.is_dir():
@@ -246,40 +157,3 @@ def overview(reading: Reading) -> Table:
         grid = "x".join(map(str, layer["grid"])) if layer["grid"] else ""
         table.add_row(f"{layer['layer']} {layer['name']}", layer["kind"], str(layer["heads"]), grid, *means)
     return table
-
-
-CONFIG = (conf.FlagCreatePairsOff,)
-Name = Annotated[
-    conf.Positional[str],
-    conf.arg(metavar="MODEL", help="A name of timm's, a run folder, or another folder with config.json and model.safetensors"),
-]
-Images = Annotated[
-    conf.Positional[tuple[str, ...]],
-    conf.arg(metavar="IMAGES", help="Images, or folders or tar archives of images"),
-]
-
-
-def look_words(
-    model: Name,
-    images: Images,
-    source: conf.OmitArgPrefixes[Model] = Model(),
-    looking: conf.OmitArgPrefixes[Looking] = Looking(),
-) -> tuple[str, tuple[str, ...], Model, Looking]:
-    return model, images, source, looking
-
-
-def compare_words(
-    a: Annotated[conf.Positional[str], conf.arg(metavar="A", help="A reading or run folder")],
-    b: Annotated[conf.Positional[str], conf.arg(metavar="B", help="Another")],
-    out: Annotated[str | None, conf.arg(help="Folder of the report (default: the next free readings/comparison)")] = None,
-) -> tuple[str, str, str | None]:
-    return a, b, out
-
-
-def calibrate_words(
-    model: Name,
-    photos: Images,
-    out: Annotated[str | None, conf.arg(help=f"File to write (default: {DIRECTION} in the model's folder)")] = None,
-    source: conf.OmitArgPrefixes[Model] = Model(),
-) -> tuple[str, tuple[str, ...], str | None, Model]:
-    return model, photos, out, source

@@ -1,45 +1,24 @@
-"""`vitreous data check`: from words on a command line to a table of what is wrong with images."""
+"""What `vitreous data check` does: a table of what is wrong with images."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
-from tyro import conf
 
-from vitreous.base.errors import UnknownName
 from vitreous.data.problems import shown
 from vitreous.data.validate import Findings, check_data
 
-HELP = """\
-Look for what is wrong with images before training on them: files that cannot be read, copies within and across parts,
-classes of one image, names that clash, masks that do not fit. Nothing is changed.
-
-Exit code: 0 nothing found, 1 something found, 2 nothing could be checked.
-
-examples:
-  vitreous data check photos/
-  vitreous data check table.csv --json
-"""
 LINES = 40  # problems, and classes, that the tables show
 
 
-def data_command(words: Sequence[str]) -> int:
-    """`vitreous data check DATA`; returns the exit code."""
-    if words and words[0] not in ("check", "-h", "--help"):
-        raise UnknownName(words[0], "command after data", ["check"], hint="Write vitreous data check DIR.")
-    given = list(words[1:]) if words[:1] == ["check"] else ["--help"]
-    data, as_json, outside = tyro.cli(
-        check_words, prog="vitreous data check", description=HELP, args=given, config=(conf.FlagCreatePairsOff,)
-    )
+def check(data: str, as_json: bool, outside: bool) -> int:
+    """Check and print; returns the exit code: 1 where something is wrong, else 0."""
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("reading files", total=None)
         found = check_data(data, outside=outside, progress=lambda done, of: bar.update(task, completed=done, total=of))
@@ -86,13 +65,3 @@ def show(found: Findings, console: Console) -> None:
 def more(what: str, count: int, console: Console) -> None:
     if count > LINES:
         console.print(f"and {count - LINES} {what} more; --json lists them all", highlight=False)
-
-
-def check_words(
-    data: Annotated[
-        conf.Positional[str], conf.arg(metavar="DATA", help="A folder, tar archive, .csv table or hf:PATH, as for train")
-    ],
-    json: Annotated[bool, conf.arg(help="Print everything as JSON")] = False,
-    outside: Annotated[bool, conf.arg(help="Let a table name files outside its folder")] = False,
-) -> tuple[str, bool, bool]:
-    return data, json, outside

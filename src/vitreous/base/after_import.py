@@ -1,0 +1,41 @@
+"""Run something as soon as another package is imported, without importing it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+class ImportWatch(importlib.abc.MetaPathFinder):
+    """Runs `action` as soon as the module `name` has been imported, by whomever."""
+
+    def __init__(self, name: str, action: Callable[[], Any]):
+        self.name, self.action = name, action
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec that the other finders have, whose loader runs the action when the module is complete."""
+        if name != self.name:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.action()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def after_import(name: str, action: Callable[[], Any]) -> None:
+    """Run `action` when the module `name` has been imported: now, if it is already."""
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, ImportWatch(name, action))

@@ -1,0 +1,187 @@
+"""What `vitreous demo` does: a look at a small trained model, then three trained on made images, one table and report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vitreous.base import statistics
+from vitreous.commands._looking import DIRECTION
+from vitreous.data import ArraySamples, Cutouts
+from vitreous.data.preprocess import Preprocess
+from vitreous.grafting import ungraft
+from vitreous.lens.direction import Direction
+from vitreous.lens.look import look
+from vitreous.lens.reading import Reading
+from vitreous.models import model_folder
+from vitreous.models.create import read_weights
+from vitreous.report.page import write as write_report
+from vitreous.train.engine.loader import loader
+from vitreous.train.records.run_folder import choose_folder, read_metrics, read_table
+from vitreous.train.settings import TrainSettings
+from vitreous.train.train import train
+
+ARMS = {"plain": (), "SVDA": ("svda",), "SVD-ViT": ("spc",)}
+NETWORK = ("patch_size=4", "embed_dim=64", "depth=4", "num_heads=4", "mlp_ratio=2.0")
+RECIPE = {"data": "cutouts", "epochs": 5, "lr": 2e-3, "warmup_epochs": 0.5, "clip_grad": 1.0}  # tuned on the plain arm
+QUICK = RECIPE | {"data": "cutouts:train=128,test=60", "epochs": 1}
+SHIPPED = Path(__file__).parents[1] / "weights" / "cutouts"  # trained by `vitreous train`; its README says how
+LOOKED_AT = 128  # test scenes on which the three are compared by what they look at
+
+
+def demo(out: str | None, seed: int, quick: bool) -> Path:
+    """Train the three, print the table; returns the folder of their run folders."""
+    console = Console()
+    folder = choose_folder(out, "demo")
+    # On matrices this small a second thread gains little, loses much on a busy machine, and changes the last digits.
+    torch.set_num_threads(1)
+    first_look(folder / "first-look", seed, console)
+    for number, (arm, mechanisms) in enumerate(ARMS.items(), 1):
+        console.print(f"\n{number} of {len(ARMS)}: {arm}", style="bold", highlight=False)
+        train(arm_settings(mechanisms, folder / arm, seed, quick), console)
+    console.print()
+    console.print(compare(folder, seed))
+    report = write_report([folder / arm for arm in ARMS], folder / "report.html")
+    console.print(f"\nReport of the three, epoch by epoch: {report}", soft_wrap=True, highlight=False)
+    called = Path(sys.argv[0])  # typed again as it was, where the shell does not find it by its name alone
+    program = str(called) if called.name == "vitreous" and not shutil.which("vitreous") else "vitreous"
+    following = [program, "train", "cutouts", "--model", str(folder / "plain"), "--graft", "svda:start=gentle,scale=sqrt"]
+    console.print(f"Run folders: {folder}/plain, {folder}/SVDA, {folder}/SVD-ViT; each has a summary.md.", soft_wrap=True)
+    console.print("Next, go on from the plain model with SVDA at a scale that lets it select:", soft_wrap=True)
+    console.print(f"  {shlex.join([*following, '--epochs', '2', '--lr', '1e-4'])}", soft_wrap=True, highlight=False)
+    return folder
+
+
+def arm_settings(mechanisms: Sequence[str], folder: Path, seed: int, quick: bool) -> TrainSettings:
+    recipe = QUICK if quick else RECIPE
+    return TrainSettings(**recipe, model_kwargs=NETWORK, graft=tuple(mechanisms), seed=seed, out=str(folder))
+
+
+def first_look(folder: Path, seed: int, console: Console) -> None:
+    """Look at the shipped model on a few scenes, half of them on swapped backgrounds, and write its report."""
+    usual, swapped = (Cutouts(12, split=split, seed=seed) for split in ("test", "swapped"))
+    images, masks = (np.concatenate([getattr(part, name) for part in (usual, swapped)]) for name in ("images", "masks"))
+    scenes = ArraySamples(images, np.concatenate([usual.labels, swapped.labels]), masks)
+    model = model_folder.load(SHIPPED)
+    about = {"name": "cutouts, shipped", "weights": "run"}
+    reading = look(model, scenes, direction=Direction.load(SHIPPED / DIRECTION), curves=4, seed=seed, out=folder, about=about)
+    report = write_report([folder], folder / "report.html")
+    console.print("What a small trained model looks at, before anything is trained:", style="bold", highlight=False)
+    console.print(f"  {share(reading)}", highlight=False)
+    console.print(f"  Report: {report}", soft_wrap=True, highlight=False)
+
+
+def share(reading: Reading) -> str:
+    """How much of the last layer's attention lies on the object, in words."""
+    value, low, high, area = foreground_share(reading)
+    return (
+        f"{100 * value:.0f} % of the class token's last attention is on the object ({100 * low:.0f} to {100 * high:.0f}), "
+        f"which covers {100 * area:.0f} % of the scene."
+    )
+
+
+def foreground_share(reading: Reading) -> tuple[float, float, float, float]:
+    """Mean share of the last layer's attention, heads averaged, on the object, its 95 % interval, and the object's area."""
+    summary = reading.facts["summary"]
+    last = max(reading.layers, key=lambda layer: layer["layer"])["layer"]
+
+    def row(component: str, layer: int) -> int:
+        keys = {"component": component, "layer": layer, "head": -1, "measure": "energy_inside"}
+        return int(np.flatnonzero(np.logical_and.reduce([summary[key] == value for key, value in keys.items()]))[0])
+
+    here = row("attention", last)
+    return *(float(summary[name][here]) for name in ("mean", "low", "high")), float(summary["mean"][row("area", -1)])
+
+
+def compare(folder: Path, seed: int) -> Table:
+    """One table of the three runs, from their folders and from what their models look at on the same scenes."""
+    scenes = {arm: test_scenes(folder / arm, LOOKED_AT, seed) for arm in ARMS}
+    readings = {
+        arm: look(model_folder.load(folder / arm), scenes[arm][0], inputs=scenes[arm][1].config(), seed=seed) for arm in ARMS
+    }
+    table = Table(title="cutouts: accuracy and indicators, with 95 % intervals", title_justify="left")
+    table.add_column("")
+    for arm in ARMS:
+        table.add_column(arm, justify="right")
+    right = {arm: correct(folder / arm) for arm in ARMS}
+    rows = {
+        "usual backgrounds": lambda arm: accuracy(right[arm]["test"]),
+        "swapped backgrounds": lambda arm: accuracy(right[arm]["swapped"]),
+        "lost by the swap": lambda arm: difference(right[arm]["swapped"], right[arm]["test"]),
+        "to plain, usual": lambda arm: None if arm == "plain" else difference(right[arm]["test"], right["plain"]["test"]),
+        "to plain, swapped": lambda arm: (
+            None if arm == "plain" else difference(right[arm]["swapped"], right["plain"]["swapped"])
+        ),
+        "attention on the object": lambda arm: on_object(readings[arm]),
+        "effective tokens": lambda arm: indicator(readings[arm], "effective_tokens"),
+        "attention entropy": lambda arm: indicator(readings[arm], "attention_entropy"),
+        "learned spectral entropy": lambda arm: indicator(readings[arm], "spectral_entropy", source="learned"),
+        "seconds": lambda arm: f"{sum(epoch['seconds'] for epoch in read_metrics(folder / arm)):.0f}",
+        "graft removed:\nmax difference": lambda arm: f"{left_behind(folder / arm, *scenes[arm]):g}" if ARMS[arm] else None,
+    }
+    for name, cell in rows.items():
+        table.add_row(name, *(cell(arm) or "" for arm in ARMS))
+    return table
+
+
+def correct(folder: Path) -> dict[str, np.ndarray]:
+    """{test set: (n,) bool, which images were recognised} of a run."""
+    found: dict[str, list[bool]] = {}
+    for line in read_table(folder / "predictions.csv"):
+        found.setdefault(line["set"], []).append(line["label"] == line["predicted"])
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def accuracy(right: np.ndarray) -> str:
+    low, high = statistics.wilson(int(right.sum()), len(right))
+    return f"{100 * right.mean():.1f} %\n{100 * low:.1f} to {100 * high:.1f}"
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Points of accuracy between two that saw the same objects, or that there is no difference."""
+    value, low, high = statistics.paired(ours, theirs)
+    said = "no difference" if low <= 0 <= high else f"{100 * value:+.1f} points"
+    return f"{said}\n{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def on_object(reading: Reading) -> str:
+    value, low, high, area = foreground_share(reading)
+    return f"{100 * value:.1f} % of {100 * area:.1f} %\n{100 * low:.1f} to {100 * high:.1f}"
+
+
+def indicator(reading: Reading, name: str, source: str = "attention") -> str | None:
+    """Mean over layers, heads and images; None where there is no such measure."""
+    table = reading.table()
+    values = table[name][(table["source"] == source) & np.isfinite(table[name])]
+    return f"{np.mean(values):.2f}" if len(values) else None
+
+
+@torch.no_grad()
+def left_behind(folder: Path, scenes: Cutouts, inputs: Preprocess) -> float:
+    """Largest difference of logits between a trained model with its grafts taken out and one that never had any.
+
+    The second is built by timm alone and given the same host weights.
+    """
+    model = model_folder.load(folder)
+    ungraft(model, all=True)
+    never = timm.create_model(f"local-dir:{folder}").eval()
+    weights = read_weights(folder / model_folder.WEIGHTS)
+    images = next(iter(loader(scenes, inputs, 64)))[0]
+    never.load_state_dict({name: weights[name] for name in never.state_dict()})
+    return (model.eval()(images) - never(images)).abs().max().item()
+
+
+def test_scenes(folder: Path, count: int, seed: int) -> tuple[Cutouts, Preprocess]:
+    """Test scenes, and how the run in the folder prepared its own."""
+    inputs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]["inputs"]
+    return Cutouts(count, split="test", seed=seed), Preprocess(**inputs)

@@ -1,0 +1,98 @@
+"""`vitreous export`: from words on a command line to a model's file and the proof that it computes the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from rich.console import Console
+from tyro import conf
+
+from vitreous.commands import Command
+from vitreous.commands._arguments import TrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporting:
+    """What is written, and how it is proved."""
+
+    to: Literal["onnx", "torch-export", "timm"]
+    """onnx | torch-export | timm."""
+    out: str
+    """File to write (timm: folder); it must be new, and appears whole or not at all."""
+    images: tuple[str, ...] = ()
+    """Images, folders or archives, of which the first 16 are compared as well, beside seeded noise."""
+    tolerance: float = 1e-4
+    """Largest difference of a logit that counts as the same."""
+    weights: str | None = None
+    """For a name of timm's: take the weights in this .safetensors file (or .pth, read without running code)."""
+    foreign: bool = False
+    """Import mechanisms of other packages that a folder names. This runs their code."""
+    json: bool = False
+    """Say what was done as one JSON object, for programs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """A model as a file that runs without Vitreous, proved to compute the same.
+
+
+      onnx          one file for onnxruntime and others; class names and how to prepare images are inside
+      torch-export  one .pt2 file for torch.export.load
+      timm          a folder for timm.create_model("local-dir:..."), mechanisms taken out
+
+    Beside the file stands PATH.json (in a folder: export.json): the largest difference of logits, size, versions. Beyond the
+    tolerance nothing is left.
+
+    examples:
+      vitreous export runs/photos --to onnx --out photos.onnx --images new-photos/
+      vitreous export runs/photos --to timm --out photos-plain
+    """
+
+    usage: ClassVar[str] = "RUN"
+
+    model: TrainedModel
+    exporting: conf.OmitArgPrefixes[Exporting]
+
+    def run(self) -> None:
+        from vitreous.deploy.export import export
+        from vitreous.models.load import check_new, open_model
+
+        how = self.exporting
+        check_new(Path(how.out))
+        model = open_model(self.model, how.weights, how.foreign)
+        report = export(model, how.out, how.to, images=how.images, tolerance=how.tolerance)
+        if how.json:
+            print(json.dumps(report, indent=2))
+            return
+        console = Console()
+        for line in report_lines(report, how.out):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def report_lines(report: dict[str, Any], path: str) -> list[str]:
+    """The report for people."""
+    found = report["parity"]
+    kinds = {"seeded": "seeded images of noise", "given": "given images"}
+    here = [(found[kind], words) for kind, words in kinds.items() if kind in found]
+    compared = [f"{part['largest']:.2g} over {part['images']} {words}" for part, words in here]
+    lines = [f"Parity: largest difference of logits {', '.join(compared)} (tolerance {found['tolerance']:g})"]
+    if report["batch"] != "any":
+        lines.append(f"One image at a time: a batch of any size cannot be exported ({report['batch_reason']})")
+    if without := report.get("without_mechanisms"):
+        lines.append(
+            f"Taken out: {', '.join(report['mechanisms'])}, with {without['parameters']:,} parameters. The network keeps the "
+            "weights that it learned beside them."
+        )
+        lines += [
+            f"Without: logits differ by up to {without[kind]['largest']:.2g}; {without[kind]['same_class']} of "
+            f"{without[kind]['images']} {words} keep their class"
+            for kind, words in kinds.items()
+            if kind in without
+        ]
+    opset = f", opset {report['opset']}" if "opset" in report else ""
+    batch = "any batch size" if report["batch"] == "any" else "batch size 1"
+    lines.append(f"Done: {path} ({report['bytes'] / 1e6:,.1f} MB{opset}, {batch})")
+    return lines

@@ -1,0 +1,142 @@
+"""`vitreous list`: what there is to choose from, read from the files as text, so that it comes at once."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vitreous.base.entry import PACKAGE, Entry, item_files, read_entry, tree
+from vitreous.base.errors import UnknownName
+from vitreous.commands import Command
+
+HELP = "usage: vitreous list [NAME]\n\nThe mechanisms and networks there are, or one with all its settings."
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A folder of items. title: of its table; noun: one item; use: a command with the text form of one in it."""
+
+    title: str
+    folder: str
+    noun: str
+    use: str = ""
+    nested: bool = False
+
+    def files(self) -> dict[str, Path]:
+        """{name: file}; nothing where there is no such folder."""
+        return item_files(PACKAGE / self.folder, self.nested)
+
+
+MECHANISMS = Shelf("Mechanisms", "mechanisms", "mechanism", "vitreous train cutouts --graft {}", nested=True)
+OTHERS = (
+    Shelf("Tasks", "tasks", "task", "vitreous train cutouts --task {}"),
+    Shelf("Updates", "train/updates", "update", "vitreous train cutouts --update {}"),
+    Shelf("Compression", "compress", "compression"),
+    Shelf("Probes", "lens/probes", "probe"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Command):
+    """Show the mechanisms and networks there are, or one of them with its settings."""
+
+    usage: ClassVar[str] = "[NAME]"
+
+    name_of_item: str | None = None
+    help: bool = False
+
+    @classmethod
+    def read(cls, words: Sequence[str]) -> Self:
+        """The first word is a name; read without tyro, whose import takes longer than the list."""
+        first = words[0] if words else None
+        return cls(help=True) if first in ("-h", "--help") else cls(name_of_item=first)
+
+    def run(self) -> None:
+        """Print everything, or what is called so. Raises UnknownName."""
+        console = Console()
+        if self.help:
+            console.print(HELP)
+        elif self.name_of_item is None:
+            for shelf in (MECHANISMS, *OTHERS):
+                if shelf.files():
+                    console.print(items(shelf))
+                if shelf is MECHANISMS:
+                    console.print(network_table())
+            console.print("`vitreous list NAME` says more. Any other network of timm's can be named as well.", highlight=False)
+        else:
+            show(self.name_of_item, console)
+
+
+def items(shelf: Shelf) -> Table:
+    """One line for each: name, slot, what it is, its paper, and its settings with their defaults."""
+    slots = ("slot",) if shelf.nested else ()
+    table = Table("name", *slots, "what it is", title=shelf.title, title_justify="left", show_lines=True)
+    for name, file in shelf.files().items():
+        entry = read_entry(file)
+        settings = ", ".join(f"{key}={value}" for key, value in entry.defaults.items())
+        details = "\n".join(filter(None, [entry.constants.get("paper"), settings]))
+        text = escape(entry.summary) + (f"\n[dim]{escape(details)}[/]" if details else "")
+        table.add_row(name + stage(entry), *(file.parent.name for _ in slots), text)
+    return table
+
+
+def stage(entry: Entry) -> str:
+    """A line for an item whose reference numbers are not yet reproduced."""
+    return "\n(prototype)" if entry.constants.get("stage") == "prototype" else ""
+
+
+def network_table() -> Table:
+    """Whole networks, by the name that timm knows them by."""
+    table = Table("name", "what it is", title="Networks", title_justify="left")
+    for name, doc in networks().items():
+        table.add_row(name, escape(doc))
+    return table
+
+
+def networks() -> dict[str, str]:
+    """{name: docstring} of the functions that the files of `architectures/` register with timm."""
+    functions = [
+        node
+        for file in item_files(PACKAGE / "architectures").values()
+        for node in tree(file).body
+        if isinstance(node, ast.FunctionDef) and "register_model" in map(ast.unparse, node.decorator_list)
+    ]
+    return {node.name: ast.get_docstring(node) or "" for node in functions}
+
+
+def show(name: str, console: Console) -> None:
+    """What is called so: its docstring, and every setting with its default. Raises UnknownName."""
+    shelves = [shelf for shelf in (MECHANISMS, *OTHERS) if name in shelf.files()]
+    for shelf in shelves:
+        show_item(shelf, read_entry(shelf.files()[name]), console)
+    if name in networks():
+        console.print(networks()[name], markup=False, highlight=False)
+    elif not shelves:
+        nouns = ", ".join(shelf.noun for shelf in (MECHANISMS, *OTHERS) if shelf.files())
+        names = [*networks(), *(name for shelf in (MECHANISMS, *OTHERS) for name in shelf.files())]
+        raise UnknownName(name, f"{nouns} or network", names)
+
+
+def show_item(shelf: Shelf, entry: Entry, console: Console) -> None:
+    """One item: its docstring and every setting with its default."""
+    kind = shelf.files()[entry.name].parent.name if shelf.nested else shelf.noun
+    console.print(f"{entry.name} ({kind})\n", style="bold", highlight=False)
+    if stage(entry):
+        console.print("A prototype: its reference numbers are not yet reproduced, and its text form may change.\n")
+    console.print(entry.doc, markup=False, highlight=False, soft_wrap=True)
+    if entry.types:
+        table = Table("setting", "default", "type", title="\nSettings", title_justify="left")
+        for key, kind in entry.types.items():
+            table.add_row(key, entry.defaults.get(key, ""), escape(kind.replace("Literal", "one of ")))
+        console.print(table)
+    if shelf.use:
+        settings = ",".join(f"{key}={value}" for key, value in list(entry.defaults.items())[:2])
+        text = entry.name + (f":{settings}" if settings else "")
+        console.print(f"\n{shelf.use.format(text)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,62 @@
+"""`vitreous predict`: from words on a command line to the classes of images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from rich.console import Console
+from tyro import conf
+
+from vitreous.commands import Command
+from vitreous.commands._arguments import ImagePaths, TrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicting:
+    """How it is done, and where the result goes."""
+
+    out: str = "predictions.csv"
+    """File to write; it must be new, and appears whole or not at all."""
+    top: int = 1
+    """So many classes per image, the most probable first."""
+    batch_size: int = 16
+    """Images per forward pass."""
+    weights: str | None = None
+    """For a name of timm's: take the weights in this .safetensors file (or .pth, read without running code)."""
+    foreign: bool = False
+    """Import mechanisms of other packages that a folder names. This runs their code."""
+    device: str = "auto"
+    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
+    json: bool = False
+    """Say what was done as one JSON object, for programs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Command):
+    """The classes of images by a trained model, with probabilities, as a CSV file.
+
+    Spreadsheets open it. Images are prepared exactly as in training. One that cannot be read has its line in the file, too,
+    with the reason.
+
+    examples:
+      vitreous predict runs/photos new-photos/
+      vitreous predict runs/photos cat.jpg dog.jpg --top 3 --out animals.csv
+      vitreous predict runs/photos new-photos.tar --json
+    """
+
+    usage: ClassVar[str] = "RUN IMAGES..."
+
+    model: TrainedModel
+    images: ImagePaths
+    predicting: conf.OmitArgPrefixes[Predicting] = field(default_factory=Predicting)
+
+    def run(self) -> None:
+        from vitreous.deploy.predict import run_predict
+
+        options = vars(self.predicting).copy()
+        as_json = options.pop("json")
+        result = run_predict(self.model, self.images, console=Console(quiet=as_json), **options)
+        if as_json:
+            print(json.dumps(result | {"classes": dict(result["classes"].most_common())}, indent=2))

@@ -1,0 +1,49 @@
+"""`vitreous study`: from words on a command line to arms that are trained on the same seeds and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from tyro import conf
+
+from vitreous.commands.train import Train, report_runs
+from vitreous.train.settings import Repeated, Running
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arms:
+    """What is compared."""
+
+    arm: Repeated = ()
+    """The grafts of an arm, with spaces between, or plain for none; the first arm is what the others are compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Train):
+    """Train arms that differ in their grafts alone, and compare them with paired intervals.
+
+    Seeds, data, order and recipe are the same for all; the first arm is what the others are compared with. Given again, the
+    command goes on where it was stopped.
+
+    example:
+      vitreous study photos/ --arm plain --arm svda:scale=sqrt --arm "svda spc:after=11" --seeds 3 --pretrained --recipe auto
+    """
+
+    usage: ClassVar[str] = "DATA"
+
+    arms: conf.OmitArgPrefixes[Arms] = field(default_factory=Arms)
+    running: conf.OmitArgPrefixes[Running] = field(default_factory=lambda: Running(seeds=3))
+
+    def run(self) -> None:
+        from vitreous.train.study.study import study
+
+        report_study(study(self.settings(), self.arms.arm))
+
+
+def report_study(folder: Path) -> None:
+    """Say where the summary of a study is, and write a report of its arms side by side, each by its first seed."""
+    from vitreous.train.study.study import first_runs
+
+    report_runs(folder, first_runs(folder))
