@@ -16,10 +16,11 @@ import pytest
 
 import vitreous
 from test_cards import SECTIONS
-from vitreous.bench.settings import from_words as bench_words
-from vitreous.train.engine.resume import resume_words
-from vitreous.train.settings import from_words
-from vitreous.train.study.study import arm_grafts, study_words
+from vitreous.commands.bench import Bench
+from vitreous.commands.resume import Resume
+from vitreous.commands.study import Study
+from vitreous.commands.train import Train
+from vitreous.train.study.study import arm_grafts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
@@ -75,14 +76,14 @@ def test_commands_and_links(page):
         if words[:1] == ["torchrun"]:
             words = words[words.index("vitreous") :]
         if words[:2] == ["vitreous", "resume"]:
-            assert resume_words(words[2:])[0]
+            assert Resume.read(words[2:]).folder
         if words[:2] == ["vitreous", "train"]:
-            assert from_words(words[2:]).data
+            assert Train.read(words[2:]).settings().data
         if words[:2] == ["vitreous", "study"]:
-            settings, arms = study_words(words[2:])
-            assert arm_grafts(settings, arms)
+            study = Study.read(words[2:])
+            assert arm_grafts(study.settings(), study.arms.arm)
         if words[:2] == ["vitreous", "bench"]:
-            assert bench_words(words[2:]).arms()
+            assert Bench.read(words[2:]).settings().arms()
         for path in (word for word in words if word.startswith("tests/")):
             assert (ROOT / path).exists(), line
     for link in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):

@@ -7,11 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tyro
 
-from vitreous.bench.settings import from_words as bench_words
-from vitreous.commands import looking
-from vitreous.train.settings import from_words
+from vitreous.commands.bench import Bench
+from vitreous.commands.cli import command_class
+from vitreous.commands.train import Train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,20 +27,19 @@ def test_python_runs(capsys):
 
 @pytest.mark.parametrize("line", TRAINING)
 def test_training_commands_parse(line):
-    settings = from_words(shlex.split(line)[2:])
+    settings = Train.read(shlex.split(line)[2:]).settings()
     assert settings.data
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("vitreous bench")])
 def test_bench_commands_parse(line):
-    assert bench_words(shlex.split(line)[2:]).arms()
+    assert Bench.read(shlex.split(line)[2:]).settings().arms()
 
 
 @pytest.mark.parametrize("line", LOOKING)
 def test_looking_commands_parse(line):
     command, *words = shlex.split(line)[1:]
-    parser = {"look": looking.look_words, "compare": looking.compare_words, "calibrate": looking.calibrate_words}[command]
-    assert tyro.cli(parser, args=words, config=looking.CONFIG)
+    assert command_class(command).read(words)
 
 
 def test_both_make_targets_are_there():

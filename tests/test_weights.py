@@ -11,7 +11,7 @@ import timm
 import torch
 
 import vitreous
-from vitreous.commands.demo import NETWORK
+from vitreous.commands._demo import NETWORK
 from vitreous.data import open_data
 from vitreous.data.preprocess import Preprocess
 from vitreous.models import model_folder

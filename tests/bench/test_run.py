@@ -16,7 +16,8 @@ from vitreous.bench import run
 from vitreous.bench.arms import Arm, Cell
 from vitreous.bench.memory import OUT
 from vitreous.bench.run import bench, compared
-from vitreous.bench.settings import BenchSettings, from_words
+from vitreous.bench.settings import BenchSettings
+from vitreous.commands.bench import Bench
 from vitreous.commands.cli import main
 from vitreous.models.model_folder import save
 
@@ -219,13 +220,13 @@ def test_other_errors_are_not_hidden(monkeypatch):
 )
 def test_mistakes_in_words(words, error, said):
     with pytest.raises(error, match=said):
-        from_words(words.split())
+        Bench.read(words.split()).settings()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there():
     with pytest.raises(SettingError, match="Found --device cuda"):
-        from_words(["test_vit", "--device", "cuda"])
+        Bench.read(["test_vit", "--device", "cuda"]).settings()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, where it writes, and that mistakes cost nothing."""
 
+import inspect
 import os
 import re
 import shlex
@@ -13,7 +14,8 @@ import torch
 
 from vitreous import __version__, catalogue
 from vitreous.base.text_form import settings
-from vitreous.commands.cli import main
+from vitreous.commands.cli import COMMANDS, command_class, main, overview
+from vitreous.commands.train import Train
 from vitreous.mechanism import mechanism_class
 from vitreous.train import load, save
 from vitreous.train.records.run_folder import read_metrics
@@ -134,18 +136,31 @@ def test_list_of_one_shows_its_docstring(name, capsys):
 def test_version_and_help(capsys):
     assert call("--version") == 0
     assert capsys.readouterr().out == f"vitreous {__version__}\n"
-    for words in ("", "--help", "train --help", "list --help", "demo --help"):
+    for words in ("", "--help"):
         assert call(words) == 0
         assert "vitreous" in capsys.readouterr().out
 
 
-def test_every_command_of_the_help_can_be_parsed(capsys):
-    from vitreous.train.settings import HELP, from_words
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_whole_and_its_examples_can_be_parsed(name, capsys):
+    command = command_class(name)
+    text = inspect.getdoc(command)
+    assert len(text.splitlines()[0]) <= 88
+    assert f"  {name} {command.usage}" in overview()
+    assert call(f"{name} --help") == 0
+    assert f"vitreous {name}" in capsys.readouterr().out
+    examples = re.findall(rf"^  vitreous {name} (.*(?:\n      .*)*)", text, re.MULTILINE)
+    assert examples or name in ("demo", "list")
+    for words in examples:
+        parsed = command.read(shlex.split(words))
+        if isinstance(parsed, Train):
+            assert parsed.settings().data
 
-    commands = re.findall(r"^  vitreous train (.*(?:\n      .*)*)", HELP, re.MULTILINE)
-    assert len(commands) == 3
-    for words in commands:
-        from_words(shlex.split(words))
+
+def test_what_is_no_command_is_not_imported(capsys):
+    for name in ("cli", "_demo", "__init__", "os", "../cli", ""):
+        assert main([name]) == 2
+        assert capsys.readouterr().err.startswith("error: Unknown command ")
 
 
 def test_demo_compares_three_and_names_a_command_that_works(elsewhere, capsys):

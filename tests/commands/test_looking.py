@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitreous
-from vitreous.commands import looking
 from vitreous.commands.cli import main
 from vitreous.data import Cutouts
 from vitreous.lens import reading as reading_module
@@ -319,18 +318,3 @@ def test_calibrate_writes_a_direction_that_look_then_uses_and_other_models_refus
     assert Path("third.safetensors").read_bytes() == Path("other.safetensors").read_bytes()
     refused(capsys, "calibrate model many/broken.png --out fourth.safetensors", "no readable photograph among 1")
     assert not Path("fourth.safetensors").exists()
-
-
-def test_every_example_of_the_help_can_be_parsed():
-    for help_text, words in ((looking.LOOK_HELP, looking.look_words), (looking.CALIBRATE_HELP, looking.calibrate_words)):
-        examples = re.findall(r"^  vitreous \w+ (.*)$", help_text, re.MULTILINE)
-        assert examples
-        for example in examples:
-            parsed = looking.tyro.cli(words, args=shlex.split(example), config=looking.CONFIG)
-            assert parsed[1]
-
-
-@pytest.mark.parametrize("command", ["look", "compare", "calibrate"])
-def test_help_shows_an_example(command, capsys):
-    assert call(f"{command} --help") == 0
-    assert f"vitreous {command}" in capsys.readouterr().out

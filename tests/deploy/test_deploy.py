@@ -413,12 +413,3 @@ def test_the_pages_script_runs_the_file_without_our_package(photos, crop_pct):
     for line, name, one in zip(done.stdout.splitlines(), images, expected, strict=True):
         assert line.split()[:2] == [name, one.classes[0]]
         assert float(line.split()[2]) == pytest.approx(one.probabilities[0], abs=2e-4)
-
-
-def test_every_example_of_the_help_can_be_parsed():
-    parsers = {predict.HELP: predict.predict_words, export.HELP: export.export_words}
-    for text, words in parsers.items():
-        examples = re.findall(r"^  vitreous \w+ (.*)$", text, re.MULTILINE)
-        assert examples
-        for example in examples:
-            assert predict.tyro.cli(words, args=shlex.split(example), config=predict.CONFIG)[0]

@@ -205,7 +205,7 @@ def test_a_full_disk_is_said_and_what_was_whole_is_kept(settings, quiet, tmp_pat
     words = f"train {RECIPE['data']} --out {folder}"
 
     def fails():
-        monkeypatch.setattr("vitreous.train.settings.from_words", lambda _: settings(**RECIPE, out=str(folder)))
+        monkeypatch.setattr("vitreous.commands.train.Train.settings", lambda _: settings(**RECIPE, out=str(folder)))
         if moment == "a state":
             at_step(monkeypatch, 4, lambda: limit_files(20_000))
         else:

@@ -3,8 +3,8 @@
 import pytest
 
 from vitreous.base.errors import SettingError, UnknownName, VitreousError
+from vitreous.commands.train import Train
 from vitreous.train import TrainSettings
-from vitreous.train.settings import from_words
 
 
 def test_command_line_and_python_give_the_same():
@@ -12,7 +12,7 @@ def test_command_line_and_python_give_the_same():
         "cutouts --graft svda:scale=one --graft spc:after=9 --freeze blocks.0-3 --lr 1e-4 --batch-size 32 --amp "
         "--layer-decay 0.75 --model-ema 0.99 --model-kwargs depth=3 act_layer=relu --train new+head --image-size 48"
     )
-    assert from_words(words.split()) == TrainSettings(
+    assert Train.read(words.split()).settings() == TrainSettings(
         "cutouts",
         graft=("svda:scale=one", "spc:after=9"),
         freeze=("blocks.0-3",),

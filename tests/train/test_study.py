@@ -13,10 +13,11 @@ from train.conftest import SMALL
 from train.interrupting import Moments, differing, in_child
 from vitreous.base.errors import SettingError, UnknownName, VitreousError
 from vitreous.commands.cli import main
+from vitreous.commands.study import Study
 from vitreous.data import quarantine
 from vitreous.train import train
 from vitreous.train.records.run_folder import read_metrics, read_table
-from vitreous.train.study.study import again, choose, plan, study, study_words
+from vitreous.train.study.study import again, choose, plan, study
 
 ARMS = ("plain", "svda:scale=sqrt")
 FOLDERS = {f"{arm}-seed-{seed}" for arm in ("plain", "svda-scale=sqrt") for seed in (3, 4)}
@@ -137,10 +138,10 @@ def test_the_command(given, quiet, tmp_path, capsys):
     words += ["--batch-size", "16", "--device", "cpu"]
     words += ["--model-kwargs", "patch_size=4", "depth=2", "embed_dim=24", "num_heads=2", "--out"]
     folder = tmp_path / "typed"
-    settings, arms = study_words([*words, str(folder)])
-    assert arms == ("plain", "svda")
-    assert settings.seeds == 1
-    assert study_words(["cutouts"])[0].seeds == 3
+    command = Study.read([*words, str(folder)])
+    assert command.arms.arm == ("plain", "svda")
+    assert command.settings().seeds == 1
+    assert Study.read(["cutouts"]).settings().seeds == 3
     assert main(["study", *words, str(folder)]) == 0
     assert f"Report: {folder}/report.html" in capsys.readouterr().out
     assert main(["resume", str(folder)]) == 0

@@ -7,11 +7,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from train.interrupting import NAN, breaking, output
 from vitreous.base.errors import SettingError, UnknownName, VitreousError
+from vitreous.commands.resume import Resume
+from vitreous.commands.train import Train
 from vitreous.train import train
-from vitreous.train.engine.resume import recorded_settings, resume, resume_words
+from vitreous.train.engine.resume import recorded_settings, resume
 from vitreous.train.records.run_folder import read_metrics
 from vitreous.train.records.trackers import flat
-from vitreous.train.settings import from_words
 
 OURS = """
 told = []
@@ -128,10 +129,10 @@ def test_a_run_folder_has_no_code_imported(settings, quiet, mine):
     assert recorded_settings(record, {}).tracker == ("tensorboard",)
     assert "tracking_of_mine" not in sys.modules
     assert recorded_settings(record, {"tracker": None}).tracker == ("tensorboard",)
-    _, _, changed = resume_words(["RUN", "--tracker", "tracking_of_mine.Mine"])
+    changed = Resume.read(["RUN", "--tracker", "tracking_of_mine.Mine"]).changes()
     assert recorded_settings(record, changed).tracker == ("tracking_of_mine.Mine",)
 
 
 def test_the_command_line_takes_several():
     words = ["cutouts", "--tracker", "tensorboard", "--tracker", "a.b.C"]
-    assert from_words(words).tracker == ("tensorboard", "a.b.C")
+    assert Train.read(words).settings().tracker == ("tensorboard", "a.b.C")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from tyro import conf
@@ -19,3 +20,19 @@ ImagePaths = Annotated[
     conf.arg(metavar="IMAGES", help="Images, or folders or tar archives of images"),
 ]
 RunFolder = Annotated[conf.Positional[str], conf.arg(metavar="RUN", help="The run folder.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Which model, and where its weights come from (for a name of timm's: its published ones, unless told otherwise)."""
+
+    weights: str | None = None
+    """Take the weights in this .safetensors file (or .pth, read without running code)."""
+    random_weights: bool = False
+    """Take random weights, to see how it works; every page says so."""
+    model_kwargs: tuple[str, ...] = ()
+    """The network's own arguments: name=value ..., such as img_size=384."""
+    foreign: bool = False
+    """Import mechanisms of other packages that a folder names. This runs their code."""
+    device: str = "auto"
+    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""

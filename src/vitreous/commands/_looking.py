@@ -4,62 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
-from torch import nn
 
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import free_folder, writable
-from vitreous.base.processes import ALONE, Team, connected
-from vitreous.commands.look import Looking, Model
+from vitreous.base.processes import Team, connected
+from vitreous.commands._arguments import ModelSource
 from vitreous.data import Samples
 from vitreous.data.sources.unlabelled import unlabelled
-from vitreous.grafting import grafts
 from vitreous.lens.direction import Direction, find_direction
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
-from vitreous.models.load import open_model, weights_source
 from vitreous.report.page import write as write_report
-from vitreous.train.settings import key_values
 
 QUICK = 10_000_000  # parameters up to which curves are made unasked: about half a minute on two cores
 DIRECTION = "foreground.safetensors"  # beside model.safetensors, the direction that travels with a model
 
 
-def run_look(name: str, images: Sequence[str], source: Model, how: Looking, console: Console | None = None) -> Path:
-    """Look, save, report; returns the folder of the reading."""
+def run_look(name: str, images: Sequence[str], source: ModelSource, looking: dict[str, Any]) -> Path:
+    """Look, save, report; returns the folder of the reading. looking: the options of the command, by name."""
     with connected(torch_device(source.device)) as team:
-        return look_together(name, images, source, how, team.console(console or Console()), team)
+        return look_together(name, images, source, looking, team.console(Console()), team)
 
 
-def look_together(name: str, images: Sequence[str], source: Model, how: Looking, console: Console, team: Team) -> Path:
+def look_together(
+    name: str, images: Sequence[str], source: ModelSource, looking: dict[str, Any], console: Console, team: Team
+) -> Path:
     """`run_look`, by a team of processes, the first of which reports."""
     with team.together():
         model, facts = open_on_device(name, source, console, team)
     shown = Path(name).resolve().name
-    folder = team.tell(Path(how.out) if how.out else free_folder(Path("readings"), shown))
-    small = sum(p.numel() for p in model.parameters()) <= QUICK
-    curves = how.curves if how.curves is not None else 2 if small else 0
-    reading = look(
-        model,
-        list(images),
-        masks=how.masks,
-        direction=find_file(name, how.direction),
-        curves=curves,
-        noise=how.noise,
-        batch_size=how.batch_size,
-        memory=how.memory,
-        seed=how.seed,
-        limit=how.limit,
-        out=folder,
-        console=console,
-        about=facts,
-        team=team,
-    )
+    out, curves = looking["out"], looking["curves"]
+    folder = team.tell(Path(out) if out else free_folder(Path("readings"), shown))
+    if curves is None:
+        curves = 2 if sum(p.numel() for p in model.parameters()) <= QUICK else 0
+    own = {"direction": find_file(name, looking["direction"]), "curves": curves, "out": folder}
+    reading = look(model, list(images), console=console, about=facts, team=team, **looking | own)
     if not team.first:
         return folder
     with writable(folder):
@@ -71,7 +57,7 @@ def look_together(name: str, images: Sequence[str], source: Model, how: Looking,
     return folder
 
 
-def calibrate(name: str, photos: Sequence[str], out: str | None, source: Model) -> None:
+def calibrate(name: str, photos: Sequence[str], out: str | None, source: ModelSource) -> None:
     """Find the direction of a model and save it, in the model's folder unless `out` names a file."""
     console = Console()
     path = Path(out) if out else Path(name) / DIRECTION
@@ -88,22 +74,6 @@ def calibrate(name: str, photos: Sequence[str], out: str | None, source: Model) 
 
 
 # -- the parts -------------------------------------------------------------------------------------------------------
-
-
-def open_on_device(name: str, source: Model, console: Console, team: Team = ALONE) -> tuple[nn.Module, dict]:
-    """The model in eval mode on its device, and what a reading records of it."""
-    options = {"weights": source.weights, "random_weights": source.random_weights}
-    model = open_model(
-        name,
-        foreign=source.foreign,
-        arguments=key_values(source.model_kwargs),
-        say=lambda text: console.print(text, highlight=False, markup=False),
-        **options,
-    )
-    weights = weights_source(name, **options)
-    shown = Path(name).resolve().name if weights == "run" else name
-    metadata = {"name": shown, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
-    return model.to(team.device(torch_device(source.device))), metadata
 
 
 def only_readable(images: Samples, console: Console) -> Samples:

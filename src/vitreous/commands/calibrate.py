@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar
 from tyro import conf
 
 from vitreous.commands import Command
-from vitreous.commands._arguments import ImagePaths, ModelName
-from vitreous.commands.look import Model
+from vitreous.commands._arguments import ImagePaths, ModelName, ModelSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class Calibrate(Command):
     model: ModelName
     photos: ImagePaths
     out: Annotated[str | None, conf.arg(help="File to write (default: foreground.safetensors in the model's folder)")] = None
-    source: conf.OmitArgPrefixes[Model] = field(default_factory=Model)
+    source: conf.OmitArgPrefixes[ModelSource] = field(default_factory=ModelSource)
 
     def run(self) -> None:
         from vitreous.commands._looking import calibrate

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from vitreous import __version__
 from vitreous.base.entry import item_files, read_entry
@@ -33,23 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         code = answer(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
     except SystemExit as done:  # tyro's help (0) and its complaints (2); of rich, where it meets a closed pipe
         code = PIPE_CLOSED if isinstance(done.__context__, BrokenPipeError) else int(done.code or 0)
     except BrokenPipeError:
-        if not nobody_reads():  # another pipe, such as one to a worker process
+        if not nobody_reads(sys.stdout):  # another pipe, such as one to a worker process
             raise
-        code = PIPE_CLOSED
-    return PIPE_CLOSED if nobody_reads() else code
-
-
-def nobody_reads() -> bool:
-    """Whether what was printed goes into a closed pipe (`vitreous list | head -1`); nothing more is printed then."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
-        return True
-    return False
+        code = PIPE_CLOSED
+    return code
+
+
+def nobody_reads(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader has gone, as in `vitreous list | head -1`."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # no event: errors are reported anyway
+    except (OSError, AttributeError):  # no file behind it; no poll on Windows
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def answer(words: list[str]) -> int:

@@ -49,21 +49,21 @@ class List(Command):
 
     usage: ClassVar[str] = "[NAME]"
 
-    name_of_item: str | None = None
+    item: str | None = None
     help: bool = False
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Self:
         """The first word is a name; read without tyro, whose import takes longer than the list."""
         first = words[0] if words else None
-        return cls(help=True) if first in ("-h", "--help") else cls(name_of_item=first)
+        return cls(help=True) if first in ("-h", "--help") else cls(item=first)
 
     def run(self) -> None:
         """Print everything, or what is called so. Raises UnknownName."""
         console = Console()
         if self.help:
             console.print(HELP)
-        elif self.name_of_item is None:
+        elif self.item is None:
             for shelf in (MECHANISMS, *OTHERS):
                 if shelf.files():
                     console.print(items(shelf))
@@ -71,7 +71,7 @@ class List(Command):
                     console.print(network_table())
             console.print("`vitreous list NAME` says more. Any other network of timm's can be named as well.", highlight=False)
         else:
-            show(self.name_of_item, console)
+            show(self.item, console)
 
 
 def items(shelf: Shelf) -> Table:

@@ -8,23 +8,7 @@ from typing import ClassVar
 from tyro import conf
 
 from vitreous.commands import Command
-from vitreous.commands._arguments import ImagePaths, ModelName
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """Which model, and where its weights come from (for a name of timm's: its published ones, unless told otherwise)."""
-
-    weights: str | None = None
-    """Take the weights in this .safetensors file (or .pth, read without running code)."""
-    random_weights: bool = False
-    """Take random weights, to see how it works; every page says so."""
-    model_kwargs: tuple[str, ...] = ()
-    """The network's own arguments: name=value ..., such as img_size=384."""
-    foreign: bool = False
-    """Import mechanisms of other packages that a folder names. This runs their code."""
-    device: str = "auto"
-    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
+from vitreous.commands._arguments import ImagePaths, ModelName, ModelSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +53,10 @@ class Look(Command):
 
     model: ModelName
     images: ImagePaths
-    source: conf.OmitArgPrefixes[Model] = field(default_factory=Model)
+    source: conf.OmitArgPrefixes[ModelSource] = field(default_factory=ModelSource)
     looking: conf.OmitArgPrefixes[Looking] = field(default_factory=Looking)
 
     def run(self) -> None:
         from vitreous.commands._looking import run_look
 
-        run_look(self.model, self.images, self.source, self.looking)
+        run_look(self.model, self.images, self.source, vars(self.looking))

@@ -23,7 +23,9 @@ DataText = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Command):
-    """Train or fine-tune a vision transformer, with mechanisms grafted into it, into a run folder.
+    """Train or fine-tune a vision transformer, with mechanisms grafted into it.
+
+    Weights, numbers, a reading of every epoch and a report go into a run folder.
 
     examples:
       vitreous train cutouts --model-kwargs patch_size=4 --graft svda --epochs 3
