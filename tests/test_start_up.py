@@ -20,9 +20,13 @@ from vitreous.base.after_import import after_import
 from vitreous.base.entry import PACKAGE, item_files, read_entry
 from vitreous.base.text_form import written
 from vitreous.commands.cli import PIPE_CLOSED
-from vitreous.commands.list import networks
-from vitreous.mechanism import catalogue, mechanism_class
+from vitreous.commands.list import SHELVES, networks
+from vitreous.lens.probe import PROBES
+from vitreous.mechanism import MECHANISMS
+from vitreous.tasks import TASKS
+from vitreous.train.updates import UPDATES
 
+CATALOGUES = (MECHANISMS, TASKS, UPDATES, PROBES)
 HEAVY = ("torch", "torchvision", "timm", "numpy")
 
 
@@ -106,14 +110,18 @@ def test_type_checkers_read_the_same_homes():
 # -- entries, read as text --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", catalogue())
-def test_an_entry_says_what_importing_the_mechanism_says(name):
-    entry, cls = read_entry(catalogue()[name]), mechanism_class(name)
+@pytest.mark.parametrize(("items", "name"), [(items, name) for items in CATALOGUES for name in items.files])
+def test_an_entry_says_what_importing_the_item_says(items, name):
+    entry, cls = read_entry(items.files[name]), items.item(name)
     fields = dataclasses.fields(cls)
     assert (entry.name, entry.class_name, entry.doc) == (name, cls.__name__, inspect.getdoc(cls))
     assert entry.types == {field.name: str(field.type) for field in fields}
     assert entry.defaults == {field.name: written(field.default) for field in fields}
-    assert (entry.constants["paper"], entry.constants["stage"]) == (cls.paper, cls.stage)
+    assert (entry.constants.get("paper", ""), entry.constants["stage"]) == (getattr(cls, "paper", ""), cls.stage)
+
+
+def test_every_catalogue_is_listed():
+    assert {items.folder for items in CATALOGUES} <= {PACKAGE / shelf.folder for shelf in SHELVES}
 
 
 def test_networks_are_those_that_timm_knows():

@@ -35,7 +35,8 @@ class Shelf:
 
 
 MECHANISMS = Shelf("Mechanisms", "mechanisms", "mechanism", "vitreous train cutouts --graft {}", nested=True)
-OTHERS = (
+SHELVES = (
+    MECHANISMS,
     Shelf("Tasks", "tasks", "task", "vitreous train cutouts --task {}"),
     Shelf("Updates", "train/updates", "update", "vitreous train cutouts --update {}"),
     Shelf("Compression", "compress", "compression"),
@@ -64,7 +65,7 @@ class List(Command):
         if self.help:
             console.print(HELP)
         elif self.item is None:
-            for shelf in (MECHANISMS, *OTHERS):
+            for shelf in SHELVES:
                 if shelf.files():
                     console.print(items(shelf))
                 if shelf is MECHANISMS:
@@ -113,14 +114,14 @@ def networks() -> dict[str, str]:
 
 def show(name: str, console: Console) -> None:
     """What is called so: its docstring, and every setting with its default. Raises UnknownName."""
-    shelves = [shelf for shelf in (MECHANISMS, *OTHERS) if name in shelf.files()]
+    shelves = [shelf for shelf in SHELVES if name in shelf.files()]
     for shelf in shelves:
         show_item(shelf, read_entry(shelf.files()[name]), console)
     if name in networks():
         console.print(networks()[name], markup=False, highlight=False)
     elif not shelves:
-        nouns = ", ".join(shelf.noun for shelf in (MECHANISMS, *OTHERS) if shelf.files())
-        names = [*networks(), *(name for shelf in (MECHANISMS, *OTHERS) for name in shelf.files())]
+        nouns = ", ".join(shelf.noun for shelf in SHELVES if shelf.files())
+        names = [*networks(), *(name for shelf in SHELVES for name in shelf.files())]
         raise UnknownName(name, f"{nouns} or network", names)
 
 
