@@ -59,15 +59,16 @@ def read_entry(file: Path) -> Entry:
     constants, defaults, types = {}, {}, {}
     for source, node in reversed(list(ancestors(file, name))):
         for field in node.body:
-            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-                continue
-            key, kind = field.target.id, ast.unparse(field.annotation)
-            if kind.startswith("ClassVar"):
-                constants[key] = literal(field.value, source)
-                continue
-            types[key] = kind
-            if field.value is not None:
-                defaults[key] = written(literal(field.value, source))
+            if isinstance(field, ast.Assign):
+                constants[ast.unparse(field.targets[0])] = literal(field.value, source)
+            elif isinstance(field, ast.AnnAssign):
+                key, kind = ast.unparse(field.target), ast.unparse(field.annotation)
+                if kind.startswith("ClassVar"):
+                    constants[key] = literal(field.value, source)
+                    continue
+                types[key] = kind
+                if field.value is not None:
+                    defaults[key] = written(literal(field.value, source))
     own = next(node for node in classes(file) if node.name == name)
     return Entry(file.stem, name, ast.get_docstring(own) or "", constants, defaults, types)
 
