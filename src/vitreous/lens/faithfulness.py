@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous.base.errors import DataError, SettingError
-from vitreous.lens.formulas.scores import bootstrap, ranks
+from vitreous.base.statistics import bootstrap
+from vitreous.lens.formulas.scores import ranks
 from vitreous.lens.preserve_state import preserve_state
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -142,7 +143,7 @@ def compare(found: Curves, base: Curves, draws: int = 2000, seed: int = 0) -> di
     insertion = found.insertion_area - base.insertion_area.mean(-1)
     deletion = base.deletion_area.mean(-1) - found.deletion_area
     differences = {"insertion": insertion, "deletion": deletion, "difference": insertion + deletion}
-    return {name: bootstrap(value, draws, seed) for name, value in differences.items()}
+    return {name: bootstrap(value, draws=draws, seed=seed) for name, value in differences.items()}
 
 
 def record(found: Curves, random: Curves, centre: Curves | None = None, *, draws: int = 2000, seed: int = 0) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from vitreous.base.errors import DataError
+from vitreous.base.statistics import bootstrap, paired
 from vitreous.lens.formulas import scores as lens
 from vitreous.lens.formulas.scores import MEASURES, coverage, scores
 
@@ -245,56 +246,15 @@ def test_a_random_map_scores_at_chance_and_the_area_exactly():
     cover = torch.stack([square().reshape(GRID).roll((i, i // 5), (0, 1)).flatten() for i in range(400)])
     maps = lens.baselines(GRID, range(400))
     found = {name: scores(maps[name], cover) for name in maps}
-    mean, low, high = lens.bootstrap(found["random"]["auroc"])
+    mean, low, high = bootstrap(found["random"]["auroc"])
     assert low < 0.5 < high
     assert high - low < 0.05
     assert abs(mean - 0.5) < 0.02
-    assert lens.bootstrap(found["area"]["energy_inside"]) == pytest.approx((0.15, 0.15, 0.15))
-    assert lens.bootstrap(found["area"]["auroc"]) == (0.5, 0.5, 0.5)
+    assert bootstrap(found["area"]["energy_inside"]) == pytest.approx((0.15, 0.15, 0.15))
+    assert bootstrap(found["area"]["auroc"]) == (0.5, 0.5, 0.5)
 
 
 # -- intervals and summaries -------------------------------------------------------------------------------------------
-
-
-def test_interval_is_that_of_the_normal_distribution_for_many_images():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    mean, low, high = lens.bootstrap(values)
-    half = 1.96 * values.std() / 20
-    assert mean == pytest.approx(values.mean())
-    assert low == pytest.approx(mean - half, abs=0.1 * half)
-    assert high == pytest.approx(mean + half, abs=0.1 * half)
-    expected = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=1).confidence_interval
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.1 * half)
-
-
-def test_interval_leaves_out_what_is_missing(monkeypatch):
-    values = np.random.default_rng(0).normal(size=(30, 2, 2))
-    values[4, 0, 0] = values[7, 1] = np.nan
-    mean, low, high = lens.bootstrap(values)
-    assert mean.shape == (2, 2)
-    for at in itertools.product(range(2), range(2)):
-        column = values[(slice(None), *at)]
-        alone = lens.bootstrap(column[~np.isnan(column)])
-        assert (mean[at], low[at], high[at]) == pytest.approx(alone)
-        assert lens.bootstrap(torch.from_numpy(column)) == pytest.approx(alone)
-    monkeypatch.setattr(lens, "COUNTS", 100)  # drawn in blocks, to the same end
-    np.testing.assert_allclose(lens.bootstrap(values), (mean, low, high), rtol=1e-12)
-
-
-def test_interval_of_next_to_nothing():
-    assert np.isnan(lens.bootstrap([])).all()
-    assert np.isnan(lens.bootstrap([np.nan, np.nan])).all()
-    assert lens.bootstrap([np.nan, 0.25]) == (0.25, 0.25, 0.25)
-
-
-def test_paired_differences_are_narrower_than_the_values():
-    random = np.random.default_rng(0)
-    hard = random.normal(size=100)
-    ours, theirs = hard + 0.1, hard + 0.01 * random.normal(size=100)
-    difference, low, high = lens.paired(ours, theirs)
-    assert 0.09 < low < difference < high < 0.11
-    low, high = lens.bootstrap(ours)[1:]
-    assert low < 0 < high
 
 
 MAPS = [("attention", 3, 0), ("attention", 3, 1), ("attention", 7, 0), ("centre", 3, -1), ("centre", -1, -1)]
@@ -325,7 +285,7 @@ def test_summary():
     assert len(found["mean"]) == 10
     for component, layer, head, measure, mean, low, high, images in lines(found):
         values = chosen(table(), component, layer, head, measure)
-        assert (mean, low, high) == pytest.approx(lens.bootstrap(values))
+        assert (mean, low, high) == pytest.approx(bootstrap(values))
         assert images == 12 - np.isnan(values).sum()
     assert found["images"].tolist() == [11] + [12] * 9
     shuffled = np.random.default_rng(0).permutation(60)
@@ -340,7 +300,7 @@ def test_differences_to_a_baseline():
     assert len(found["mean"]) == 6
     for component, layer, head, measure, mean, low, high, _ in lines(found):
         theirs = chosen(table(), "centre", 3 if layer == 3 else -1, -1, measure)
-        assert (mean, low, high) == pytest.approx(lens.paired(chosen(table(), component, layer, head, measure), theirs))
+        assert (mean, low, high) == pytest.approx(paired(chosen(table(), component, layer, head, measure), theirs))
 
 
 def test_differences_need_their_baseline():

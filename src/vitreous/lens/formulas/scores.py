@@ -19,21 +19,19 @@ Sources: pointing game, Zhang et al. 2016, arXiv 1608.00507; threshold, Otsu 197
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitreous.base.errors import DataError
+from vitreous.base.statistics import bootstrap
 
 MEASURES = ("energy_inside", "auroc", "average_precision", "pointing", "iou_otsu", "iou_best")
 BASELINES = ("centre", "random", "area")
 KEYS = ("component", "layer", "head")
 COVERED = 0.5  # a patch is foreground if more than this share of it is
-COUNTS = 4_000_000  # of the bootstrap in memory at a time
 Columns = dict[str, np.ndarray]
 
 # -- masks on the grid -------------------------------------------------------------------------------------------------
@@ -214,35 +212,6 @@ def centre_prior(grid: tuple[int, int], sigma: float = 0.25) -> Tensor:
 # -- intervals and summaries -------------------------------------------------------------------------------------------
 
 
-def bootstrap(values: Any, draws: int = 2000, seed: int = 0) -> tuple[Any, Any, Any]:
-    """Mean over images and its 95 % percentile interval (mean, low, high), images without a value (NaN) left out.
-
-    values: (n,) gives three floats, (n, ...) three arrays (...): columns of the same images are drawn together. No
-    image gives NaN; one image an interval of no width.
-    """
-    values = np.asarray(values, np.float64)
-    flat = values.reshape(len(values), math.prod(values.shape[1:]))
-    found = np.full((3, flat.shape[1]), np.nan)
-    patterns, which = np.unique(~np.isnan(flat), axis=1, return_inverse=True)
-    for number, valid in enumerate(patterns.T):
-        n, columns = int(valid.sum()), which.ravel() == number
-        if n:
-            kept = flat[valid][:, columns]
-            generator, block = np.random.default_rng(seed), max(1, COUNTS // n)  # blocks give the same draws as one
-            sizes = [min(block, draws - start) for start in range(0, draws, block)]
-            means = [generator.multinomial(n, np.full(n, 1 / n), size=size) @ kept / n for size in sizes]
-            low, high = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
-            found[:, columns] = kept.mean(0), low, high
-    if values.ndim == 1:
-        return tuple(found[:, 0].tolist())
-    return tuple(found.reshape(3, *values.shape[1:]))
-
-
-def paired(ours: Any, theirs: Any, draws: int = 2000, seed: int = 0) -> tuple[Any, Any, Any]:
-    """`bootstrap` of the differences image by image, (difference, low, high): above 0 where ours is the higher."""
-    return bootstrap(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64), draws, seed)
-
-
 def summary(table: Mapping[str, Sequence], draws: int = 2000, seed: int = 0) -> Columns:
     """Mean and interval over images: columns component, layer, head, measure, mean, low, high, images.
 
@@ -294,7 +263,7 @@ def _summed(table: Mapping[str, Sequence], other: dict[int, int] | None, draws: 
     for key, rows in groups.items():
         rows = sorted(rows, key=lambda row: columns["image"][row])  # one draw for all components: the same images
         part = values[rows] - (0 if other is None else values[[other[row] for row in rows]])
-        mean, low, high = bootstrap(part, draws, seed)
+        mean, low, high = bootstrap(part, draws=draws, seed=seed)
         images = (~np.isnan(part)).sum(0)
         lines += [(*key, measure, mean[i], low[i], high[i], images[i]) for i, measure in enumerate(measures)]
     names = (*KEYS, "measure", "mean", "low", "high", "images")

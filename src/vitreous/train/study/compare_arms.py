@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 
 from vitreous.base.metrics import Metric
-from vitreous.base.statistics import of_images, of_mean, wilson
+from vitreous.base.statistics import bootstrap, of_mean, wilson
 from vitreous.train.records.predictions import by_image
 from vitreous.train.records.run_folder import read_metrics, read_rows
 from vitreous.train.records.summary import outcome, run_metrics, table
 
 LEVEL = 0.95
+DRAWS = 10_000  # of the bootstrap over test images
 BY = ("interval_by_seed", "interval_by_image")
 
 
@@ -81,7 +82,7 @@ def one_difference(
         for image in a.keys() & b.keys():
             units.setdefault(image if same else (seed, image), []).append(a[image] - b[image])
     per_image = np.array([statistics.mean(units[key]) for key in sorted(units)])
-    interval = list(of_images(per_image, level)[1:]) if len(per_image) else None
+    interval = list(bootstrap(per_image, level, draws=DRAWS, few_values=True)[1:]) if len(per_image) else None
     return {
         "by_seed": differences,
         "mean": statistics.mean(differences),
