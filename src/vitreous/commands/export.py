@@ -57,8 +57,9 @@ class Export(Command):
     exporting: conf.OmitArgPrefixes[Exporting]
 
     def run(self) -> None:
+        from vitreous.base.files import check_new
         from vitreous.deploy.export import export
-        from vitreous.models.load import check_new, open_model
+        from vitreous.models.load import open_model
 
         how = self.exporting
         check_new(Path(how.out))

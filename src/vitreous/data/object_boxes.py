@@ -1,4 +1,4 @@
-"""What is known of the foreground of images in files: masks in a folder beside them, or boxes in a table."""
+"""Foregrounds of images in files: masks in a folder beside them, or boxes in a table."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vitreous.data.decoding import Source, decode_mask
 from vitreous.data.problems import Report, raised
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, both ends included
-Mask = tuple[str, Source]  # name and file
-Foreground = Mask | list[Box]
+MaskFile = tuple[str, Source]  # name and file
+ObjectBoxes = MaskFile | list[Box]
 
 
-def part_masks(files: dict[str, Source]) -> tuple[dict[str, Source], dict[str, Mask]]:
+def part_masks(files: dict[str, Source]) -> tuple[dict[str, Source], dict[str, MaskFile]]:
     """Images (with an `images` folder beside `masks` left out of their names), and masks by the stem of their image."""
     masks, beside = {}, set()
     for name, source in files.items():
@@ -35,7 +35,7 @@ def part_masks(files: dict[str, Source]) -> tuple[dict[str, Source], dict[str, M
     return images, masks
 
 
-def match_masks(masks: dict[str, Mask], files: dict[str, Source], report: Report = raised) -> dict[str, Mask]:
+def match_masks(masks: dict[str, MaskFile], files: dict[str, Source], report: Report = raised) -> dict[str, MaskFile]:
     """Masks by the name of their image; `report` is told of a mask without one."""
     stems = {name.rpartition(".")[0]: name for name in files}
     strangers = [name for stem, (name, _) in masks.items() if stem not in stems or not name.lower().endswith(".png")]
@@ -76,7 +76,7 @@ def read_boxes(raw: bytes, files: Container[str], report: Report = raised, *, ot
     return boxes
 
 
-def foreground_mask(foreground: Foreground, name: str, width: int, height: int) -> np.ndarray:
+def foreground_mask(foreground: ObjectBoxes, name: str, width: int, height: int) -> np.ndarray:
     """The (height, width) bool mask of the image `name` of that size, from its mask file or its boxes."""
     if isinstance(foreground, tuple):
         mask = decode_mask(foreground[1], foreground[0])

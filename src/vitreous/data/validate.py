@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vitreous.base.errors import DataError
-from vitreous.data.object_boxes import Foreground, foreground_mask
+from vitreous.data.object_boxes import ObjectBoxes, foreground_mask
 from vitreous.data.problems import listed
 from vitreous.data.quarantine import Examined, Progress, examine
 from vitreous.data.sources.archives import is_archive
@@ -143,7 +143,7 @@ def classes(listing: Listing, readable: list[str]) -> Iterator[Problem]:
             yield Problem("class", min(names), f"differs in case or spaces alone from {listed(sorted(names)[1:])}")
 
 
-def foreground(known: Foreground, name: str, size: tuple[int, int]) -> Iterator[Problem]:
+def foreground(known: ObjectBoxes, name: str, size: tuple[int, int]) -> Iterator[Problem]:
     """A mask that cannot be read, has another size than its image or marks nothing, and a box outside its image."""
     kind = "mask" if isinstance(known, tuple) else "box"
     try:

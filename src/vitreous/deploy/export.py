@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from vitreous.base.environment import versions
 from vitreous.base.errors import DataError, GraftError, HostError, SettingError
-from vitreous.base.files import writable, write, write_text
+from vitreous.base.files import check_new, writable, write, write_text
 from vitreous.data.preprocess import Preprocess
 from vitreous.data.quarantine import shown
 from vitreous.deploy import formats
 from vitreous.grafting import check, grafts, new_parameters
 from vitreous.models.classes import names_of
 from vitreous.models.load import (
-    check_new,
     logits_of,
     open_images,
     prepared,

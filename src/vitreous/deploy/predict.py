@@ -17,12 +17,11 @@ from torch import nn
 
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import DataError, SettingError
-from vitreous.base.files import writable, write
+from vitreous.base.files import check_new, writable, write
 from vitreous.data.quarantine import cell, shown
 from vitreous.data.views import Views
 from vitreous.models.classes import names_of
 from vitreous.models.load import (
-    check_new,
     logits_of,
     open_images,
     open_model,

@@ -116,14 +116,6 @@ def one(views: Views, i: int) -> Prepared:
     return Prepared(name, views.preprocess(image))
 
 
-def check_new(path: Path) -> None:
-    """Raise SettingError unless `path` is free, and in a folder that is there."""
-    if path.exists() or path.is_symlink():
-        raise SettingError(f"Found {path} already. Expected a new file. Choose another --out, or move that one away.")
-    if not path.parent.is_dir():
-        raise SettingError(f"Found no folder {path.parent}. Expected one for {path.name}. Make it, or choose another --out.")
-
-
 @torch.no_grad()
 def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
     """Logits (B, classes) in float32 on the CPU. Raises HostError if the model gives none, or no finite ones."""

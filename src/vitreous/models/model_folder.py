@@ -21,7 +21,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from vitreous.base.errors import DataError, UnknownName
-from vitreous.base.files import write
+from vitreous.base.files import read_json, write
 from vitreous.grafting import graft, grafts
 from vitreous.mechanism import Mechanism, parse
 from vitreous.models.create import adapt, build, fill, read_weights
@@ -30,7 +30,6 @@ from vitreous.models.untrusted import (
     check_mechanisms,
     check_network,
     no_larger_than,
-    read_json,
 )
 
 FORMAT = 1

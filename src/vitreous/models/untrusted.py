@@ -1,13 +1,12 @@
-"""Model folders of strangers: what their records may say, and how much a network may grow while it is built by them.
+"""Checks of model folders from untrusted sources: what config.json may hold, and how far a network may grow.
 
 Weights come as .safetensors, whose header the reader checks against the file before any tensor is made, or as a pickle that
-is read with `weights_only=True`. What is left to check is text: JSON that is no JSON, numbers that no network has, and an
+is read with `weights_only=True`; JSON is read by `base.files.read_json`. Checked here: numbers that no network has, and an
 architecture that is far larger than the weights beside it, which would fill the memory before anyone compares them.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import zipfile
 from collections import Counter
@@ -25,35 +24,15 @@ from vitreous.base.errors import DataError
 from vitreous.base.text_form import settings
 from vitreous.mechanism import Mechanism
 
-BYTES = 16 << 20  # of a JSON file: names and descriptions of 21,841 classes take a tenth
-DEPTH = 20  # of lists and objects inside one another
 LARGEST = 100_000  # of a number in an architecture's arguments, and in a mechanism's settings but for seeds
 CLASSES = 1_000_000
 SIDE = 10_000  # pixels
 TIMES = 4  # a network may make so many times the parameters that are there: layers are made anew while it is fitted
 SLACK = 64  # and so many parameters more, of a thousand numbers each
 CONSTANTS = 1 << 27  # numbers in buffers, which a file of weights may leave out: half a gigabyte
+HEADERS = 16 << 20  # bytes of an archive beside its tensors
 MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises DataError if there is none, or one that no writer of model folders writes."""
-    try:
-        if not path.is_file():
-            raise FileNotFoundError("there is no such file")
-        if path.stat().st_size > BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes, the limit is {BYTES:,}")
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_number, object_pairs_hook=once)
-        check_depth(found)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "lists or objects too deep inside one another" if isinstance(error, RecursionError) else error
-        raise DataError(
-            f"Found no readable {path} ({reason}). Expected a folder that save() or timm wrote. Check the path."
-        ) from error
-    if not isinstance(found, dict):
-        raise DataError(f"Found {path} holding a {type(found).__name__}. Expected a JSON object. Get the file again.")
-    return found
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
@@ -103,7 +82,7 @@ def check_archive(path: Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             total = sum(entry.file_size for entry in archive.infolist())
-        if total > 4 * path.stat().st_size + BYTES:
+        if total > 4 * path.stat().st_size + HEADERS:
             raise ValueError(f"unpacked it would have {total:,} bytes")
 
 
@@ -150,35 +129,9 @@ def no_larger_than(tensors: dict[str, Tensor], where: str) -> Iterator[None]:
 # -- the parts -----------------------------------------------------------------------------------------------------
 
 
-def no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number in JSON")
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys stand there once: of two, readers choose differently."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
-
-
-def check_depth(value: Any) -> None:
-    """Raise ValueError for lists and objects too deep inside one another."""
-    level = [value]
-    for _ in range(DEPTH):
-        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part) if is_nest(item)]
-        if not level:
-            return
-    raise ValueError(f"lists or objects more than {DEPTH} deep inside one another")
-
-
-def is_nest(value: Any) -> bool:
-    return isinstance(value, dict | list)
-
-
 def numbers(value: Any) -> Iterator[float]:
     """Every number in a tree of lists and objects."""
-    if is_nest(value):
+    if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from numbers(item)
     elif isinstance(value, int | float):

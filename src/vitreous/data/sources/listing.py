@@ -12,7 +12,7 @@ from PIL import Image
 
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import Source, decode
-from vitreous.data.object_boxes import Foreground, foreground_mask
+from vitreous.data.object_boxes import ObjectBoxes, foreground_mask
 from vitreous.data.problems import listed
 from vitreous.data.quarantine import Examined, Progress, Quarantined, examine, lines
 from vitreous.data.samples import Data, Samples, pixel_statistics
@@ -40,7 +40,7 @@ class Listing:
     files: dict[str, Source]
     classes: dict[str, str]
     parts: dict[str, str] | None = None
-    foregrounds: dict[str, Foreground] = field(default_factory=dict)
+    foregrounds: dict[str, ObjectBoxes] = field(default_factory=dict)
     set_classes: tuple[str, ...] = ()
     sets: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ class FileSamples(Samples):
         sources: Sequence[Source],
         target: Target | Indices,
         channels: int = 3,
-        foregrounds: dict[str, Foreground] | None = None,
+        foregrounds: dict[str, ObjectBoxes] | None = None,
     ):
         super().__init__(target, channels)
         self.names = list(names)

@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import contents
-from vitreous.data.object_boxes import Box, Foreground
+from vitreous.data.object_boxes import Box, ObjectBoxes
 from vitreous.data.problems import Report, listed, raised
 from vitreous.data.sources.listing import PARTS, Listing
 
@@ -115,7 +115,7 @@ def add_row(row: dict[str, str], folder: Path, outside: bool, listing: Listing, 
     if box is not None:
         boxes.setdefault(name, []).append(box)
     elif mask is not None:
-        foreground: Foreground = (row["mask"], mask)
+        foreground: ObjectBoxes = (row["mask"], mask)
         listing.foregrounds[name] = foreground
 
 

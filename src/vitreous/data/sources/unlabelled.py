@@ -11,7 +11,7 @@ from PIL import Image
 
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import Source, contents, converted, is_image
-from vitreous.data.object_boxes import Foreground, match_masks, part_masks, read_boxes
+from vitreous.data.object_boxes import ObjectBoxes, match_masks, part_masks, read_boxes
 from vitreous.data.samples import Samples
 from vitreous.data.sources.archives import is_archive, list_files
 from vitreous.data.sources.listing import FileSamples
@@ -67,7 +67,7 @@ def unlabelled(
             raise DataError("Found masks for PIL images. Expected them for files. Give paths, or tensors and an array.")
         return PictureSamples(pictures)
     files: dict[str, Source] = {}
-    foregrounds: dict[str, Foreground] = {}
+    foregrounds: dict[str, ObjectBoxes] = {}
     for item in items:
         found, known = _files(Path(item).expanduser())
         for name, source in found.items():
@@ -82,7 +82,7 @@ def unlabelled(
     return FileSamples(list(files), list(files.values()), NoTarget(len(files)), foregrounds=foregrounds)
 
 
-def _files(path: Path) -> tuple[dict[str, Source], dict[str, Foreground]]:
+def _files(path: Path) -> tuple[dict[str, Source], dict[str, ObjectBoxes]]:
     """Images of a file, folder or archive by name, and the masks or boxes that come with them."""
     if path.is_dir() or is_archive(path):
         files, masks = part_masks(list_files(path, empty=True))
@@ -105,13 +105,13 @@ def _free(name: str, taken: dict[str, Source]) -> str:
     return free
 
 
-def _beside(path: Path, files: dict[str, Source]) -> dict[str, Foreground]:
+def _beside(path: Path, files: dict[str, Source]) -> dict[str, ObjectBoxes]:
     """Masks in a folder, or boxes in a table, for the images of these names. Raises DataError if none fits."""
     if path.is_dir():
         there = {name: source for name, source in list_files(path, empty=True).items() if is_image(name)}
         masks = {name.rpartition(".")[0]: (name, source) for name, source in there.items()}
         stems = {name: TWICE.sub("", name).rpartition(".")[0] for name in files}
-        found: dict[str, Foreground] = {name: masks[stem] for name, stem in stems.items() if stem in masks}
+        found: dict[str, ObjectBoxes] = {name: masks[stem] for name, stem in stems.items() if stem in masks}
     elif path.suffix.lower() == ".csv" and path.is_file():
         found = dict(_boxes(path, files))
     else:
@@ -124,7 +124,7 @@ def _beside(path: Path, files: dict[str, Source]) -> dict[str, Foreground]:
     return found
 
 
-def _boxes(path: Path, files: dict[str, Source]) -> dict[str, Foreground]:
+def _boxes(path: Path, files: dict[str, Source]) -> dict[str, ObjectBoxes]:
     """Boxes in a table that names files beside it, or images as they are called here; those of others are passed over."""
     top = path.resolve().parent
     called = {name: name for name in files}
