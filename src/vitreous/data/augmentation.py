@@ -1,4 +1,4 @@
-"""Augmentation of training images by a text such as "crop" or timm's "rand-m9-mstd0.5-inc1"."""
+"""Augmentation of training images by a text: "crop", timm's "rand-m9-mstd0.5-inc1"."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ AUTO_AUGMENT = {"rand": rand_augment_transform, "augmix": augment_and_mix_transf
 
 
 def training_transform(preprocess: Preprocess, aug: str | None = None) -> Callable:
-    """PIL image to tensor (C, H, W), augmented; None and "none" are the preparation without augmentation.
+    """The transform from PIL image to augmented tensor (C, H, W).
 
-    aug: as in `TrainSettings`. What is random draws from the global states of torch, Python and NumPy.
+    aug: as in `TrainSettings`; None and "none" give the preparation itself. Draws from the
+    global states of torch, Python and NumPy.
     """
     if aug in (None, "none"):
         return preprocess

@@ -1,6 +1,7 @@
-"""Preparation of images for a model, `Preprocess`: resized, cropped and normalised, and back to pictures.
+"""`Preprocess`: images resized, cropped and normalised for a model, and back to pictures.
 
-Training without augmentation, looking, predicting and the check of an exported file all prepare images here.
+Training without augmentation, looking, predicting and the check of an exported file all
+prepare images here.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torchvision import transforms
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How images are prepared, in timm's words: pixels of [0, 1] less `mean`, over `std`, per channel.
+    """How images are prepared, in timm's terms.
 
+    mean, std: per channel, subtracted from pixels of [0, 1], and divided by.
     input_size: (channels, height, width). crop_pct: share of a side that the centre crop keeps.
     crop_mode: timm's, "center", "squash" or "border".
     """
@@ -36,7 +38,7 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Preprocess:
-        """From the words of a `pretrained_cfg`; what it lacks is timm's default, other words are not read."""
+        """From a `pretrained_cfg`: what it lacks is timm's default, other keys are not read."""
         resolved = resolve_data_config(pretrained_cfg=dict(config))
         values = {field.name: resolved[field.name] for field in fields(cls)}
         preprocess = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
@@ -44,21 +46,21 @@ class Preprocess:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Preprocess | None:
-        """From a timm model's own `pretrained_cfg`, at the size it was built for; None for one without."""
+        """From a timm model's `pretrained_cfg`, at the size it was built for; None without one."""
         model = getattr(model, "_orig_mod", model)  # inside torch.compile
         if not getattr(model, "pretrained_cfg", None):
             return None
         return cls.from_config({**model.pretrained_cfg, "input_size": get_model_input_config(model)["input_size"]})
 
     def of_channels(self, channels: int) -> Preprocess:
-        """For so many channels; from colour to grey or back, mean and std are their means over channels."""
+        """For so many channels; from colour to grey or back, mean and std are averaged."""
         mean, std = self.mean, self.std
         if len(mean) != channels and channels in (1, 3):
             mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
         return Preprocess((channels, *self.input_size[1:]), mean, std, self.interpolation, self.crop_pct, self.crop_mode)
 
     def config(self) -> dict[str, Any]:
-        """In the words of timm's `create_transform` and of the `pretrained_cfg` of a config.json."""
+        """As timm's `create_transform` takes it and config.json's `pretrained_cfg` holds it."""
         return asdict(self)
 
     @cached_property
@@ -81,12 +83,12 @@ class Preprocess:
         return self.transform(image if image.mode == self.mode else image.convert(self.mode))
 
     def normalize(self, pixels: np.ndarray) -> Tensor:
-        """(B, H, W, C) uint8 of the model's own size to (B, C, H, W), bit for bit as one by one."""
+        """(B, H, W, C) uint8 of the model's size to (B, C, H, W), bit-equal to one by one."""
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)
         return x.sub_(per_channel(self.mean)).div_(per_channel(self.std))
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
-        """A mask (H, W) bool in the view that the pixels have, resized and cropped as they are."""
+        """A mask (H, W) bool, resized and cropped as the pixels are."""
         return np.asarray(self.geometry(Image.fromarray(mask).convert("L"))) > 127
 
     def picture(self, x: Tensor) -> np.ndarray:
@@ -105,7 +107,7 @@ def per_channel(values: tuple[float, ...]) -> Tensor:
 
 
 def picture(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> np.ndarray:
-    """(C, h, w) to (h, w, 3) uint8. Without mean and std, the values' own range is black to white."""
+    """(C, h, w) to (h, w, 3) uint8; without mean and std the values' range is black to white."""
     x = x.detach().cpu().float()
     if mean is not None and std is not None:
         x = x * per_channel(std) + per_channel(mean)

@@ -20,7 +20,8 @@ Indices = Sequence[int] | np.ndarray
 class Target(ABC):
     """The targets of n samples, in the order of the samples.
 
-    values: one entry per sample, an array or a sequence. noun: the target of one sample, in the words of errors.
+    values: one entry per sample, an array or a sequence. noun: the target of one sample,
+    in the words of errors.
     """
 
     values: Any
@@ -34,7 +35,7 @@ class Target(ABC):
         return self.values[i]
 
     def strata(self) -> np.ndarray:
-        """(n,) int64: samples of one number are alike; balancing and holding out go stratum by stratum."""
+        """(n,) int64 strata, each of which balancing and holding out divide alike."""
         return np.zeros(len(self), np.int64)
 
     def subset(self, indices: Indices) -> Target:
@@ -50,7 +51,7 @@ class Target(ABC):
         return ""
 
     def record(self, i: int) -> str:
-        """The target of sample i as a table of samples holds it; empty for what is no number."""
+        """Sample i's target as text of a table; empty for a mask or a picture."""
         return ""
 
     def content(self) -> bytes:
@@ -87,8 +88,9 @@ class ClassIndex(Target):
 
 @dataclass(frozen=True, eq=False)
 class ClassSet(Target):
-    """Any number of classes per sample. values: (n, classes) float32, 1 present, 0 absent, NaN not known.
+    """Any number of classes per sample.
 
+    values: (n, classes) float32, 1 present, 0 absent, NaN not known.
     Raises DataError for another shape or other values.
     """
 
@@ -107,8 +109,8 @@ class ClassSet(Target):
     def strata(self) -> np.ndarray:
         """The rarest class that a sample has; the number of classes for samples that have none.
 
-        So each class, the rare ones first, is divided in the same share. Source of the idea: Sechidis, Tsoumakas,
-        Vlahavas 2011, "On the Stratification of Multi-label Data".
+        So each class, the rare ones first, is divided in the same share. Source of the idea:
+        Sechidis, Tsoumakas, Vlahavas 2011, "On the Stratification of Multi-label Data".
         """
         present = self.values == 1  # (n, classes)
         order = np.argsort(present.sum(0), kind="stable")  # classes, the rarest first
@@ -128,7 +130,10 @@ class ClassSet(Target):
 
 @dataclass(frozen=True, eq=False)
 class Mask(Target):
-    """A class for each pixel. values: n arrays (H, W) of class numbers, or a sequence that reads them when asked."""
+    """A class for each pixel.
+
+    values: n arrays (H, W) of class numbers, or a sequence that reads one when indexed.
+    """
 
     values: Sequence[np.ndarray]
     noun = "a mask of classes"
@@ -143,7 +148,10 @@ class Mask(Target):
 
 @dataclass(frozen=True, eq=False)
 class Picture(Target):
-    """Another picture for each sample. values: n arrays (H, W, C) uint8, or a sequence that reads them when asked."""
+    """Another picture for each sample.
+
+    values: n arrays (H, W, C) uint8, or a sequence that reads one when indexed.
+    """
 
     values: Sequence[np.ndarray]
     noun = "a second picture"
@@ -158,7 +166,10 @@ class Picture(Target):
 
 
 class NoTarget(Target):
-    """Samples alone. values: (n, 0) float32, so that a batch of them has the batch's length and no number."""
+    """Samples without targets.
+
+    values: (n, 0) float32, so that a batch of them has the batch's length and no number.
+    """
 
     noun = "no target"
 

@@ -1,4 +1,7 @@
-"""Reading with patience that ends: a drive that does not answer must not keep a run waiting for ever, or without a word."""
+"""Read files with a timeout.
+
+A drive that does not answer must not stop a run for ever, and without a message.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ class DriveGone(VitreousError):
 
 
 class Reader:
-    """A thread that reads for one other, and can be left behind where it hangs; it ends with the thread that it reads for."""
+    """A thread that reads for one other, and is abandoned where a read hangs.
+
+    It ends with the thread that it reads for.
+    """
 
     def __init__(self):
         self.asked: queue.SimpleQueue = queue.SimpleQueue()
@@ -56,7 +62,7 @@ STALLED: list[str] = []  # names of files since the last that answered
 def read_in_time(work: Callable[[], bytes], name: str) -> bytes:
     """What `work`, which reads the file `name`, gives or raises.
 
-    Raises Stalled where nothing is heard for a minute, and DriveGone where that is so for the third file in a row.
+    Raises Stalled after a minute without an answer, DriveGone at the third file in a row.
     """
     reader = getattr(READERS, "one", None)
     if reader is None or not reader.thread.is_alive():  # none yet, or this process is a fork of the one that it was in

@@ -9,7 +9,7 @@ from vitreous.base.errors import HostError
 
 
 def class_names(model: nn.Module) -> list[str] | None:
-    """Names of the classes: those that travel with the model, or ImageNet's; None where they are not known."""
+    """Names of the classes: recorded with the model, or ImageNet's; None if unknown."""
     config = getattr(model, "pretrained_cfg", None) or {}
     if config.get("label_names"):
         return [str(name) for name in config["label_names"]]
@@ -21,9 +21,10 @@ def class_names(model: nn.Module) -> list[str] | None:
 
 
 def names_of(model: nn.Module) -> list[str]:
-    """The name of every class, in the order of the logits. Raises HostError for a model without classes.
+    """The name of every class, in the order of the logits.
 
-    A class whose name is not known is "class 7"; a name that stands there twice gets its number, too.
+    A class whose name is unknown is "class 7"; a name that occurs twice gets its number, too.
+    Raises HostError for a model without classes.
     """
     count = getattr(model, "num_classes", 0)
     if not count:

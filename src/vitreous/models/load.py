@@ -26,7 +26,7 @@ THREADS = 4  # that decode and resize images while the model waits
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image: its name, and either its pixels (C, h, w) or the reason why it cannot be read."""
+    """One image: its name, and its pixels (C, h, w) or the reason why it cannot be read."""
 
     name: str
     pixels: Tensor | None
@@ -34,7 +34,7 @@ class Prepared:
 
 
 def weights_source(name: str, weights: str | Path | None = None, random_weights: bool | None = None) -> WeightsSource:
-    """Where `open_model` takes the weights from. Raises SettingError for more than one source."""
+    """Where `open_model` takes weights from; raises SettingError for two sources."""
     folder = model_folder.is_folder(name)
     flags = [flag for flag, value in (("--weights", weights), ("--random-weights", random_weights)) if value]
     if len(flags) > 1 or (flags and folder):
@@ -52,13 +52,15 @@ def open_model(
     arguments: Mapping[str, Any] | None = None,
     say: Callable[[str], Any] = lambda text: None,
 ) -> nn.Module:
-    """The model of a folder, or of timm's name with published weights or those of a file; in eval mode, on the CPU.
+    """The model of a folder or of a timm name, in eval mode, on the CPU.
 
-    weights: file to take them from. random_weights: take random ones, always the same; never done unasked. None: a
-    caller that does not offer them, so that errors do not name them. foreign: import mechanisms of other packages that
-    a folder names. arguments: the network's own, such as drop_path_rate. say: gets a line where weights are fetched.
+    weights: file to take them from, else those that timm publishes. random_weights: take random
+    ones, always the same; None where a caller does not offer them, so that errors do not name
+    them. foreign: import mechanisms of other packages that a folder names. arguments: the
+    network's own, such as drop_path_rate. say: called with a line before weights are fetched.
 
-    Raises SettingError for two sources of weights, UnknownName, DataError for weights that cannot be had or read.
+    Raises SettingError for two sources of weights, UnknownName, DataError for weights that
+    cannot be fetched or read.
     """
     source, arguments = weights_source(name, weights, random_weights), dict(arguments or {})
     if source == "run":
@@ -80,7 +82,7 @@ def open_model(
 
 
 def no_weights(name: str, reason: str, random_weights: bool | None) -> DataError:
-    """The error for a name without published weights, or whose weights cannot be fetched."""
+    """The error for a model without published weights, or whose weights cannot be fetched."""
     offer = (
         "."
         if random_weights is None
@@ -93,7 +95,7 @@ def no_weights(name: str, reason: str, random_weights: bool | None) -> DataError
 
 
 def open_images(model: nn.Module, images: Sequence[str | Path]) -> Views:
-    """Files, folders and archives of images, to be prepared by the model's own config. Raises DataError for none."""
+    """Views of files, folders and archives of images; raises DataError for none."""
     return Views(model, unlabelled(list(images)))
 
 
@@ -118,7 +120,7 @@ def one(views: Views, i: int) -> Prepared:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Logits (B, classes) in float32 on the CPU. Raises HostError if the model gives none, or no finite ones."""
+    """Logits (B, classes) in float32 on the CPU; raises HostError if not finite, or none."""
     out = model(pixels)
     if not isinstance(out, Tensor) or out.ndim != 2:
         found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
