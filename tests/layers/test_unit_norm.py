@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.overrides import BaseTorchFunctionMode
 
 from vitreous.layers import unit_norm
-from vitreous.layers.unit_norm import heads_first, unit, unit_rows_in_place, watched
+from vitreous.layers.unit_norm import heads_first, needs_plain_ops, unit, unit_rows_in_place
 
 B, N, H, K = 3, 5, 2, 8
 
@@ -102,16 +102,16 @@ def test_unit_rows_of_half_precision_are_taken_in_single():
 
 def test_who_watches_is_noticed():
     x = torch.zeros(2)
-    assert not watched(x)
-    assert watched(x.half())
-    assert watched(x.to("meta"))
-    assert watched(torch.nn.Parameter(x))
+    assert not needs_plain_ops(x)
+    assert needs_plain_ops(x.half())
+    assert needs_plain_ops(x.to("meta"))
+    assert needs_plain_ops(torch.nn.Parameter(x))
     with BaseTorchFunctionMode():
-        assert watched(x)
+        assert needs_plain_ops(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert watched(x)
+        assert needs_plain_ops(x)
     seen = []
-    torch.func.vmap(lambda row: seen.append(watched(row)) or row)(torch.zeros(2, 2))
-    torch.jit.trace(lambda row: seen.append(watched(row)) or row, x, check_trace=False)
-    torch.compile(lambda row: row + watched(row), backend="eager", fullgraph=True)(x)
+    torch.func.vmap(lambda row: seen.append(needs_plain_ops(row)) or row)(torch.zeros(2, 2))
+    torch.jit.trace(lambda row: seen.append(needs_plain_ops(row)) or row, x, check_trace=False)
+    torch.compile(lambda row: row + needs_plain_ops(row), backend="eager", fullgraph=True)(x)
     assert all(seen)

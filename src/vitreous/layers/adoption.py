@@ -1,4 +1,4 @@
-"""A module of ours made of a host's own children: same parameters, same names, same hooks."""
+"""`adopt`: a module of ours from a host's children: same parameters, names and hooks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def adopt(cls: type[M], host: nn.Module) -> M:
-    """A `cls` that holds the host's children, parameters, buffers, flags and hooks under their own names.
+    """A `cls` that holds the host's children, parameters, buffers, flags and hooks.
 
-    Only the four registries are copied, so that the new module can gain entries without the host seeing them. The hook
-    dictionaries stay shared: a user's hook lives on, and his `handle.remove()` still finds it. No `__init__` runs.
+    All keep their names. Only the four registries are copied, so that the new module can gain
+    entries without changing the host. The hook dictionaries stay shared: a user's hook still runs,
+    and its `handle.remove()` still works. No `__init__` runs.
     """
     new = cls.__new__(cls)
     new.__dict__ = dict(host.__dict__)

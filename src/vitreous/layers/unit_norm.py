@@ -1,10 +1,11 @@
 """Queries and keys of unit length: the formula, and the same in few passes over memory.
 
-A vision transformer's attention moves so many numbers for each product that passes over memory are what a mechanism here
-costs. On the CPU and in eager mode `unit_rows_in_place` therefore works on the queries and keys where the one product of
-the host left them, a few images at a time so that they stay in the cache, and hands back their gradient in that same
-layout, which spares the two copies that PyTorch makes of it. Elsewhere `unit` says the same in plain operations, which a
-compiler fuses, and which `torch.func`, exporters and whoever watches calls can follow.
+A vision transformer's attention moves so many numbers for each product that passes over memory are
+the main cost of a mechanism here. On the CPU and in eager mode `unit_rows_in_place` therefore works
+on the queries and keys where the one product of the host wrote them, a few images at a time so that
+they stay in the cache, and returns their gradient in that same layout, which spares the two copies
+that PyTorch makes of it. Elsewhere `unit` computes the same in plain operations, which a compiler
+fuses, and which `torch.func`, exporters and function modes can follow.
 """
 
 from __future__ import annotations
@@ -15,20 +16,26 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-12  # a shorter row is divided by this: zero rows stay zero
-FAR = 1e30  # factor and length of rows, the values, whose gradient stays what it is: r <r, g> / n^2 is 0, and no denormal
+# Factor and length of the rows of values, whose gradient must not change: r <r, g> / n^2 is then 0,
+# and no denormal.
+FAR = 1e30
 PART = 2**20  # bytes of queries, keys and values per thread that are worked on at a time: half of a usual second cache
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of unit length, in at least float32: half precision would underflow on small rows. Zero rows stay zero."""
+    """Rows of unit length, in at least float32; zero rows stay zero.
+
+    Half precision would underflow on small rows.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS).reciprocal()
 
 
 def unit_rows_in_place(packed: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(unit(q) * weight, unit(k), v), each (B, H, N, K), of packed (B, N, 3, H, K), which is overwritten.
+    """(unit(q) * weight, unit(k), v), each (B, H, N, K), of packed (B, N, 3, H, K).
 
-    weight: (H, K). Needs `watched(packed)` to be False, and that nobody else reads packed afterwards. Differentiable once.
+    packed is overwritten. weight: (H, K). Needs `needs_plain_ops(packed)` to be False, and no other
+    reader of packed afterwards. Differentiable once.
     """
     if torch.is_grad_enabled() and (packed.requires_grad or weight.requires_grad):
         return UnitRows.apply(packed, weight)
@@ -36,8 +43,11 @@ def unit_rows_in_place(packed: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, 
     return heads_first(packed)
 
 
-def watched(x: Tensor) -> bool:
-    """True unless x is a plain CPU tensor in eager mode and full precision, and nobody transforms or watches what is done."""
+def needs_plain_ops(x: Tensor) -> bool:
+    """True unless x is a plain CPU tensor in full precision, in eager mode, untransformed.
+
+    Transforms, tracers and function modes must get every operation, which in-place work would hide.
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -53,8 +63,9 @@ def watched(x: Tensor) -> bool:
 class UnitRows(Function):
     """`unit_rows_in_place` with its gradient.
 
-    With u = x / |x|, y = w u and a gradient g of y: that of x is (w g - u <u, w g>) / |x|, that of w is sum u g. Only the
-    unit rows, which attention keeps anyway, and the inverse lengths are stored.
+    With u = x / |x|, y = w u and a gradient g of y: that of x is (w g - u <u, w g>) / |x|, that of
+    w is sum u g. Only the unit rows, which attention keeps anyway, and the inverse lengths are
+    stored.
     """
 
     @staticmethod
@@ -71,21 +82,22 @@ class UnitRows(Function):
         packed, inverse, weight = ctx.saved_tensors
         dq, dk, dv = (d.transpose(1, 2) for d in (dq, dk, dv))  # (B, N, H, K) each
         grad_weight = (packed[:, :, 0] * dq).sum((0, 1))
-        given = torch.empty_like(packed)
-        torch.mul(dq, weight, out=given[:, :, 0])
-        given[:, :, 1], given[:, :, 2] = dk, dv
+        grads = torch.empty_like(packed)
+        torch.mul(dq, weight, out=grads[:, :, 0])
+        grads[:, :, 1], grads[:, :, 2] = dk, dv
         lengths = torch.ones_like(inverse)
         lengths[:, :, 2] = FAR
-        # Weight norm's gradient in one kernel: f / n (g - r <r, g> / n^2) for rows r of length n and a factor f.
-        rows, given, lengths, factors = (t.view(-1, t.shape[-1]) for t in (packed, given, lengths, inverse))
-        grad, _ = torch.ops.aten._weight_norm_interface_backward(given, rows, factors, lengths, 0)
+        # Weight norm's gradient in one kernel: f / n (g - r <r, g> / n^2) for rows r of length n
+        # and a factor f.
+        rows, grads, lengths, factors = (t.view(-1, t.shape[-1]) for t in (packed, grads, lengths, inverse))
+        grad, _ = torch.ops.aten._weight_norm_interface_backward(grads, rows, factors, lengths, 0)
         return grad.view_as(packed), grad_weight
 
 
 def normalize_parts(packed: Tensor, weight: Tensor, q: Tensor) -> Tensor:
-    """Make queries and keys of packed (B, N, 3, H, K) unit rows, and write queries * weight to q (B, N, H, K).
+    """Make queries and keys of packed (B, N, 3, H, K) unit rows; write queries * weight to q.
 
-    Returns the inverse lengths (B, N, 3, H, 1), FAR for the values.
+    q: (B, N, H, K). Returns the inverse lengths (B, N, 3, H, 1), FAR for the values.
     """
     inverse = packed.new_full((*packed.shape[:-1], 1), FAR)
     image = max(1, packed[0].numel() * packed.element_size()) if len(packed) else 1

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from vitreous import slots
 from vitreous.base.errors import HostError, SettingError
 from vitreous.hosts.attention import Attention, query_key_weights, written_out_is_faster
-from vitreous.layers.unit_norm import unit, unit_rows_in_place, watched
+from vitreous.layers.unit_norm import needs_plain_ops, unit, unit_rows_in_place
 from vitreous.mechanism import Mechanism
 
 SCALES = {"paper": lambda width: width**-0.5, "one": lambda width: 1.0, "sqrt": lambda width: width**0.5}
@@ -95,7 +95,7 @@ class SpectralAttention(Attention):
         return self.sigma if self.log_scale is None else self.sigma * self.log_scale.exp()[:, None]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not watched(x) and self.packed_is_ours:
+        if not needs_plain_ops(x) and self.packed_is_ours:
             return unit_rows_in_place(self.packed(x), self.weight)
         q, k, v = super().project(x)
         return (unit(q) * self.weight[:, None]).to(v.dtype), unit(k).to(v.dtype), v
@@ -103,7 +103,7 @@ class SpectralAttention(Attention):
     def written_out(self, q: Tensor) -> bool:
         """By measured shape: SVDA changes what the host computes, so its bits need not be those of the host's kernel."""
         learning = torch.is_grad_enabled() and q.requires_grad
-        return not watched(q) and written_out_is_faster(q.shape[2], learning, q.device)
+        return not needs_plain_ops(q) and written_out_is_faster(q.shape[2], learning, q.device)
 
     def penalties(self) -> dict[str, Tensor]:
         """The paper's regularisers for this layer, weighted: scalars by name, to be summed over layers."""
