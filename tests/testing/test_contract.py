@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,12 @@ from torch import nn
 import contract.tempered
 from contract.tempered import Tempered, TemperedAttention
 from vitreous.base.errors import HostError, SettingError, VitreousError
+from vitreous.lens.probe import PROBES
+from vitreous.lens.probes.alignment import Alignment
+from vitreous.tasks import TASKS
+from vitreous.tasks.classification import Classification
 from vitreous.testing import Check, ContractError, contract_checks, small_hosts
+from vitreous.train.updates import UPDATES
 
 KINDS = ("dinov2", "test_vit2", "dinov3", "diff_attention")
 
@@ -77,6 +82,69 @@ def test_a_check_of_a_law_of_ones_own():
         ContractError, match=r"is_small does not hold for it: ValueError: it is huge\. Expected: It is small\. "
     ):
         Check(is_small, "it").run()
+
+
+# -- tasks, updates and probes ----------------------------------------------------------------------------------------
+
+ITEMS = [*TASKS.files, *UPDATES.files, *PROBES.files]
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_shipped_items_pass(name):
+    for check in contract_checks(name):
+        check.run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coupled(Classification):
+    """Its loss is of the batch as a whole."""
+
+    def build(self, model, data):
+        objective = super().build(model, data)
+        one_by_one = objective.losses
+        objective.losses = lambda batch, progress: {"squared": one_by_one(batch, progress)["classification"] ** 2}
+        return objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaysSo(Coupled):
+    """The same, declared."""
+
+    couples_images = True
+
+
+def broken_by(item) -> set[str]:
+    names = set()
+    for check in contract_checks(item):
+        try:
+            check.run()
+        except ContractError:
+            names.add(check.name)
+    return names
+
+
+def test_a_coupled_loss_has_to_be_declared():
+    assert broken_by(Coupled()) == {"parts_add_up"}
+    assert broken_by(SaysSo()) == set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfBounds(Alignment):
+    """Says that no cosine is below 1."""
+
+    measures = tuple(replace(measure, low=1) for measure in Alignment.measures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undeclared(Alignment):
+    """Does not say what it measures."""
+
+    measures = Alignment.measures[1:]
+
+
+@pytest.mark.parametrize("probe", [OutOfBounds(), Undeclared()])
+def test_a_probe_reads_what_it_says(probe):
+    assert "readings_are_declared" in broken_by(probe)
 
 
 # -- one mechanism broken in many ways, each under the name of the law that it breaks --------------------------------

@@ -1,4 +1,4 @@
-"""The contract of a mechanism as checks that any test suite can run, and the small hosts that they run in."""
+"""The contract as checks that any test suite can run, and the small hosts they run in."""
 
 from vitreous.base.errors import ContractError
 from vitreous.testing.check import Check

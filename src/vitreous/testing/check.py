@@ -1,4 +1,4 @@
-"""A check: one law, held against one item (in one host), that passes or says what broke it."""
+"""A check: one law, held against one item (in one host); it passes or says what broke it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import torch
 from vitreous.base.errors import ContractError
 from vitreous.base.text_form import summary
 
-THREE_PARTS = re.compile(r"^\S.+?\. Expected .+?\. \S.+\.$", re.DOTALL)  # found, expected, what to do
+# found, expected, what to do
+THREE_PARTS = re.compile(r"^\S.+?\. Expected .+?\. \S.+\.$", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One law for one item. law: a function of the item, and of a host's name where there is one; its docstring states it."""
+    """One law for one item.
+
+    law: a function of the item, and of a host's name where there is one; its docstring states it."""
 
     law: Callable[..., None]
     item: Any

@@ -7,31 +7,44 @@ import inspect
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
+from vitreous.base.catalogue import Catalogue
 from vitreous.base.errors import HostError, SettingError
-from vitreous.base.text_form import Settings
+from vitreous.base.text_form import Settings, values_of
 from vitreous.grafting import graft
-from vitreous.mechanism import Mechanism, parse
-from vitreous.testing import laws_everywhere, laws_once
+from vitreous.lens.probe import PROBES, Probe
+from vitreous.mechanism import MECHANISMS, Mechanism
+from vitreous.tasks import TASKS, Task
+from vitreous.testing import laws_everywhere, laws_items, laws_once
 from vitreous.testing.check import THREE_PARTS, Check, close, holds
 from vitreous.testing.hosts import HOSTS, anatomy, build, lacks
+from vitreous.train.updates import UPDATES, Update
 
 
-def contract_checks(item: Mechanism | str, *, hosts: Iterable[str] | None = None) -> list[Check]:
-    """The checks of a mechanism, or of its text form ("svda", "package.module.Class:setting=value").
+def contract_checks(item: Settings | str, *, hosts: Iterable[str] | None = None) -> list[Check]:
+    """The checks of a mechanism, task, update or probe, or of its text form.
 
-    Each has a `name` and a `run()`, which raises ContractError. The mechanism is checked as it is set; its settings have to
-    fit the small hosts (`small_hosts`). hosts: names of those to check in; default all. Needs no pytest:
+    Each has a `name` and a `run()`, which raises ContractError. The item is checked as it is set;
+    the settings of a mechanism have to fit the small hosts (`small_hosts`). hosts: names of those
+    that a mechanism is checked in; default all. A text is "svda" or, from another package,
+    "package.module.Class:setting=value". No pytest is needed to run them:
 
-        @pytest.mark.parametrize("check", contract_checks(MyMechanism()), ids=lambda check: check.name)
+        @pytest.mark.parametrize("check", contract_checks(Mine()), ids=lambda check: check.name)
         def test_contract(check):
             check.run()
 
-    Raises SettingError for anything but a mechanism.
+    Raises SettingError for anything else, UnknownName for a text that names none.
     """
     if isinstance(item, str):
-        item = parse(item, foreign=True)
+        stem = item.partition(":")[0].strip()
+        known = [catalogue for catalogue in CATALOGUES if stem in catalogue.files]
+        item = (known or [FOREIGN])[0].parse(item, foreign=True)
+    if isinstance(item, Task | Probe | Update):
+        laws_of = {Task: laws_items.OF_TASKS, Probe: laws_items.OF_PROBES, Update: ()}
+        own = next(own for kind, own in laws_of.items() if isinstance(item, kind))
+        dropped = laws_items.parts_add_up if getattr(item, "couples_images", False) else None
+        return [Check(law, item) for law in (is_described, *own) if law is not dropped]
     if not isinstance(item, Mechanism):
-        raise SettingError(f"Found {item!r}. Expected a mechanism, or its text form. Give for example svda.")
+        raise SettingError(f"Found {item!r}. Expected a mechanism, task, update or probe. Give for example svda.")
     names = list(HOSTS if hosts is None else hosts)
     taking = [name for name in names if not lacks(name, item)]
     checks = [Check(is_described, item), *(Check(refusal, item, name) for name in names if name not in taking)]
@@ -41,7 +54,10 @@ def contract_checks(item: Mechanism | str, *, hosts: Iterable[str] | None = None
     return checks
 
 
-UNLESS = {"plain_checkpoint_loads": "keeps_weights", "compiles": "static_shapes", "exports": "static_shapes"}  # claims
+CATALOGUES = (MECHANISMS, TASKS, UPDATES, PROBES)
+FOREIGN = Catalogue("testing", Settings, "mechanism, task, update or probe")  # for dotted names
+# A law is not checked unless the mechanism claims this.
+UNLESS = {"plain_checkpoint_loads": "keeps_weights", "compiles": "static_shapes", "exports": "static_shapes"}
 
 
 def laws(module: ModuleType) -> list[Callable[[Mechanism, str], None]]:
@@ -51,17 +67,19 @@ def laws(module: ModuleType) -> list[Callable[[Mechanism, str], None]]:
 
 
 def is_described(item: Settings) -> None:
-    """An item has a docstring and a paper, and its text forms give it back."""
-    words, generated = (type(item).__doc__ or "").strip(), f"{type(item).__name__}("  # by dataclass, where there is none
+    """An item has a docstring and names its paper, and its text forms give it back."""
+    # where there is none, dataclass writes "Name(setting: type = default)"
+    words, generated = (type(item).__doc__ or "").strip(), f"{type(item).__name__}("
     holds(bool(words) and not words.startswith(generated), "no docstring")
-    holds(bool(item.paper.strip()), "no paper: name the source, or say that it is your own")
+    holds(not isinstance(item, Mechanism) or bool(item.paper.strip()), "no paper: name one, or say that it is your own")
     for text in (item.text(), item.full_text()):
-        again = parse(text, foreign=True)
+        name, _, settings = text.partition(":")
+        again = type(item)(**values_of(type(item), name, settings))
         holds(again == item, f"{text} is read as {again!r}")
 
 
 def refusal(mechanism: Mechanism, host: str) -> None:
-    """A host that lacks what the mechanism requires is refused in three parts, and left untouched."""
+    """A host that lacks what is required is refused in three parts, and left untouched."""
     model = build(host)
     before, values = anatomy(model, records=True), copy.deepcopy(model.state_dict())
     try:

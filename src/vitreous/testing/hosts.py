@@ -1,4 +1,4 @@
-"""Small hosts of every kind that a graft may meet, their images, and what is measured on them."""
+"""Small hosts of every kind that a graft may meet, and their images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def named(name: str) -> Callable[[], nn.Module]:
 
 
 HOSTS: dict[str, Callable[[], nn.Module]] = {
-    # the first one takes the laws of one host: class token, registers, LayerScale, images of any size
+    # the first takes the laws of one host: class token, registers, LayerScale, any image size
     "dinov2": vit(reg_tokens=4, no_embed_class=True, init_values=1e-5, dynamic_img_size=True),
     "plain": vit(),
     "test_vit": named("test_vit"),
@@ -63,10 +63,11 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
 
 
 def small_hosts() -> dict[str, Callable[[], nn.Module]]:
-    """{name: function that builds it} of the hosts that the contract is checked in, one per kind of timm ViT.
+    """{name: function that builds it} of the hosts that the contract is checked in.
 
-    Each has 4 blocks or more, a grid of 4 x 4 patches at 32 x 32 pixels and 5 classes; built in eval mode, the
-    same weights at every call, large enough that no mistake hides behind a small start.
+    One per kind of timm ViT. Each has 4 blocks or more, a grid of 4 x 4 patches at 32 x 32 pixels
+    and 5 classes; it is in eval mode, with the same weights at every call, which are large enough
+    that no mistake hides behind a small start.
     """
     return {name: partial(build, name) for name in HOSTS}
 
@@ -77,7 +78,8 @@ def build(host: str) -> nn.Module:
         torch.manual_seed(0)
         model = HOSTS[host]()
         with torch.no_grad():
-            for parameter in model.parameters():  # the usual start is so small that blocks do next to nothing
+            # the usual start is so small that blocks do next to nothing
+            for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(std=parameter[0].numel() ** -0.5)
                 else:
@@ -94,13 +96,13 @@ def images(count: int = 3, size: int = SIZE, seed: int = 1) -> Tensor:
 
 
 def per_place(model: nn.Module) -> int:
-    """How many tokens each place has, as the model says: more than 1 where every channel has its own."""
+    """Tokens for each place: more than 1 where every channel has its own."""
     height, width = model.patch_embed.dynamic_feat_size((SIZE, SIZE))
     return height * width // (SIZE // 8) ** 2
 
 
 def anatomy(model: nn.Module, records: bool = False) -> dict[str, tuple]:
-    """Every module by name: the object, its class, mode, attributes, and what it owns in which order.
+    """{module: its identity, class, mode, names of attributes, and what it owns, in order}.
 
     records: also whether there is a list of grafts on the model.
     """
@@ -117,14 +119,17 @@ def anatomy(model: nn.Module, records: bool = False) -> dict[str, tuple]:
 
 
 def loss(model: nn.Module, x: Tensor) -> Tensor:
-    """Of the logits and of all features: some of what a graft brings shows in the patches of the last block only."""
+    """Of the logits and of all features, scalar.
+
+    Some of what a graft brings shows in the patches of the last block only.
+    """
     features = model.forward_features(x)
     logits = model.forward_head(features)
     return F.cross_entropy(logits, torch.arange(len(x)) % CLASSES) + features.tanh().sum(-1).mean()
 
 
 def fit(model: nn.Module, parameters: Iterable[nn.Parameter], steps: int = 2, lr: float = 0.05) -> None:
-    """A few steps of training on noise; only `parameters` move, if there are any. The model's mode stays."""
+    """A few steps of training on noise that move `parameters` alone; the mode stays."""
     parameters = list(parameters)
     if not parameters:
         return

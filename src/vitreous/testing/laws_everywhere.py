@@ -1,4 +1,4 @@
-"""Laws that hold in every host that takes the mechanism, each a function of (mechanism, host) stated by its docstring."""
+"""Laws of a mechanism in every host that takes it: functions of (mechanism, host)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitreous.testing.hosts import CLASSES, anatomy, build, fit, grafted, images
 
 
 def output_has_the_hosts_shape(mechanism: Mechanism, host: str) -> None:
-    """Features and logits are finite and shaped as the host's, and the pass calls every grafted module."""
+    """Outputs are finite and shaped as the host's, and the pass calls every grafted module."""
     model, plain = check(grafted(mechanism, host), images()), build(host)
     with torch.no_grad():
         features, logits, before = model.forward_features(images()), model(images()), plain.forward_features(images())
@@ -25,13 +25,16 @@ def output_has_the_hosts_shape(mechanism: Mechanism, host: str) -> None:
 
 
 def exact_at_init(mechanism: Mechanism, host: str) -> None:
-    """The grafted model equals the host before training exactly where the mechanism claims `exact_at_init`."""
+    """The grafted model equals the host before training just where `exact_at_init` says so."""
     same = torch.equal(grafted(mechanism, host)(images()), build(host)(images()))
     holds(same == mechanism.exact_at_init, f"exact_at_init={mechanism.exact_at_init}, and outputs equal: {same}")
 
 
 def batch_mates_do_not_matter(mechanism: Mechanism, host: str) -> None:
-    """An image's output does not depend on the others: other pictures, grey, black, far too bright, not a number."""
+    """An image's output does not depend on the other images of its batch.
+
+    Those are other pictures; black; grey, far too bright and not a number.
+    """
     model, x = grafted(mechanism, host), images(4)
     alone = model(x)[:1]
     mates = torch.stack([torch.full_like(x[0], value) for value in (0.5, 1e4, torch.nan)])
@@ -55,7 +58,7 @@ def double_precision_agrees(mechanism: Mechanism, host: str) -> None:
 
 
 def autocast(mechanism: Mechanism, host: str) -> None:
-    """bfloat16 autocast is finite and, in the median of 8 images, within 5 % of full precision."""
+    """bfloat16 autocast is finite and, in the median of 8 images, within 5 % of float32."""
     model = grafted(mechanism, host)
     full = model(images(8))
     with torch.autocast("cpu", torch.bfloat16):
@@ -65,7 +68,10 @@ def autocast(mechanism: Mechanism, host: str) -> None:
 
 
 def new_parameters_learn(mechanism: Mechanism, host: str) -> None:
-    """Each new parameter has a finite gradient in every step, not zero after two (a gate may have to open first)."""
+    """Each new parameter has a finite gradient in every step, not zero in all of three.
+
+    In the first ones it may be zero: a gate may have to open first.
+    """
     model = grafted(mechanism, host)
     learning, reached = new_parameters(model), set()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -80,7 +86,7 @@ def new_parameters_learn(mechanism: Mechanism, host: str) -> None:
 
 
 def plain_checkpoint_loads(mechanism: Mechanism, host: str) -> None:
-    """With `keeps_weights` all keys of the host are there, and its checkpoint misses just the new parameters."""
+    """With `keeps_weights` the host's checkpoint loads and misses just the new parameters."""
     weights, model = build(host).state_dict(), grafted(mechanism, host)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     holds(not unexpected, f"keys of the host that are gone: {', '.join(unexpected)}")
@@ -91,7 +97,7 @@ def plain_checkpoint_loads(mechanism: Mechanism, host: str) -> None:
 
 
 def removal_is_exact(mechanism: Mechanism, host: str) -> None:
-    """Removal gives back the same objects, in the same order, and the same output, bit for bit."""
+    """Removal gives back the same objects in the same order, and the output bit for bit."""
     model = build(host)
     before, logits = anatomy(model), model(images())
     removal = ungraft(graft(model, mechanism))
@@ -150,7 +156,10 @@ def touched(model: nn.Module) -> tuple[bool, int]:
 
 
 def intermediates(mechanism: Mechanism, host: str) -> None:
-    """Intermediate features have the host's shapes, equal the host's before the graft, and end in the features."""
+    """Intermediate features have the host's shapes and end in the features.
+
+    Up to the first block that the graft touches they equal the host's.
+    """
     plain, model = build(host), grafted(mechanism, host)
     per, (inside, first) = per_place(model), touched(model)
     for options in ({"output_fmt": "NCHW"}, {"output_fmt": "NLC"}, {"output_fmt": "NLC", "norm": True}):
@@ -167,7 +176,10 @@ def intermediates(mechanism: Mechanism, host: str) -> None:
 
 
 def masks(mechanism: Mechanism, host: str) -> None:
-    """A mask that hides nothing changes nothing, and causal attention equals its mask; else MaskError by name."""
+    """A mask that hides nothing changes nothing, and causal attention equals its mask.
+
+    A model that cannot have a mask raises MaskError with the argument's name.
+    """
     model, plain, x = grafted(mechanism, host), build(host), images()
     features = model.forward_features(x)
     n = features.shape[1]
@@ -232,7 +244,7 @@ def new_classes(mechanism: Mechanism, host: str) -> None:
 
 
 def hooks_live_on(mechanism: Mechanism, host: str) -> None:
-    """Hooks from before the graft fire while it is in and after it is out, and can be removed at any time."""
+    """Hooks from before the graft fire with it and after it, and can be removed at any time."""
     model, seen = build(host), set()
     layer = model.blocks[-1]
     places = {"block": layer, "attn": getattr(layer, "attn", None), "norm": model.norm}

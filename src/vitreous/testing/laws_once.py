@@ -1,4 +1,4 @@
-"""Laws about what does not depend on the kind of host, checked in one, each a function of (mechanism, host)."""
+"""Laws of a mechanism that do not depend on the kind of host, checked in one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def changes_are_pure(mechanism: Mechanism, host: str) -> None:
 
 
 def grafting_is_repeatable(mechanism: Mechanism, host: str) -> None:
-    """Two grafts of one mechanism start with the same values; the global random state is neither used nor moved."""
+    """Two grafts of one mechanism start with the same values.
+
+    The global random state is neither used nor moved.
+    """
     state = torch.get_rng_state()
     first = grafted(mechanism, host)
     check(first, images())
@@ -43,7 +46,10 @@ def grafting_is_repeatable(mechanism: Mechanism, host: str) -> None:
 
 
 def conversion_reaches_everything(mechanism: Mechanism, host: str) -> None:
-    """Graft and `.to(dtype)` commute (but for roundings of new values made of the host's); removal follows."""
+    """Graft and `.to(dtype)` commute, and removal gives back the converted host.
+
+    New values that are made of the host's may differ by roundings.
+    """
     for dtype in (torch.float64, torch.bfloat16):
         before, after = grafted(mechanism, host).to(dtype), graft(build(host).to(dtype), mechanism)
         x = images().to(dtype)
@@ -56,7 +62,7 @@ def conversion_reaches_everything(mechanism: Mechanism, host: str) -> None:
 
 
 def copies_are_whole(mechanism: Mechanism, host: str) -> None:
-    """deepcopy and pickle give models of their own, which compute the same and give up their graft alone."""
+    """deepcopy and pickle give models that compute the same and share no module."""
     model = grafted(mechanism, host)
     before, logits = anatomy(model, records=True), model(images())
     for way, twin in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
@@ -72,7 +78,7 @@ def copies_are_whole(mechanism: Mechanism, host: str) -> None:
 
 
 def moving_average_follows(mechanism: Mechanism, host: str) -> None:
-    """timm's moving average follows every parameter, loads into the model, and gives up its graft."""
+    """timm's moving average follows every parameter, loads, and gives up its graft."""
     model = grafted(mechanism, host)
     average, start = ModelEmaV3(model, decay=0.5), copy.deepcopy(model.state_dict())
     fit(model, model.parameters())
