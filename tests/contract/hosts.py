@@ -35,7 +35,7 @@ from vitreous.testing.hosts import (  # noqa: F401  (for the tests of this suite
 
 PRIMARY = "dinov2"  # for laws that take long: class token, registers, LayerScale, any image size
 KINDS = (PRIMARY, "plain", "test_vit2", "class_map_all", "distilled", "res_post", "dinov3")  # of head and attention
-GRAPHS = ("compiles", "exports")  # seconds each; ONNX traces every mechanism, too
+GRAPHS = ("compiles", "exports")
 ROTARY_KINDS = ("eva02", "dinov3")  # where attention is compiled and exported, too
 
 TEXTS = [text for stem in vitreous.catalogue() for text in (stem, *mechanism_class(stem).examples)]

@@ -21,7 +21,7 @@ THREE_PARTS = re.compile(r"^\S.+?\. Expected .+?\. \S.+\.$", re.DOTALL)
 class Check:
     """One law for one item.
 
-    law: a function of the item, and of a host's name where there is one; its docstring states it."""
+    law: a function of the item, and of a host's name where there is one; its docstring says it."""
 
     law: Callable[..., None]
     item: Any
