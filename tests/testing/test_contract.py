@@ -14,7 +14,7 @@ from torch import nn
 
 import contract.tempered
 from contract.tempered import Tempered, TemperedAttention
-from vitreous.base.errors import HostError, SettingError, VitreousError
+from vitreous.base.errors import HostError, SettingError, UnknownName, VitreousError
 from vitreous.lens.probe import PROBES
 from vitreous.lens.probes.alignment import Alignment
 from vitreous.tasks import TASKS
@@ -60,6 +60,12 @@ def test_small_hosts_run_and_are_the_same_at_every_call():
 def test_anything_else_is_refused(item):
     with pytest.raises(SettingError, match=r"^Found .*Expected a mechanism.*\. Give"):
         contract_checks(item)
+
+
+@pytest.mark.parametrize("text", ["svdaa", "check", "no_such_package.X", "pathlib.Path", "svda:sclae=one"])
+def test_a_text_that_names_nothing(text):
+    with pytest.raises(UnknownName):
+        contract_checks(text)
 
 
 def test_a_failed_check_says_what_and_where_in_three_parts():

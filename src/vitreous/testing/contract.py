@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import ModuleType
 
-from vitreous.base.catalogue import Catalogue
-from vitreous.base.errors import HostError, SettingError
+from vitreous.base.errors import HostError, SettingError, UnknownName
 from vitreous.base.text_form import Settings, values_of
 from vitreous.grafting import graft
 from vitreous.lens.probe import PROBES, Probe
@@ -35,9 +35,7 @@ def contract_checks(item: Settings | str, *, hosts: Iterable[str] | None = None)
     Raises SettingError for anything else, UnknownName for a text that names none.
     """
     if isinstance(item, str):
-        stem = item.partition(":")[0].strip()
-        known = [catalogue for catalogue in CATALOGUES if stem in catalogue.files]
-        item = (known or [FOREIGN])[0].parse(item, foreign=True)
+        item = parsed(item)
     if isinstance(item, Task | Probe | Update):
         laws_of = {Task: laws_items.OF_TASKS, Probe: laws_items.OF_PROBES, Update: ()}
         own = next(own for kind, own in laws_of.items() if isinstance(item, kind))
@@ -55,9 +53,19 @@ def contract_checks(item: Settings | str, *, hosts: Iterable[str] | None = None)
 
 
 CATALOGUES = (MECHANISMS, TASKS, UPDATES, PROBES)
-FOREIGN = Catalogue("testing", Settings, "mechanism, task, update or probe")  # for dotted names
 # A law is not checked unless the mechanism claims this.
 UNLESS = {"plain_checkpoint_loads": "keeps_weights", "compiles": "static_shapes", "exports": "static_shapes"}
+
+
+def parsed(text: str) -> Settings:
+    """The item of any catalogue, or of another package. Raises UnknownName, SettingError."""
+    stem = text.partition(":")[0].strip()
+    for catalogue in (catalogue for catalogue in CATALOGUES if stem in catalogue.files):
+        return catalogue.parse(text)
+    for catalogue in CATALOGUES:
+        with suppress(UnknownName):
+            return catalogue.parse(text, foreign=True)
+    return MECHANISMS.parse(text, foreign=True)
 
 
 def laws(module: ModuleType) -> list[Callable[[Mechanism, str], None]]:
