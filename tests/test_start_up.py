@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -198,3 +199,11 @@ def test_another_broken_pipe_is_no_closed_output(monkeypatch):
     monkeypatch.setattr(cli, "answer", fails)
     with pytest.raises(BrokenPipeError, match="a worker process"):
         cli.main(["list"])
+
+
+def test_the_stored_measurement_is_within_its_limits():
+    calls = json.loads((Path(__file__).parents[1] / "benchmarks/start_up/result.json").read_text())["calls"]
+    limited = {call: sides for call, sides in calls.items() if "limit" in sides}
+    assert len(limited) == 5
+    for sides in limited.values():
+        assert sides.get("to_torch", sides["ratio"]) <= sides["limit"]
