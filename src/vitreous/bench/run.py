@@ -158,18 +158,18 @@ def parameters(model: nn.Module) -> int:
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first row's time over that of each other, where both were timed."""
     ours, *others = rows
-    found = []
+    ratios = []
     for base in others:
         if not ours["failed"] and not base["failed"]:
             timed = ratio(ours["seconds"], base["seconds"])
             place = {name: ours[name] for name in ("mode", "batch", "image_size")}
-            found.append({**place, "ours": ours["arm"], "base": base["arm"], **asdict(timed), "verdict": timed.verdict})
-    return found
+            ratios.append({**place, "ours": ours["arm"], "base": base["arm"], **asdict(timed), "verdict": timed.verdict})
+    return ratios
 
 
 def table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]], cell: Cell) -> Table:
     """One cell for the terminal."""
-    said = {found["base"]: found for found in ratios}
+    by_base = {entry["base"]: entry for entry in ratios}
     sheet = Table(title=str(cell), title_justify="left", box=None, padding=(0, 2, 0, 0))
     sheet.add_column("model", overflow="fold")
     for name in ("ms", "images/s", "MiB", "G ops", "first over this"):
@@ -179,8 +179,8 @@ def table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]], cell
         if row["failed"]:
             sheet.add_row(escape(row["arm"]), escape(row["failed"]))
             continue
-        found = said.get(row["arm"])
-        words = f"{found['median']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if found else ""
+        entry = by_base.get(row["arm"])
+        words = f"{entry['median']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]" if entry else ""
         peak = row["peak_mib"]
         sheet.add_row(
             escape(row["arm"]),
@@ -189,6 +189,6 @@ def table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]], cell
             "–" if isinstance(peak, str) else f"{peak:.0f}",
             ("over " if row["uncounted"] else "") + f"{row['operations'] / 1e9:.3f}",
             escape(words),
-            found["verdict"] if found else "",
+            entry["verdict"] if entry else "",
         )
     return sheet

@@ -1,4 +1,4 @@
-"""Training tasks, one per file: what each sample must carry, what is lowered, and how it is scored."""
+"""Training tasks, one per file: the target of a sample, the loss and the metrics."""
 
 from vitreous.tasks._task import (
     TASKS,

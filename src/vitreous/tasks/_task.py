@@ -1,6 +1,7 @@
-"""`Task`, a choice of target, loss and metrics; `Objective`, the module that trains it; `Dice`, its random numbers.
+"""`Task`: target, loss, metrics; `Objective`: the module that trains; `Dice`: its draws.
 
-A task is one file of this folder: there is no registry to edit. docs/how-to/add-a-task.md makes one.
+A task is one file of this folder: there is no registry to edit. docs/how-to/add-a-task.md makes
+one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ OBJECTIVE = "objective.safetensors"
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of a step by name, scalars. means: over its images, the main one first. penalties: of weights, once a step."""
+    """Losses of a step by name, scalars.
+
+    means: over its images, the main one first. penalties: of weights, once a step.
+    """
 
     means: dict[str, Tensor]
     penalties: dict[str, Tensor]
@@ -46,10 +50,11 @@ class Losses:
 
 
 class Dice:
-    """Random numbers of one step, the same for an image however its batch is cut over processes.
+    """Random numbers of one step: the same for an image on one process as on several.
 
-    They are drawn for the whole batch of `count` images from a generator of their own, by `key` alone; `rows` (B,) are the
-    images of this process. So nothing has to be saved for a resumed run to draw the same.
+    They are drawn for the whole batch of `count` images from a generator of their own, seeded by
+    `key`; `rows` (B,) are the images of this process. A resumed run draws the same without saved
+    state.
     """
 
     def __init__(self, key: tuple[int, ...], count: int, rows: np.ndarray, device: torch.device):
@@ -64,12 +69,13 @@ class Dice:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Settings):
-    """Base of all tasks. Subclasses are frozen, keyword-only dataclasses whose settings all have defaults.
+    """Base of all tasks: frozen, keyword-only dataclasses whose settings all have defaults.
 
-    A setting of the name of one of `vitreous train` (smoothing, mixup, cutmix, class_weights) is given by that as well.
+    A setting called smoothing, mixup, cutmix or class_weights is also set by the flag of that name.
 
-    paper: authors, year, arXiv id. target: what each sample must carry. metrics: of a test; the first one chooses the epoch
-    that is kept. couples_images: the loss of a batch is not the mean of its images' losses, so that a batch may not be cut.
+    paper: authors, year, arXiv id. target: the kind that each sample must have. metrics: of a test;
+    the first one chooses the epoch that is kept. couples_images: the loss of a batch is not the
+    mean of its images' losses, so that a batch may not be cut.
     """
 
     paper: ClassVar[str] = ""
@@ -79,19 +85,23 @@ class Task(Settings):
 
     @property
     def pairs_images(self) -> bool:
-        """Whether `draw` pairs the images of a batch, the first with the last and so on, and needs an even number."""
+        """Whether `draw` pairs images, the first with the last and so on inwards.
+
+        Batches then have an even number of images.
+        """
         return False
 
     def views(self, prepare: Callable) -> Callable:
-        """What turns a training picture into a tensor, of one shape for all; several crops are stacked (V, C, H, W).
+        """The function from a training picture to a tensor, of one shape for all pictures.
 
-        prepare: the run's own way, with its augmentation; it draws from torch's, NumPy's and Python's global states, which
-        training seeds for each picture. Tests do not come here.
+        Several crops are stacked, (V, C, H, W). prepare: that of the run, with its augmentation; it
+        draws from torch's, NumPy's and Python's global states, which training seeds for each
+        picture. Test pictures are prepared as always.
         """
         return prepare
 
     def build(self, model: nn.Module, data: Data | None) -> Objective:
-        """The objective that trains this model on these data; data is None where it is only timed.
+        """The objective that trains this model on these data; data is None for timing alone.
 
         Raises HostError or SettingError where model, data and settings do not fit together.
         """
@@ -99,11 +109,12 @@ class Task(Settings):
 
 
 class Objective(nn.Module, ABC):
-    """A model and what training adds to it: a teacher, a decoder, a projector. Drawing, loss, prediction and score.
+    """A model and what training adds to it: a teacher, a decoder, a projector.
 
-    model: what is looked at, saved and shipped. columns: of predictions.csv, after set and index. fixed: children that
-    follow from the settings, such as a frozen teacher: always in eval mode, not in the state of a run, whose run.json has
-    their digest. shipped: children that `predict` needs beside the model; they are saved as objective.safetensors.
+    model: the network that is read, saved and shipped. columns: of predictions.csv, after set and
+    index. fixed: children that follow from the settings, such as a frozen teacher: always in eval
+    mode, not in the state of a run, whose run.json has their digest. shipped: children that
+    `predict` needs beside the model, saved as objective.safetensors.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
@@ -121,11 +132,13 @@ class Objective(nn.Module, ABC):
         return self
 
     def learns(self) -> Iterable[str] | None:
-        """Paths of the model that this task trains, such as blocks.0; None: as the run says (--train)."""
+        """Paths in the model that this task trains, such as blocks.0; None: those of --train."""
         return None
 
     def draw(self, images: Tensor, target: Tensor, dice: Dice) -> Batch:
-        """A batch as it is loaded, with everything random that its loss depends on; called once a step.
+        """The batch of a step with everything random that its loss depends on.
+
+        Called once a step, before the batch is cut into parts.
 
         images: (B, C, H, W), or as `Task.views` makes them. target: (B, ...).
         """
@@ -133,17 +146,18 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """{name: mean over the images of the batch}, the main one first; scalars, summed and lowered.
+        """{name: mean over the images of the batch}, the main one first; scalars.
 
-        Draws nothing but dropout. progress: of training, 0 to 1. Runs under autocast with --amp.
+        Training lowers their sum. Draws nothing but dropout. progress: of training, 0 to 1. Runs
+        under autocast with --amp.
         """
 
     def after_update(self, updates: int) -> None:
-        """Called after each update of the weights, `updates` in number by now: momentum teachers."""
+        """Called after each update of the weights, `updates` so far: momentum teachers."""
 
     @abstractmethod
     def predict(self, batch: Batch) -> Outputs:
-        """What a test keeps of a batch with "images" and "target": all that `score` and `rows` need."""
+        """From "images" and "target" of a test batch: all that `score` and `rows` need."""
 
     @abstractmethod
     def score(self, outputs: Outputs) -> dict[str, float]:
@@ -166,7 +180,7 @@ def save_objective(objective: Objective, folder: Path) -> None:
 
 
 def load_objective(objective: Objective, folder: Path) -> None:
-    """Fill the children that `predict` needs from a run folder. Raises DataError if they do not fit."""
+    """Fill the shipped children from a run folder. Raises DataError if they do not fit."""
     there = shipped_tensors(objective)
     tensors = safetensors.torch.load_file(folder / OBJECTIVE) if there else {}
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in there.items()}:

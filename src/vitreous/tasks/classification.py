@@ -22,8 +22,8 @@ from vitreous.tasks._task import Batch, Dice, Objective, Outputs, Task
 class Classification(Task):
     """One class per image, by cross-entropy.
 
-    smoothing: of labels, 0 to 1. mixup, cutmix: alpha of each; 0 is off. class_weights: balanced counts an image of a rare
-    class more, by the inverse of the class's number of training images.
+    smoothing: of labels, 0 to 1. mixup, cutmix: alpha of each; 0 is off. class_weights: balanced
+    weighs an image by the inverse of its class's number of training images.
     """
 
     target = ClassIndex
@@ -55,7 +55,11 @@ class ClassificationObjective(Objective):
         self.mixing = mixing(task, classes)
 
     def draw(self, images: Tensor, target: Tensor, dice: Dice) -> Batch:
-        """Mixed as timm does, which draws from NumPy's global state: so older runs go on as they would have."""
+        """Images and labels, mixed if asked for.
+
+        timm's Mixup draws from NumPy's global state, not from `dice`: so runs of older versions
+        resume exactly.
+        """
         if self.mixing is not None:
             images, target = self.mixing(images.clone(), target)  # it mixes in place
         return {"images": images, "target": target}
@@ -81,10 +85,11 @@ class ClassificationObjective(Objective):
 
 
 class WeightedCrossEntropy(nn.Module):
-    """Cross-entropy in which a class counts by its weight: logits (B, C), labels (B) or soft ones (B, C) -> scalar, in nats.
+    """Cross-entropy with class weights; logits (B, C), labels (B) or soft ones (B, C) -> nats.
 
-    - mean over images of sum_c w_c t_c log p_c, with labels t smoothed as timm does, (1 - s) one-hot + s / C. The mean is
-    over images, not over weights as in torch, so that batches that happen to hold rare classes are not damped.
+    - mean over images of sum_c w_c t_c log p_c, with labels t smoothed as timm does, (1 - s)
+    one-hot + s / C. The mean is over images, not over weights as in torch, so that batches that
+    happen to hold rare classes are not damped.
     """
 
     def __init__(self, weights: Tensor, smoothing: float = 0.0):
@@ -99,10 +104,10 @@ class WeightedCrossEntropy(nn.Module):
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
-    """n / (K n_c) for each class c with n_c of n images, K classes having any: mean 1 over images. -> (classes,) float32.
+    """Weights n / (K n_c) of classes c with n_c of n images, K of them not empty. (classes,)
 
-    A class without an image has weight 1. Source: King, Zeng 2001, "Logistic regression in rare events data", as in
-    scikit-learn's class_weight="balanced".
+    float32, with mean 1 over images. A class without an image has weight 1. Source: King, Zeng
+    2001, "Logistic regression in rare events data", as in scikit-learn's class_weight="balanced".
     """
     counts = np.bincount(labels, minlength=classes)
     weights = np.where(counts > 0, len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 1.0)
@@ -110,7 +115,7 @@ def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
 
 
 def classification_loss(task: Classification, labels: np.ndarray, classes: int) -> nn.Module:
-    """Logits (B, classes) and labels (B), or the soft ones (B, classes) of `mixing`, to their mean loss in nats.
+    """The mean loss in nats of logits (B, classes) and labels (B), or soft ones of `mixing`.
 
     labels: (n,) int64, of all training images, by which classes are weighed.
     """
@@ -122,7 +127,7 @@ def classification_loss(task: Classification, labels: np.ndarray, classes: int) 
 
 
 def mixing(task: Classification, classes: int) -> Mixup | None:
-    """timm's mixup and cutmix: (images, labels) of an even batch to mixed images and soft labels; None if off."""
+    """timm's mixup and cutmix of an even batch, which makes soft labels; None if both are off."""
     if not task.pairs_images:
         return None
     return Mixup(task.mixup, task.cutmix, label_smoothing=task.smoothing, num_classes=classes)

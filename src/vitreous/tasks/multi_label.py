@@ -19,7 +19,7 @@ from vitreous.tasks._task import Batch, Objective, Outputs, Task
 class MultiLabel(Task):
     """Any number of classes per image, by binary cross-entropy.
 
-    Classes that are not known of an image (NaN) have no part in its loss, which is the mean over those that are known.
+    The loss of an image is the mean over the classes that are known of it (not NaN).
 
     threshold: probability from which a class counts as found in predictions.csv.
     """
@@ -41,7 +41,10 @@ class MultiLabel(Task):
 
 
 class MultiLabelObjective(Objective):
-    """A network with one logit per class. Target: (B, classes) float, 1 present, 0 absent, NaN not known."""
+    """A network with one logit per class.
+
+    Target: (B, classes) float, 1 present, 0 absent, NaN not known.
+    """
 
     columns = ("present", "predicted")
 
@@ -57,7 +60,7 @@ class MultiLabelObjective(Objective):
         return {"logits": self.model(batch["images"]).float(), "target": batch["target"]}
 
     def score(self, outputs: Outputs) -> dict[str, float]:
-        """Mean over classes of the average precision, 0 to 1, and mean binary cross-entropy in nats."""
+        """Mean over classes of the average precision, 0 to 1, and mean cross-entropy in nats."""
         logits, target = outputs["logits"], outputs["target"]
         known = ~target.isnan()
         pairs = ((logits[known[:, c], c], target[known[:, c], c]) for c in range(target.shape[1]))
@@ -75,16 +78,20 @@ class MultiLabelObjective(Objective):
 
 
 def known_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of each image in nats, the mean over its known classes; 0 where none is. (B, K) twice -> (B,)."""
+    """Binary cross-entropy in nats, the mean over known classes: (B, K) twice -> (B,).
+
+    0 for an image of which no class is known.
+    """
     known = ~target.isnan()
     each = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(), reduction="none") * known
     return each.sum(1) / known.sum(1).clamp(min=1)
 
 
 def average_precision(scores: Tensor, truth: Tensor) -> float:
-    """Mean precision over the steps of recall, sum_k (R_k - R_k-1) P_k, equal scores being one step. (n,) twice.
+    """Mean precision over the steps of recall, sum_k (R_k - R_k-1) P_k, of n scores.
 
-    truth: 1 or 0, at least one 1. As scikit-learn's `average_precision_score`.
+    Equal scores are one step. truth: (n,) of 1 or 0, at least one 1. As scikit-learn's
+    `average_precision_score`.
     """
     order = scores.argsort(descending=True)
     scores, hits = scores[order], truth[order].double().cumsum(0)

@@ -23,9 +23,9 @@ def choose_trainable(
 ) -> int:
     """Set `requires_grad` of every parameter as `train` and `freeze` say; returns how many numbers learn.
 
-    train: all | new (what the grafts brought) | new+head (and the classifier). freeze: paths such as blocks.0-9. paths: what
-    a task trains, in place of all.
-    Raises UnknownName for a path that no parameter lies under, SettingError if nothing is left to train.
+    train: all | new (what the grafts brought) | new+head (and the classifier). freeze: paths such
+    as blocks.0-9. paths: what a task trains, in place of all. Raises UnknownName for a path that no
+    parameter lies under, SettingError if nothing is left to train.
     """
     fixed = frozen(model, freeze)
     chosen = set(dict(model.named_parameters())) if paths is None else frozen(model, tuple(paths))
@@ -47,7 +47,7 @@ def choose_trainable(
 
 def frozen(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
     """Names of the parameters at or under the paths; a part may be a range, as in blocks.0-9, both ends included."""
-    found = set()
+    names = set()
     for pattern in patterns:
         paths = [""]
         for part in pattern.split("."):
@@ -55,10 +55,10 @@ def frozen(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
         for path in paths:
             under = {name for name, _ in model.named_parameters() if name == path or name.startswith(path + ".")}
             if not under:
-                known = {name for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
-                raise UnknownName(path, "path to freeze", known | set(dict(model.named_parameters())))
-            found |= under
-    return found
+                modules = {name for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
+                raise UnknownName(path, "path to freeze", modules | set(dict(model.named_parameters())))
+            names |= under
+    return names
 
 
 def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -70,7 +70,8 @@ def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
     """timm's groups of what learns; biases, norms, and what the host and its grafts exempt go without weight decay.
 
-    layer_decay: the learning rate of a layer is multiplied by it once for each layer between it and the head.
+    layer_decay: the learning rate of a layer is multiplied by it once for each layer between it and
+    the head.
     """
     exempt = no_weight_decay(model)
     if layer_decay is None:

@@ -20,9 +20,10 @@ What is given always wins. Sources:
     RSB       Wightman et al. 2021, arXiv 2110.00476: a schedule of 100 epochs (A3)
     timm      its train script: a rate for 256 images, times sqrt(batch / 256) for Adam and its kin; averages of decay 0.9998
 
-Ours are the border of 10,000 images (most sets of the transfer literature lie below it, CIFAR-10 and ImageNet above), 30
-epochs for small sets, and a warm-up over a tenth of the epochs. The optimizer (AdamW), the cosine and weight decay (0.05) are
-the plain defaults already, and the resolution stays the network's own.
+Ours are the border of 10,000 images (most sets of the transfer literature lie below it, CIFAR-10
+and ImageNet above), 30 epochs for small sets, and a warm-up over a tenth of the epochs. The
+optimizer (AdamW), the cosine and weight decay (0.05) are the plain defaults already, and the
+resolution stays the network's own.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ def scaled(setting: str, value: Any, source: str, batch_size: int, values: Value
 def quiet_classifier(model: nn.Module) -> None:
     """Let a new classifier on trained features start near 0, as MAE's code does: it begins without an opinion to unlearn.
 
-    Features of trained networks are large; torch's own start makes of them a loss far above that of a guess.
+    Features of trained networks are large; torch's own start makes of them a loss far above that of
+    a guess.
     """
     heads = model.get_classifier()
     for layer in heads if isinstance(heads, tuple) else (heads,):

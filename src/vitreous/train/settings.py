@@ -160,9 +160,9 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
     data: str
 
     def __post_init__(self):
-        known = list_optimizers()
-        if self.opt.lower().removeprefix("lookahead_") not in known:
-            raise UnknownName(self.opt, "optimizer", known, hint="Any of timm's will do.")
+        optimizers = list_optimizers()
+        if self.opt.lower().removeprefix("lookahead_") not in optimizers:
+            raise UnknownName(self.opt, "optimizer", optimizers, hint="Any of timm's will do.")
         if self.weight_decay is None:  # 0.05 suits a decay apart from the gradient (names in w), not a penalty in it
             object.__setattr__(self, "weight_decay", 0.05 if self.opt.lower().endswith("w") else 0.0)
         if self.recipe not in recipes.NAMES:
@@ -231,7 +231,8 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
     def with_recipe(self, loaded: bool, images: int) -> tuple[TrainSettings, dict[str, Any] | None]:
         """Settings without gaps, and the record for run.json: the recipe, why it, each value and its source.
 
-        loaded: whether the network starts from trained weights. images: in training. Without a recipe there is no record.
+        loaded: whether the network starts from trained weights. images: in training. Without a
+        recipe there is no record.
         """
         if self.recipe == "none":
             return self, None
@@ -253,16 +254,16 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
 
 def key_values(words: Sequence[str]) -> dict[str, Any]:
     """Words name=value of --model-kwargs as keyword arguments, with Python values where the text is one."""
-    found = {}
+    values = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not (name.isidentifier() and equals):
             raise SettingError(f"Found --model-kwargs {word}. Expected name=value. Write for example depth=6.")
         try:
-            found[name] = literal_eval(text)
+            values[name] = literal_eval(text)
         except (ValueError, SyntaxError):
-            found[name] = text
-    return found
+            values[name] = text
+    return values
 
 
 SHARED = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": "none"}  # may be of the task; where off

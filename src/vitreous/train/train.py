@@ -27,8 +27,9 @@ from vitreous.train.settings import TrainSettings
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
     """Train for each seed; returns the run folder (with several seeds: the one around their folders).
 
-    Raises VitreousError before anything is written if data, model or settings do not fit. Ctrl-C and SIGTERM end it after
-    the step, with the state saved: as KeyboardInterrupt, and SystemExit(143).
+    Raises VitreousError before anything is written if data, model or settings do not fit. Ctrl-C
+    and SIGTERM end it after the step, with the state saved: as KeyboardInterrupt, and
+    SystemExit(143).
     """
     with connected(settings.torch_device()) as team:
         return train_seeds(settings, team.console(console or Console()), team)

@@ -24,7 +24,8 @@ from vitreous.train.settings import TrainSettings
 class StepModule(nn.Module):
     """The forward pass of a step: a batch to its losses, and with the last part of it the penalties. No other code does it.
 
-    Both in one forward pass, so that DistributedDataParallel sees every parameter that will get a gradient.
+    Both in one forward pass, so that DistributedDataParallel sees every parameter that will get a
+    gradient.
     """
 
     def __init__(self, objective: Objective, autocast: Callable[[], AbstractContextManager]):

@@ -1,7 +1,7 @@
 """Stopping early, and which epoch's weights a run keeps. All of it follows from the lines of metrics.jsonl.
 
-Without --patience it is the last epoch; with it, the first with the best value of the task's first metric on the set
-that is watched.
+Without --patience it is the last epoch; with it, the first with the best value of the task's first
+metric on the set that is watched.
 """
 
 from __future__ import annotations

@@ -36,9 +36,10 @@ PAUSE = 0.5  # seconds before a file that cannot be read is tried again
 class Order(Sampler[tuple[int, np.ndarray]]):
     """Batches of one epoch as (epoch, indices), in an order that follows from (seed, epoch) alone.
 
-    even: leave out a last batch that is not full, and the odd image of a set smaller than a batch. epoch, start: what the
-    next iteration yields, and from which batch on; the batches before it are left out, the others stay what they are.
-    team: the processes that the batches are for; shuffled ones are cut over them, others are dealt out whole.
+    even: leave out a last batch that is not full, and the odd image of a set smaller than a batch.
+    epoch, start: what the next iteration yields, and from which batch on; the batches before it are
+    left out, the others stay what they are. team: the processes that the batches are for; shuffled
+    ones are cut over them, others are dealt out whole.
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class Order(Sampler[tuple[int, np.ndarray]]):
 def cut(rows: np.ndarray, team: Team) -> np.ndarray:
     """What one process takes of a batch: as much of its front as of its back.
 
-    Mixup pairs the first image with the last, and so on inwards; so it pairs within a part what it would pair in the whole.
+    Mixup pairs the first image with the last, and so on inwards; so it pairs within a part what it
+    would pair in the whole.
     """
     half = -(-len(rows) // 2)
     low, high = (half * number // team.size for number in (team.rank, team.rank + 1))
@@ -84,7 +86,8 @@ def rejoined(parts: Sequence[Tensor]) -> Tensor:
 def drawn_from(*key: int) -> Iterator[None]:
     """Seed the global states that torchvision and timm draw from (torch's on the CPU, Python's, NumPy's) by the key alone.
 
-    They are put back afterwards, so that nothing else depends on which process augments an image, or when.
+    They are put back afterwards, so that nothing else depends on which process augments an image,
+    or when.
     """
     torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
@@ -102,7 +105,8 @@ def drawn_from(*key: int) -> Iterator[None]:
 class Batches(Dataset):
     """Images in memory that need no resizing, a whole batch normalised at once: indices to (B, C, H, W), labels (B).
 
-    Bit for bit what `Preprocess` gives one by one. flip: mirror half of them, drawn by (seed, epoch, index).
+    Bit for bit what `Preprocess` gives one by one. flip: mirror half of them, drawn by (seed,
+    epoch, index).
     """
 
     def __init__(self, images: ArraySamples, inputs: Preprocess, flip: bool, seed: int):
@@ -124,8 +128,9 @@ class Batches(Dataset):
 class Prepared(Dataset):
     """Images sent through a transform one by one, its randomness drawn by (seed, epoch, index).
 
-    A batch is (B, C, H, W), labels (B), and {index: reason} of images that could not be read, not even after a pause; they
-    are left out of it. even: then one more image is left out where the others would be odd in number.
+    A batch is (B, C, H, W), labels (B), and {index: reason} of images that could not be read, not
+    even after a pause; they are left out of it. even: then one more image is left out where the
+    others would be odd in number.
     """
 
     def __init__(self, images: Samples, change: Callable, seed: int, even: bool = False):
@@ -141,10 +146,10 @@ class Prepared(Dataset):
             time.sleep(PAUSE)
             again, lost = self.attempt(epoch, list(lost))
             made |= again
-        kept = [i for i in rows.tolist() if i in made]
-        kept = kept[: len(kept) // 2 * 2] if self.even else kept
-        x = torch.stack([made[i] for i in kept]) if kept else torch.empty(0)
-        return x, self.images.target.take(kept), lost
+        readable = [i for i in rows.tolist() if i in made]
+        readable = readable[: len(readable) // 2 * 2] if self.even else readable
+        x = torch.stack([made[i] for i in readable]) if readable else torch.empty(0)
+        return x, self.images.target.take(readable), lost
 
     def attempt(self, epoch: int, indices: list[int]) -> tuple[dict[int, Tensor], dict[int, str]]:
         """Tensors by index of the images that can be read, and the reasons why others cannot."""
@@ -165,10 +170,11 @@ class Prepared(Dataset):
 class Loader:
     """Batches of (B, C, H, W) float32 and labels (B) int64. Its length is that of a whole epoch.
 
-    Each iteration is one of epoch 0, unless `set_epoch` said otherwise; what it yields follows from (seed, epoch), whatever
-    the number of workers. Images that can no longer be read are left out of their batches: lost {index: reason} knows those
-    of all iterations, missing (a set of indices) those of the last one. strict: the first of them raises DataError. A
-    worker process that is killed is replaced once in an iteration, then DataError is raised.
+    Each iteration is one of epoch 0, unless `set_epoch` said otherwise; what it yields follows from
+    (seed, epoch), whatever the number of workers. Images that can no longer be read are left out of
+    their batches: lost {index: reason} knows those of all iterations, missing (a set of indices)
+    those of the last one. strict: the first of them raises DataError. A worker process that is
+    killed is replaced once in an iteration, then DataError is raised.
     """
 
     def __init__(self, images: Samples, batches: Dataset, order: Order, workers: int = 0, strict: bool = False):
@@ -272,8 +278,8 @@ def loader(
 ) -> Loader:
     """Batches of the images, in an order that (seed, epoch) draws if shuffled.
 
-    See `Order` for even, `Task.views` for views, `Loader` for the rest. Images in memory of the right size are not sent
-    through workers.
+    See `Order` for even, `Task.views` for views, `Loader` for the rest. Images in memory of the
+    right size are not sent through workers.
     """
     order = Order(len(images), batch_size, shuffle=shuffle, even=even, seed=seed, team=team)
     if views is None and in_memory(images, inputs) and aug in (None, "none", "flip"):

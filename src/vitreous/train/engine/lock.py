@@ -71,7 +71,7 @@ def owner(path: Path, descriptor: int | None = None) -> str:
     """Who wrote the lock, in words."""
     try:
         text = path.read_bytes() if descriptor is None else os.pread(descriptor, 10_000, 0)
-        found = json.loads(text)
-        return f"process {found['process']} on {found['machine']}"
+        record = json.loads(text)
+        return f"process {record['process']} on {record['machine']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -195,18 +195,19 @@ def read(session: Session, run: Run, epoch: int) -> Reading | None:
 def watch(session: Session, run: Run, epoch: int) -> dict[str, Any]:
     """`read` after an epoch; for its metrics the indicators by layer, and alarms over earlier epochs.
 
-    A network that has gone astray may no longer show its attention as before: then there is no reading, and why is said.
+    A network that has gone astray may no longer show its attention as before: then there is no
+    reading, and why is said.
     """
     try:
-        found = read(session, run, epoch)
+        reading = read(session, run, epoch)
     except (HostError, NotReached) as error:
         shutil.rmtree(run.reading(epoch), ignore_errors=True)
         return {"unread": str(error)}
-    if found is None:
+    if reading is None:
         return {}
     before = [alarms.indicators(read_reading(run.reading(0)))]
     before += [line["indicators"] for line in read_metrics(run.folder) if "indicators" in line]
-    present = alarms.indicators(found)
+    present = alarms.indicators(reading)
     return {"indicators": present, "alarms": alarms.alarms([*before, present])}
 
 

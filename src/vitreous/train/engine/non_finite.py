@@ -149,7 +149,8 @@ def by_penalties(session: Session, name: str) -> str:
 def watched(objective: Objective) -> Iterator[tuple[list[str], list[str]]]:
     """Two lists that fill up in order: modules whose output is not finite, and modules whose gradient turns non-finite.
 
-    A module is named for its gradient if what goes back into its output is finite and what comes out at its input is not.
+    A module is named for its gradient if what goes back into its output is finite and what comes
+    out at its input is not.
     """
     outputs, gradients, arrived = [], [], {}
 

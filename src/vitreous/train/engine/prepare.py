@@ -48,7 +48,8 @@ def prepare(
 ) -> Session:
     """Open the data, build the model, graft, choose what learns; raises VitreousError if they do not fit together.
 
-    console: where it is shown how far the reading of files is. opening: `open_data`, or an `OpenOnce` for several runs.
+    console: where it is shown how far the reading of files is. opening: `open_data`, or an
+    `OpenOnce` for several runs.
     """
     device = team.device(settings.torch_device())
     trackers = Trackers(settings.tracker if team.first else ())

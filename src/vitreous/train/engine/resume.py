@@ -31,8 +31,9 @@ from vitreous.train.train import train_once
 def resume(folder: str | Path, allow_changes: bool = False, console: Console | None = None, **changed: Any) -> Path:
     """Go on with an interrupted run (or several seeds of one) so that it ends as if it had not been; returns the folder.
 
-    allow_changes: go on though settings, data, grafts or versions have changed. changed: other values for settings that do
-    not bear on a step: workers, save_every, rollbacks, rollback_lr, tracker.
+    allow_changes: go on though settings, data, grafts or versions have changed. changed: other
+    values for settings that do not bear on a step: workers, save_every, rollbacks, rollback_lr,
+    tracker.
 
     Raises DataError if there is no run, SettingError with the differences if something has changed.
     """
@@ -61,10 +62,10 @@ def resume_seeds(folder: Path, allow_changes: bool, console: Console, changed: d
 
 def begun(folder: Path) -> list[Path]:
     """The run.json of the run in a folder, or those of several seeds in it. Raises DataError if there is none."""
-    found = [path for path in [folder / "run.json", *sorted(folder.glob("seed-*/run.json"))] if path.is_file()]
-    if not found:
+    records = [path for path in [folder / "run.json", *sorted(folder.glob("seed-*/run.json"))] if path.is_file()]
+    if not records:
         raise no_run(folder)
-    return found
+    return records
 
 
 def recorded_device(folder: Path) -> torch.device:
@@ -92,17 +93,17 @@ def resume_once(
             say(f"The run in {folder} is finished.")
             return
         torch.set_num_threads(record["machine"]["threads"])  # sums in the same order
-        found = team.first_does(lambda: run.states.load(say))
+        state = team.first_does(lambda: run.states.load(say))
         fetch(settings, team)
         with team.together():
             session = prepare(settings, console, team, opening)
             if team.first:
                 rows = read_rows(folder / "manifest.csv")
                 reproducibility.refuse(
-                    reproducibility.since(record, found, session, run_metadata(session), rows), allow_changes, say
+                    reproducibility.since(record, state, session, run_metadata(session), rows), allow_changes, say
                 )
-        if found is not None:
-            restore(session, found)
+        if state is not None:
+            restore(session, state)
             run.states.latest = session.progress.updates
         if team.first:
             run.rewind(session.progress.epoch, begun=session.progress.updates > 0)
@@ -139,9 +140,9 @@ def replay(folder: str | Path, console: Console | None = None) -> str | None:
 def recorded_settings(record: dict[str, Any], changed: dict[str, Any]) -> TrainSettings:
     """The settings in a run.json, with others for those that do not bear on a step."""
     try:
-        found = {name: tuple(value) if isinstance(value, list) else value for name, value in record["settings"].items()}
-        found["tracker"] = tuple(name for name in found.get("tracker", ()) if name in TRACKERS)  # no code that a folder names
-        return TrainSettings(**found | {name: value for name, value in changed.items() if value is not None})
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in record["settings"].items()}
+        values["tracker"] = tuple(name for name in values.get("tracker", ()) if name in TRACKERS)  # no code that a folder names
+        return TrainSettings(**values | {name: value for name, value in changed.items() if value is not None})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"Found a run.json whose settings cannot be read ({error}). Expected those that this version knows. Use the "

@@ -41,9 +41,10 @@ class Means:
 class Progress:
     """How far a run is, and what the current epoch came to so far.
 
-    updates: steps done since the start, those left out included. epoch: from 1. step: batches of it that are done. seen:
-    images of them. seconds: spent on them. lr: the highest learning rate by now. left_out: numbers of the updates that are
-    not taken, since they failed before a return to a good state.
+    updates: steps done since the start, those left out included. epoch: from 1. step: batches of it
+    that are done. seen: images of them. seconds: spent on them. lr: the highest learning rate by
+    now. left_out: numbers of the updates that are not taken, since they failed before a return to a
+    good state.
     """
 
     updates: int = 0
@@ -64,10 +65,11 @@ class Progress:
 class Session:
     """Everything that a run needs, built by `prepare` before anything is written.
 
-    sample: test images that are looked at after every epoch; None where attention cannot be read. recipe: the record of
-    `TrainSettings.with_recipe`. whole: where weights are spread over processes, a copy to test, read and save, which
-    `sharding.collect_weights` fills. step_module: what a step runs, joined with that of other processes. view_shape: of an
-    image in training, (C, H, W) unless the task has views of its own.
+    sample: test images that are looked at after every epoch; None where attention cannot be read.
+    recipe: the record of `TrainSettings.with_recipe`. whole: where weights are spread over
+    processes, a copy to test, read and save, which `sharding.collect_weights` fills. step_module:
+    what a step runs, joined with that of other processes. view_shape: of an image in training, (C,
+    H, W) unless the task has views of its own.
     """
 
     settings: TrainSettings

@@ -21,7 +21,8 @@ from vitreous.train.engine.session import Session
 def shard(model: nn.Module, device: torch.device, size: int) -> None:
     """Spread the parameters over so many processes, block by block; each puts a block together while it computes it.
 
-    Raises SettingError where grafts have penalties, which read whole weights outside of the forward pass.
+    Raises SettingError where grafts have penalties, which read whole weights outside of the forward
+    pass.
     """
     if names := sorted(penalties(model)):
         raise SettingError(
@@ -46,7 +47,8 @@ def check_sharding(objective: Objective, task: str) -> None:
 def check_optimizer(name: str, device: torch.device, size: int) -> None:
     """Raise SettingError unless timm's optimizer steps with spread weights as with whole ones, and so after a restart.
 
-    It is tried on a small layer: what it keeps and computes shows in a step only. Every process must ask.
+    It is tried on a small layer: what it keeps and computes shows in a step only. Every process
+    must ask.
     """
     mesh, draw = init_device_mesh(device.type, (size,)), torch.Generator().manual_seed(0)
     first, *gradients = ([torch.randn(shape, generator=draw).to(device) for shape in ((144, 136), (144,))] for _ in range(4))
@@ -121,10 +123,10 @@ def gathered(value: Any) -> Any:
 
 def spread_state(optimizer: torch.optim.Optimizer) -> None:
     """Cut what an optimizer keeps for each parameter as the parameter is, after it was loaded whole."""
-    for parameter, kept in optimizer.state.items():
-        for name, value in kept.items():
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                kept[name] = spread(value, parameter)
+                values[name] = spread(value, parameter)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 
 from vitreous.base.processes import ALONE, Lost, Team
 
-TOLD = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopping:
@@ -28,7 +28,7 @@ class Stopping:
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.hear) for number in TOLD}
+            self.before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -51,21 +51,22 @@ class Stopping:
     def end(self, team: Team = ALONE) -> None:
         """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing. The state is saved by now.
 
-        Says how to go on; the KeyboardInterrupt has that as its text. A team ends together: every process of it must ask.
+        Says how to go on; the KeyboardInterrupt has that as its text. A team ends together: every
+        process of it must ask.
         """
         self.heard = team.most(self.heard or 0) or None
         if self.heard is None:
             return
-        said = f"Stopped as told; the state is saved. To go on: vitreous resume {self.folder}"
-        self.say(said)
+        message = f"Stopped as told; the state is saved. To go on: vitreous resume {self.folder}"
+        self.say(message)
         if self.heard == signal.SIGINT:
-            raise KeyboardInterrupt(said)
+            raise KeyboardInterrupt(message)
         raise SystemExit(128 + self.heard)
 
 
 def leave_to_parent(_: int = 0) -> None:
     """In a worker process: be stopped by the parent, not by signals that a terminal or a cluster sends to all."""
-    for number in TOLD:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -75,7 +76,7 @@ def held_back() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, TOLD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

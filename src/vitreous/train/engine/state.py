@@ -2,8 +2,9 @@
 
     state/000000123.safetensors    after 123 updates; the one before it is kept
 
-A file holds tensors and, as JSON in its metadata, everything else, with a SHA-256 sum over both; nothing of it is pickled.
-What is seen next is no part of it: the order and the augmentation of images follow from (seed, epoch) alone (`inputs.Order`).
+A file holds tensors and, as JSON in its metadata, everything else, with a SHA-256 sum over both;
+nothing of it is pickled. What is seen next is no part of it: the order and the augmentation of
+images follow from (seed, epoch) alone (`inputs.Order`).
 """
 
 from __future__ import annotations
@@ -269,12 +270,12 @@ def read_state(path: Path) -> Any:
 
 def digest(tree: str, tensors: dict[str, Tensor]) -> str:
     """SHA-256 over the text and over name, type, shape and bytes of every tensor."""
-    found = hashlib.sha256(tree.encode())
+    checksum = hashlib.sha256(tree.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        checksum.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        checksum.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return checksum.hexdigest()
 
 
 def packed(content: Any) -> tuple[str, dict[str, Tensor]]:

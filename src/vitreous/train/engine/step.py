@@ -1,7 +1,8 @@
 """One step: its batch is drawn, its losses are computed, and its gradients added up, whatever it is spread over.
 
-A batch is cut by images, over the processes (`loader.cut`) and then into `--accumulate` parts. Each part's mean loss weighs as
-its images do in the whole batch, and penalties count once, so that the step is that of the whole batch in one piece.
+A batch is cut by images, over the processes (`loader.cut`) and then into `--accumulate` parts. Each
+part's mean loss weighs as its images do in the whole batch, and penalties count once, so that the
+step is that of the whole batch in one piece.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from vitreous.train.engine.state import ValueNotFinite, random_states, set_rando
 def step_losses(session: Session, batch: Batch, last: bool = True) -> Losses:
     """The losses of a drawn batch, or of a part of one; with its last part the penalties of the weights too.
 
-    The only place where a run computes a loss: steps and the search for a value that is not finite come here.
+    The only place where a run computes a loss: steps and the search for a value that is not finite
+    come here.
     """
     return Losses(*session.step_module(batch, session.fraction_done, last))
 
@@ -46,8 +48,8 @@ def set_schedules(module: nn.Module, progress: float) -> None:
 class Step:
     """One step of this process: what an `Update` is handed. `norms` and `count`, images of all processes, are recorded.
 
-    images, target: this process's part of a batch as it is loaded. learning: the parameters that learn, by name. watched:
-    those whose gradient norms are recorded.
+    images, target: this process's part of a batch as it is loaded. learning: the parameters that
+    learn, by name. watched: those whose gradient norms are recorded.
     """
 
     def __init__(self, session: Session, images: Tensor, target: Tensor, learning: dict[str, nn.Parameter], watched: list[str]):
@@ -102,7 +104,8 @@ class Step:
 def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Losses:
     """Add the gradients of a whole step to those of the parameters; returns its losses, the same in all processes.
 
-    batch: of this process. images: how many of its images count, 0 for a stand-in. count: those of all processes.
+    batch: of this process. images: how many of its images count, 0 for a stand-in. count: those of
+    all processes.
     """
     size, length = session.team.size, len(next(iter(batch.values())))
     if (parts := session.settings.accumulate) > 1:

@@ -7,12 +7,14 @@
     entropy spike      a layer that had learned to select, by 0.1 nats or more, has gone back to nine tenths of the way to
                        uniform attention.
 
-What it was is the median over earlier epochs, that before training included, those left out in which the layer was in alarm. A
-level alone is no alarm: a spectrum scaled as SVDA's paper has it attends almost evenly from the start, by design.
+What it was is the median over earlier epochs, that before training included, those left out in
+which the layer was in alarm. A level alone is no alarm: a spectrum scaled as SVDA's paper has it
+attends almost evenly from the start, by design.
 
-Measured on `cutouts`, depth 4, width 64: over 5 to 8 epochs of the plain network, SVDA (both scales) and SVD-ViT's tokens no
-layer falls below 0.34 (rank) or 3.3 nats; at 15 to 500 times their learning rate, layers fall to 0.3 nats and below, and at
-500 times to a rank of 0.07 and below. An alarm warns; it never stops a run.
+Measured on `cutouts`, depth 4, width 64: over 5 to 8 epochs of the plain network, SVDA (both
+scales) and SVD-ViT's tokens no layer falls below 0.34 (rank) or 3.3 nats; at 15 to 500 times their
+learning rate, layers fall to 0.3 nats and below, and at 500 times to a rank of 0.07 and below. An
+alarm warns; it never stops a run.
 """
 
 from __future__ import annotations
@@ -58,14 +60,14 @@ def indicators(reading: Reading) -> Indicators:
 
 def finite_mean(values: np.ndarray) -> float | None:
     """The mean of what is finite; None if nothing is."""
-    kept = values[np.isfinite(values)]
-    return float(kept.mean()) if len(kept) else None
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None
 
 
 def alarms(history: Sequence[Indicators]) -> list[Alarm]:
     """What is alarming in the last of the epochs and was not in the one before it. history: oldest first."""
-    found = []
-    for kind, (indicator, is_alarming) in KINDS.items():
+    new = []
+    for kind, (indicator, is_alarming) in ALARM_KINDS.items():
         for layer in history[-1][indicator]:
             calm: list[float] = []
             before, rings, rang = 0.0, False, False
@@ -78,27 +80,27 @@ def alarms(history: Sequence[Indicators]) -> list[Alarm]:
                 if not rings:
                     calm.append(value)
             if rings and not rang:
-                found.append(alarm(kind, layer, history[-1][indicator][layer], before))
-    return found
+                new.append(alarm(kind, layer, history[-1][indicator][layer], before))
+    return new
 
 
 def alarm(kind: str, layer: str, value: float, before: float) -> Alarm:
     """One alarm, with its sentence."""
-    what = {
+    change = {
         "rank collapse": f"its tokens differ by {value:.3f} of their length, before {before:.3f}",
         "entropy collapse": f"attention of {value:.2f} nats ({exp(value):.1f} tokens), before {before:.2f} nats",
         "entropy spike": f"attention {value:.3f} nats from uniform, before {before:.3f}",
     }[kind]
-    return {"alarm": kind, "layer": int(layer), "value": value, "before": before, "text": f"{kind} in layer {layer}: {what}"}
+    return {"alarm": kind, "layer": int(layer), "value": value, "before": before, "text": f"{kind} in layer {layer}: {change}"}
 
 
-KINDS = {
+ALARM_KINDS = {
     "rank collapse": ("rank_collapse", lambda value, before: value < FLAT_RANK and value < FALLEN * before),
     "entropy collapse": ("attention_entropy", lambda value, before: value < SHARP and value < FALLEN * before),
     "entropy spike": ("below_uniform", lambda value, before: before >= SELECTIVE and value < EVENED * before),
 }
 
 
-def sentence(epoch: int, found: Sequence[Alarm]) -> str:
+def sentence(epoch: int, entries: Sequence[Alarm]) -> str:
     """The alarms of an epoch for people."""
-    return f"Alarm after epoch {epoch}: {'; '.join(one['text'] for one in found)}. {ADVICE}"
+    return f"Alarm after epoch {epoch}: {'; '.join(one['text'] for one in entries)}. {ADVICE}"

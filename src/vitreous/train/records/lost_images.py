@@ -10,7 +10,7 @@ from vitreous.train.records.run_folder import Run, read_rows
 FILE = "quarantine.csv"
 
 
-def lost(session: Session) -> list[Quarantined]:
+def lost_images(session: Session) -> list[Quarantined]:
     """Images that could be read at the start and no longer when their batch was made."""
     return [
         Quarantined(batches.name(i), batches.images.target.class_text(i, session.data.classes), part, reason)
@@ -22,19 +22,19 @@ def lost(session: Session) -> list[Quarantined]:
 def gather_lost(session: Session) -> None:
     """Let the first process know which images others could not read; every process must ask."""
     loaders = [session.train, *session.tests.values()]
-    for found in session.team.gather([(loader.lost, loader.missing) for loader in loaders]):
-        for loader, (lost_there, missing) in zip(loaders, found, strict=True):
+    for losses in session.team.gather([(loader.lost, loader.missing) for loader in loaders]):
+        for loader, (lost_there, missing) in zip(loaders, losses, strict=True):
             loader.lost, loader.missing = loader.lost | lost_there, loader.missing | missing
 
 
 def write_quarantine(session: Session, run: Run) -> list[str]:
     """Add to quarantine.csv what is not in it yet; returns a line to say of images lost since the start, if any is new."""
-    known = read_rows(run.folder / FILE)
-    late = [bad for bad in lost(session) if bad.cells() not in known]
+    earlier = read_rows(run.folder / FILE)
+    late = [bad for bad in lost_images(session) if bad.cells() not in earlier]
     rows = [bad.cells() for bad in session.data.quarantined]
-    new = [row for row in rows if row not in known] + [bad.cells() for bad in late]
+    new = [row for row in rows if row not in earlier] + [bad.cells() for bad in late]
     if new:
-        run.table(FILE, COLUMNS, [*known, *new])
+        run.table(FILE, COLUMNS, [*earlier, *new])
     if not late:
         return []
     return [

@@ -29,7 +29,8 @@ def write_predictions(run: Run, session: Session, outcomes: dict[str, Outputs]) 
 def by_image(run: Path, metric: Metric) -> dict[str, dict[int, float]]:
     """{test set: {image: value}} of a run; empty where the table does not tell a metric image by image.
 
-    It does where a column has the name of the metric, or where it has a label and what was predicted: 1 where they agree.
+    It does where a column has the name of the metric, or where it has a label and what was
+    predicted: 1 where they agree.
     """
     values: dict[str, dict[int, float]] = {}
     for row in read_table(run / FILE) if (run / FILE).is_file() else ():

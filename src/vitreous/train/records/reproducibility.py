@@ -32,11 +32,11 @@ def rows_of(part: str, images: Samples) -> Rows:
             (part, name, images.target.record(i), size(source))
             for i, (name, source) in enumerate(zip(images.names, images.sources, strict=True))
         ]
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     if isinstance(images, ArraySamples):
-        found.update(images.images.tobytes())
-    found.update(images.target.content())
-    return [(part, f"{len(images)} images", "", f"sha256 {found.hexdigest()}")]
+        digest.update(images.images.tobytes())
+    digest.update(images.target.content())
+    return [(part, f"{len(images)} images", "", f"sha256 {digest.hexdigest()}")]
 
 
 def size(source: Source) -> str:
@@ -49,14 +49,14 @@ def size(source: Source) -> str:
 
 def between(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Differences of two nested records, each in words: "lr: 0.1, now 0.2"."""
-    found = []
+    differences = []
     for name in [*before, *(name for name in now if name not in before)]:
         old, new = (plain(record.get(name)) for record in (before, now))
         if isinstance(old, dict) and isinstance(new, dict):
-            found += between(old, new, f"{prefix}{name}.")
+            differences += between(old, new, f"{prefix}{name}.")
         elif old != new:
-            found.append(f"{prefix}{name}: {old}, now {new}")
-    return found
+            differences.append(f"{prefix}{name}: {old}, now {new}")
+    return differences
 
 
 def plain(value: Any) -> Any:
@@ -69,7 +69,8 @@ def since(
 ) -> list[str]:
     """What has changed since a run began, in words.
 
-    record: its run.json. state: its last one, if any. metadata: `run_metadata` of now. rows: its manifest.
+    record: its run.json. state: its last one, if any. metadata: `run_metadata` of now. rows: its
+    manifest.
     """
     differences = between_manifests(rows, manifest(session.data))
     for name in ("data", "model", "device"):
@@ -89,8 +90,8 @@ def since(
 
 def bearing(settings: dict[str, Any]) -> dict[str, Any]:
     """The recorded settings that bear on a step; one that the version of the record did not know yet has its default."""
-    known = asdict(TrainSettings(data=""))
-    return {name: value for name, value in (known | settings).items() if name not in FREE}
+    defaults = asdict(TrainSettings(data=""))
+    return {name: value for name, value in (defaults | settings).items() if name not in FREE}
 
 
 def between_manifests(before: Rows, now: Rows) -> list[str]:
@@ -101,14 +102,14 @@ def between_manifests(before: Rows, now: Rows) -> list[str]:
         "new": [key for key in new if key not in old],
         "changed": [key for key in old if key in new and old[key] != new[key]],
     }
-    found = []
+    differences = []
     for kind, keys in kinds.items():
         if keys:
             names = ", ".join(f"{part}: {name}" for part, name in keys[:SHOWN])
-            found.append(f"data, {len(keys)} {kind}: {names}" + (", ..." if len(keys) > SHOWN else ""))
-    if not found and before != now:
-        found.append("data: the same images in another order")
-    return found
+            differences.append(f"data, {len(keys)} {kind}: {names}" + (", ..." if len(keys) > SHOWN else ""))
+    if not differences and before != now:
+        differences.append("data: the same images in another order")
+    return differences
 
 
 def refuse(differences: list[str], allowed: bool, say: Callable[[str], Any]) -> None:

@@ -34,13 +34,13 @@ def line(metrics: dict[str, Any], epochs: int, metric: Metric) -> str:
 
 def warnings(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The alarms of these epochs, and those without a reading, a sentence for each epoch."""
-    found = []
+    sentences = []
     for epoch in lines:
         if epoch.get("alarms"):
-            found.append(alarms.sentence(epoch["epoch"], epoch["alarms"]))
+            sentences.append(alarms.sentence(epoch["epoch"], epoch["alarms"]))
         if "unread" in epoch:
-            found.append(f"No reading after epoch {epoch['epoch']}: {epoch['unread']}")
-    return found
+            sentences.append(f"No reading after epoch {epoch['epoch']}: {epoch['unread']}")
+    return sentences
 
 
 def write(folder: Path) -> None:
@@ -55,7 +55,7 @@ def write(folder: Path) -> None:
     text = [
         f"# {model['architecture']} on {run['data']['name']}\n",
         f"Grafts: {', '.join(f'`{text}`' for text in model['mechanisms']) or 'none'}. Seed {run['seed']}. "
-        f"{len(epochs)} of {settings['epochs']} epochs, {sum(found['seconds'] for found in epochs):,.0f} seconds on "
+        f"{len(epochs)} of {settings['epochs']} epochs, {sum(line['seconds'] for line in epochs):,.0f} seconds on "
         f"{run['device']}, started {run['started']}.\n",
         *(f"{remark}\n" for remark in run["remarks"]),
         table(cells([epochs[number - 1] for number in shown], metric)),
@@ -73,10 +73,10 @@ def cells(lines: Sequence[dict[str, Any]], metric: Metric) -> list[list[str]]:
     """Epochs as the rows of a table, its head first."""
     names = list(lines[0]["tests"])
     rows = [["epoch", "loss", *(f"{metric.label}: {name}" for name in names), "learning rate", "seconds"]]
-    for found in lines:
-        scores = (metric.text(found["tests"][name][metric.name]) for name in names)
-        ends = f"{found['lr']:.2e}", f"{found['seconds']:.1f}"
-        rows.append([str(found["epoch"]), f"{found['losses']['total']:.4f}", *scores, *ends])
+    for line in lines:
+        scores = (metric.text(line["tests"][name][metric.name]) for name in names)
+        ends = f"{line['lr']:.2e}", f"{line['seconds']:.1f}"
+        rows.append([str(line["epoch"]), f"{line['losses']['total']:.4f}", *scores, *ends])
     return rows
 
 

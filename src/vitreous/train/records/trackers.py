@@ -1,7 +1,8 @@
 """Trackers: programs that get the numbers of every epoch, beside metrics.jsonl, which is always written.
 
-`--tracker tensorboard` needs the extra vitreous[tensorboard] and writes RUN/tensorboard. Anything else that follows `Tracker`
-can be named as package.module.Class, on the command line alone: a run folder never has code imported.
+`--tracker tensorboard` needs the extra vitreous[tensorboard] and writes RUN/tensorboard. Anything
+else that follows `Tracker` can be named as package.module.Class, on the command line alone: a run
+folder never has code imported.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Tracker(Protocol):
     def start(self, folder: Path, record: dict[str, Any], epoch: int) -> None:
         """Before the first epoch, and again, after `finish`, when the run goes back to an earlier state.
 
-        record: the run's run.json. epoch: the one that comes next; discards logged epochs from this one on.
+        record: the run's run.json. epoch: the one that comes next; discards logged epochs from this
+        one on.
         """
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
@@ -129,10 +131,10 @@ class Trackers:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a nested record by path, such as {"losses/total": 1.2}; what is no number is left out."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}/")
+            numbers |= flat(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and f"{prefix}{name}" != "epoch":
-            found[f"{prefix}{name}"] = float(value)
-    return found
+            numbers[f"{prefix}{name}"] = float(value)
+    return numbers

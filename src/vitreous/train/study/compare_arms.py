@@ -7,8 +7,9 @@ Two intervals stand beside each difference, since two things are left to chance:
     by image    a bootstrap over test images, of their mean difference over the seeds: would other images show it too, with
                 these very weights?
 
-Both are wide enough that all comparisons of a study with its first arm hold together, on one test set, in 95 of 100 studies
-(Bonferroni: 1 - 0.05 / comparisons each). Neither stands for both kinds of chance at once.
+Both are wide enough that all comparisons of a study with its first arm hold together, on one test
+set, in 95 of 100 studies (Bonferroni: 1 - 0.05 / comparisons each). Neither stands for both kinds
+of chance at once.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ BY = ("interval_by_seed", "interval_by_image")
 def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
     """Results of a study. arms: {name: its finished run folders, in the order of the seeds}; the first is compared with.
 
-    level: of the intervals of differences. tests: by test set, "arms" and "differences" by name, all as parts of 1. cost: by
-    arm, seconds of training per image over those of the first arm, seed by seed and their geometric mean.
+    level: of the intervals of differences. tests: by test set, "arms" and "differences" by name,
+    all as parts of 1. cost: by arm, seconds of training per image over those of the first arm, seed
+    by seed and their geometric mean.
     """
     first, *others = arms
     level = 1 - (1 - LEVEL) / max(len(others), 1)

@@ -4,7 +4,8 @@
     summary.md            the tables
     ARM-seed-N/           the runs, each a run folder of its own
 
-The same command goes on with a study that was interrupted: finished runs are kept, one that was stopped is resumed.
+The same command goes on with a study that was interrupted: finished runs are kept, one that was
+stopped is resumed.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run
 def study(settings: TrainSettings, arms: Sequence[str], console: Console | None = None) -> Path:
     """Train every arm with every seed, what is not finished yet, and compare; returns the study's folder.
 
-    settings: of all runs; seeds are counted up from its seed. arms: the grafts of each, with spaces between; plain is none.
+    settings: of all runs; seeds are counted up from its seed. arms: the grafts of each, with spaces
+    between; plain is none.
 
-    Raises SettingError for fewer than two arms, equal ones, a folder with another study in it, and what `train` raises.
+    Raises SettingError for fewer than two arms, equal ones, a folder with another study in it, and
+    what `train` raises.
     """
     with connected(settings.torch_device()) as team:
         return study_arms(settings, arm_grafts(settings, arms), team.console(console or Console()), team)
@@ -178,10 +181,10 @@ def other(folder: Path, asked: dict[str, Any]) -> list[str] | None:
         return None
     record = model_folder.read_json(folder / STUDY)
 
-    def compared(found: dict[str, Any]) -> dict[str, Any]:
-        settings = found.get("settings")
+    def compared(study: dict[str, Any]) -> dict[str, Any]:
+        settings = study.get("settings")
         settings = reproducibility.bearing(settings) if isinstance(settings, dict) else {}
-        return {"arms": found.get("arms"), "seeds": found.get("seeds"), "settings": settings}
+        return {"arms": study.get("arms"), "seeds": study.get("seeds"), "settings": settings}
 
     return reproducibility.between(compared(record), compared(asked))
 

@@ -1,6 +1,7 @@
 """`Update`: how a step is made from gradients.
 
-An update is one file of this folder: there is no registry to edit. docs/how-to/add-an-update.md makes one.
+An update is one file of this folder: there is no registry to edit. docs/how-to/add-an-update.md
+makes one.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Update(Settings):
     ) -> Losses:
         """Change the weights once; returns the losses to be recorded.
 
-        gradients: clear gradients and compute those of the whole batch, in all parts and processes, at the present weights.
-        Each call of one step sees the same images, mixing, dropout and drop path, and raises where a loss or gradient is
-        not finite: put the weights back then. clip: bring the gradients to the norm of --clip-grad, if given.
+        gradients: clear gradients and compute those of the whole batch, in all parts and processes,
+        at the present weights. Each call of one step sees the same images, mixing, dropout and drop
+        path, and raises where a loss or gradient is not finite: put the weights back then. clip:
+        bring the gradients to the norm of --clip-grad, if given.
         """
         raise TypeError(f"{type(self).__name__} does not say how it steps: define step(self, optimizer, ...).")
 

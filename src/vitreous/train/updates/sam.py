@@ -18,13 +18,15 @@ TINY = 1e-12  # keeps the step finite where the gradient is 0
 class SAM(Update):
     """Sharpness-aware minimisation (SAM): two gradients a step, the second at the worst weights within rho.
 
-    The first gradient g moves the weights w by e = rho g / |g|, or if adaptive by rho w^2 g / | |w| g |; the gradient there
-    is what the optimizer steps with, from w. Losses are recorded at w, gradient norms at w + e.
+    The first gradient g moves the weights w by e = rho g / |g|, or if adaptive by rho w^2 g / | |w|
+    g |; the gradient there is what the optimizer steps with, from w. Losses are recorded at w,
+    gradient norms at w + e.
 
-    Differs: with several processes |g| is of the gradient of the whole batch, as one process would have it; the authors
-    perturb each part by its own. Twice the time of a plain step.
+    Differs: with several processes |g| is of the gradient of the whole batch, as one process would
+    have it; the authors perturb each part by its own. Twice the time of a plain step.
 
-    rho: radius, 0.05 to 0.2 for ViTs; 0 is the plain update. adaptive: measure the radius relative to each weight.
+    rho: radius, 0.05 to 0.2 for ViTs; 0 is the plain update. adaptive: measure the radius relative
+    to each weight.
     """
 
     paper = "Foret et al. 2021, arXiv 2010.01412; adaptive: Kwon et al. 2021, arXiv 2102.11600"
