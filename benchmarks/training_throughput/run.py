@@ -29,7 +29,8 @@ from speed_common import Results, arguments  # noqa: E402
 
 from vitreous.train import TrainSettings  # noqa: E402
 from vitreous.train.engine.loop import steps  # noqa: E402
-from vitreous.train.engine.session import Session, prepare  # noqa: E402
+from vitreous.train.engine.prepare import prepare  # noqa: E402
+from vitreous.train.engine.session import Session  # noqa: E402
 from vitreous.train.records.run_folder import Run  # noqa: E402
 
 CLASSES, TESTS = 10, 20
