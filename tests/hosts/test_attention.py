@@ -11,7 +11,10 @@ from timm.layers import AttentionRope, DiffAttention, LayerNorm
 from timm.models.eva import EvaAttention
 from torch import nn
 
-from vitreous.hosts.attention import HOSTS, Attention, masked, query_key_weights
+from vitreous.hosts.attention import HOSTS, Attention, linear_names, masked, query_key_weights
+from vitreous.layers.linear import Linear
+from vitreous.layers.stream import PLAIN as NO_STATE
+from vitreous.layers.stream import TokenState
 
 B, N, D, HEADS, PREFIX = 2, 9, 24, 3, 1
 PLAIN = partial(TimmAttention, D, HEADS, norm_layer=LayerNorm)
@@ -125,12 +128,12 @@ def test_adopting_ours_again_keeps_the_host_class():
 class Doubled(Attention):
     """Scores times two, so never by the fused kernel."""
 
-    def scores(self, q, k, *state):
-        return 2 * super().scores(q, k, *state)
+    def scores(self, q, k, state=NO_STATE):
+        return 2 * super().scores(q, k, state)
 
 
 class Uniform(Attention):
-    def normalize(self, scores):
+    def normalize(self, scores, state=NO_STATE):
         return torch.where(scores.isneginf(), 0.0, 1.0) / (~scores.isneginf()).sum(-1, keepdim=True)
 
 
@@ -170,3 +173,132 @@ def test_query_and_key_weights(variant):
     for projected, weight, bias in ((q, w_q, b_q), (k, w_k, b_k)):
         ours = x @ weight.T + (0 if bias is None else bias)
         torch.testing.assert_close(ours.unflatten(-1, (HEADS, -1)).transpose(1, 2), projected, atol=1e-5, rtol=1e-5)
+
+
+# -- biases ------------------------------------------------------------------------------------------------------------
+
+
+class Windowed(Attention):
+    """-inf beyond two tokens, and a bias per head and image from the tokens themselves."""
+
+    def biases(self, x, q, k, state=NO_STATE):
+        at = torch.arange(N)
+        near = torch.zeros(N, N).masked_fill((at - at[:, None]).abs() > 2, float("-inf"))
+        return (near + x[:, None, :, :1] * torch.arange(1, HEADS + 1)[:, None, None],)
+
+
+class Averaged(Attention):
+    """Two biases, whose outcomes are averaged."""
+
+    def biases(self, x, q, k, state=NO_STATE):
+        return torch.zeros(N, N).masked_fill(~LOWER, float("-inf")), torch.zeros(N, N).masked_fill(LOWER.mT, -3.0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("cls", [Windowed, Averaged])
+@pytest.mark.parametrize("variant", ["plain", "eva"])
+def test_a_bias_is_added_to_the_scores_and_keeps_the_fused_kernel(cls, variant, mask, monkeypatch):
+    host = host_attention(variant)
+    ours, (x, *rope) = cls.of(host), inputs(host)
+    assert ours.softmax_of_product
+    assert ours.wants_state
+    q, k, v = ours.project(x)
+    if rope:
+        q, k = ours.rotate(q, rope[0]), ours.rotate(k, rope[0])
+    total = 0
+    biases = ours.biases(x, q, k)
+    for bias in biases:
+        scores = host.scale * torch.einsum("bhik,bhjk->bhij", q, k) + bias
+        total = total + masked(scores, MASKS[mask].get("attn_mask"), "is_causal" in MASKS[mask]).softmax(-1) @ v
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kw: calls.append(1) or fused(*args, **kw)
+    )
+    keywords = MASKS[mask] | ({"rope": rope[0]} if rope else {})
+    torch.testing.assert_close(ours(x, **keywords), ours.merge(total / len(biases), x), atol=1e-5, rtol=1e-5)
+    assert len(calls) == len(biases)
+    ours.fused_attn = False
+    torch.testing.assert_close(ours(x, **keywords), ours.merge(total / len(biases), x), atol=1e-5, rtol=1e-5)
+
+
+class Asking(Attention):
+    """Every step is told the state."""
+
+    def project(self, x, state=NO_STATE):
+        self.told.append(state)
+        return super().project(x, state)
+
+    def biases(self, x, q, k, state=NO_STATE):
+        self.told.append(state)
+        return super().biases(x, q, k, state)
+
+    def scores(self, q, k, state=NO_STATE):
+        self.told.append(state)
+        return super().scores(q, k, state)
+
+    def normalize(self, scores, state=NO_STATE):
+        self.told.append(state)
+        return super().normalize(scores, state)
+
+    def merge(self, z, x, state=NO_STATE):
+        self.told.append(state)
+        return super().merge(z, x, state)
+
+
+def test_every_step_gets_the_state():
+    host = host_attention("plain")
+    ours, state, x = Asking.of(host), TokenState(read_out=(True,)), inputs(host)[0]
+    ours.told = []
+    torch.testing.assert_close(ours(x, state=state), host(x), atol=1e-6, rtol=1e-6)
+    assert len(ours.told) == 5
+    assert all(told is state for told in ours.told)
+    assert not Attention.of(host).wants_state
+    assert Uniform.of(host).wants_state
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+class LowRank(Linear):
+    def initialise(self):
+        generator = torch.Generator().manual_seed(3)
+        self.down = nn.Parameter(0.3 * torch.randn(2, self.in_features, generator=generator))
+        self.up = nn.Parameter(0.3 * torch.randn(self.out_features, 2, generator=generator))
+        return self
+
+    def effective_weight(self):
+        return self.weight + self.up @ self.down
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_linear_layers_by_name_and_adapters_in_them(variant):
+    """Whatever linear layer an adapter stands in, our attention computes with the merged weight."""
+    host = host_attention(variant)
+    names = linear_names(host)
+    expected = {"qkv"} if host.qkv is not None else {"q", "k", "v"}
+    assert set(names) == expected | {"proj"} | ({"gate"} if host.gate is not None else set())
+    assert linear_names(Attention.of(host)) == names
+    for child in names.values():
+        merged, ours = host_attention(variant), Attention.of(host_attention(variant))
+        setattr(ours, child, LowRank.of(getattr(ours, child)).initialise())
+        with torch.no_grad():
+            layer = getattr(merged, child)
+            layer.weight.copy_(LowRank.of(layer).initialise().effective_weight())
+        given = inputs(host)
+        torch.testing.assert_close(ours(*given), merged(*given), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(ours(*given), host(*given), atol=1e-3)
+        for found, wanted in zip(query_key_weights(ours), query_key_weights(merged), strict=True):
+            assert (found is None) is (wanted is None)
+            if found is not None:
+                torch.testing.assert_close(found, wanted)
+
+
+def test_the_hosts_eva_attention_is_taken_at_what_it_computes():
+    """timm's class takes `qkv.weight` around an adapter, so that is what its queries are made with; ours calls `qkv`."""
+    host = host_attention("eva")
+    weight = host.qkv.weight
+    host.qkv = LowRank.of(host.qkv).initialise()
+    assert torch.equal(query_key_weights(host)[0], weight.chunk(3)[0])
+    assert not torch.equal(query_key_weights(Attention.of(host))[0], weight.chunk(3)[0])
+    assert linear_names(DiffAttention(D, HEADS)) == {}

@@ -13,9 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitreous import GaussianMask, check, graft, new_parameters, ungraft
 from vitreous.base.errors import GraftError, HostError, MaskError, SettingError
+from vitreous.layers.geometry import squared_distances
 from vitreous.layers.stream import TokenState
 from vitreous.lens.look import look
-from vitreous.mechanisms.attn.gaussian_mask import merged, mixture, squared_distances
+from vitreous.mechanisms.attn.gaussian_mask import merged, mixture
 
 SMALL = {"img_size": (12, 16), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -57,25 +58,25 @@ def drawn(heads=2, kernels=3, spread=2.0):
 
 def test_mask_is_the_papers_formula():
     alpha, deviation = drawn()
-    found = mixture(squared_distances(3, 4), alpha, deviation)
+    found = mixture(squared_distances((3, 4)), alpha, deviation)
     torch.testing.assert_close(found, loops(alpha, deviation, 3, 4), atol=1e-14, rtol=1e-14)
 
 
 def test_closed_form_equals_the_released_one():
     """A power of exp(-dist^2 / 2) in float32: the same on the 8 x 8 grid, where nothing underflows; gone on 16 x 16."""
     alpha, deviation = drawn(spread=10.0)
-    base = (-squared_distances(8, 8).float()).exp().sqrt()
+    base = (-squared_distances((8, 8)).float()).exp().sqrt()
     powers = base ** (1 / (deviation.float().square() + 1e-5))[..., None, None]
     released = (alpha.float()[..., None, None] * powers).sum(1)
-    ours = mixture(squared_distances(8, 8).float(), alpha.float(), deviation.float())
+    ours = mixture(squared_distances((8, 8)).float(), alpha.float(), deviation.float())
     assert (ours - released).abs().max() < 1e-5
-    assert ((-squared_distances(16, 16).float()).exp().sqrt() == 0).sum() == 21792
-    assert (mixture(squared_distances(16, 16).float(), torch.ones(1, 1), 10 * torch.ones(1, 1)) > 0).all()
+    assert ((-squared_distances((16, 16)).float()).exp().sqrt() == 0).sum() == 21792
+    assert (mixture(squared_distances((16, 16)).float(), torch.ones(1, 1), 10 * torch.ones(1, 1)) > 0).all()
 
 
 def test_mask_is_symmetric_and_moves_with_the_grid():
     alpha, deviation = drawn()
-    mask = mixture(squared_distances(4, 4), alpha, deviation)
+    mask = mixture(squared_distances((4, 4)), alpha, deviation)
     assert torch.equal(mask, mask.mT)
     grid = mask.unflatten(2, (4, 4)).unflatten(1, (4, 4))  # (H, y, x, v, u)
     assert torch.equal(grid[:, 1:, 1:, 1:, 1:], grid[:, :-1, :-1, :-1, :-1])  # translation

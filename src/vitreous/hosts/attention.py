@@ -1,13 +1,14 @@
-"""Self-attention in four steps, on the children of whatever attention the host has.
+"""Self-attention in five steps, on the children of whatever attention the host has.
 
-    project    x (B, N, D) -> q, k, v (B, H, N, K), queries and keys normed as the host does
-    scores     q, k -> (B, H, N, N), before the mask
-    normalize  scores -> weights whose rows sum to one
-    merge      (B, H, N, K) -> (B, N, D)
+    project    x (B, N, D), state -> q, k, v (B, H, N, K), queries and keys normed as the host does
+    biases     x, q, k, state -> what is added to the scores, (B or 1, H or 1, N, N) each
+    scores     q, k, state -> (B, H, N, N), before biases and mask
+    normalize  scores, state -> weights whose rows sum to one
+    merge      z (B, H, N, K), x, state -> (B, N, D)
 
 An attention idea overrides one or two of them. As long as `scores` and `normalize` are the plain ones, the fused kernel
-does both at once; else blocks of ours also tell `scores` which token speaks for which place. Rotary embedding stands
-between `project` and `scores`.
+does both at once, with a bias too. Where a step depends on the places of tokens (`wants_state`), blocks of ours hand in
+the state of the stream. Rotary embedding stands between `project` and `biases`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous.layers.adoption import adopt
+from vitreous.layers.linear import affine
 from vitreous.layers.stream import PLAIN, TokenState
 from vitreous.layers.unit_norm import heads_first
 
@@ -63,21 +65,26 @@ class Attention(nn.Module):
         state: TokenState = PLAIN,
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """x (B, N, D) -> output (B, N, D) and the (q, k, v) whose scores were taken, (B, H, N, K) each."""
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, state)
         if rope is not None:
             q, k = self.rotate(q, rope).type_as(v), self.rotate(k, rope).type_as(v)
         groups = q.shape[1] // k.shape[1]
         if groups > 1:  # grouped queries: key head j serves query heads j * groups ... (j + 1) * groups - 1
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        masks = [joined(attn_mask, bias, is_causal) for bias in self.biases(x, q, k, state)]
+        outputs = [self.weigh(q, k, v, mask, causal, state) for mask, causal in masks]
+        z = outputs[0] if len(outputs) == 1 else sum(outputs) / len(outputs)
+        return self.merge(z, x, state), (q, k, v)
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, state: TokenState = PLAIN) -> Tensor:
+        """normalize(scores + mask) V, (B, H, N, K); by the fused kernel where that computes the same."""
         if self.fused_attn and self.softmax_of_product and not self.written_out(q):
             drop = self.attn_drop.p if self.training else 0.0
-            z = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal, scale=self.scale
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=drop, is_causal=is_causal, scale=self.scale
             )
-        else:
-            weights = self.normalize(masked(self.scores(q, k, state), attn_mask, is_causal))
-            z = self.attn_drop(weights) @ v
-        return self.merge(z, x), (q, k, v)
+        weights = self.normalize(masked(self.scores(q, k, state), mask, is_causal), state)
+        return self.attn_drop(weights) @ v
 
     def written_out(self, q: Tensor) -> bool:
         """True to take product, softmax and product one by one where a fused kernel could do it: the host's bits differ."""
@@ -88,7 +95,12 @@ class Attention(nn.Module):
         """True if a fused kernel computes the same: neither `scores` nor `normalize` is overridden."""
         return type(self).scores is Attention.scores and type(self).normalize is Attention.normalize
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def wants_state(self) -> bool:
+        """True if a step depends on the state of the tokens; a class whose `project` or `merge` does says so itself."""
+        return not self.softmax_of_product or type(self).biases is not Attention.biases
+
+    def project(self, x: Tensor, state: TokenState = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is not None:
             q, k, v = heads_first(self.packed(x))
         else:
@@ -103,7 +115,9 @@ class Attention(nn.Module):
             out = self.qkv(x)
         else:
             bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # EVA keeps three biases beside a bias-free linear
-            out = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+            # One kernel for product and bias, as the host; only where nothing but the weight makes the product.
+            at_once = not self.qkv_bias_separate and type(self.qkv) is nn.Linear
+            out = F.linear(x, self.qkv.weight, bias) if at_once else self.qkv(x) + bias
         return out.unflatten(-1, (3, self.num_heads, -1))
 
     @property
@@ -119,13 +133,17 @@ class Attention(nn.Module):
         rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, half=getattr(self, "rotate_half", False))
         return torch.cat([x[:, :, :prefix], rotated], dim=2)
 
+    def biases(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState = PLAIN) -> tuple[Tensor | None, ...]:
+        """What is added to the scores, (B or 1, H or 1, N, N), -inf allowed; of several, the outcomes are averaged."""
+        return (None,)
+
     def scores(self, q: Tensor, k: Tensor, state: TokenState = PLAIN) -> Tensor:
         return (q * self.scale) @ k.transpose(-2, -1)
 
-    def normalize(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, state: TokenState = PLAIN) -> Tensor:
         return scores.softmax(dim=-1)
 
-    def merge(self, z: Tensor, x: Tensor) -> Tensor:
+    def merge(self, z: Tensor, x: Tensor, state: TokenState = PLAIN) -> Tensor:
         z = self.norm(z.transpose(1, 2).flatten(2))
         if self.gate is not None:
             z = z * self.gate(x).sigmoid()
@@ -142,8 +160,15 @@ def written_out_is_faster(tokens: int, learning: bool, device: torch.device) -> 
     return learning and device.type == "cpu" and 80 <= tokens <= 160
 
 
+def joined(attn_mask: Tensor | None, bias: Tensor | None, is_causal: bool) -> tuple[Tensor | None, bool]:
+    """(mask, is_causal) for `weigh`: the caller's mask and a bias in one; either has the meaning of `masked`."""
+    if bias is None:
+        return attn_mask, is_causal
+    return masked(bias, attn_mask, is_causal), False
+
+
 def masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Scores (B, H, N, N) with the mask's meaning of `scaled_dot_product_attention`: additive, or True = attend."""
+    """Scores (..., N, N) with the mask's meaning of `scaled_dot_product_attention`: additive, or True = attend."""
     if is_causal:
         n = scores.shape[-1]
         return scores + scores.new_full((n, n), float("-inf")).triu(1)
@@ -155,13 +180,33 @@ def masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
 
 
 def query_key_weights(attention: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """(W_Q (A, D), b_Q (A) or None, W_K (A, D), b_K (A) or None) of any attention in `HOSTS`, A = heads * head width."""
+    """(W_Q (A, D), b_Q (A) or None, W_K (A, D), b_K (A) or None) of any attention in `HOSTS`, A = heads * head width.
+
+    They are what queries and keys are made with, adapters included. Raises HostError where a layer is no affine map.
+    """
     if attention.qkv is None:
-        return attention.q_proj.weight, attention.q_proj.bias, attention.k_proj.weight, attention.k_proj.bias
-    w_q, w_k, _ = attention.qkv.weight.chunk(3)
-    if getattr(attention, "q_bias", None) is not None:
-        return w_q, attention.q_bias, w_k, attention.k_bias
-    if attention.qkv.bias is None:
-        return w_q, None, w_k, None
-    b_q, b_k, _ = attention.qkv.bias.chunk(3)
+        return *affine(attention.q_proj), *affine(attention.k_proj)
+    beside = getattr(attention, "q_bias", None) is not None
+    if reads_around_its_linear(attention):
+        weight, bias = attention.qkv.weight, None  # timm's own forward reads it around whatever stands there
+    else:
+        weight, bias = affine(attention.qkv)
+    w_q, w_k, _ = weight.chunk(3)
+    b_q, b_k, _ = (None, None, None) if bias is None else bias.chunk(3)
+    if beside:
+        b_q = attention.q_bias if b_q is None else attention.q_bias + b_q
+        b_k = attention.k_bias if b_k is None else attention.k_bias + b_k
     return w_q, b_q, w_k, b_k
+
+
+def linear_names(attention: nn.Module) -> dict[str, str]:
+    """{name in the linear slot: child} of the linear layers of an attention in `HOSTS` or of ours; {} of any other."""
+    if type(attention) not in HOSTS and not isinstance(attention, Attention):
+        return {}
+    children = {"qkv": "qkv", "q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "gate", "proj": "proj"}
+    return {name: child for name, child in children.items() if getattr(attention, child, None) is not None}
+
+
+def reads_around_its_linear(attention: nn.Module) -> bool:
+    """True for the host's attention whose forward takes `qkv.weight` and never calls `qkv`; ours calls what stands there."""
+    return type(attention) is EvaAttention and attention.q_bias is not None and not attention.qkv_bias_separate

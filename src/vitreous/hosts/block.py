@@ -16,7 +16,6 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from vitreous.base.errors import HostError, MaskError
-from vitreous.hosts.attention import Attention
 from vitreous.layers.adoption import adopt
 from vitreous.layers.stream import Stream, TokenState, opened
 
@@ -65,7 +64,7 @@ class Block(nn.Module):
 
     def needs_state(self, state: TokenState) -> bool:
         """True if the attention depends on the places of tokens; raises HostError if it cannot be handed the state."""
-        wanted = not state.empty and wants_state(getattr(self, "attn", None))
+        wanted = not state.empty and getattr(getattr(self, "attn", None), "wants_state", False)
         if wanted:
             check_halves(self, "The block around this attention")
         return wanted
@@ -105,11 +104,6 @@ class Block(nn.Module):
     def mlp_half(self, x: Tensor) -> Tensor:
         """The second half: x (B, n, D) -> x plus MLP."""
         return halves_of(self).mlp(self, x)
-
-
-def wants_state(attention: nn.Module | None) -> bool:
-    """True if an attention depends on the state of the tokens."""
-    return isinstance(attention, Attention) and not attention.softmax_of_product
 
 
 @dataclass(frozen=True)

@@ -230,12 +230,13 @@ def test_with_orthonormal_rows_the_three_sources_agree():
     with torch.no_grad():
         whole.q.weight.copy_(sigma[:, None] * rows[0])
         whole.k.weight.copy_(rows[1])
-    whole.sigma = sigma[None]
+    whole.learned_spectrum = lambda: sigma[None]
     learned, weight = spectra.learned(whole, 1), spectra.weight(whole, 1, 8)
     tokens = torch.linalg.qr(random(30, 24, seed=2)).Q  # the scores of orthonormal features
     score = spectra.score((tokens @ whole.q.weight.mT)[None, None, None], (tokens @ whole.k.weight.mT)[None, None, None])
     close(weight.values[0], sigma.abs(), 1e-9)
     close(score.values.flatten(), sigma.abs(), 1e-9)
+    assert learned.indicators()
     for name, value in learned.indicators().items():
         close(weight.indicators()[name], value, 1e-7)
         close(score.indicators()[name].flatten(), value, 1e-7)

@@ -1,6 +1,6 @@
 """Spectra of a head from three sources: a learned one, that of its weights, that of its scores on an image.
 
-    learned   sigma (H, K), where the attention has such a parameter (SVDA)
+    learned   what the attention gives as its `learned_spectrum()`: sigma (H, K) of SVDA
     weight    singular values of [W_Q b_Q]^T [W_K b_K]: the bilinear form between two tokens that the head has learned
     score     singular values of scale Q K^T on an image, rotary embedding included; masks and biases are not part of it
 
@@ -8,9 +8,9 @@ The scale of a score is known where a fused kernel was told; elsewhere queries a
 corrected indicators are free of scale, so this concerns the paper's forms alone.
 
 Weights are found by name: one linear layer each, or a fused one with the rows q | k | v (k | v, q | k), heads one after the
-other. What lies between such a layer and the product is read off their energies in the pass (`Energies`): equal in every
-channel, nothing; equal in every head, a rotation; else a norm, a pooling or another order of rows, and then a fused layer of
-an unknown class is refused.
+other. They are those of the map that a layer is (`layers.linear.affine`), adapters included. What lies between such a layer
+and the product is read off their energies in the pass (`Energies`): equal in every channel, nothing; equal in every head, a
+rotation; else a norm, a pooling or another order of rows, and then a fused layer of an unknown class is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vitreous.base.errors import HostError
 from vitreous.hosts.attention import HOSTS, Attention, query_key_weights
+from vitreous.layers.linear import acts_as_linear, affine
 from vitreous.layers.spectral import product_singular_values
 from vitreous.lens.formulas import indicators
 
@@ -85,10 +87,10 @@ class Energies:
 
 
 def learned(module: nn.Module, heads: int) -> Spectrum:
-    """The parameter `sigma` (H, K) of the module that made the call, if it has one."""
-    sigma = getattr(module, "sigma", None)
-    if not isinstance(sigma, Tensor) or sigma.ndim != 2 or len(sigma) != heads or not sigma.is_floating_point():
-        return Spectrum("learned", None, f"no parameter sigma ({heads}, K) in {_class(module)}")
+    """What the module that made the call gives as `learned_spectrum()` (H, K), if it has one."""
+    sigma = module.learned_spectrum() if hasattr(module, "learned_spectrum") else None
+    if sigma is None or len(sigma) != heads:
+        return Spectrum("learned", None, f"no learned spectrum ({heads}, K) in {_class(module)}")
     return Spectrum("learned", sigma.detach().double())
 
 
@@ -106,7 +108,10 @@ def weight(module: nn.Module, heads: int, width: int, energies: Energies | None 
 
     heads, width: H and K of the call. energies: of the call and the layers before it; None if they were not seen.
     """
-    found = _projection(module, heads, width)
+    try:
+        found = _projection(module, heads, width)
+    except HostError:
+        return Spectrum("weight", None, f"a query or key layer of {_class(module)} is no affine map that can be measured")
     if found is None:
         return Spectrum("weight", None, f"no query and key weights of {heads} x {width} rows, by name, in {_class(module)}")
     between = _between(found, energies)
@@ -152,26 +157,24 @@ def _named(module: nn.Module) -> Iterator[tuple]:
     """Linear layers under the names of PARTS. Two layers say which is which; so do biases that stand beside a fused one."""
     for parts in PARTS:
         layers = [getattr(module, name, None) for name, _, _ in parts]
-        if all(_linear(layer) and len(layer.weight) % count == 0 for layer, (_, _, count) in zip(layers, parts, strict=True)):
-            found, certain = [], True
-            for layer, letter, (_, index, count) in zip(layers, "qk", parts, strict=True):
-                weight, bias = (None if x is None else x.chunk(count)[index] for x in (layer.weight, layer.bias))
-                beside = getattr(module, f"{letter}_bias", None) if bias is None else None
-                fits = isinstance(beside, Tensor) and beside.shape == weight.shape[:1]
-                found += [weight, beside if fits else bias]
-                certain = certain and (count == 1 or fits)
-            yield *found, parts, certain
-
-
-def _linear(layer: object) -> bool:
-    """True for a linear layer, also one spelled as a convolution of 1 x 1."""
-    weight = getattr(layer, "weight", None)
-    return isinstance(layer, nn.Module) and isinstance(weight, Tensor) and weight.ndim > 1 and weight[0, 0].numel() == 1
+        if not all(acts_as_linear(layer) for layer in layers):
+            continue
+        maps = [affine(layer) for layer in layers]
+        if any(len(weight) % count for (weight, _), (_, _, count) in zip(maps, parts, strict=True)):
+            continue
+        found, certain = [], True
+        for (weight, bias), letter, (_, index, count) in zip(maps, "qk", parts, strict=True):
+            weight, bias = (None if x is None else x.chunk(count)[index] for x in (weight, bias))
+            beside = getattr(module, f"{letter}_bias", None) if bias is None else None
+            fits = isinstance(beside, Tensor) and beside.shape == weight.shape[:1]
+            found += [weight, beside if fits else bias]
+            certain = certain and (count == 1 or fits)
+        yield *found, parts, certain
 
 
 def _rows(weight: Tensor, bias: Tensor | None, heads: int, width: int) -> Tensor | None:
     """[W b] (H, K, D + 1) in float64; heads that share a projection (grouped queries) get it repeated."""
-    weight = weight.detach().flatten(1).double()
+    weight = weight.detach().double()
     if len(weight) % width or (heads * width) % len(weight):
         return None
     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vitreous import slots
 from vitreous.base.errors import MaskError, SettingError
 from vitreous.hosts.attention import Attention
+from vitreous.layers.geometry import squared_distances
 from vitreous.layers.stream import PLAIN, TokenState
 from vitreous.mechanism import Mechanism
 
@@ -88,21 +89,15 @@ class MaskedAttention(Attention):
                 f"Found {original} tokens whose places in the images are not known. Expected a token for each place. Switch "
                 "off what drops patches before the blocks (patch_drop_rate), or take gaussian_mask out (vitreous.ungraft)."
             )
-        (height, width), prefix, channels = state.grid, state.prefix, state.groups
+        prefix, channels = state.prefix, state.groups
         wide = torch.promote_types(self.alpha.dtype, torch.float32)
         with torch.autocast(self.alpha.device.type, enabled=False):
-            squares = squared_distances(height, width).to(self.alpha.device, wide)
+            squares = squared_distances(state.grid).to(self.alpha.device, wide)
             mask = mixture(squares, self.alpha.to(wide), self.deviation.to(wide)).repeat(1, channels, channels)
             mask = F.pad(mask, (prefix, 0, prefix, 0), value=1.0)
             if state.source is not None:
                 mask = merged(mask, state.source, present)
             return F.pad(mask, (0, state.inserted, 0, state.inserted), value=1.0)
-
-
-def squared_distances(height: int, width: int) -> Tensor:
-    """Squared Euclidean distances between the places of a grid, row by row: (H * W, H * W), in patches."""
-    places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # (H * W, 2)
-    return (places[:, None] - places).square().sum(-1)
 
 
 def mixture(squares: Tensor, alpha: Tensor, deviation: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch.autograd import Function
 from vitreous import slots
 from vitreous.base.errors import HostError, SettingError
 from vitreous.hosts.attention import Attention, query_key_weights, written_out_is_faster
+from vitreous.layers.exposed import Exposed
+from vitreous.layers.stream import PLAIN, TokenState
 from vitreous.layers.unit_norm import needs_plain_ops, unit, unit_rows_in_place
 from vitreous.mechanism import Mechanism
 
@@ -87,18 +89,27 @@ class SpectralAttention(Attention):
         self.log_scale = None
         if settings.scale == "learned":
             self.log_scale = nn.Parameter(torch.full((heads,), width**0.5).log())
+        self.exposed = Exposed("sigma", "number", "The learned weight of each latent direction of a head, free in sign.")
         self.weights = {"orthogonality": settings.orthogonality, "entropy": settings.entropy * share}
 
     @property
     def weight(self) -> Tensor:
         """What multiplies the unit queries, (H, K): sigma, times the heads' factors where those are learned."""
-        return self.sigma if self.log_scale is None else self.sigma * self.log_scale.exp()[:, None]
+        return self.scaled(self.sigma)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scaled(self, sigma: Tensor) -> Tensor:
+        return sigma if self.log_scale is None else sigma * self.log_scale.exp()[:, None]
+
+    def learned_spectrum(self) -> Tensor:
+        """sigma (H, K), which the lens shows beside the spectra of weights and scores."""
+        return self.sigma
+
+    def project(self, x: Tensor, state: TokenState = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
+        weight = self.scaled(self.exposed(self.sigma))
         if not needs_plain_ops(x) and self.packed_is_ours:
-            return unit_rows_in_place(self.packed(x), self.weight)
-        q, k, v = super().project(x)
-        return (unit(q) * self.weight[:, None]).to(v.dtype), unit(k).to(v.dtype), v
+            return unit_rows_in_place(self.packed(x), weight)
+        q, k, v = super().project(x, state)
+        return (unit(q) * weight[:, None]).to(v.dtype), unit(k).to(v.dtype), v
 
     def written_out(self, q: Tensor) -> bool:
         """By measured shape: SVDA changes what the host computes, so its bits need not be those of the host's kernel."""

@@ -1,0 +1,24 @@
+"""Places of a grid of any dimension, in raster order, and how they lie to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def places(grid: Sequence[int]) -> Tensor:
+    """Coordinates (P, dims) int64 of the P places of a grid such as (H, W) or (T, H, W), the last axis fastest."""
+    return torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def offsets(grid: Sequence[int]) -> Tensor:
+    """offsets[i, j] = place j minus place i: (P, P, dims) int64, in patches."""
+    at = places(grid)
+    return at - at[:, None]
+
+
+def squared_distances(grid: Sequence[int]) -> Tensor:
+    """Squared Euclidean distances between the places: (P, P) int64, in patches."""
+    return offsets(grid).square().sum(-1)
