@@ -12,11 +12,12 @@ Kind = Literal["map", "pairs", "index", "number"]
 
 
 class Exposed(nn.Identity):
-    """An identity that a module sends a value through, so that a forward hook on it sees the value.
+    """An identity through which a module sends a value, for a forward hook to see.
 
-    name: of the value, such as "sigma". kind: "map" (a value per token), "pairs" (per pair of tokens), "index" (tokens that
-    were chosen), "number" (any other, a learned spectrum or a temperature). explains: one sentence for the reader of a page.
-    It has no state: `state_dict` and exported graphs are as without it.
+    name: of the value, such as "sigma". kind: "map" (a value per token), "pairs" (per pair of
+    tokens), "index" (tokens that were chosen), "number" (any other, a learned spectrum or a
+    temperature). explains: one sentence for the reader of a page. It has no state: `state_dict` and
+    exported graphs are as without it.
     """
 
     def __init__(self, name: str, kind: Kind, explains: str):

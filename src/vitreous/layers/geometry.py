@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def places(grid: Sequence[int]) -> Tensor:
-    """Coordinates (P, dims) int64 of the P places of a grid such as (H, W) or (T, H, W), the last axis fastest."""
+    """Coordinates (P, dims) int64 of the P places of a grid, the last axis fastest.
+
+    grid: (H, W), (T, H, W) or (D, H, W).
+    """
     return torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"), dim=-1).flatten(0, -2)
 
 

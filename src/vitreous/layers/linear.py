@@ -1,7 +1,7 @@
-"""Linear maps: a host's linear layer to override, and the weight of any layer that acts as one.
+"""`Linear`: a host's linear layer to override; `affine`: the weight of any linear layer.
 
-An adapter changes what a layer computes and leaves `layer.weight` as it was. Whoever needs the weight of a layer (spectra,
-penalties, a direction's model check) takes `affine(layer)`.
+An adapter changes what a layer computes and leaves `layer.weight` as it was. Whoever needs the
+weight of a layer (spectra, penalties, a direction's model check) takes `affine(layer)`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ SAME = 1e-4  # of the largest output: rounding in float32 stays below, eight-bit
 
 
 class Linear(nn.Linear):
-    """Base of what takes the place of a host's `nn.Linear`, made by `of`; as it is, it equals the host's layer bit for bit.
+    """Base of what takes the place of a host's `nn.Linear`; made by `of`.
 
-    A subclass overrides `effective_weight` or `effective_bias`, and `forward` where the output costs less than the weight.
+    As it is, it equals the host's layer bit for bit. A subclass overrides `effective_weight` or
+    `effective_bias`, and `forward` where the output costs less than the weight.
     """
 
     @classmethod
@@ -47,16 +48,19 @@ class Linear(nn.Linear):
 
 
 def acts_as_linear(layer: object) -> bool:
-    """True if `affine` may be tried: an `nn.Linear`, a wrapper around one, or a convolution of 1 x 1 pixels."""
+    """Whether `affine` may be tried: on linear layers, wrappers of one, 1 x 1 convolutions."""
     return isinstance(layer, nn.Module) and (_is_pointwise(layer) or _input_width(layer) is not None)
 
 
 def affine(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(W (out, in), b (out,) or None) of a layer that computes y = W x + b in eval mode, differentiable.
+    """(W (out, in), b (out,) or None) of a layer that computes y = W x + b in eval mode.
 
-    Read from a plain layer, asked of one with `effective_weight`, and measured of any other: its response to zero and to the
-    unit vectors, which is exact for an affine map. Hooks on the layer are not part of it. Raises HostError if the layer
-    cannot be run on such inputs, or if its response to others is not that of the map found.
+    The result is differentiable.
+
+    Read from a plain layer, asked of one with `effective_weight`, and measured of any other: its
+    response to zero and to the unit vectors, which is exact for an affine map. Hooks on the layer
+    are not part of it. Raises HostError if the layer cannot be run on such inputs, or if its
+    response to others is not that of the map found.
     """
     if callable(getattr(layer, "effective_weight", None)):
         bias = getattr(layer, "effective_bias", None)
@@ -75,7 +79,7 @@ def _is_pointwise(layer: nn.Module) -> bool:
 
 
 def _input_width(layer: nn.Module) -> int | None:
-    """The inputs of a layer, or of the first one inside that tells: wrappers seldom repeat what they wrap."""
+    """The input width of a layer, or of the first module inside that has one."""
     for module in layer.modules():
         width, weight = getattr(module, "in_features", None), getattr(module, "weight", None)
         if isinstance(width, int):
@@ -86,7 +90,7 @@ def _input_width(layer: nn.Module) -> int | None:
 
 
 def _measured(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """`affine` by the outputs for zero, the unit vectors, and a few random vectors as a check."""
+    """`affine` from the outputs for zero and unit vectors, checked on random ones."""
     name, width = f"{type(layer).__module__}.{type(layer).__name__}", _input_width(layer)
     advice = "Give it a method effective_weight() -> (out, in), or merge the adapter into the layer."
     if width is None:
@@ -117,7 +121,7 @@ def _measured(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _twin(layer: nn.Module) -> nn.Module:
-    """A copy in eval mode and without hooks that shares all tensors: running it disturbs nobody."""
+    """A copy in eval mode, without hooks, that shares all tensors."""
     memo = {id(t): t for t in (*layer.parameters(), *layer.buffers())}
     for module in layer.modules():  # a hook may hold on to the whole model
         memo |= {id(hooks): OrderedDict() for name, hooks in vars(module).items() if name.endswith("_hooks")}
