@@ -17,30 +17,18 @@ from vitreous.lens.reading import Columns, joined
 
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the patches, in insertion and deletion
 SCORES = (
-    Measure(
-        "energy_inside", "Energy inside", "", 0, 1, "higher",
-        "Share of the map's mass that lies on the object. By chance: the object's area.",
-    ),
-    Measure(
-        "auroc", "AUROC", "", 0, 1, "higher",
-        "Chance that a patch of the object scores above one of the background. By chance: 0.5.",
-    ),
-    Measure(
-        "average_precision", "Average precision", "", 0, 1, "higher",
-        "Precision over all thresholds. By chance: the object's area.",
-    ),
-    Measure(
-        "pointing", "Pointing game", "", 0, 1, "higher",
-        "How often the highest patch lies on the object. By chance: the object's area.",
-    ),
-    Measure(
-        "iou_otsu", "IoU at Otsu's threshold", "", 0, 1, "higher",
-        "Overlap with the mask when the map is cut without looking at the mask.",
-    ),
-    Measure(
-        "iou_best", "IoU at the best threshold", "", 0, 1, "higher",
-        "Overlap at the threshold that suits the mask best: an upper bound.",
-    ),
+    Measure("energy_inside", "Energy inside", "", 0, 1, "higher",
+            "Share of the map's mass that lies on the object. By chance: the object's area."),
+    Measure("auroc", "AUROC", "", 0, 1, "higher",
+            "Chance that a patch of the object scores above one of the background. By chance: 0.5."),
+    Measure("average_precision", "Average precision", "", 0, 1, "higher",
+            "Precision over all thresholds. By chance: the object's area."),
+    Measure("pointing", "Pointing game", "", 0, 1, "higher",
+            "How often the highest patch lies on the object. By chance: the object's area."),
+    Measure("iou_otsu", "IoU at Otsu's threshold", "", 0, 1, "higher",
+            "Overlap with the mask when the map is cut without looking at the mask."),
+    Measure("iou_best", "IoU at the best threshold", "", 0, 1, "higher",
+            "Overlap at the threshold that suits the mask best: an upper bound."),
 )  # fmt: skip
 BASELINES = (Source("centre", "Centre prior"), Source("random", "Random map"), Source("area", "Object's area"))
 

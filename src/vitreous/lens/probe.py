@@ -138,8 +138,11 @@ class BatchInfo:
 class Observer:
     """Follows one batch for a probe, and holds what that needs, nothing longer. Override what is wanted.
 
-    Tensors of a call are valid during the callback alone.
+    `readout` is what it fills. Tensors of a call are valid during the callback alone.
     """
+
+    def __init__(self, probe: Probe, model: nn.Module, batch: BatchInfo):
+        self.probe, self.model, self.batch, self.readout = probe, model, batch, Readout()
 
     def on_rows(self, block: RowBlock) -> None:
         """Some rows of the map of the attention that `on_attention` gets next, in order; all probes share them."""
@@ -155,12 +158,12 @@ class Observer:
 
     def finish(self) -> Readout:
         """What came of it, when the pass is over."""
-        return Readout()
+        return self.readout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Settings):
-    """Something to be read from a pass. Says what it measures; `start` makes the observer of each batch.
+    """Something to be read from a pass. Says what it measures; an `observer` follows each batch.
 
     order: where its measures and maps stand among those of others. passes: it needs passes of its own (`extra`); such
     probes run only where they are asked for by name.
@@ -169,6 +172,7 @@ class Probe(Settings):
     measures: ClassVar[tuple[Measure, ...]] = ()
     components: ClassVar[tuple[Component, ...]] = ()
     sources: ClassVar[tuple[Source, ...]] = (ATTENTION,)
+    observer: ClassVar[type[Observer]] = Observer
     order: ClassVar[int] = 100
     passes: ClassVar[bool] = False
 
@@ -178,7 +182,7 @@ class Probe(Settings):
 
     def start(self, model: nn.Module, batch: BatchInfo) -> Observer:
         """The observer of one batch."""
-        return Observer()
+        return self.observer(self, model, batch)
 
     def extra(self, model: nn.Module, batch: BatchInfo, targets: Sequence[int]) -> Readout:
         """Passes of its own, after the common one, with `passes`; targets: the label of each image, -1: unknown.

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitreous.lens.formulas import indicators, spectra
-from vitreous.lens.probe import BatchInfo, Measure, Observer, Probe, Readout, Rows, listed
+from vitreous.lens.probe import Measure, Observer, Probe, Readout, Rows, listed
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates
 
 
-@dataclass(frozen=True, kw_only=True)
-class Alignment(Probe):
-    """Cosine of a token's own query and key, before a learned spectrum comes in; nothing where that cannot be told.
-
-    Only where queries and keys are the same tokens. The paper's form is that of the noisy image.
-    """
-
-    order: ClassVar[int] = 20
-    measures: ClassVar[tuple[Measure, ...]] = (
-        Measure(
-            "angular_alignment", "Alignment", "cosine", -1, 1, "neither",
-            "Of a token's own query and key. 1: tokens seek what they are themselves.",
-        ),
-        Measure(
-            "angular_alignment_paper", "Alignment, paper's form", "cosine", -1, 1, "neither",
-            "As published: of the noisy image.",
-        ),
-    )  # fmt: skip
-
-    def start(self, model: nn.Module, batch: BatchInfo) -> Observer:
-        return AlignmentObserver(model, batch)
-
-
 class AlignmentObserver(Observer):
-    def __init__(self, model: nn.Module, batch: BatchInfo):
-        self.batch, self.rows, self.turned = batch, [], []
-        self.modules = dict(model.named_modules())
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.turned: list[str] = []  # modules whose learned spectrum cannot be taken off
+        self.modules = dict(self.model.named_modules())
 
     def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
         if call.kind != "token" or call.q is None or call.q.shape != call.k.shape or not where.same:
@@ -56,11 +34,29 @@ class AlignmentObserver(Observer):
         values = {"angular_alignment": self.batch.clean(cosine)}
         if self.batch.noisy:
             values["angular_alignment_paper"] = cosine[len(cosine) // 2 :]
-        self.rows.append(Rows(where.layer, "attention", call.kind, values, self.batch.first))
+        self.readout.rows.append(Rows(where.layer, "attention", call.kind, values, self.batch.first))
 
     def finish(self) -> Readout:
         why = "alignment: the learned spectrum cannot be taken off the queries (rotary embedding, or zeros in it)"
-        return Readout(self.rows, notes=[f"{listed(self.turned)}: {why}"] if self.turned else [])
+        self.readout.notes += [f"{listed(self.turned)}: {why}"] if self.turned else []
+        return self.readout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment(Probe):
+    """Cosine of a token's own query and key, before a learned spectrum comes in; nothing where that cannot be told.
+
+    Only where queries and keys are the same tokens. The paper's form is that of the noisy image.
+    """
+
+    order: ClassVar[int] = 20
+    observer: ClassVar[type[Observer]] = AlignmentObserver
+    measures: ClassVar[tuple[Measure, ...]] = (
+        Measure("angular_alignment", "Alignment", "cosine", -1, 1,
+                explains="Of a token's own query and key. 1: tokens seek what they are themselves."),
+        Measure("angular_alignment_paper", "Alignment, paper's form", "cosine", -1, 1,
+                explains="As published: of the noisy image."),
+    )  # fmt: skip
 
 
 def without_spectrum(q: Tensor, sigma: Tensor) -> Tensor | None:

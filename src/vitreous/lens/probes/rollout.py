@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitreous.lens.formulas.maps import rollout_map, rollout_step
-from vitreous.lens.probe import BatchInfo, Component, Observer, Probe, Readout
+from vitreous.lens.probe import Component, Observer, Probe
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates
 
 TOKENS = 1100  # up to which rollout is followed: its cost grows with their cube
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rollout(Probe):
-    """Attention rollout: the product of 0.5 A + 0.5 I over the layers. Abnar and Zuidema 2020, arXiv 2005.00928.
-
-    It ends where tokens change in number, attend in windows, or are more than 1100.
-    """
-
-    order: ClassVar[int] = 70
-    components: ClassVar[tuple[Component, ...]] = (
-        Component(
-            "rollout", "Rollout", low=0, high=1,
-            explains="Attention followed through all layers up to this one (Abnar and Zuidema 2020).",
-        ),
-    )  # fmt: skip
-
-    def start(self, model: nn.Module, batch: BatchInfo) -> Observer:
-        return RolloutObserver(batch.count)
-
-
 class RolloutObserver(Observer):
-    def __init__(self, images: int):
-        self.images, self.maps = images, {}
+    def __init__(self, *given: Any):
+        super().__init__(*given)
         self.joint: Tensor | None = None  # the product so far, (B, N, N)
         self.spare: Tensor | None = None
 
@@ -49,11 +30,23 @@ class RolloutObserver(Observer):
         if not unbroken or not square or tokens > TOKENS or where.layout.grid is None:
             self.joint = None
             return
-        blocks = ((rows, block[: self.images, 0]) for rows, block in call.rows(256, True))
+        blocks = ((rows, block[: self.batch.count, 0]) for rows, block in call.rows(256, True))
         joint = rollout_step(self.joint, blocks, self.spare)
         self.joint, self.spare = joint, self.joint
         everything = rollout_map(joint, slice(None), where.has_class)  # (B, N)
-        self.maps[f"rollout/{where.layer}"] = where.layout.picture(everything[:, None]).nan_to_num()
+        self.readout.maps[f"rollout/{where.layer}"] = where.layout.picture(everything[:, None]).nan_to_num()
 
-    def finish(self) -> Readout:
-        return Readout(maps=self.maps)
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Probe):
+    """Attention rollout: the product of 0.5 A + 0.5 I over the layers. Abnar and Zuidema 2020, arXiv 2005.00928.
+
+    It ends where tokens change in number, attend in windows, or are more than 1100.
+    """
+
+    order: ClassVar[int] = 70
+    observer: ClassVar[type[Observer]] = RolloutObserver
+    components: ClassVar[tuple[Component, ...]] = (
+        Component("rollout", "Rollout", low=0, high=1,
+                  explains="Attention followed through all layers up to this one (Abnar and Zuidema 2020)."),
+    )  # fmt: skip

@@ -17,62 +17,10 @@ from vitreous.lens.token_coordinates import TokenCoordinates
 PAPER = "As published; not comparable between token counts."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spectra(Probe):
-    """Entropy, effective rank and sparsity of the spectra of `lens.formulas.spectra`, in paper and corrected form.
-
-    Rows of weights and of learned spectra come with image 0 alone, of no single image. Settings: scores=false leaves out
-    the spectra of the scores, which take most of the time; weights=false the other ones.
-    """
-
-    order: ClassVar[int] = 50
-    sources: ClassVar[tuple[Source, ...]] = (
-        Source(
-            "learned", "Learned spectrum",
-            "The values sigma that a spectral attention learned. The same for every image.",
-        ),
-        Source("weight", "Spectrum of the weights", "Singular values of W_Qᵀ W_K. The same for every image."),
-        Source("score", "Spectrum of the scores", "Singular values of Q Kᵀ on these images."),
-    )  # fmt: skip
-    measures: ClassVar[tuple[Measure, ...]] = (
-        Measure(
-            "spectral_entropy", "Spectral entropy", "nats", 0, None, "neither",
-            "0: one axis carries all. Log of the number of axes: all carry the same.",
-        ),
-        Measure("spectral_entropy_paper", "Spectral entropy, paper's form", "nats", 0, None, "neither", PAPER),
-        Measure(
-            "effective_rank", "Effective rank", "axes", 1, None, "neither",
-            "How many axes share the energy. 1: a single one.",
-        ),
-        Measure("effective_rank_paper", "Effective rank, paper's form", "axes", 1, None, "neither", PAPER),
-        Measure(
-            "effective_rank_l1", "Effective rank (magnitudes)", "axes", 1, None, "neither",
-            "Roy and Vetterli's: axes that share the magnitude.",
-        ),
-        Measure(
-            "spectral_sparsity", "Spectral sparsity", "", 0, 1, "neither",
-            "Share of axes that are as good as nothing.",
-        ),
-        Measure("spectral_sparsity_paper", "Spectral sparsity, paper's form", "", 0, 1, "neither", PAPER),
-    )  # fmt: skip
-
-    scores: bool = True
-    weights: bool = True
-
-    def outputs(self, model: nn.Module, batch: BatchInfo) -> Iterable[str]:
-        """Layers that may be a projection of an attention: their energies tell what lies between weights and scores."""
-        if batch.first or not self.weights:
-            return ()
-        return (name for name, _ in model.named_modules() if name.rpartition(".")[2] in spectra.NAMES)
-
-    def start(self, model: nn.Module, batch: BatchInfo) -> Observer:
-        return SpectraObserver(self, model, batch)
-
-
 class SpectraObserver(Observer):
-    def __init__(self, probe: Spectra, model: nn.Module, batch: BatchInfo):
-        self.probe, self.batch, self.rows = probe, batch, []
-        self.modules = dict(model.named_modules())
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.modules = dict(self.model.named_modules())
         self.energies: dict[str, dict[str, Tensor]] = {}  # {module: {child: energies of its output}}
         self.seen: set[str] = set()  # modules of which a call was seen
         self.notes: dict[str, list[str]] = {}
@@ -104,7 +52,7 @@ class SpectraObserver(Observer):
         for spectrum in (spectra.learned(module, heads), weight):
             if spectrum.values is not None:
                 values = {name: value[None] for name, value in spectrum.indicators().items()}
-                self.rows.append(Rows(layer, spectrum.source, call.kind, values))
+                self.readout.rows.append(Rows(layer, spectrum.source, call.kind, values))
 
     def add_scores(self, call: AttentionCall, layer: int) -> None:
         """Spectra of the scores, some images at a time: the decomposition works in float64."""
@@ -114,7 +62,45 @@ class SpectraObserver(Observer):
             for q, k in zip(*(self.batch.clean(x).split(images) for x in (call.q, call.k)), strict=True)
         ]
         values = {name: torch.cat([part[name] for part in parts]) for name in spectra.INDICATORS}
-        self.rows.append(Rows(layer, "score", call.kind, values, self.batch.first))
+        self.readout.rows.append(Rows(layer, "score", call.kind, values, self.batch.first))
 
     def finish(self) -> Readout:
-        return Readout(self.rows, notes=[f"{listed(names)}: {note}" for note, names in self.notes.items()])
+        self.readout.notes += [f"{listed(names)}: {note}" for note, names in self.notes.items()]
+        return self.readout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectra(Probe):
+    """Entropy, effective rank and sparsity of the spectra of `lens.formulas.spectra`, in paper and corrected form.
+
+    Rows of weights and of learned spectra come with image 0 alone, of no single image. Settings: scores=false leaves out
+    the spectra of the scores, which take most of the time; weights=false the other ones.
+    """
+
+    order: ClassVar[int] = 50
+    observer: ClassVar[type[Observer]] = SpectraObserver
+    sources: ClassVar[tuple[Source, ...]] = (
+        Source("learned", "Learned spectrum", "The values sigma that a spectral attention learned. The same for every image."),
+        Source("weight", "Spectrum of the weights", "Singular values of W_Qᵀ W_K. The same for every image."),
+        Source("score", "Spectrum of the scores", "Singular values of Q Kᵀ on these images."),
+    )
+    measures: ClassVar[tuple[Measure, ...]] = (
+        Measure("spectral_entropy", "Spectral entropy", "nats", 0,
+                explains="0: one axis carries all. Log of the number of axes: all carry the same."),
+        Measure("spectral_entropy_paper", "Spectral entropy, paper's form", "nats", 0, explains=PAPER),
+        Measure("effective_rank", "Effective rank", "axes", 1, explains="How many axes share the energy. 1: a single one."),
+        Measure("effective_rank_paper", "Effective rank, paper's form", "axes", 1, explains=PAPER),
+        Measure("effective_rank_l1", "Effective rank (magnitudes)", "axes", 1,
+                explains="Roy and Vetterli's: axes that share the magnitude."),
+        Measure("spectral_sparsity", "Spectral sparsity", "", 0, 1, explains="Share of axes that are as good as nothing."),
+        Measure("spectral_sparsity_paper", "Spectral sparsity, paper's form", "", 0, 1, explains=PAPER),
+    )  # fmt: skip
+
+    scores: bool = True
+    weights: bool = True
+
+    def outputs(self, model: nn.Module, batch: BatchInfo) -> Iterable[str]:
+        """Layers that may be a projection of an attention: their energies tell what lies between weights and scores."""
+        if batch.first or not self.weights:
+            return ()
+        return (name for name, _ in model.named_modules() if name.rpartition(".")[2] in spectra.NAMES)
