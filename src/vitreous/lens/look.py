@@ -171,7 +171,7 @@ def look(
         direction.check(model)
     about = about or {}
     names = about.get("classes") or class_names(model)
-    plan = Plan(model, views, chosen(probes), direction, noise, seed, batch_size, memory, names, loss)
+    plan = Plan(model, views, chosen(probes, model), direction, noise, seed, batch_size, memory, names, loss)
     findings = Findings(notes={metadata.WARNING: None} if about.get("weights") == "random" else {})
     settings = {"noise": noise, "seed": seed, "curves": curves, "limit": limit}
     settings["direction"] = metadata.of_direction(direction)

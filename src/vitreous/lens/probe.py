@@ -176,6 +176,10 @@ class Probe(Settings):
     order: ClassVar[int] = 100
     passes: ClassVar[bool] = False
 
+    def for_model(self, model: nn.Module) -> Probe:
+        """The probe as it is for this model, for those whose measures or maps depend on it."""
+        return self
+
     def outputs(self, model: nn.Module, batch: BatchInfo) -> Iterable[str]:
         """Names of the modules whose output it wants to see."""
         return ()
@@ -196,10 +200,11 @@ class Probe(Settings):
 PROBES = Catalogue("lens/probes", Probe, "probe")
 
 
-def chosen(probes: Sequence[str | Probe] | None) -> list[Probe]:
+def chosen(probes: Sequence[str | Probe] | None, model: nn.Module | None = None) -> list[Probe]:
     """Probes from text forms or objects, in order; None, and the text "all": those of `lens/probes` without `passes`.
 
-    A dotted name imports a class of another package. Raises UnknownName, and SettingError where two probes give the same.
+    A dotted name imports a class of another package. model: which they are for.
+    Raises UnknownName, and SettingError where two probes give the same measure or map.
     """
     found: list[Probe] = []
     for probe in ["all"] if probes is None else [probes] if isinstance(probes, str | Probe) else probes:
@@ -207,6 +212,7 @@ def chosen(probes: Sequence[str | Probe] | None) -> list[Probe]:
             found += [item() for item in map(PROBES.item, PROBES.files) if not item.passes]
         else:
             found.append(PROBES.parse(probe, foreign=True) if isinstance(probe, str) else probe)
+    found = found if model is None else [probe.for_model(model) for probe in found]
     names = [record.name for probe in found for record in (*probe.measures, *probe.components)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SettingError(f"Found {', '.join(twice)} in two probes. Expected each measure and map once. Leave one out.")
