@@ -17,7 +17,7 @@ from torch import nn
 
 from lens.explicit import explicit, pixels, vit
 from vitreous.base.errors import SettingError, UnknownName
-from vitreous.commands.looking import overview
+from vitreous.commands._looking import overview
 from vitreous.data import Cutouts
 from vitreous.layers.exposed import Exposed
 from vitreous.lens.evaluation import SCORES
