@@ -29,7 +29,7 @@ def measured(*calls, model=None, probes=NUMBERS, noisy: bool = False, **settings
 
 def seen(model, images, probes=None, noisy: bool = False, layouts=None, **settings) -> tuple[dict[str, np.ndarray], Readout]:
     """The table of one pass of a model, and the maps and notes of all its probes; the second half of noisy ones is noise."""
-    probes = chosen(probes)
+    probes = chosen(probes, model)
     layouts = trace(model, images) if layouts is None else layouts
     batch = BatchInfo(images, len(images) // (2 if noisy else 1), layouts, noisy, **settings)
     batch_pass, joint = BatchPass(model, probes, batch), Readout()
