@@ -322,3 +322,34 @@ def test_form_of_a_file(path):
     assert len(source.splitlines()) <= FILE
     if not name.startswith(LONG_FIRST_LINES):
         assert long_first_lines(source) == []
+
+
+# --- timm's names stay in one folder ----------------------------------------------------------------------------------
+
+TIMM_NAMES = {"num_prefix_tokens", "qkv", "fused_attn", "ls1", "patch_drop"}
+AT_HOME = ("hosts", "architectures")  # where models of timm are read, and networks of ours that define such names
+CONVENTIONS = {Path("lens/formulas/spectra.py"): {"qkv"}}  # in a list of names that any network's joint layer goes by
+
+
+def timm_names(source: str) -> set[str]:
+    """Those of `TIMM_NAMES` that a source text reads as an attribute or holds in a dotted path."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names |= set(node.value.split("."))
+    return names & TIMM_NAMES
+
+
+@pytest.mark.parametrize("line", ["x = model.patch_drop", "getattr(model, 'fused_attn')", "path = 'blocks.0.attn.qkv'"])
+def test_a_planted_name_is_found(line):
+    assert timm_names(line)
+    assert not timm_names("def step(x, qkv): return qkv  # patch_drop")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_timm_names_stay_in_one_folder(path):
+    relative = path.relative_to(SRC)
+    if relative.parts[0] not in AT_HOME:
+        assert timm_names(path.read_text()) - CONVENTIONS.get(relative, set()) == set()

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from vitreous import AdaptFormer, check, graft, new_parameters
 from vitreous.data import Samples, open_data
+from vitreous.hosts.host import embed
+from vitreous.hosts.host import run as run_blocks
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -49,8 +51,7 @@ def frozen_tokens(model: nn.Module, images: Samples) -> Tensor:
     images.transform = lambda image: torch.from_numpy(np.array(image.convert("RGB").resize((SIZE, SIZE), 3))).permute(2, 0, 1)
     parts = []
     for batch in torch.utils.data.DataLoader(images, batch_size=80):
-        x = model.patch_embed(batch[0].float() / 127.5 - 1)
-        parts.append(model.blocks[:FROZEN](model.norm_pre(model._pos_embed(x))))
+        parts.append(run_blocks(model, embed(model, batch[0].float() / 127.5 - 1), 0, FROZEN).x)
         print(f"frozen blocks: {80 * len(parts)} of {len(images)} images", flush=True)
     return torch.cat(parts)
 

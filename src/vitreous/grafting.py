@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitreous import slots
 from vitreous.base.errors import GraftError, HostError, NotReached
+from vitreous.hosts.host import family_of, host_of
 from vitreous.layers.adoption import REGISTRIES
 from vitreous.mechanism import Mechanism, parse
 
@@ -72,6 +73,8 @@ def graft(model: nn.Module, *mechanisms: Mechanism | str) -> nn.Module:
                     f"Found {mechanism!r}. Expected a mechanism such as SVDA(), or its text form 'svda'. "
                     "`vitreous list` shows what there is."
                 )
+            if mechanism.requires:
+                host_of(model).require(mechanism.requires, str(mechanism))
             new = mechanism.changes(model)
             changes = [Change(path, get(model, path), value, shared(get(model, path), value)) for path, value in new.items()]
             record = Graft(mechanism, changes, digests(model))
@@ -138,7 +141,7 @@ def check(model: nn.Module, images: Tensor) -> nn.Module:
         for handle in handles:
             handle.remove()
     lost += [f"{record.mechanism}: {path} was not called" for record, path, module in expected if id(module) not in called]
-    moved = slots.read_out_moved(model) if slots.family(model) and grafts(model) else None
+    moved = slots.read_out_moved(model) if family_of(model) and grafts(model) else None
     lost += [moved] if moved else []
     if lost:
         raise NotReached(
@@ -192,7 +195,7 @@ def bare(model: nn.Module) -> None:
         raise HostError("The model is scripted (torch.jit). Expected an ordinary module. Graft before scripting.")
     if not isinstance(model, nn.Module):
         raise HostError(f"Found a {type(model).__name__}. Expected a torch.nn.Module. Create one with timm.create_model.")
-    if inner and slots.family(model) is None:
+    if inner and family_of(model) is None:
         raise HostError(
             f"The model is wrapped: {type(model).__name__} around .{inner}. Expected the bare model. Graft it before it is "
             f"compiled, distributed, averaged or cut into features, or graft the one inside (model.{inner})."

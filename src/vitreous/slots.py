@@ -1,8 +1,8 @@
-"""The places in a ViT where something can be exchanged; the only file that knows a host's attribute names.
+"""The places in a ViT where something can be exchanged, and the changes that put it there.
 
-Hosts are timm's `VisionTransformer` in all its options, and for the attention slot timm's `Eva` (EVA, EVA-02, DINOv3 and
-other rotary models). A subclass counts as long as it leaves the walk over the blocks alone. Hosts, blocks and attentions
-are matched by class object: thirteen files of timm have a class called `Attention`, and they do not do the same.
+What a host must offer is asked once, before (`hosts.host.Host.require`); what is checked here depends on a setting, on a
+layer, or on other grafts in the model. Blocks and attentions are matched by class object: thirteen files of timm have a
+class called `Attention`, and they do not do the same.
 """
 
 from __future__ import annotations
@@ -11,46 +11,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from timm.layers import PatchEmbed, use_reentrant_ckpt
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitreous.base.errors import GraftError, HostError, SettingError
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention
 from vitreous.hosts.block import STATIONS, Block, check_halves
+from vitreous.hosts.host import class_names, host_of
 from vitreous.hosts.read_out import read_tokens
 from vitreous.hosts.stream_ends import Embed, StreamEnd
 
-WALKS = ("forward_features", "forward_intermediates")
 Changes = dict[str, Any]
-
-
-def family(model: nn.Module) -> type[nn.Module] | None:
-    """`VisionTransformer`, `Eva`, or None if the model is no host."""
-    for base in (VisionTransformer, Eva):
-        if isinstance(model, base) and all(getattr(type(model), walk) is getattr(base, walk) for walk in WALKS):
-            return base
-    return None
-
-
-def check_host(model: nn.Module, *, tokens: bool = False) -> None:
-    """Raise HostError unless the model is a host; tokens: one whose tokens may be inserted, merged or dropped."""
-    found = family(model)
-    name = type(model).__name__
-    if found is None:
-        raise HostError(
-            f"The model is a {type(model).__module__}.{name}. Expected timm's VisionTransformer (ViT, DeiT, DINOv2, "
-            "SigLIP, CLIP, ...) or Eva (EVA-02, DINOv3, ...), or a subclass that keeps their "
-            f"{' and '.join(WALKS)}. Create such a model with timm.create_model."
-        )
-    if tokens and found is not VisionTransformer:
-        raise HostError(
-            f"The model is a timm {name}, which lays positions over a fixed list of tokens. Expected timm's "
-            "VisionTransformer for a token mechanism. Use a mechanism of the attention slot here, such as svda."
-        )
-    if tokens:
-        check_checkpointing()
 
 
 def check_checkpointing() -> None:
@@ -69,20 +40,16 @@ def depth(model: nn.Module) -> int:
 
 def prefix(model: nn.Module) -> int:
     """The number of class, distillation and register tokens that stand before the patches."""
-    return model.num_prefix_tokens
-
-
-def has_class_token(model: nn.Module) -> bool:
-    return model.cls_token is not None
+    return host_of(model).prefix
 
 
 def width(model: nn.Module) -> int:
-    return model.embed_dim
+    return host_of(model).width(0)
 
 
 def heads(model: nn.Module) -> int:
     """The number of attention heads of a block."""
-    return next(module.num_heads for module in model.blocks.modules() if hasattr(module, "num_heads"))
+    return host_of(model).heads(0)
 
 
 def layer_indices(model: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:
@@ -118,7 +85,7 @@ def plain_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
     if attention is None:
         raise HostError(
             f"{path} does not exist: blocks.{layer} is a {type(block).__name__} without an attention module of its own. "
-            f"Expected one of {names(ATTENTIONS)}. {mechanism} cannot be grafted into this model."
+            f"Expected one of {class_names(ATTENTIONS)}. {mechanism} cannot be grafted into this model."
         )
     if type(attention) is Attention or type(attention) in ATTENTIONS:
         return attention
@@ -129,7 +96,7 @@ def plain_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
         )
     kind = type(attention)
     raise HostError(
-        f"{path} is a {kind.__module__}.{kind.__name__}. Expected one of {names(ATTENTIONS)} (matched by class, since "
+        f"{path} is a {kind.__module__}.{kind.__name__}. Expected one of {class_names(ATTENTIONS)} (matched by class, since "
         f"others of the same name work differently). {mechanism} cannot be grafted into this model."
     )
 
@@ -166,8 +133,8 @@ def plain_embedding(model: nn.Module, mechanism: str) -> PatchEmbed:
             "other graft out first (vitreous.ungraft)."
         )
     raise HostError(
-        f"patch_embed is a {names([kind])}. Expected {names([PatchEmbed])}, whose grid is known. {mechanism} cannot be "
-        "grafted into this model."
+        f"patch_embed is a {class_names([kind])}. Expected {class_names([PatchEmbed])}, whose grid is known. {mechanism} "
+        "cannot be grafted into this model."
     )
 
 
@@ -193,13 +160,10 @@ def stream_end(model: nn.Module) -> Changes:
     return {"norm": StreamEnd.of(model.norm, heads, pooled)}
 
 
-def check_patch_drop(model: nn.Module, mechanism: str) -> None:
-    """Raise HostError unless all tokens go through `patch_drop`, (B, N, D) -> (B, N, D), after they got their positions."""
-    if family(model) is not VisionTransformer:
-        raise HostError(
-            f"The model is a timm {type(model).__name__}, whose tokens do not all pass through patch_drop. Expected "
-            f"timm's VisionTransformer. {mechanism} cannot be grafted into this model."
-        )
+def after_positions(model: nn.Module) -> tuple[str, nn.Module]:
+    """(path, module) through which all tokens, (B, N, D) -> (B, N, D), pass once they have their positions."""
+    path = host_of(model).family.after_positions(model)
+    return path, getattr(model, path)
 
 
 def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Changes:
@@ -208,8 +172,7 @@ def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Cha
     Every block from there on learns to hand on tokens with their state, and `norm` closes the stream. Raises GraftError
     for a second step at `between`: the queries and keys that it gets would be those of the tokens before the first.
     """
-    assert station in STATIONS, station
-    check_host(model, tokens=True)
+    check_checkpointing()
     present = model.blocks[layer].steps(station) if isinstance(model.blocks[layer], Block) else ()
     if station == "between" and present:
         raise GraftError(
@@ -234,16 +197,6 @@ def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Cha
     return changes | stream_end(model)
 
 
-def check_read_out(model: nn.Module, mechanism: str) -> None:
-    """Raise HostError if the head of this host has no honest way to read inserted tokens."""
-    if model.attn_pool is None and model.global_pool in ("max", "avgmax"):
-        raise HostError(
-            f"The head of this model pools with global_pool={model.global_pool!r}, where inserted tokens have no share. "
-            f"Expected 'token', 'avg' or attention pooling. {mechanism} cannot be read here; call "
-            "model.reset_classifier(classes, 'avg') before grafting, or insert tokens that are not read."
-        )
-
-
 def check_running(model: nn.Module) -> None:
     """Raise GraftError if a model with a stream was set, since, to run in a way that would pass grafts by."""
     if isinstance(getattr(model, "norm", None), StreamEnd):
@@ -261,21 +214,11 @@ def read_out_moved(model: nn.Module) -> str | None:
 
 
 def check_pool(model: nn.Module, mechanism: str) -> None:
-    """Raise HostError or GraftError unless another pool can take the place of what this host's head does."""
-    check_host(model)
-    own, name = family(model), type(model).__name__
-    for method in ("pool", "forward_head"):
-        if getattr(type(model), method) is not getattr(own, method):
-            raise HostError(
-                f"The model is a {name} with a {method} of its own, which never calls attn_pool. Expected the {method} of "
-                f"timm's {own.__name__}. {mechanism} cannot be grafted into this model; use a host without a distilled head."
-            )
+    """Raise GraftError if another graft is in the model that the pool of `mechanism` would undo or fail."""
     if model.attn_pool is not None:
-        kind = type(model.attn_pool)
-        raise (HostError if kind.__module__.startswith("timm.") else GraftError)(
-            f"attn_pool already holds {kind.__name__}, which {mechanism} would throw out with its weights. Expected a head "
-            "that pools without a module. Call model.reset_classifier(classes, 'avg') before grafting, or take the other "
-            "graft out first (vitreous.ungraft)."
+        raise GraftError(
+            f"attn_pool already holds {type(model.attn_pool).__name__}, which {mechanism} would throw out with its weights. "
+            "Expected a head that pools without a module. Take the other graft out first (vitreous.ungraft)."
         )
     earlier = [record.mechanism for record in getattr(model, "grafts", ()) if "class_head" in record.mechanism.requires]
     if earlier:
@@ -286,8 +229,8 @@ def check_pool(model: nn.Module, mechanism: str) -> None:
 
 
 def prefix_at_pool(model: nn.Module) -> int:
-    """How many tokens that are no patches reach `attn_pool`, once `pool_changes` are in: Eva leaves them all there."""
-    return prefix(model) if family(model) is Eva else 0
+    """How many tokens that are no patches reach `attn_pool`, once `pool_changes` are in."""
+    return host_of(model).family.prefix_at_pool(model)
 
 
 def pool_changes(model: nn.Module, pool: nn.Module) -> Changes:
@@ -302,7 +245,3 @@ def pool_changes(model: nn.Module, pool: nn.Module) -> Changes:
         if hasattr(module, "heads") and hasattr(module, "pooled"):
             changes |= {f"{name}.heads": (prefix(model), None), f"{name}.pooled": True}
     return changes
-
-
-def names(classes: Iterable[type]) -> str:
-    return ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in classes)

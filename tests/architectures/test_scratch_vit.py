@@ -6,7 +6,8 @@ import timm
 import torch
 from torch import nn
 
-from vitreous import SVDA, graft, ungraft
+from vitreous import SVDA, check, graft, ungraft
+from vitreous.hosts.block import halves_of
 
 NETWORKS = {  # name, classes -> parameters of the paper's networks (as its experiments count them): plain, with SVDA
     ("scratch_vit_patch4_28", 10): (3_166_730, 3_167_754),
@@ -164,3 +165,18 @@ def test_importing_the_package_registers_the_networks():
     code = "import timm, vitreous.architectures; print(*timm.list_models('scratch_vit*'))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["scratch_vit_patch4_28", "scratch_vit_patch4_32", "scratch_vit_patch8_224"]
+
+
+@pytest.mark.parametrize("text", ["adaptformer:dropout=0.0", "evit:keep=0.5,layers=1", "token_merging:tokens=2"])
+def test_mechanisms_between_the_halves_of_its_blocks(text):
+    """The block brings its halves along: what changes nothing leaves it bit for bit, and what changes tokens runs."""
+    model, x = small().eval(), torch.rand(2, 1, 12, 12)
+    block, halves = model.blocks[0], halves_of(model.blocks[0])
+    tokens = torch.randn(2, 10, 32)
+    assert torch.equal(halves.mlp(block, halves.attention(block, tokens)), block(tokens))
+    plain = model(x)
+    check(graft(model, text), x)
+    assert torch.equal(model(x), plain) == text.startswith("adaptformer")
+    ungraft(model)
+    check(graft(model, {"evit": "evit:keep=1", "token_merging": "token_merging:tokens=0"}.get(text.partition(":")[0], text)), x)
+    assert torch.equal(model(x), plain)

@@ -30,7 +30,6 @@ class Tempered(Mechanism):
     start: float = 1.5
 
     def changes(self, model):
-        slots.check_host(model)
         changes = {}
         for i in slots.layer_indices(model, None):
             new = self.attention.of(slots.plain_attention(model, i, "Tempered"))

@@ -14,7 +14,8 @@ from contract.hosts import HOSTS, build, refused
 from contract.hosts import images as hosts_images
 from vitreous import EViT, check, graft, parse, ungraft
 from vitreous.base.errors import GraftError, HostError, NotReached, SettingError
-from vitreous.layers.stream import Stream, TokenState, to_grid
+from vitreous.hosts.host import embed, run
+from vitreous.layers.stream import TokenState, to_grid
 from vitreous.mechanisms.tokens.evit import Reorganize, class_attention, kept
 
 
@@ -34,11 +35,11 @@ def images(count=2, size=16):
 
 def streams(model, x):
     """What each block hands on: (tokens, state)."""
-    x, found = model._pos_embed(model.patch_embed(x)), []
-    for block in model.blocks:
-        x = block(x)
-        found.append((x.x, x.state) if isinstance(x, Stream) else (x, TokenState()))
-    return found
+    stream, handed_on = embed(model, x), []
+    for i in range(len(model.blocks)):
+        stream = run(model, stream, i, i + 1)
+        handed_on.append((stream.x, stream.state))
+    return handed_on
 
 
 def drawn(*shape, seed=2):
@@ -288,7 +289,7 @@ def test_bad_input():
         EViT(warmup=0.6)
     with pytest.raises(SettingError, match=r"layers=4.*4 blocks"):
         graft(vit(), EViT(layers=(0, 4)))
-    with pytest.raises(HostError, match=r"no class token.*Expected a host with one\. Use token_merging"):
+    with pytest.raises(HostError, match=r"no class token.*Expected a host with one\. Use .*token_merging"):
         graft(vit(class_token=False, global_pool="avg"), EViT())
     with pytest.raises(HostError, match=r"fuse=false.*Expected a head that reads class tokens"):
         graft(vit(global_pool="avg"), EViT(fuse=False))

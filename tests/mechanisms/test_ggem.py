@@ -181,7 +181,7 @@ def test_bad_input():
     for wrong in ({"groups": 0}, {"start": 0.0}, {"start": -1.0}, {"start": float("inf")}):
         with pytest.raises(SettingError, match=f"Found {next(iter(wrong))}=.* Expected .* Give such"):
             GGeM(**wrong)
-    with pytest.raises(HostError, match=r"AttentionPoolLatent.*with its weights.*reset_classifier\(classes, 'avg'\)"):
+    with pytest.raises(HostError, match=r"AttentionPoolLatent, a pool with weights.*reset_classifier\(classes, 'avg'\)"):
         graft(vit(global_pool="map"), GGeM())
     with pytest.raises(HostError, match="forward_head of its own, which never calls attn_pool"):
         graft(VisionTransformerDistilled(**SMALL), GGeM())

@@ -244,7 +244,7 @@ def test_bad_input():
         SPC(sketch=(8, 2, True))
     with pytest.raises(SettingError, match=r"after=4.*1 to 3"):
         graft(vit(), SPC(after=4))
-    with pytest.raises(SettingError, match="without a class token"):
+    with pytest.raises(HostError, match=r"no class token, which spc:sign=class reads.*such as .*sign=mean"):
         graft(vit(class_token=False, global_pool="avg"), SPC(sign="class"))
     with pytest.raises(HostError, match="global_pool='max'"):
         graft(vit(global_pool="max"), SPC())

@@ -15,9 +15,14 @@ LARGE = {"patch_size": 8, "embed_dim": 96, "num_heads": 2, "depth": 8}
 class PostNormBlock(Block):
     """timm's block with the norms behind the sums: x = LN(x + Attn(x)); x = LN(x + MLP(x)). (B, N, D) -> (B, N, D)."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))))
+    def attention_half(self, x: Tensor, **arguments: Any) -> Tensor:
+        return self.norm1(x + self.drop_path1(self.ls1(self.attn(x, **arguments))))
+
+    def mlp_half(self, x: Tensor) -> Tensor:
         return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return self.mlp_half(self.attention_half(x, attn_mask=attn_mask, is_causal=is_causal))
 
 
 class ScratchViT(VisionTransformer):

@@ -210,3 +210,8 @@ def linear_names(attention: nn.Module) -> dict[str, str]:
 def reads_around_its_linear(attention: nn.Module) -> bool:
     """True for the host's attention whose forward takes `qkv.weight` and never calls `qkv`; ours calls what stands there."""
     return type(attention) is EvaAttention and attention.q_bias is not None and not attention.qkv_bias_separate
+
+
+def query_key_parts(attention: nn.Module) -> tuple[tuple[str, int, int], tuple[str, int, int]]:
+    """Where the rows of queries and of keys are: (name of a linear, which part of its rows, of how many)."""
+    return (("q_proj", 0, 1), ("k_proj", 0, 1)) if attention.qkv is None else (("qkv", 0, 3), ("qkv", 1, 3))

@@ -26,6 +26,7 @@ class TokenState:
     prefix: class, distillation and register tokens at the front, of an opened stream.
     groups: tokens per place, such as one for each channel; all places of the first group, then those of the second.
     groups_present: (G,) bool, which of G groups are there, where this pass leaves some out; `groups` of them are.
+    rope: rotary positions of the patches, as the host's blocks take them; only where a stream is run in pieces.
     context: (B, M, D') tokens of another modality, for steps that ask for them.
     terms: (name, value per image (B,)) of penalties that depend on activations (see `hosts.stream_ends.collect_terms`).
     """
@@ -38,6 +39,7 @@ class TokenState:
     prefix: int = 0
     groups: int = 1
     groups_present: Tensor | None = None
+    rope: Tensor | None = None
     context: Tensor | None = None
     terms: tuple[tuple[str, Tensor], ...] = ()
 

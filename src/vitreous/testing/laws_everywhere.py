@@ -151,7 +151,7 @@ def touched(model: nn.Module) -> tuple[bool, int]:
     """Whether a graft stands before the last block's end, and the first block that it touches."""
     paths = [change.path.split(".") for record in grafts(model) for change in record.changes]
     blocks = [int(path[1]) for path in paths if path[0] == "blocks"]
-    embeds = any(path[0] in ("patch_embed", "patch_drop") for path in paths)
+    embeds = any(path[0] == "patch_embed" for path in paths)
     return bool(blocks) or embeds, 0 if embeds or not blocks else min(blocks)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.base.errors import HostError
-from vitreous.hosts.attention import HOSTS, Attention, query_key_weights
+from vitreous.hosts.attention import HOSTS, Attention, query_key_parts, query_key_weights
 from vitreous.layers.linear import acts_as_linear, affine
 from vitreous.layers.spectral import product_singular_values
 from vitreous.lens.formulas import indicators
@@ -144,8 +144,7 @@ def _projection(module: nn.Module, heads: int, width: int) -> _Projection | None
 def _known(module: nn.Module) -> tuple | None:
     """Classes whose order of rows is known: timm's plain, rotary and EVA attention, ours, and PyTorch's own."""
     if isinstance(module, Attention) or type(module) in HOSTS:
-        fused = (("qkv", 0, 3), ("qkv", 1, 3))
-        return *query_key_weights(module), (("q_proj", 0, 1), ("k_proj", 0, 1)) if module.qkv is None else fused, True
+        return *query_key_weights(module), query_key_parts(module), True
     if isinstance(module, nn.MultiheadAttention):
         w = (module.q_proj_weight, module.k_proj_weight) if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
         b = (None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)

@@ -53,7 +53,6 @@ class GaussianMask(Mechanism):
             raise SettingError(f"Found kernels={self.kernels}. Expected 1 or more Gaussians per head. Give such a number.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        slots.check_host(model)
         changes = slots.open_stream(model, self.name)
         generator = torch.Generator().manual_seed(self.seed)
         for i in slots.layer_indices(model, self.layers):

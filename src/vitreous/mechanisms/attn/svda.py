@@ -61,7 +61,6 @@ class SVDA(Mechanism):
                 raise SettingError(f"Found {name}={getattr(self, name)}. Expected 0 (off) or more. Give such a weight.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        slots.check_host(model)
         layers = slots.layer_indices(model, self.layers)
         generator = torch.Generator().manual_seed(self.seed)
         changes = {}

@@ -55,7 +55,6 @@ class AdaptFormer(Mechanism):
             raise SettingError(f"Found dropout={self.dropout}. Expected 0 to below 1. Give such a share.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        slots.check_host(model)
         generator = torch.Generator().manual_seed(self.seed)
         changes = {}
         for i in slots.layer_indices(model, self.layers):

@@ -52,11 +52,10 @@ class ChannelViT(Mechanism):
             raise SettingError(f"Found channels={self.channels}. Expected 1 or more. Give such a number.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        slots.check_host(model)
-        slots.check_patch_drop(model, self.name)
         embed = ChannelEmbed.of(slots.plain_embedding(model, self.name), slots.prefix(model))
         embed.initialise(self, slots.width(model))
-        return slots.open_stream(model, self.name, embed) | {"patch_drop": Fold.of(model.patch_drop)}
+        path, displaced = slots.after_positions(model)
+        return slots.open_stream(model, self.name, embed) | {path: Fold.of(displaced)}
 
 
 def present(model: nn.Module, channels: Iterable[int] | None) -> nn.Module:
@@ -125,7 +124,7 @@ class ChannelEmbed(Embed):
 
 
 class Fold(nn.Module):
-    """Channels from the batch back into the tokens, (B * m, P + N, D) -> (B, P + m * N, D), then the host's `patch_drop`.
+    """Channels from the batch back into the tokens, (B * m, P + N, D) -> (B, P + m * N, D), then the host's patch dropout.
 
     Where that drops patches, what it gives is a tensor without a state: the tokens no longer form a grid.
     """
@@ -133,9 +132,9 @@ class Fold(nn.Module):
     host: type[nn.Module]
 
     @classmethod
-    def of(cls, patch_drop: nn.Module) -> Fold:
-        new = adopt(cls, patch_drop)
-        new.host = type(patch_drop)
+    def of(cls, displaced: nn.Module) -> Fold:
+        new = adopt(cls, displaced)
+        new.host = type(displaced)
         return new
 
     def forward(self, x: Opening) -> Opening | Tensor:

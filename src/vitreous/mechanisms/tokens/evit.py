@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous import slots
-from vitreous.base.errors import HostError, SettingError
-from vitreous.hosts.read_out import read_tokens
+from vitreous.base.errors import SettingError
 from vitreous.layers.stream import TokenState, follow, split, take
 from vitreous.mechanism import Mechanism
 
@@ -64,17 +63,6 @@ class EViT(Mechanism):
         return self.keep == 1
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        slots.check_host(model, tokens=True)
-        if not slots.has_class_token(model):
-            raise HostError(
-                "The model has no class token, whose attention says which patches stay. Expected a host with one. Use "
-                "token_merging here, which needs none."
-            )
-        if not self.fuse and read_tokens(model)[1]:
-            raise HostError(
-                "The head of this model pools over the patches, and with fuse=false nothing stands for the dropped ones. "
-                "Expected a head that reads class tokens. Use fuse=true here."
-            )
         n = slots.depth(model)
         layers = slots.layer_indices(model, self.layers or (n // 4, n // 2, 3 * n // 4))
         changes: dict[str, Any] = {}

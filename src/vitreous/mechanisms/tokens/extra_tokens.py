@@ -45,9 +45,6 @@ class ExtraTokens(Mechanism):
         return ("stream", "insert", *(("reads_inserted",) if self.kind == "class" else ()))
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        slots.check_host(model, tokens=True)
-        if self.kind == "class":
-            slots.check_read_out(model, "extra_tokens:kind=class")
         generator = torch.Generator().manual_seed(self.seed)
         start = 0.02 * torch.randn(1, self.tokens, slots.width(model), generator=generator)
         return slots.add_step(model, 0, "before", Learned(start, read_out=self.kind == "class"))

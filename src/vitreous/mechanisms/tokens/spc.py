@@ -86,13 +86,7 @@ class SPC(Mechanism):
         return self.read == "gated"
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        slots.check_host(model, tokens=True)
-        slots.check_read_out(model, "spc")
         after = slots.block_count(model, self.after)
-        if self.sign == "class" and not slots.has_class_token(model):
-            raise SettingError(
-                "Found sign=class on a model without a class token. Expected one to compare with. Use sign=mean or sum."
-            )
         step = Components(self, slots.width(model), *read_tokens(model))
         return slots.add_step(model, after - 1, "after", step)
 

@@ -52,7 +52,6 @@ class TokenMerging(Mechanism):
         return self.tokens == 0
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        slots.check_host(model, tokens=True)
         changes: dict[str, Any] = {}
         for i in sorted(set(slots.layer_indices(model, self.layers))):
             changes |= slots.add_step(model, i, "between", Merge(self.tokens, slots.prefix(model)))
