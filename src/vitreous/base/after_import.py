@@ -17,7 +17,9 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         self.name, self.action = name, action
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec that the other finders have, whose loader runs the action when the module is complete."""
+        """The spec that the other finders have, whose loader runs the action when the module is
+        complete.
+        """
         if name != self.name:
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)

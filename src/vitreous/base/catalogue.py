@@ -1,4 +1,6 @@
-"""A catalogue: the classes of a folder, one in each file, found by listing it and imported when first used.
+"""A catalogue: the classes of a folder, one in each file.
+
+It is found by listing the folder; a file is imported when its item is first used.
 
 Adding an item is adding its file: there is no registry to edit. The file's stem is the item's name.
 """
@@ -20,7 +22,8 @@ S = TypeVar("S", bound=Settings)
 class Catalogue(Generic[S]):
     """The items of `vitreous/FOLDER`, subclasses of `base`.
 
-    noun: what one is called in errors. nested: whether the files stand one folder deeper, sorted by kind.
+    noun: what one is called in errors. nested: whether the files stand one folder deeper, sorted by
+    kind.
     """
 
     def __init__(self, folder: str, base: type[S], noun: str, nested: bool = False):
@@ -47,7 +50,9 @@ class Catalogue(Generic[S]):
         return mine[0]
 
     def by_class_name(self, name: str) -> type[S] | None:
-        """The class called `name` ("SVDA"), or None: a file's stem is the class name in small letters."""
+        """The class called `name` ("SVDA"), or None: a file's stem is the class name in small
+        letters.
+        """
         return next((self.item(stem) for stem in self.files if stem.replace("_", "") == name.lower()), None)
 
     def foreign(self, path: str) -> type[S]:
@@ -64,8 +69,9 @@ class Catalogue(Generic[S]):
     def parse(self, text: str, *, foreign: bool = False) -> S:
         """An item from its text form, `name:setting=value,...`.
 
-        foreign: also import a dotted third-party name, `package.module.Class`. That runs the package's code, so a name
-        that comes from a file is refused unless the user asks for it. Raises UnknownName, SettingError.
+        foreign: also import a dotted third-party name, `package.module.Class`. That runs the
+        package's code, so a name that comes from a file is refused unless the user asks for it.
+        Raises UnknownName, SettingError.
         """
         name, _, words = text.partition(":")
         name = name.strip()

@@ -1,7 +1,10 @@
-"""What the file of an item says of it, read as text: nothing is imported, so that listing takes no time.
+"""What the file of an item says of it, read as text.
 
-A catalogue's file holds one class, called as the file ("token_merging.py": TokenMerging); its docstring, constants and
-settings are found in the syntax tree, those of its base classes in their own files.
+Nothing is imported, so that listing takes no time.
+
+A catalogue's file holds one class, called as the file ("token_merging.py": TokenMerging); its
+docstring, constants and settings are found in the syntax tree, those of its base classes in their
+own files.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Entry:
-    """One item. doc: its docstring, cleaned. constants: class constants, such as paper and stage, where literal.
+    """One item. doc: its docstring, cleaned.
 
-    defaults, types: {setting: text}, in the order of the class; a setting without a default is in types alone.
+    constants: class constants, such as paper and stage, where literal.
+
+    defaults, types: {setting: text}, in the order of the class; a setting without a default is in
+    types alone.
     """
 
     name: str
@@ -39,7 +45,10 @@ class Entry:
 
 
 def item_files(folder: Path, nested: bool = False) -> dict[str, Path]:
-    """{name: file} of the items in a folder, sorted by name. nested: they stand one folder deeper, sorted by kind."""
+    """{name: file} of the items in a folder, sorted by name.
+
+    Nested: they stand one folder deeper, sorted by kind.
+    """
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*/[!_]*.py" if nested else "[!_]*.py"), key=lambda file: file.stem):
         if file.stem in files:
@@ -49,7 +58,10 @@ def item_files(folder: Path, nested: bool = False) -> dict[str, Path]:
 
 
 def read_entry(file: Path) -> Entry:
-    """The entry of the item in a file. Raises RuntimeError where no class is called as the file."""
+    """The entry of the item in a file.
+
+    Raises RuntimeError where no class is called as the file.
+    """
     wanted = file.stem.replace("_", "")
     name = next((node.name for node in classes(file) if node.name.lower() == wanted), None)
     if name is None:
@@ -93,7 +105,10 @@ def ancestors(file: Path, name: str) -> Iterator[tuple[Path, ast.ClassDef]]:
 
 
 def home(name: str, file: Path) -> Path:
-    """The file of this package from which `file` imports a name; the file itself for its own and for all others."""
+    """The file of this package from which `file` imports a name.
+
+    The file itself for its own and for all others.
+    """
     for node in tree(file).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vitreous.") and not node.level:
             path = PACKAGE.joinpath(*node.module.split(".")[1:]).with_suffix(".py")
@@ -103,7 +118,9 @@ def home(name: str, file: Path) -> Path:
 
 
 def literal(node: ast.expr | None, file: Path) -> Any:
-    """The value of an expression: a literal, or a constant of the file; else the expression as text."""
+    """The value of an expression: a literal, or a constant of the file; else the expression as
+    text.
+    """
     if isinstance(node, ast.Name):
         values = (s.value for s in tree(file).body if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == node.id)
         node = next(values, node)

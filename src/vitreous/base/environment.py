@@ -18,7 +18,10 @@ PACKAGES = ("vitreous", "torch", "torchvision", "timm", "numpy", "pillow", "safe
 
 
 def command_line() -> str:
-    """What was typed, as far as it was `vitreous` or `python -m vitreous`; else that it came from Python."""
+    """What was typed, as far as it was `vitreous` or `python -m vitreous`.
+
+    Else that it came from Python.
+    """
     *_, folder, name = "", "", *Path(sys.argv[0]).parts
     ours = name in ("vitreous", "vitreous.exe") or (folder, name) == ("vitreous", "__main__.py")
     return shlex.join(["vitreous", *sys.argv[1:]]) if ours else "from Python"
@@ -41,7 +44,10 @@ def machine() -> dict[str, Any]:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of that name, or the best there is for "auto". Raises SettingError if this machine does not have it."""
+    """The device of that name, or the best there is for "auto".
+
+    Raises SettingError if this machine does not have it.
+    """
     if name == "auto":
         return torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:

@@ -1,4 +1,4 @@
-"""What Vitreous says when something is wrong: what was found, what was expected, what to do."""
+"""The errors of Vitreous, in three parts: what was found, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Iterable
 
 
 class VitreousError(Exception):
-    """A mistake that the user can mend. The command line prints its text without a traceback and exits with code 2."""
+    """A mistake that the user can mend.
+
+    The command line prints its text without a traceback and exits with code 2.
+    """
 
 
 class HostError(VitreousError):
@@ -23,7 +26,7 @@ class NotReached(VitreousError):
 
 
 class MaskError(VitreousError):
-    """An attention mask, or causal attention, does not fit tokens that were inserted or merged."""
+    """An attention mask, or causal attention, does not fit inserted or merged tokens."""
 
 
 class SettingError(VitreousError):
@@ -35,13 +38,16 @@ class DataError(VitreousError):
 
 
 class ContractError(VitreousError):
-    """A mechanism, task or probe does not keep a law that all of its kind keep (`vitreous.testing`)."""
+    """A mechanism, task or probe does not keep a law that all of its kind keep
+    (`vitreous.testing`).
+    """
 
 
 class UnknownName(VitreousError):
     """A name that is not known; the message offers the nearest ones.
 
-    found: what was given; kind: what it should name ("model", "mechanism", "setting"); known: the valid names.
+    found: what was given; kind: what it should name ("model", "mechanism", "setting"); known: the
+    valid names.
     """
 
     def __init__(self, found: str, kind: str, known: Iterable[str], hint: str = ""):

@@ -18,7 +18,7 @@ DEPTH = 20  # of lists and objects inside one another
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Let `writer` write a temporary file beside `path`, sync it, and put it in the place of `path` in one step."""
+    """Let `writer` write a temporary file, sync it, and move it to `path` in one step."""
     temporary = path.with_name(path.name + ".partial")
     try:
         writer(temporary)
@@ -63,8 +63,8 @@ def check_new(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, which may come from an untrusted source.
 
-    Raises DataError for a file that is missing, too long or too deep, no JSON, or no object, and for numbers that are no
-    JSON (NaN) and keys that stand there twice.
+    Raises DataError for a file that is missing, too long or too deep, no JSON, or no object, and
+    for numbers that are no JSON (NaN) and keys that stand there twice.
     """
     try:
         if not path.is_file():
@@ -89,7 +89,10 @@ def no_number(text: str) -> None:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object from its pairs. Raises ValueError for a key that occurs twice, of which readers choose differently."""
+    """An object from its pairs.
+
+    Raises ValueError for a key that occurs twice, of which readers choose differently.
+    """
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError("a key stands there twice")

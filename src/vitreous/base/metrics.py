@@ -1,4 +1,4 @@
-"""Metrics: the name, unit and direction of a number that a test gives, as run.json records it."""
+"""Metrics: name, unit and direction of a number of a test, as run.json records it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from vitreous.base.errors import DataError
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a test. name: in metrics.jsonl. unit: % for parts of 1, else as it is shown. label: for people."""
+    """A number of a test.
+
+    Name: in metrics.jsonl. unit: % for parts of 1, else as it is shown. label: for people.
+    """
 
     name: str
     unit: str
@@ -37,7 +40,9 @@ CLASSIFICATION = (Metric("accuracy", "%", "higher", "accuracy"), Metric("loss", 
 
 
 def metrics_of(record: Mapping[str, Any]) -> tuple[Metric, ...]:
-    """The metrics in a run.json, the first of which chooses the epoch; older ones name none, and are of classification.
+    """The metrics in a run.json, the first of which chooses the epoch.
+
+    Older ones name none, and are of classification.
 
     Raises DataError for a record that cannot be read.
     """

@@ -1,6 +1,9 @@
-"""Several processes that work as one, started by torchrun on one machine or several: who they are and what they agree on.
+"""Several processes that work as one: their ranks, and what they exchange.
 
-`ALONE` is a process on its own, for which nothing here waits or sends, so that callers need not ask.
+They are started by torchrun, on one machine or several.
+
+`ALONE` is a process on its own, for which nothing here waits or sends, so that callers need not
+ask.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ class Lost(VitreousError):
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of one job. rank: this one's number, from 0. size: how many. local: its number on this machine."""
+    """The processes of one job.
+
+    Rank: this one's number, from 0. size: how many. local: its number on this machine.
+    """
 
     rank: int = 0
     size: int = 1
@@ -45,11 +51,16 @@ class Team:
         return self.rank == 0
 
     def console(self, console: Console) -> Console:
-        """The console; for all processes but the first one that shows nothing, nor takes over a terminal."""
+        """The console; for all processes but the first one that shows nothing, nor takes over a
+        terminal.
+        """
         return console if self.first else Console(quiet=True, force_terminal=False)
 
     def device(self, device: torch.device) -> torch.device:
-        """This process's own device of that type. Raises SettingError where there are too few, or one was chosen for all."""
+        """This process's own device of that type.
+
+        Raises SettingError where there are too few, or one was chosen for all.
+        """
         if self.size == 1 or device.type == "cpu":
             return device
         if device.type != "cuda" or device.index is not None:
@@ -110,7 +121,10 @@ class Team:
         return found or []
 
     def in_turn(self, values: list[T]) -> list[T]:
-        """Items that were dealt out one by one, in their order again, in the first process; nothing in the others."""
+        """Items that were dealt out one by one, in their order again, in the first process.
+
+        Nothing in the others.
+        """
         nothing = object()
         rounds = zip_longest(*self.gather(values), fillvalue=nothing)
         return [value for turn in rounds for value in turn if value is not nothing]
@@ -121,14 +135,18 @@ class Team:
             dist.broadcast(tensor.detach(), src=0)
 
     def first_does(self, work: Callable[[], T]) -> T:
-        """What the work of the first process comes to, in all of them; a VitreousError in it ends all."""
+        """What the work of the first process comes to, in all of them; a VitreousError in it ends
+        all.
+        """
         with self.together():
             found = work() if self.first else None
         return self.tell(found)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one process cannot do, none goes on from: a VitreousError is raised where it was, the others leave with 2."""
+        """What one process cannot do, none goes on from: a VitreousError is raised where it was,
+        the others leave with 2.
+        """
         error = None
         try:
             yield
@@ -139,7 +157,10 @@ class Team:
             self.fail(error, failed.index(True))
 
     def fail(self, error: VitreousError | None, speaker: int = 0) -> None:
-        """End all processes with an error that each knows: raised in one, since once is enough; the others leave with 2."""
+        """End all processes with an error that each knows: raised in one, since once is enough.
+
+        The others leave with 2.
+        """
         if self.rank == speaker and error is not None:
             raise error
         raise SystemExit(2)
@@ -157,7 +178,8 @@ def launched() -> Team:
 
 @contextmanager
 def connected(device: torch.device) -> Iterator[Team]:
-    """The team that torchrun started, connected: over gloo, and over NCCL for tensors on CUDA. `ALONE` without torchrun.
+    """The team that torchrun started, connected: over gloo, and over NCCL for tensors on CUDA.
+    `ALONE` without torchrun.
 
     Raises Lost in what is done meanwhile if another process has gone.
     """

@@ -1,4 +1,7 @@
-"""Confidence intervals: Wilson, Student, and the bootstrap over images, of values or of paired differences."""
+"""Confidence intervals: Wilson, Student, and the bootstrap over images.
+
+The bootstrap takes values or paired differences.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ NORMAL = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
-    """95 % score interval of a proportion, each end 0 to 1. Source: Wilson 1927, J. Am. Stat. Assoc. 22, 209."""
+    """95 % score interval of a proportion, each end 0 to 1.
+
+    Source: Wilson 1927, J. Am. Stat. Assoc. 22, 209.
+    """
     share, z = correct / count, NORMAL
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
@@ -29,7 +35,8 @@ def of_mean(values: Sequence[float], level: float = 0.95) -> tuple[float, float]
 
 
 def student(freedom: int, level: float = 0.95) -> float:
-    """The t for which Student's distribution has this probability, 0 to 1, between -t and t. freedom: its degrees, from 1.
+    """The t for which Student's distribution has this probability, 0 to 1, between -t and t.
+    freedom: its degrees, from 1.
 
     Source of the closed form: Abramowitz, Stegun 1964, 26.7.3 and 26.7.4.
     """
@@ -52,11 +59,14 @@ def student(freedom: int, level: float = 0.95) -> float:
 def bootstrap(
     values: Any, level: float = 0.95, *, draws: int = 2000, seed: int = 0, few_values: bool = False
 ) -> tuple[Any, Any, Any]:
-    """Mean over images and its percentile interval: (mean, low, high); images without a value (NaN) are left out.
+    """Mean over images and its percentile interval: (mean, low, high).
 
-    values: (n,) gives three floats, (n, ...) three arrays (...): columns of the same images are drawn together. No
-    image gives NaN; one image an interval of no width. few_values: for (n,) with few different values, of which it is
-    drawn how often each comes; the same distribution in less time. Source: Efron 1979, Ann. Statist. 7, 1.
+    Images without a value (NaN) are left out.
+
+    values: (n,) gives three floats, (n, ...) three arrays (...): columns of the same images are
+    drawn together. No image gives NaN; one image an interval of no width. few_values: for (n,) with
+    few different values, of which it is drawn how often each comes; the same distribution in less
+    time. Source: Efron 1979, Ann. Statist. 7, 1.
     """
     values = np.asarray(values, np.float64)
     flat = values.reshape(len(values), math.prod(values.shape[1:]))
@@ -80,8 +90,11 @@ def bootstrap(
 
 
 def paired(ours: Any, theirs: Any, level: float = 0.95, **options: Any) -> tuple[Any, Any, Any]:
-    """`bootstrap` of the differences image by image, (difference, low, high): above 0 where ours is the higher.
+    """`bootstrap` of the differences image by image: (difference, low, high).
 
-    ours, theirs: (n, ...) of the same images in the same order, numbers or right and wrong. options: of `bootstrap`.
+    It is above 0 where ours is the higher.
+
+    ours, theirs: (n, ...) of the same images in the same order, numbers or right and wrong.
+    options: of `bootstrap`.
     """
     return bootstrap(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64), level, **options)

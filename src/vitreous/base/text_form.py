@@ -1,8 +1,10 @@
-"""Settings with a text form: a frozen dataclass of text and numbers, such as `svda:scale=one,layers=6-11`.
+"""Settings with a text form: a frozen dataclass of text and numbers, such as
+`svda:scale=one,layers=6-11`.
 
     name:setting=value,...        layers are 0-based, ranges inclusive, joined by +
 
-`Settings` is the base of every item of a catalogue (`base/catalogue.py`): mechanisms, tasks, updates, probes.
+`Settings` is the base of every item of a catalogue (`base/catalogue.py`): mechanisms, tasks,
+updates, probes.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from vitreous.base.errors import SettingError, UnknownName
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of all that is chosen by a text: frozen, keyword-only dataclasses whose settings all have defaults.
+    """Base of all that is chosen by a text: frozen, keyword-only dataclasses.
 
-    stage: "prototype" where its reference numbers are not yet reproduced; then its text form may change. Raises
-    SettingError for a value that does not fit its type.
+    All settings have defaults.
+
+    stage: "prototype" where its reference numbers are not yet reproduced; then its text form may
+    change. Raises SettingError for a value that does not fit its type.
     """
 
     stage: ClassVar[Literal["stable", "prototype"]] = "stable"
@@ -34,7 +38,9 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """The name in text and files: the file's stem, or the dotted path of a class from elsewhere."""
+        """The name in text and files: the file's stem, or the dotted path of a class from
+        elsewhere.
+        """
         module = type(self).__module__
         ours = module.startswith("vitreous.")
         return module.rsplit(".", 1)[-1] if ours else f"{module}.{type(self).__qualname__}"
@@ -69,9 +75,11 @@ def summary(cls: type) -> str:
 
 
 def values_of(cls: type[Settings], name: str, words: str) -> dict[str, Any]:
-    """{setting: value} of "setting=value,...", read as the types of `cls`; name is quoted in errors.
+    """{setting: value} of "setting=value,...", read as the types of `cls`; name is quoted in
+    errors.
 
-    Raises UnknownName for a setting that `cls` does not have, SettingError for a value that does not fit.
+    Raises UnknownName for a setting that `cls` does not have, SettingError for a value that does
+    not fit.
     """
     kinds = settings(cls)
     given: dict[str, Any] = {}
@@ -90,11 +98,14 @@ def values_of(cls: type[Settings], name: str, words: str) -> dict[str, Any]:
     return given
 
 
-# -- one setting: from text, to text, and whether a value is of its type --------------------------------------------
+# -- one setting: from text, to text, and whether a value is of its type --------------------------
 
 
 def written(value: Any) -> str:
-    """A value as text: numbers and words as they are, None as none, a tuple joined by +, runs of integers as a-b."""
+    """A value as text.
+
+    Numbers and words as they are, None as none, a tuple joined by +, runs of integers as a-b.
+    """
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -105,7 +116,10 @@ def written(value: Any) -> str:
 
 
 def read(kind: Any, text: str, where: str) -> Any:
-    """A value of type `kind` from text. Raises SettingError that names `where`, what was found and what fits."""
+    """A value of type `kind` from text.
+
+    Raises SettingError that names `where`, what was found and what fits.
+    """
     if optional(kind):
         if text.lower() == "none":
             return None
@@ -145,7 +159,10 @@ def spread(part: str, where: str) -> list[str]:
 
 
 def checked(owner: Settings, name: str, kind: Any, value: Any) -> Any:
-    """The value, as the setting's type (lists and ranges become tuples); raises SettingError if it does not fit."""
+    """The value, as the setting's type (lists and ranges become tuples).
+
+    Raises SettingError if it does not fit.
+    """
     where = f"{type(owner).__name__}({name}={value!r})"
     if value is None and optional(kind):
         return None

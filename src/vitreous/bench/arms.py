@@ -26,7 +26,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Arm:
-    """A model as named: a name of timm's, with random weights, or a model folder; with grafts put in, or taken out.
+    """A model as named: a name of timm's, with random weights, or a model folder.
+
+    With grafts put in, or taken out.
 
     plain: take out the grafts that the folder brings.
     """
@@ -39,7 +41,9 @@ class Arm:
     foreign: bool = False
 
     def build(self, size: int | None = None) -> nn.Module:
-        """The model for square images of `size` pixels (its own size if None), on the CPU; the same at every call.
+        """The model for square images of `size` pixels (its own size if None), on the CPU.
+
+        The same at every call.
 
         Raises VitreousError for a name, folder, argument, size or graft that does not fit.
         """
@@ -64,7 +68,9 @@ def own_size(model: nn.Module) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison: mode "inference", a forward pass, or "training": forward, loss, grafts' penalties, backward, AdamW."""
+    """One comparison: mode "inference", a forward pass, or "training": forward, loss, grafts'
+    penalties, backward, AdamW.
+    """
 
     mode: str
     batch: int
@@ -77,7 +83,8 @@ class Cell:
         return f"{self.mode}, batch {self.batch}, {self.size} px"
 
     def act(self, model: nn.Module) -> Callable[[], object]:
-        """What is timed of this model, which is moved to the device and mode. Compilation happens at the first call.
+        """What is timed of this model, which is moved to the device and mode. Compilation happens
+        at the first call.
 
         Raises SettingError for training without a classifier.
         """

@@ -1,7 +1,8 @@
 """Peak memory of an arm: allocated on a GPU, resident in a process of its own on the CPU.
 
-`python -m vitreous.bench.memory` is that process's parent. It imports what is needed, computes nothing itself, and forks for
-every line it reads, so that each arm starts from the same clean state and one that runs out of memory takes nobody along.
+`python -m vitreous.bench.memory` is that process's parent. It imports what is needed, computes
+nothing itself, and forks for every line it reads, so that each arm starts from the same clean state
+and one that runs out of memory takes nobody along.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ OUT = "out of memory"
 
 
 def allocated(build: Callable[[], Callable[[], object]], device: str) -> tuple[Callable[[], object], float]:
-    """(what `build` gives, MiB allocated on the GPU at most by it and two calls of it, weights included)."""
+    """(what `build` gives, MiB allocated on the GPU at most by it and two calls of it, weights
+    included).
+    """
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     act = build()
@@ -48,7 +51,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Residents:
-    """Peak resident memory, arm by arm, of processes beside this one: `with Residents() as residents: residents.peak(...)`."""
+    """Peak resident memory, arm by arm, of processes beside this one: `with Residents() as
+    residents: residents.peak(...)`.
+    """
 
     def __enter__(self) -> Residents:
         self.process = None
@@ -66,10 +71,12 @@ class Residents:
             self.process.wait()
 
     def peak(self, arm: Arm, cell: Cell) -> float | str:
-        """MiB that a process of its own held at most while the arm was built and called twice, above what it held before.
+        """MiB that a process of its own held at most while the arm was built and called twice,
+        above what it held before.
 
-        Or in words why there is no number: memory ran out, or this system does not tell (Linux does). Compiled models are
-        not measured: what the compiler holds cannot be told from what the model needs.
+        Or in words why there is no number: memory ran out, or this system does not tell (Linux
+        does). Compiled models are not measured: what the compiler holds cannot be told from what
+        the model needs.
         """
         if self.process is None:
             return "not measured on this system"
@@ -123,7 +130,10 @@ def resident(arm: Arm, cell: Cell) -> float | str:
 
 
 def settle(cell: Cell) -> None:
-    """Call each kind of kernel once, small, so that code and threads are there before, and hand back what that took."""
+    """Call each kind of kernel once, small, and return the memory that it took.
+
+    Code and threads are then there before anything is measured.
+    """
     model = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU())
     x = model(torch.rand(2, 3, 32, 32)).unflatten(-1, (4, 16))
     with torch.autocast("cpu", torch.bfloat16, enabled=cell.dtype == "bf16"):

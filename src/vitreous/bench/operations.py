@@ -31,10 +31,13 @@ UNKNOWN = {
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations; an addition and a multiplication count one each, so a multiply-add two.
+    """Floating-point operations.
 
-    by_kind: {operator: operations}, whose sum is total. uncounted: products, decompositions, transforms and operators of other
-    libraries that ran, but have no formula: where there are any, total is a lower bound.
+    An addition and a multiplication count one each, so a multiply-add two.
+
+    by_kind: {operator: operations}, whose sum is total. uncounted: products, decompositions,
+    transforms and operators of other libraries that ran, but have no formula: where there are any,
+    total is a lower bound.
     """
 
     total: int
@@ -45,10 +48,11 @@ class Operations:
 def operations(act: Callable[[], object]) -> Operations:
     """Run `act` once, uncompiled, and count what it and any backward pass in it ask for.
 
-    Counted are products of matrices, convolutions, attention in every form, Fourier transforms and decompositions; not
-    sums, element-wise functions, softmax and norms. Attention costs two products forward and four backward, fused or
-    written out: that a fused kernel makes its scores a second time is its own affair. Iterations cost what the text books
-    give them (Golub and Van Loan 2013, Matrix Computations, 4th ed., 4.2, 5.2, 8.3, 8.6; Fourier transforms 5 n log2 n).
+    Counted are products of matrices, convolutions, attention in every form, Fourier transforms and
+    decompositions; not sums, element-wise functions, softmax and norms. Attention costs two
+    products forward and four backward, fused or written out: that a fused kernel makes its scores a
+    second time is its own affair. Iterations cost what the text books give them (Golub and Van Loan
+    2013, Matrix Computations, 4th ed., 4.2, 5.2, 8.3, 8.6; Fourier transforms 5 n log2 n).
     """
     with Counter() as counter:
         act()
@@ -56,7 +60,10 @@ def operations(act: Callable[[], object]) -> Operations:
 
 
 class Counter(TorchDispatchMode):
-    """Counts by torch's formulas for products and convolutions, and by those below, which torch lacks or counts otherwise."""
+    """Counts operations by torch's formulas for products and convolutions.
+
+    What torch lacks or counts otherwise is counted by the formulas below.
+    """
 
     def __init__(self):
         super().__init__()
@@ -87,7 +94,7 @@ class Counter(TorchDispatchMode):
         return out
 
 
-# -- formulas: the shapes of what came out and went in, and the other arguments as they are ------------------------------
+# -- formulas: the shapes of what came out and went in, and the other arguments as they are -------
 
 
 def attention(out, query, key, value, *rest, **options) -> int:
@@ -101,14 +108,20 @@ def attention_backward(out, gradient, query, key, value, *rest, **options) -> in
 
 
 def convolution_backward(out, gradient, x, weight, bias, stride, padding, dilation, transposed, *rest, **options) -> int:
-    """As much as forward for the gradient of the input, and for that of the weight, with groups as they are."""
+    """As much as forward for the gradient of the input, and for that of the weight.
+
+    Groups stay as they are.
+    """
     needed = rest[-1]
     places = x if transposed else gradient
     return 2 * (needed[0] + needed[1]) * places[0] * math.prod(places[2:]) * math.prod(weight)
 
 
 def svd(out, x, full_matrices=False, *rest, **options) -> int:
-    """The cheaper of Golub-Reinsch and R-SVD. Singular values alone count as much: torch computes vectors while watched."""
+    """The cheaper of Golub-Reinsch and R-SVD.
+
+    Singular values alone count as much: torch computes vectors while watched.
+    """
     *batch, m, n = *x[:-2], max(x[-2:]), min(x[-2:])
     if full_matrices:
         routes = (4 * m**2 * n + 8 * m * n**2 + 9 * n**3, 4 * m**2 * n + 22 * n**3)
@@ -118,7 +131,10 @@ def svd(out, x, full_matrices=False, *rest, **options) -> int:
 
 
 def qr(out, x, mode="reduced", **options) -> int:
-    """Householder: R, reflector by reflector; as much again for a thin Q, more for a square one."""
+    """Householder: R, reflector by reflector.
+
+    As much again for a thin Q, more for a square one.
+    """
     *batch, m, n = x
     small = min(m, n)
     r = 4 * m * n * small - 2 * (m + n) * small**2 + 4 * small**3 / 3
@@ -142,7 +158,10 @@ def triangular(out, a, b, **options) -> int:
 
 
 def solve_twice(out, *operands, **options) -> int:
-    """Two triangular solves with a factor of n x n that is there; out (..., n, right-hand sides)."""
+    """Two triangular solves with a factor of n x n that is there.
+
+    Out (..., n, right-hand sides).
+    """
     solution = out if isinstance(out[0], int) else out[0]
     return 2 * math.prod(solution) * solution[-2]
 

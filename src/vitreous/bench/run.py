@@ -1,4 +1,7 @@
-"""`vitreous bench`: models in turns, cell by cell, into a folder with bench.json and report.html."""
+"""`vitreous bench`: models in turns, cell by cell, into a folder.
+
+It gets bench.json and report.html.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,9 @@ WARMUP = 3
 def bench(settings: BenchSettings, console: Console | None = None) -> Path:
     """Time, measure and count; write bench.json and report.html, and return their folder.
 
-    Every cell (mode, image size, batch) is written when it is done. A model that runs out of memory has a row that says so.
-    Raises VitreousError for models, grafts and settings that do not fit, before anything is written.
+    Every cell (mode, image size, batch) is written when it is done. A model that runs out of memory
+    has a row that says so. Raises VitreousError for models, grafts and settings that do not fit,
+    before anything is written.
     """
     console = console or Console(quiet=True)
     arms = settings.arms()
@@ -79,7 +83,9 @@ def bench(settings: BenchSettings, console: Console | None = None) -> Path:
 
 
 def probe(arm: Arm, size: int, modes: Sequence[str]) -> None:
-    """Build the arm once, and see that every graft is reached and every mode possible; raises VitreousError if not."""
+    """Build the arm once, and see that every graft is reached and every mode possible; raises
+    VitreousError if not.
+    """
     model = arm.build(size)
     for mode in modes:
         Cell(mode, 1, size).act(model)
@@ -91,7 +97,10 @@ def probe(arm: Arm, size: int, modes: Sequence[str]) -> None:
 def measure(
     arms: Sequence[Arm], cell: Cell, count: int, residents: Residents | None, progress: Callable[[int, int], None]
 ) -> list[dict[str, Any]]:
-    """A row for each arm: seconds of every round, peak memory, operations; failed says why there is nothing."""
+    """A row for each arm: seconds of every round, peak memory, operations.
+
+    Failed says why there is nothing.
+    """
     rows, acts = [], {}
     torch.compiler.reset()  # what was compiled for other cells counts against a limit, beyond which nothing is compiled
     for arm in arms:
@@ -131,7 +140,10 @@ def measure(
 
 
 def prepared(arm: Arm, cell: Cell, row: dict[str, Any]) -> Callable[[], object]:
-    """What is timed of the arm; its parameters, operations and memory on a GPU are written into the row."""
+    """What is timed of the arm.
+
+    Its parameters, operations and memory on a GPU are written into the row.
+    """
     counted = operations(Cell(**{**asdict(cell), "compile": False}).act(arm.build(cell.size)))
 
     def build() -> Callable[[], object]:

@@ -52,9 +52,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BenchSettings(Comparison):
-    """All settings of one bench. model: a name of timm's or a model folder; the others are described where they stand.
+    """All settings of one bench. model: a name of timm's or a model folder; the others are
+    described where they stand.
 
-    Raises UnknownName, DataError or SettingError for what can be seen to be wrong without building a model.
+    Raises UnknownName, DataError or SettingError for what can be seen to be wrong without building
+    a model.
     """
 
     model: str
@@ -85,7 +87,10 @@ class BenchSettings(Comparison):
             )
 
     def arms(self) -> list[Arm]:
-        """The model first; then the same without grafts, if it has any; then the others. Names tell them apart."""
+        """The model first; then the same without grafts, if it has any; then the others.
+
+        Names tell them apart.
+        """
         common = {"model_kwargs": self.model_kwargs, "foreign": self.foreign}
         brought = model_folder.read_mechanisms(Path(self.model), self.foreign) if model_folder.is_folder(self.model) else []
         grafted = [*map(str, brought), *self.graft]

@@ -22,11 +22,12 @@ ENOUGH = 16  # rounds, eight pairs: all on one side of the true median in 1 of 1
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of times: the median over pairs of rounds and its 95 % bootstrap interval, from so many rounds.
+    """A ratio of times: median over pairs of rounds, and its 95 % bootstrap interval.
 
-    surely: the 99 % interval. Of twenty comparisons of equal things one misses 1 by its 95 % interval, and a table has many
-    rows: a difference is claimed only where this one misses it too. From fewer than ENOUGH rounds the intervals are too
-    narrow, since a bootstrap knows nothing beyond the values it has.
+    surely: the 99 % interval. Of twenty comparisons of equal things one misses 1 by its 95 %
+    interval, and a table has many rows: a difference is claimed only where this one misses it too.
+    From fewer than ENOUGH rounds the intervals are too narrow, since a bootstrap knows nothing
+    beyond the values it has.
     """
 
     median: float
@@ -37,7 +38,9 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """In words: "no difference" if the intervals cover 1, else "faster" (below 1) or "slower"; or "too few rounds"."""
+        """In words: "no difference" if the intervals cover 1, else "faster" (below 1) or "slower";
+        or "too few rounds".
+        """
         if self.rounds < ENOUGH:
             return "too few rounds"
         return "faster" if self.surely[1] < 1 else "slower" if self.surely[0] > 1 else "no difference"
@@ -53,10 +56,11 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Seconds of one call of every arm in each of `count` rounds, {arm: (count,)}.
 
-    Every second round runs its arms in the reverse order of the one before it (see `order`), so that a drift of the machine
-    weighs on all arms alike. `warmup` rounds go before and are not kept. Garbage is collected between rounds, never in a
-    call. From here on the process keeps the memory it frees (see `keep_freed_memory`). On CUDA a call is timed by events,
-    with nothing else in flight. progress(done, of) is called after every round.
+    Every second round runs its arms in the reverse order of the one before it (see `order`), so
+    that a drift of the machine weighs on all arms alike. `warmup` rounds go before and are not
+    kept. Garbage is collected between rounds, never in a call. From here on the process keeps the
+    memory it frees (see `keep_freed_memory`). On CUDA a call is timed by events, with nothing else
+    in flight. progress(done, of) is called after every round.
     """
     names, seconds = list(arms), {name: [] for name in arms}
     timed = partial(cuda_seconds, device) if torch.device(device).type == "cuda" else cpu_seconds
@@ -83,10 +87,13 @@ def rounds(
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, as a process with one model does sooner or later; elsewhere nothing happens.
+    """Let glibc keep what is freed, as a process with one model does sooner or later.
 
-    By default it gives the top of the heap back, and how often depends on the sizes that all arms ask for: among three
-    variants of a ViT-Ti at batch 16 up to 40,000 page faults a forward were found, a sixth of its time, and alone none.
+    Elsewhere nothing happens.
+
+    By default it gives the top of the heap back, and how often depends on the sizes that all arms
+    ask for: among three variants of a ViT-Ti at batch 16 up to 40,000 page faults a forward were
+    found, a sixth of its time, and alone none.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -96,11 +103,13 @@ def keep_freed_memory() -> None:
 
 
 def order(names: Sequence[str], number: int) -> list[str]:
-    """The order of the arms in a round: a row of a Williams square, or in every second round the one before reversed.
+    """The order of the arms in a round: a row of a Williams square.
 
-    Over 2k rounds of k arms each arm takes each place equally often, and comes after each other arm equally often. Two arms
-    go A B B A, so that within a pair of rounds each follows itself once: what is in the caches then helps both alike.
-    Source: Williams 1949, Aust. J. Sci. Res. A 2, 149.
+    In every second round the row before, reversed.
+
+    Over 2k rounds of k arms each arm takes each place equally often, and comes after each other arm
+    equally often. Two arms go A B B A, so that within a pair of rounds each follows itself once:
+    what is in the caches then helps both alike. Source: Williams 1949, Aust. J. Sci. Res. A 2, 149.
     """
     k = len(names)
     turn = number // 2 if k > 2 else 0
@@ -127,10 +136,12 @@ def cuda_seconds(device: str | torch.device, act: Callable[[], object]) -> float
 
 
 def ratio(ours: Sequence[float], base: Sequence[float], draws: int = 2000, seed: int = 0) -> Ratio:
-    """ours / base, paired round by round: seconds (n,) of both as `rounds` gives them, n at least 2.
+    """ours / base, paired round by round: seconds (n,) of both, n at least 2.
 
-    A round and the next, which ran in the reverse order, give one value (the geometric mean of their two ratios), and
-    `interval` the median over these values. Raises SettingError.
+    As `rounds` gives them.
+
+    A round and the next, which ran in the reverse order, give one value (the geometric mean of
+    their two ratios), and `interval` the median over these values. Raises SettingError.
     """
     if len(ours) != len(base) or len(base) < 2:
         raise SettingError(
@@ -146,12 +157,13 @@ def ratio(ours: Sequence[float], base: Sequence[float], draws: int = 2000, seed:
 
 
 def interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, ...]:
-    """Median of values (n,) in the order they were measured, its 95 % and its 99 % bootstrap interval: five numbers.
+    """Median of values (n,) in the order they were measured, its 95 % and its 99 % bootstrap
+    interval: five numbers.
 
-    Values that follow each other may be alike, and then tell less than their number says. The intervals are stretched by
-    the square root of 1 + 2 sum_k (1 - k / (K + 1)) r_k, if that is above 1, with r_k the correlation at lag k of the signs
-    of value - median, K = n^(1/3): the factor by which the variance of a median grows (Bartlett's weights, Newey and West
-    1987).
+    Values that follow each other may be alike, and then tell less than their number says. The
+    intervals are stretched by the square root of 1 + 2 sum_k (1 - k / (K + 1)) r_k, if that is
+    above 1, with r_k the correlation at lag k of the signs of value - median, K = n^(1/3): the
+    factor by which the variance of a median grows (Bartlett's weights, Newey and West 1987).
     """
     values = np.asarray(values, np.float64)
     count, median = len(values), np.median(values)

@@ -1,8 +1,10 @@
-"""The commands: what can be typed after `vitreous`, one in each file that has no leading underscore, but for `cli.py`.
+"""The commands: what can be typed after `vitreous`, one in each file that has no leading
+underscore, but for `cli.py`.
 
-A command's file holds its settings, its help and its `run`. Only what the settings need is imported at its top; the rest,
-torch and timm among it, in `run`: help and a mistyped option come at once, and `vitreous --help` imports no command at all.
-Files with a leading underscore do the work of a command where no other part of the library does it.
+A command's file holds its settings, its help and its `run`. Only what the settings need is imported
+at its top; the rest, torch and timm among it, in `run`: help and a mistyped option come at once,
+and `vitreous --help` imports no command at all. Files with a leading underscore do the work of a
+command where no other part of the library does it.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from typing import ClassVar, Self
 
 
 class Command:
-    """Base of the commands: a frozen dataclass of what can be typed, whose docstring is its help.
+    """Base of the commands: a frozen dataclass of what can be typed.
 
-    usage: what follows the name, in the overview of `vitreous --help`. together: several processes of torchrun do it as one.
+    Its docstring is its help.
+
+    usage: what follows the name, in the overview of `vitreous --help`. together: several processes
+    of torchrun do it as one.
     """
 
     usage: ClassVar[str] = "[options]"
@@ -23,7 +28,10 @@ class Command:
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Self:
-        """The settings that a command line asks for; exits with code 2, or 0 for --help, where tyro has the word."""
+        """The settings that a command line asks for.
+
+        Exits with code 2, or 0 for --help, where tyro has the word.
+        """
         import tyro  # not for commands that read their few words themselves
 
         help_text = f"{inspect.getdoc(cls)}\n"
@@ -36,5 +44,7 @@ class Command:
         return cls.__module__.rpartition(".")[2]
 
     def run(self) -> int | None:
-        """Do what was asked; returns the exit code, None for 0. Raises VitreousError for a mistake that can be mended."""
+        """Do what was asked; returns the exit code, None for 0. Raises VitreousError for a mistake
+        that can be mended.
+        """
         raise TypeError(f"{type(self).__name__} does not say what it does: define run(self).")

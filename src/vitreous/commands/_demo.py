@@ -1,4 +1,7 @@
-"""What `vitreous demo` does: a look at a small trained model, then three trained on made images, one table and report."""
+"""The demo: a look at a small trained model, then three trained on made images.
+
+It ends in one table and a report.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ def demo(out: str | None, seed: int, quick: bool) -> Path:
     """Train the three, print the table; returns the folder of their run folders."""
     console = Console()
     folder = choose_folder(out, "demo")
-    # On matrices this small a second thread gains little, loses much on a busy machine, and changes the last digits.
+    # On matrices this small a second thread gains little, loses much on a busy machine, and changes
+    # the last digits.
     torch.set_num_threads(1)
     first_look(folder / "first-look", seed, console)
     for number, (arm, mechanisms) in enumerate(ARMS.items(), 1):
@@ -68,7 +72,10 @@ def arm_settings(mechanisms: Sequence[str], folder: Path, seed: int, quick: bool
 
 
 def first_look(folder: Path, seed: int, console: Console) -> None:
-    """Look at the shipped model on a few scenes, half of them on swapped backgrounds, and write its report."""
+    """Look at the shipped model on a few scenes, and write its report.
+
+    Half of them have swapped backgrounds.
+    """
     usual, swapped = (Cutouts(12, split=split, seed=seed) for split in ("test", "swapped"))
     images, masks = (np.concatenate([getattr(part, name) for part in (usual, swapped)]) for name in ("images", "masks"))
     scenes = ArraySamples(images, np.concatenate([usual.labels, swapped.labels]), masks)
@@ -91,7 +98,10 @@ def share(reading: Reading) -> str:
 
 
 def foreground_share(reading: Reading) -> tuple[float, float, float, float]:
-    """Mean share of the last layer's attention, heads averaged, on the object, its 95 % interval, and the object's area."""
+    """Mean share of the last layer's attention on the object, with its 95 % interval.
+
+    Heads are averaged; the object's area comes last.
+    """
     summary = reading.facts["summary"]
     last = max(reading.layers, key=lambda layer: layer["layer"])["layer"]
 
@@ -104,7 +114,7 @@ def foreground_share(reading: Reading) -> tuple[float, float, float, float]:
 
 
 def compare(folder: Path, seed: int) -> Table:
-    """One table of the three runs, from their folders and from what their models look at on the same scenes."""
+    """One table of the three runs, from their folders and from looking at the same scenes."""
     scenes = {arm: test_scenes(folder / arm, LOOKED_AT, seed) for arm in ARMS}
     readings = {
         arm: look(model_folder.load(folder / arm), scenes[arm][0], inputs=scenes[arm][1].config(), seed=seed) for arm in ARMS
@@ -148,7 +158,7 @@ def accuracy(right: np.ndarray) -> str:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Points of accuracy between two that saw the same objects, or that there is no difference."""
+    """Points of accuracy between two that saw the same objects, or "no difference"."""
     value, low, high = statistics.paired(ours, theirs, draws=10_000, few_values=True)
     said = "no difference" if low <= 0 <= high else f"{100 * value:+.1f} points"
     return f"{said}\n{100 * low:+.1f} to {100 * high:+.1f}"
@@ -168,7 +178,7 @@ def indicator(reading: Reading, name: str, source: str = "attention") -> str | N
 
 @torch.no_grad()
 def left_behind(folder: Path, scenes: Cutouts, inputs: Preprocess) -> float:
-    """Largest difference of logits between a trained model with its grafts taken out and one that never had any.
+    """Largest difference of logits between a model after ungrafting and one never grafted.
 
     The second is built by timm alone and given the same host weights.
     """

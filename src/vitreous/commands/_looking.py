@@ -1,4 +1,7 @@
-"""What `vitreous look` and `calibrate` do: from a model and images to a reading and its report, or to a direction."""
+"""What `vitreous look` and `calibrate` do with a model and images.
+
+One ends in a reading and its report, one in a direction.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ DIRECTION = "foreground.safetensors"  # beside model.safetensors, the direction 
 
 
 def run_look(name: str, images: Sequence[str], source: ModelSource, looking: dict[str, Any]) -> Path:
-    """Look, save, report; returns the folder of the reading. looking: the options of the command, by name."""
+    """Look, save, report; returns the folder of the reading.
+
+    looking: the options of the command, by name.
+    """
     with connected(torch_device(source.device)) as team:
         return look_together(name, images, source, looking, team.console(Console()), team)
 
@@ -62,7 +68,10 @@ def look_together(
 
 
 def calibrate(name: str, photos: Sequence[str], out: str | None, source: ModelSource) -> None:
-    """Find the direction of a model and save it, in the model's folder unless `out` names a file."""
+    """Find the direction of a model and save it.
+
+    In the model's folder unless `out` names a file.
+    """
     console = Console()
     path = Path(out) if out else Path(name) / DIRECTION
     if not path.parent.is_dir() or path.is_dir():
@@ -77,7 +86,7 @@ def calibrate(name: str, photos: Sequence[str], out: str | None, source: ModelSo
     console.print(f"Done: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
-# -- the parts -------------------------------------------------------------------------------------------------------
+# -- the parts ------------------------------------------------------------------------------------
 
 
 def open_on_device(name: str, source: ModelSource, console: Console, team: Team = ALONE) -> tuple[nn.Module, dict]:
@@ -132,7 +141,10 @@ def said(reading: Reading) -> list[str]:
 
 
 def overview(reading: Reading) -> Table:
-    """By layer, means over heads and images of measures with a short heading; the report says what each means."""
+    """By layer, means over heads and images of measures with a short heading.
+
+    The report says what each means.
+    """
     columns = reading.table()
     headings = {name: record["short"] for name, record in reading.measures.items() if record["short"]}
     shown = [name for name in headings if name in columns and np.isfinite(columns[name]).any()]

@@ -16,9 +16,9 @@ from vitreous.commands import Command
 class Bench(Command):
     """How fast a model is, with grafts and against others: time, memory, operations.
 
-    Latency, images per second, peak memory and operations, against the same model without grafts and against others. The
-    models take turns, so that all meet the same machine; ratios
-    come with 95 % intervals.
+    Latency, images per second, peak memory and operations, against the same model without grafts
+    and against others. The models take turns, so that all meet the same machine; ratios come with
+    95 % intervals.
 
     examples:
       vitreous bench vit_tiny_patch16_224 --graft svda --batch 1 16
@@ -34,7 +34,10 @@ class Bench(Command):
     comparison: conf.OmitArgPrefixes[Comparison] = field(default_factory=Comparison)
 
     def settings(self) -> BenchSettings:
-        """One record of all. Raises UnknownName, DataError or SettingError for what is wrong without building a model."""
+        """One record of all.
+
+        Raises UnknownName, DataError or SettingError for what is wrong without building a model.
+        """
         return BenchSettings(self.model, **vars(self.comparison))
 
     def run(self) -> None:

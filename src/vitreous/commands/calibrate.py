@@ -15,8 +15,9 @@ from vitreous.commands._arguments import ImagePaths, ModelName, ModelSource
 class Calibrate(Command):
     """Find a model's foreground direction from photographs, without labels or masks.
 
-    It is a small file that travels with the model. Fifty to five hundred photographs whose subject tends to be central. With
-    a model folder the file goes into it, where `vitreous look` finds it; else give it to look with --direction.
+    It is a small file that travels with the model. Fifty to five hundred photographs whose subject
+    tends to be central. With a model folder the file goes into it, where `vitreous look` finds it;
+    else give it to look with --direction.
 
     example:
       vitreous calibrate runs/cutouts-plain photos/

@@ -1,4 +1,7 @@
-"""The command line: the files of this folder are the commands. Mistakes that a user can mend end in a message and code 2."""
+"""The command line: the files of this folder are the commands.
+
+Mistakes that a user can mend end in a message and code 2.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ PIPE_CLOSED = 141  # what a shell reports of a program that wrote into a pipe th
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0 done, 1 data with problems, 2 a mistake in what was asked, 130 or 143 stopped by Ctrl-C or SIGTERM, 141 a closed pipe.
+    0 done, 1 data with problems, 2 a mistake in what was asked, 130 or 143 stopped by Ctrl-C or
+    SIGTERM, 141 a closed pipe.
     """
     try:
         code = answer(list(sys.argv[1:] if arguments is None else arguments))

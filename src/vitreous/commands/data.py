@@ -16,7 +16,8 @@ from vitreous.commands import Command
 class Data(Command):
     """Look for what is wrong with images before training on them. Nothing is changed.
 
-    Files that cannot be read, copies within and across parts, classes of one image, names that clash, masks that do not fit.
+    Files that cannot be read, copies within and across parts, classes of one image, names that
+    clash, masks that do not fit.
 
     Exit code: 0 nothing found, 1 something found, 2 nothing could be checked.
 

@@ -12,8 +12,9 @@ from vitreous.commands import Command
 class Demo(Command):
     """Look at a small trained model, train three more on made images and compare them.
 
-    The first comes with the package; the three, a plain one, one with SVDA and one with SVD-ViT's tokens, are compared on
-    usual and on swapped backgrounds. Nothing is downloaded; about four minutes on an ordinary machine.
+    The first comes with the package; the three, a plain one, one with SVDA and one with SVD-ViT's
+    tokens, are compared on usual and on swapped backgrounds. Nothing is downloaded; about four
+    minutes on an ordinary machine.
     """
 
     usage: ClassVar[str] = ""

@@ -1,4 +1,4 @@
-"""`vitreous export`: from words on a command line to a model's file and the proof that it computes the same."""
+"""`vitreous export`: a model's file, and the proof that it computes the same."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Export(Command):
       torch-export  one .pt2 file for torch.export.load
       timm          a folder for timm.create_model("local-dir:..."), mechanisms taken out
 
-    Beside the file stands PATH.json (in a folder: export.json): the largest difference of logits, size, versions. Beyond the
-    tolerance nothing is left.
+    Beside the file stands PATH.json (in a folder: export.json): the largest difference of logits,
+    size, versions. Beyond the tolerance nothing is left.
 
     examples:
       vitreous export runs/photos --to onnx --out photos.onnx --images new-photos/

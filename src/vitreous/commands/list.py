@@ -1,4 +1,7 @@
-"""`vitreous list`: what there is to choose from, read from the files as text, so that it comes at once."""
+"""`vitreous list`: the items to choose from, read from the files as text.
+
+So it comes at once.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ HELP = "usage: vitreous list [NAME]\n\nThe mechanisms and networks there are, or
 
 @dataclass(frozen=True)
 class Shelf:
-    """A folder of items. title: of its table; noun: one item; use: a command with the text form of one in it."""
+    """A folder of items.
+
+    Title: of its table; noun: one item; use: a command with the text form of one in it.
+    """
 
     title: str
     folder: str
@@ -76,7 +82,10 @@ class List(Command):
 
 
 def items(shelf: Shelf) -> Table:
-    """One line for each: name, slot, what it is, its paper, and its settings with their defaults."""
+    """One line for each item: name, slot, summary, paper.
+
+    And its settings with their defaults.
+    """
     slots = ("slot",) if shelf.nested else ()
     table = Table("name", *slots, "what it is", title=shelf.title, title_justify="left", show_lines=True)
     for name, file in shelf.files().items():
@@ -102,7 +111,7 @@ def network_table() -> Table:
 
 
 def networks() -> dict[str, str]:
-    """{name: docstring} of the functions that the files of `architectures/` register with timm."""
+    """{name: docstring} of the functions of `architectures/` that register with timm."""
     functions = [
         node
         for file in item_files(PACKAGE / "architectures").values()
@@ -113,7 +122,10 @@ def networks() -> dict[str, str]:
 
 
 def show(name: str, console: Console) -> None:
-    """What is called so: its docstring, and every setting with its default. Raises UnknownName."""
+    """What is called so: its docstring, and every setting with its default.
+
+    Raises UnknownName.
+    """
     shelves = [shelf for shelf in SHELVES if name in shelf.files()]
     for shelf in shelves:
         show_item(shelf, read_entry(shelf.files()[name]), console)

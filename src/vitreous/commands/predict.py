@@ -37,8 +37,8 @@ class Predicting:
 class Predict(Command):
     """The classes of images by a trained model, with probabilities, as a CSV file.
 
-    Spreadsheets open it. Images are prepared exactly as in training. One that cannot be read has its line in the file, too,
-    with the reason.
+    Spreadsheets open it. Images are prepared exactly as in training. One that cannot be read has
+    its line in the file, too, with the reason.
 
     examples:
       vitreous predict runs/photos new-photos/

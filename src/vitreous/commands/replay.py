@@ -13,8 +13,8 @@ from vitreous.commands._arguments import RunFolder
 class Replay(Command):
     """Run the step again at which a run stopped since a number was not finite.
 
-    It starts from the state and the batch that the run kept, and names the first module whose output or gradient is not
-    finite. Changes nothing.
+    It starts from the state and the batch that the run kept, and names the first module whose
+    output or gradient is not finite. Changes nothing.
 
     example:
       vitreous replay runs/cutouts-plain

@@ -39,8 +39,8 @@ class Changed:
 class Resume(Command):
     """Go on with a run that was stopped, killed, or ran out of disk.
 
-    It ends with the very weights and numbers that it would have ended with: on the same machine, on the CPU. What does not
-    bear on that can be given anew.
+    It ends with the very weights and numbers that it would have ended with: on the same machine, on
+    the CPU. What does not bear on that can be given anew.
 
     example:
       vitreous resume runs/cutouts-plain
@@ -54,7 +54,10 @@ class Resume(Command):
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Self:
-        """As for any command; raises SettingError for a setting of training that a begun run keeps."""
+        """As for any command.
+
+        Raises SettingError for a setting of training that a begun run keeps.
+        """
         kept = {flag(field.name) for group in (Images, Network, Optimisation, Running) for field in fields(group)}
         kept -= {flag(field.name) for field in fields(Changed)}
         for word in words:

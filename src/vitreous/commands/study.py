@@ -1,4 +1,4 @@
-"""`vitreous study`: from words on a command line to arms that are trained on the same seeds and compared."""
+"""`vitreous study`: arms that are trained on the same seeds and compared."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Arms:
 class Study(Train):
     """Train arms that differ in their grafts alone, and compare them with paired intervals.
 
-    Seeds, data, order and recipe are the same for all; the first arm is what the others are compared with. Given again, the
-    command goes on where it was stopped.
+    Seeds, data, order and recipe are the same for all; the first arm is what the others are
+    compared with. Given again, the command goes on where it was stopped.
 
     example:
       vitreous study photos/ --arm plain --arm svda:scale=sqrt --arm "svda spc:after=11" --seeds 3 --pretrained --recipe auto
@@ -43,7 +43,10 @@ class Study(Train):
 
 
 def report_study(folder: Path) -> None:
-    """Say where the summary of a study is, and write a report of its arms side by side, each by its first seed."""
+    """Say where the summary of a study is, and write a report of its arms side by side.
+
+    Each by its first seed.
+    """
     from vitreous.train.study.study import first_runs
 
     report_runs(folder, first_runs(folder))

@@ -44,7 +44,10 @@ class Train(Command):
     running: conf.OmitArgPrefixes[Running] = field(default_factory=Running)
 
     def settings(self) -> TrainSettings:
-        """One record of all. Raises UnknownName or SettingError for what can be seen to be wrong without data or model."""
+        """One record of all.
+
+        Raises UnknownName or SettingError for what can be seen to be wrong without data or model.
+        """
         groups = (self.images, self.network, self.optimisation, self.running)
         return TrainSettings(self.data, **{name: value for group in groups for name, value in vars(group).items()})
 
@@ -60,7 +63,10 @@ def report_run(folder: Path) -> None:
 
 
 def report_runs(folder: Path, runs: list[Path]) -> None:
-    """Say where the summary of runs is, and write one report of them; in the first process alone."""
+    """Say where the summary of runs is, and write one report of them.
+
+    In the first process alone.
+    """
     from vitreous.base.processes import launched
     from vitreous.report.page import write
 

@@ -1,4 +1,7 @@
-"""Images to train and test on: named sets, folders and archives, and made scenes with known masks."""
+"""Images to train and test on: named sets, folders, archives, and made scenes.
+
+Made scenes come with known masks.
+"""
 
 from vitreous.data.open import OpenOnce, open_data
 from vitreous.data.samples import ArraySamples, Data, Samples, check_target

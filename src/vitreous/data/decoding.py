@@ -1,4 +1,7 @@
-"""From the bytes of an image file to pixels: capped before decoding, converted by stated rules, never by luck."""
+"""From the bytes of an image file to pixels.
+
+Sizes are capped before decoding, and modes are converted by stated rules.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,8 @@ def is_image(name: str) -> bool:
 def contents(source: Source, name: str) -> bytes:
     """The bytes of a file or archive member called `name`.
 
-    Raises Unreadable if it cannot be read or its drive does not answer within a minute, DriveGone at the third of those.
+    Raises Unreadable if it cannot be read or its drive does not answer within a minute, DriveGone
+    at the third of those.
     """
     if isinstance(source, bytes):
         return source
@@ -71,7 +75,10 @@ def contents(source: Source, name: str) -> bytes:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a plain file. Raises OSError for what is none, which could have no end, and for one beyond all bounds."""
+    """The bytes of a plain file.
+
+    Raises OSError for what is none, which could have no end, and for one beyond all bounds.
+    """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError("not a plain file")
@@ -81,11 +88,13 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(source: Source, name: str, channels: int) -> Image.Image:
-    """The image as greyscale (channels 1, mode L) or RGB (channels 3), turned as its EXIF orientation says.
+    """The image as greyscale (channels 1, mode L) or RGB (channels 3), turned as its EXIF
+    orientation says.
 
-    First frame of an animation; alpha is dropped, as timm and torchvision do; 16-bit grey keeps its upper 8 bits; CMYK and
-    palettes by Pillow's conversion. The contents decide what a file is, not its suffix. Raises Unreadable for one that is
-    empty, cut short, no image, of more than 64 megapixels, or more than 200 times as long as wide.
+    First frame of an animation; alpha is dropped, as timm and torchvision do; 16-bit grey keeps its
+    upper 8 bits; CMYK and palettes by Pillow's conversion. The contents decide what a file is, not
+    its suffix. Raises Unreadable for one that is empty, cut short, no image, of more than 64
+    megapixels, or more than 200 times as long as wide.
     """
     raw = contents(source, name)
     try:
@@ -111,7 +120,10 @@ def converted(image: Image.Image, name: str, channels: int) -> Image.Image:
 
 
 def decode_mask(source: Source, name: str) -> np.ndarray:
-    """A (height, width) bool mask from a picture: true above 127, or above 0 where a file holds only 0 and 1."""
+    """A (height, width) bool mask from a picture: true above 127.
+
+    True above 0 where a file holds only 0 and 1.
+    """
     values = np.asarray(decode(source, name, channels=1))
     return values > (127 if values.max() > 1 else 0)
 

@@ -1,4 +1,4 @@
-"""Setting aside some of the training images, to choose by them without a look at the test images."""
+"""Hold out some training images, to choose by them and not by the test images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ HELD_OUT = "held-out"  # the set's name among the tests
 
 
 def hold_out(data: Data, share: float, progress: Progress | None = None) -> Data:
-    """The same data with a share of each class's training images as the first of the tests, "held-out".
+    """The same data with a share of each class's training images as the first of the tests,
+    "held-out".
 
-    share: 0 to 1. Of other targets than one class, a share of each of their strata. Those with the lowest digests of
-    their contents are held out: the same images give the same split, whatever their names and order, and
-    copies of an image in one class stay on one side. A class of one distinct image keeps it.
-    progress: called with (images read, images in all).
+    share: 0 to 1. Of other targets than one class, a share of each of their strata. Those with the
+    lowest digests of their contents are held out: the same images give the same split, whatever
+    their names and order, and copies of an image in one class stay on one side. A class of one
+    distinct image keeps it. progress: called with (images read, images in all).
 
     Raises DataError if nothing can be set aside.
     """

@@ -18,7 +18,10 @@ ObjectBoxes = MaskFile | list[Box]
 
 
 def part_masks(files: dict[str, Source]) -> tuple[dict[str, Source], dict[str, MaskFile]]:
-    """Images (with an `images` folder beside `masks` left out of their names), and masks by the stem of their image."""
+    """Images, and masks by the stem of their image, from one list of files.
+
+    An `images` folder beside `masks` is left out of the images' names.
+    """
     masks, beside = {}, set()
     for name, source in files.items():
         parts = name.split("/")
@@ -49,7 +52,9 @@ def match_masks(masks: dict[str, MaskFile], files: dict[str, Source], report: Re
 
 
 def read_boxes(raw: bytes, files: Container[str], report: Report = raised, *, others: bool = False) -> dict[str, list[Box]]:
-    """Boxes from a table with the columns file, x0, y0, x1, y1 and, before the file's own name, split and class (or wnid).
+    """Boxes from a table with the columns file, x0, y0, x1, y1.
+
+    Split and class (or wnid) may stand before the file's own name.
 
     files: names of the images. others: pass over the boxes of images that are not among them.
     """
@@ -77,7 +82,7 @@ def read_boxes(raw: bytes, files: Container[str], report: Report = raised, *, ot
 
 
 def foreground_mask(foreground: ObjectBoxes, name: str, width: int, height: int) -> np.ndarray:
-    """The (height, width) bool mask of the image `name` of that size, from its mask file or its boxes."""
+    """The (height, width) bool mask of an image, from its mask file or its boxes."""
     if isinstance(foreground, tuple):
         mask = decode_mask(foreground[1], foreground[0])
         if mask.shape != (height, width):

@@ -1,4 +1,7 @@
-"""`open_data`: a text that names a data set, or the path of one, to Data; `OpenOnce` for several runs."""
+"""`open_data`: a text that names a data set, or the path of one, to Data.
+
+`OpenOnce` for several runs.
+"""
 
 from __future__ import annotations
 
@@ -41,18 +44,20 @@ def open_data(
 ) -> Data:
     """Open the data that `spec` names.
 
-    spec: "cutouts" or "cutouts:size=64,classes=4,train=2000,test=500,correlation=0.8" (made scenes);
-    "fashion-mnist:PATH", "cifar10:PATH", "cifar100:PATH"; or PATH alone, recognised by what is there: idx files, CIFAR
-    files, an .npz, a folder or tar of class folders, a .csv table (columns file, label, or label:NAME for each of several
-    classes; see `sources.table.list_table`); or
-    "hf:PATH", a data set that Hugging Face's `datasets` saved to disk.
+    spec: "cutouts" or "cutouts:size=64,classes=4,train=2000,test=500,correlation=0.8" (made
+    scenes); "fashion-mnist:PATH", "cifar10:PATH", "cifar100:PATH"; or PATH alone, recognised by
+    what is there: idx files, CIFAR files, an .npz, a folder or tar of class folders, a .csv table
+    (columns file, label, or label:NAME for each of several classes; see
+    `sources.table.list_table`); or "hf:PATH", a data set that Hugging Face's `datasets` saved to
+    disk.
 
-    image_size: pixels a side; made scenes have it, a transform brings others to it. seed draws the made scenes and the
-    part that `limit` leaves of the training set, balanced over the classes; tests stay whole. download: fetch a named set
-    to PATH if it is not there.
+    image_size: pixels a side; made scenes have it, a transform brings others to it. seed draws the
+    made scenes and the part that `limit` leaves of the training set, balanced over the classes;
+    tests stay whole. download: fetch a named set to PATH if it is not there.
 
-    Images that cannot be read are left out and listed in `Data.quarantined`; strict: raise DataError instead. outside: let
-    a table name files outside its folder. progress: told (files decoded, files in all) by folders and tables.
+    Images that cannot be read are left out and listed in `Data.quarantined`; strict: raise
+    DataError instead. outside: let a table name files outside its folder. progress: told (files
+    decoded, files in all) by folders and tables.
 
     Raises UnknownName, SettingError, or DataError for what cannot be read.
     """
@@ -83,9 +88,12 @@ def open_data(
 
 
 class OpenOnce:
-    """`open_data` for the runs of one command: what it opened last is not opened again, though each seed limits it anew.
+    """`open_data` for the runs of one command: what it opened last is not opened again.
 
-    So the files of a folder are decoded, to see whether they can be read, once and not by every run.
+    Each seed limits it anew.
+
+    So the files of a folder are decoded, to see whether they can be read, once and not by every
+    run.
     """
 
     def __init__(self):
@@ -103,7 +111,9 @@ class OpenOnce:
 
 
 def _options(text: str, given: dict) -> dict:
-    """Text such as "size=64,correlation=0.8" as keyword arguments of `cutouts`, of the type of their defaults."""
+    """Text such as "size=64,correlation=0.8" as keyword arguments of `cutouts`, of the type of
+    their defaults.
+    """
     known = {name: p.default for name, p in inspect.signature(cutouts).parameters.items() if name != "seed"}
     options = dict(given)
     for part in filter(None, text.split(",")):

@@ -1,4 +1,4 @@
-"""What is wrong with data, how readers pass it on, and names from outside, written so that they do no harm."""
+"""What is wrong with data, how readers report it, and names from outside made harmless."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from vitreous.base.errors import DataError
 
 FORMULA = ("=", "+", "-", "@")  # a cell that begins so may be run as a formula by a spreadsheet
-# Told by a reader of the kind of a problem, the file (or folder, or line) that has it, and the error. May raise it, or note it
-# and let the reader go on without that file.
+# Told by a reader of the kind of a problem, the file (or folder, or line) that has it, and the
+# error. May raise it, or note it and let the reader go on without that file.
 Report = Callable[[str, str, DataError], None]
 
 
@@ -23,7 +23,9 @@ def listed(names: Sequence[str]) -> str:
 
 
 def shown(text: str) -> str:
-    """Text with what would act on a terminal, or is no text, written out: control characters and undecodable bytes.
+    """Text with control characters and undecodable bytes written out.
+
+    What would act on a terminal cannot.
 
     Nothing is lost: a backslash is doubled, and the others become \\x1b, \\u202e or \\udce9.
     """
@@ -31,6 +33,9 @@ def shown(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text for a CSV file that spreadsheets open: as `shown`, and never a formula (an apostrophe comes before it)."""
+    """Text for a CSV file that spreadsheets open: as `shown`, and never a formula.
+
+    An apostrophe comes before what would be one.
+    """
     safe = shown(text)
     return "'" + safe if safe.lstrip().startswith(FORMULA) else safe

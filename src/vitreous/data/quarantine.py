@@ -1,7 +1,10 @@
-"""Images that cannot be read: found before anything depends on them, by decoding every file once, and written down.
+"""Images that cannot be read, found by decoding every file once before training.
 
-A run leaves them out from the start, so that the same files give the same batches; a look at headers alone would let a
-file that is cut short change a batch in the middle of a run. The same pass takes digests, by which a tree is split.
+They are left out, and written down.
+
+A run leaves them out from the start, so that the same files give the same batches; a look at
+headers alone would let a file that is cut short change a batch in the middle of a run. The same
+pass takes digests, by which a tree is split.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ Progress = Callable[[int, int], None]  # (done, of)
 
 @dataclass(frozen=True)
 class Quarantined:
-    """An image that a run goes on without: its name, its class, the part it was in ("" before a split), and why."""
+    """An image that a run leaves out: its name, class, part and the reason.
+
+    The part is "" before a split.
+    """
 
     file: str
     label: str
@@ -45,9 +51,12 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Examined:
-    """What decoding a file showed. reason: why it cannot be used, "" if it can. notes: conversions that it needs.
+    """What decoding a file showed. reason: why it cannot be used, "" if it can.
 
-    contents: digest of its bytes, "" if there were none to read. pixels: digest of size and pixels, if asked for.
+    notes: conversions that it needs.
+
+    contents: digest of its bytes, "" if there were none to read. pixels: digest of size and pixels,
+    if asked for.
     """
 
     reason: str = ""
@@ -114,7 +123,7 @@ def remarks(image: Image.Image, name: str) -> tuple[str, ...]:
 
 
 def lines(quarantined: Iterable[Quarantined], counts: Counter[tuple[str, str]]) -> list[str]:
-    """What is said of quarantined images at the start, with the counts of (split, class) they were among."""
+    """Lines about quarantined images for the start, with the counts of (split, class)."""
     quarantined = list(quarantined)
     if not quarantined:
         return []

@@ -1,4 +1,7 @@
-"""Samples (images with targets), those in memory, the record of a whole data set, and checks of its targets."""
+"""Samples (images with targets), in memory or not, and a whole data set.
+
+Also checks of its targets.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,12 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class Samples(torch.utils.data.Dataset, ABC):
-    """Images with their targets, in a fixed order. A kind of samples has `image`, `mask` and `subset`.
+    """Images with their targets, in a fixed order. A kind of samples has `image`, `mask` and
+    `subset`.
 
-    target: what each image is learned with; a sequence of n class indices is a `ClassIndex`. channels: 1 (greyscale, PIL
-    mode L) or 3 (RGB). transform: PIL image -> tensor, timm's convention; None hands out the PIL image.
+    target: what each image is learned with; a sequence of n class indices is a `ClassIndex`.
+    channels: 1 (greyscale, PIL mode L) or 3 (RGB). transform: PIL image -> tensor, timm's
+    convention; None hands out the PIL image.
     """
 
     def __init__(self, target: Target | Indices, channels: int, transform: Transform | None = None):
@@ -50,12 +55,15 @@ class Samples(torch.utils.data.Dataset, ABC):
     def image(self, i: int) -> Image.Image | np.ndarray:
         """The image as it is stored, before any transform.
 
-        A PIL picture, a clip (T, H, W, C) or a volume (D, H, W, C). Every source of today gives pictures.
+        A PIL picture, a clip (T, H, W, C) or a volume (D, H, W, C). Every source of today gives
+        pictures.
         """
 
     @abstractmethod
     def mask(self, i: int) -> np.ndarray | None:
-        """The (height, width) bool foreground of `image(i)`; None where there is none to score against."""
+        """The (height, width) bool foreground of `image(i)`; None where there is none to score
+        against.
+        """
 
     @abstractmethod
     def subset(self, indices: Indices) -> Samples:
@@ -63,7 +71,10 @@ class Samples(torch.utils.data.Dataset, ABC):
 
 
 class ArraySamples(Samples):
-    """Images in memory: `images` (n, H, W, C) uint8 and, where there are some, `masks` (n, H, W) bool."""
+    """Images in memory: `images` (n, H, W, C) uint8.
+
+    Where there are some, `masks` (n, H, W) bool.
+    """
 
     def __init__(self, images: np.ndarray, target: Target | Indices, masks: np.ndarray | None = None):
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
@@ -98,10 +109,11 @@ class ArraySamples(Samples):
 class Data:
     """A data set, ready to train on.
 
-    tests: always has "test". classes: name of each class, empty where the target has none. image_size:
-    (height, width) that a transform should bring the images to: the size asked for, else their own.
-    mean, std: suggested normalisation of pixels in [0, 1], per channel. quarantined: images that cannot
-    be read and are in none of the sets. remarks: lines about the files, for people.
+    tests: always has "test". classes: name of each class, empty where the target has none.
+    image_size: (height, width) that a transform should bring the images to: the size asked for,
+    else their own. mean, std: suggested normalisation of pixels in [0, 1], per channel.
+    quarantined: images that cannot be read and are in none of the sets. remarks: lines about the
+    files, for people.
     """
 
     name: str
@@ -116,12 +128,14 @@ class Data:
     remarks: tuple[str, ...] = ()
 
     def limited(self, limit: int, seed: int = 0) -> Data:
-        """The same data with at most `limit` training images, balanced over the strata of its target; the tests stay whole."""
+        """The same data with at most `limit` training images, balanced over the strata of its
+        target; the tests stay whole.
+        """
         return replace(self, train=self.train.subset(balanced(self.train.target.strata(), limit, seed)))
 
 
 def check_target(data: Data, wanted: type[Target], task: str) -> None:
-    """Raise DataError unless every part of the data carries the target that a task learns from.
+    """Raise DataError unless every part of the data carries the target of a task.
 
     `NoTarget` takes any data. task: its text form, for the error.
     """
@@ -134,10 +148,12 @@ def check_target(data: Data, wanted: type[Target], task: str) -> None:
 
 
 def balanced(strata: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
-    """Indices of at most `limit` samples, as equal in number over the strata as these allow; drawn by `seed`.
+    """Indices of at most `limit` samples, as equal in number over the strata as these allow.
 
-    strata: (n,) numbers, for a `ClassIndex` the classes. A smaller limit gives a part of what a larger one gives, so that
-    learning curves are nested.
+    Drawn by `seed`.
+
+    strata: (n,) numbers, for a `ClassIndex` the classes. A smaller limit gives a part of what a
+    larger one gives, so that learning curves are nested.
     """
     classes = np.unique(strata)
     if limit < len(classes):
@@ -154,7 +170,10 @@ def balanced(strata: np.ndarray, limit: int, seed: int = 0) -> np.ndarray:
 
 
 def pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of (n, H, W, C) uint8 pixels as numbers in [0, 1], exact."""
+    """Mean and standard deviation per channel of (n, H, W, C) uint8 pixels, exact.
+
+    Pixels count as numbers in [0, 1].
+    """
     counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[3])])  # (C, 256)
     share = counts / counts.sum(1, keepdims=True)
     values = np.arange(256) / 255

@@ -1,4 +1,7 @@
-"""What is wrong with the images of a folder or table: every file decoded, every mask measured, every copy found."""
+"""What is wrong with the images of a folder or table.
+
+Every file is decoded, every mask measured, every copy listed.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,13 @@ from vitreous.data.sources.table import list_table
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: its kind, the file, folder, class or line that has it, and what it is, in a sentence.
+    """One thing that is wrong: its kind, where it is, and a sentence about it.
 
-    kind: unreadable, duplicate, leak (a copy in another part), contradiction (a copy in another class), class, mask, box,
-    empty (a folder without an image), folder (one that cannot be read), table or structure.
+    It is in a file, folder, class or line.
+
+    kind: unreadable, duplicate, leak (a copy in another part), contradiction (a copy in another
+    class), class, mask, box, empty (a folder without an image), folder (one that cannot be read),
+    table or structure.
     """
 
     kind: str
@@ -36,8 +42,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a check found. counts: images by part and class, part "" where all are split by content. sizes: (width, height)
-    of the smallest, the middle and the largest readable image by number of pixels. notes: images by conversion."""
+    """What a check found.
+
+    counts: images by part and class, part "" where all are split by content. sizes: (width, height)
+    of the smallest, the middle and the largest readable image by number of pixels. notes: images by
+    conversion.
+    """
 
     name: str
     counts: dict[str, dict[str, int]]
@@ -92,7 +102,10 @@ def check_data(spec: str, *, outside: bool = False, progress: Progress | None = 
 
 
 def list_images(spec: str, outside: bool, note: Any) -> Listing:
-    """The listing of what the text names. Raises DataError for what is no folder, archive or table."""
+    """The listing of what the text names.
+
+    Raises DataError for what is no folder, archive or table.
+    """
     if spec.startswith("hf:"):
         return list_saved(Path(spec[3:]).expanduser(), outside=outside, report=note)
     path = Path(spec).expanduser()
@@ -107,7 +120,10 @@ def list_images(spec: str, outside: bool, note: Any) -> Listing:
 
 
 def copies(listing: Listing, seen: dict[str, Examined]) -> Iterator[Problem]:
-    """Images whose pixels are those of an earlier one, whatever their files: within a part, across parts, across classes."""
+    """Images whose pixels are those of an earlier one, whatever their files.
+
+    Within a part, across parts, across classes.
+    """
     first: dict[str, list[str]] = defaultdict(list)
     for name, one in seen.items():
         if one.reason:
@@ -128,7 +144,10 @@ def copies(listing: Listing, seen: dict[str, Examined]) -> Iterator[Problem]:
 
 
 def classes(listing: Listing, readable: list[str]) -> Iterator[Problem]:
-    """Classes with no or one readable image to train on, and names that differ in case or spaces alone."""
+    """Classes with at most one readable training image, and names that are alike.
+
+    Alike: they differ in case or spaces alone.
+    """
     trained = [name for name in readable if listing.part(name) in ("", "train")]
     count = Counter(label for name in trained for label in listing.class_names(name))
     alike: dict[str, set[str]] = defaultdict(set)
@@ -144,7 +163,9 @@ def classes(listing: Listing, readable: list[str]) -> Iterator[Problem]:
 
 
 def foreground(known: ObjectBoxes, name: str, size: tuple[int, int]) -> Iterator[Problem]:
-    """A mask that cannot be read, has another size than its image or marks nothing, and a box outside its image."""
+    """A mask that cannot be read, has another size than its image or marks nothing, and a box
+    outside its image.
+    """
     kind = "mask" if isinstance(known, tuple) else "box"
     try:
         mask: np.ndarray = foreground_mask(known, name, *size)

@@ -1,4 +1,7 @@
-"""Images as a model sees them: resized, cropped and normalised by its pretrained_cfg, with picture and mask of that view."""
+"""Images as a model sees them, with the picture and mask of the same view.
+
+They are resized, cropped and normalised by its pretrained_cfg.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,9 @@ BEGINNING = 1 << 14  # bytes of a file that tell it from others of its name and 
 class View:
     """One image as the model sees it.
 
-    pixels (C, h, w): what the model is given. picture (h, w, 3) uint8: the same for people. mask (h, w) bool: foreground, in
-    the same view; None where it is not known. width, height: of the image as it was given.
+    pixels (C, h, w): what the model is given. picture (h, w, 3) uint8: the same for people. mask
+    (h, w) bool: foreground, in the same view; None where it is not known. width, height: of the
+    image as it was given.
     """
 
     name: str
@@ -49,10 +53,13 @@ class View:
 
 
 class Views(Sequence[View]):
-    """Views of images, made one by one when asked for; `views[i]` raises DataError for an image that cannot be read.
+    """Views of images, made one by one when asked for.
 
-    mean, std: by which pixels of [0, 1] were normalised; None where that is not known (tensors for a model without a
-    pretrained_cfg). inputs: input_size, mean, std, ... in place of the model's own pretrained_cfg.
+    `views[i]` raises DataError for an image that cannot be read.
+
+    mean, std: by which pixels of [0, 1] were normalised; None where that is not known (tensors for
+    a model without a pretrained_cfg). inputs: input_size, mean, std, ... in place of the model's
+    own pretrained_cfg.
     """
 
     def __init__(self, model: nn.Module, images: Any, masks: Any = None, inputs: dict[str, Any] | None = None):
@@ -108,7 +115,9 @@ class Views(Sequence[View]):
         return names[i] if names else f"image {i}"
 
     def identity(self, count: int) -> list[Any]:
-        """What tells the first `count` images, with their masks, from others: digests, of files from their first bytes."""
+        """What tells the first `count` images, with their masks, from others: digests, of files
+        from their first bytes.
+        """
         if self.tensors is not None:
             values = self.tensors[:count].detach().cpu().contiguous()
             given = () if self.given is None else self.given[:count].tobytes()
@@ -148,7 +157,9 @@ def of_pixels(images: Samples, i: int) -> list[str]:
 
 
 def tensor_statistics(images: Tensor, preprocess: Preprocess | None) -> tuple[tuple | None, tuple | None]:
-    """mean and std by which tensors (B, C, h, w) were normalised: the model's, or (0, 1), or None where neither fits.
+    """mean and std by which tensors (B, C, h, w) were normalised.
+
+    The model's, or (0, 1), or None where neither fits.
 
     They fit if they bring all values back to [0, 1].
     """

@@ -1,1 +1,1 @@
-"""What is done with a finished model: predict on images, and hand it over as a file that needs no Vitreous."""
+"""What is done with a finished model: prediction, and export without Vitreous."""

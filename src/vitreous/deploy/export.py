@@ -1,4 +1,4 @@
-"""`vitreous export`: a model as a file that others run, and the proof that it computes the same."""
+"""Export: a model as a file that others run, and the proof that it computes the same."""
 
 from __future__ import annotations
 
@@ -41,11 +41,13 @@ def export(
     images: Sequence[str | Path] = (),
     tolerance: float = 1e-4,
 ) -> dict[str, Any]:
-    """Write the model (eval mode, on the CPU) in the format `to` and its report beside it; returns the report.
+    """Write the model (eval mode, on the CPU) in the format `to` and its report beside it.
 
-    The file is read back as its users will read it and compared on seeded noise and on `images`; parity["largest"] is the
-    largest difference of a logit. Raises DataError beyond the tolerance, and leaves nothing then; HostError, GraftError for
-    models that cannot be written.
+    Returns the report.
+
+    The file is read back as its users will read it and compared on seeded noise and on `images`;
+    parity["largest"] is the largest difference of a logit. Raises DataError beyond the tolerance,
+    and leaves nothing then; HostError, GraftError for models that cannot be written.
     """
     path = Path(path)
     report_path = path / "export.json" if to == "timm" else path.with_name(path.name + ".json")
@@ -102,7 +104,9 @@ def check_mechanisms(model: nn.Module, to: str) -> None:
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
-    """What a file says of its model: classes in the order of logits, how to prepare images, mechanisms."""
+    """What a file says of its model: classes in the order of logits, how to prepare images,
+    mechanisms.
+    """
     if Preprocess.of_model(model) is None:
         raise HostError(f"Found a {type(model).__name__} without a pretrained_cfg. Expected a timm model. Train one first.")
     return {
@@ -116,7 +120,10 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
 
 
 def samples_of(model: nn.Module, images: Sequence[str | Path]) -> dict[str, Tensor]:
-    """Pixels to compare on: "seeded" noise and, where there are some, "given" images (B, C, h, w). Raises DataError."""
+    """Pixels to compare on: "seeded" noise and, where there are some, "given" images.
+
+    Each (B, C, h, w). Raises DataError.
+    """
     size = Preprocess.of_model(model).input_size
     found = {"seeded": torch.randn(SEEDED, *size, generator=torch.Generator().manual_seed(0))}
     if images:
@@ -132,7 +139,10 @@ def samples_of(model: nn.Module, images: Sequence[str | Path]) -> dict[str, Tens
 
 
 def parity(model: nn.Module, run: Callable, samples: dict[str, Tensor], batch: str | int, tolerance: float) -> dict[str, Any]:
-    """Largest difference of logits between model and file per kind of sample. Raises DataError beyond the tolerance."""
+    """Largest difference of logits between model and file per kind of sample.
+
+    Raises DataError beyond the tolerance.
+    """
     found: dict[str, Any] = {"tolerance": tolerance, "largest": 0.0}
     for kind, pixels in samples.items():
         parts = [pixels, pixels[:1]] if batch == "any" else list(pixels.split(1))
@@ -148,7 +158,10 @@ def parity(model: nn.Module, run: Callable, samples: dict[str, Tensor], batch: s
 
 
 def lost(model: nn.Module, host: nn.Module, samples: dict[str, Tensor]) -> dict[str, Any]:
-    """What goes with the mechanisms: their parameters, and how far the plain network's logits and classes differ."""
+    """What goes with the mechanisms: their parameters, and the change of the output.
+
+    How far the plain network's logits and classes differ.
+    """
     added = new_parameters(model)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in added.values()), "tensors": len(added)}
     for kind, pixels in samples.items():

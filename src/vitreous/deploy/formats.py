@@ -1,7 +1,9 @@
-"""The formats that a model is written in, each with a runner that reads the file as its users will, without Vitreous.
+"""The formats that a model is written in, each with a runner of its file.
 
-A writer takes the model (eval mode, on the CPU), a path and the facts that go into the file; it returns what is known of the
-file. A runner takes the path and gives logits for pixels.
+A runner reads the file as its users will, without Vitreous.
+
+A writer takes the model (eval mode, on the CPU), a path and the facts that go into the file; it
+returns what is known of the file. A runner takes the path and gives logits for pixels.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ Facts = dict[str, Any]
 Run = Callable[[Tensor], Tensor]
 
 
-# -- torch.export ----------------------------------------------------------------------------------------------------
+# -- torch.export ---------------------------------------------------------------------------------
 
 
 def exported(model: nn.Module) -> tuple[torch.export.ExportedProgram, Facts]:
-    """The model as a program of any batch size, or where that cannot be, of one image; and which of the two, with the reason.
+    """The model as a program of any batch size, or where that cannot be, of one image.
+
+    And which of the two, with the reason.
 
     Raises HostError for a model that torch.export cannot follow.
     """
@@ -57,7 +61,10 @@ def exported(model: nn.Module) -> tuple[torch.export.ExportedProgram, Facts]:
 
 
 def traced(model: nn.Module, images: Tensor, dynamic: dict | None) -> torch.export.ExportedProgram:
-    """The program; regions with their own autocast, which cannot be read back from a file, become plain steps."""
+    """The program, with regions of their own autocast made plain steps.
+
+    Such regions cannot be read back from a file.
+    """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (images,), dynamic_shapes=None if dynamic is None else (dynamic,))
@@ -83,11 +90,14 @@ def run_program(path: Path) -> Run:
     return lambda pixels: program(pixels)
 
 
-# -- ONNX ------------------------------------------------------------------------------------------------------------
+# -- ONNX -----------------------------------------------------------------------------------------
 
 
 def write_onnx(model: nn.Module, path: Path, facts: Facts) -> Facts:
-    """An ONNX file; facts as metadata, text as it is and the rest as JSON. Raises HostError beyond what one file can hold."""
+    """An ONNX file; facts as metadata, text as it is and the rest as JSON.
+
+    Raises HostError beyond what one file can hold.
+    """
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size > PROTOBUF:
         raise HostError(
@@ -150,11 +160,14 @@ def check_onnx() -> None:
         ) from error
 
 
-# -- timm ------------------------------------------------------------------------------------------------------------
+# -- timm -----------------------------------------------------------------------------------------
 
 
 def plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """A copy without grafts, and the names of host tensors that the grafted model did not keep: nobody trained those."""
+    """A copy without grafts, and the names of host tensors that nobody trained.
+
+    The grafted model did not keep those.
+    """
     kept = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     host = copy.deepcopy(model)
     if grafts(host):
@@ -163,7 +176,10 @@ def plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def write_folder(model: nn.Module, folder: Path, facts: Facts) -> Facts:
-    """timm's own layout: model.safetensors and config.json, class names within. Raises DataError if host weights are gone."""
+    """timm's own layout: model.safetensors and config.json, class names within.
+
+    Raises DataError if host weights are gone.
+    """
     host, gone = plain(model)
     if gone:
         mechanisms = ", ".join(str(record.mechanism) for record in grafts(model))

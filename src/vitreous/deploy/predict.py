@@ -31,7 +31,10 @@ from vitreous.models.load import (
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image: the best classes and their probabilities, or why the image cannot be read."""
+    """Prediction for one image: its best classes and their probabilities.
+
+    Or the reason why it cannot be read.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -47,7 +50,10 @@ def predict(
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Prediction]:
-    """A prediction for every image, in order; the model stays where it is. Raises HostError for a model without classes."""
+    """A prediction for every image, in order; the model stays where it is.
+
+    Raises HostError for a model without classes.
+    """
     names = names_of(model)
     check_range("top", top, len(names))
     check_range("batch-size", batch_size, 100_000)
@@ -82,7 +88,10 @@ def run_predict(
     device: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Predict and write the file; returns counts, classes found and skipped images, and prints them to the console."""
+    """Predict and write the file.
+
+    Returns counts, classes found and skipped images, and prints them to the console.
+    """
     console, path = console or Console(), Path(out)
     check_new(path)
     check_range("top", top, 1_000_000)
@@ -101,7 +110,10 @@ def run_predict(
 
 
 def write_table(path: Path, answers: Iterator[Prediction], top: int, found: dict[str, Any]) -> None:
-    """Write predictions as they come and count them in `found`. Raises DataError if no image could be read."""
+    """Write predictions as they come and count them in `found`.
+
+    Raises DataError if no image could be read.
+    """
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         numbers = ["", *(f"_{i}" for i in range(2, top + 1))]

@@ -1,4 +1,7 @@
-"""A network by timm's name: new, with published weights or with those of a file, and fitted to other data."""
+"""A network by timm's name: new, or with published weights or those of a file.
+
+It can be fitted to other classes and image sizes.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,12 @@ def create_model(
     image_size: tuple[int, int] | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """A network by timm's name: new, with timm's published weights, or with those of a file; in eval mode.
+    """A network by timm's name: new, with timm's published weights, or with those of a file.
 
-    Raises UnknownName, DataError for weights that cannot be had, read or fitted, SettingError for a bad argument.
+    In eval mode.
+
+    Raises UnknownName, DataError for weights that cannot be had, read or fitted, SettingError for a
+    bad argument.
     """
     check_name(name)
     arguments["in_chans"] = channels
@@ -52,7 +58,7 @@ def create_model(
 
 
 def adapt(model: nn.Module, classes: Sequence[str], image_size: tuple[int, int] | None) -> nn.Module:
-    """Give a loaded model a new classifier and another image size, where they differ from what it has."""
+    """Give a loaded model a new classifier and image size, where they differ."""
     if classes and not tells_apart(model, classes):
         model.reset_classifier(len(classes))
     present = get_model_input_config(model)
@@ -68,16 +74,21 @@ def adapt(model: nn.Module, classes: Sequence[str], image_size: tuple[int, int] 
 
 
 def tells_apart(model: nn.Module, classes: Sequence[str]) -> bool:
-    """Whether the classifier of a loaded model is for these classes, as far as it has names for them."""
+    """Whether the classifier of a loaded model is for these classes.
+
+    As far as it has names for them.
+    """
     known = model.pretrained_cfg.get("label_names")
     return model.num_classes == len(classes) and (not known or list(known) == list(classes))
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Load the tensors, all and exactly; raises DataError with every name and shape that differs.
+    """Load the tensors, all and exactly.
 
-    Names of other projects are converted where timm can do it for this architecture; the first convolution is adapted
-    to another number of channels as timm does.
+    Raises DataError with every name and shape that differs.
+
+    Names of other projects are converted where timm can do it for this architecture; the first
+    convolution is adapted to another number of channels as timm does.
     """
     wanted = model.state_dict()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -115,7 +126,10 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """{name: tensor} of a .safetensors file; or of a .pth, .pt, .bin, whose pickle may hold nothing but tensors."""
+    """{name: tensor} of a .safetensors file.
+
+    Or of a .pth, .pt, .bin, whose pickle may hold nothing but tensors.
+    """
     if not path.is_file():
         raise DataError(f"Found no file {path}. Expected weights as .safetensors (or .pth). Check the path.")
     try:
@@ -139,11 +153,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a tensor that lies in memory as it is: no sparse, quantized or empty promise of one."""
+    """Whether it is a dense tensor in memory: not sparse, quantized or meta."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_meta
 
 
-# -- the parts -----------------------------------------------------------------------------------------------------
+# -- the parts ------------------------------------------------------------------------------------
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
@@ -167,7 +181,7 @@ def build(name: str, **arguments: Any) -> nn.Module:
 
 
 def check_name(name: str) -> None:
-    """Raise UnknownName unless timm knows the architecture and, where there is one, the tag of its weights."""
+    """Raise UnknownName unless timm knows the architecture and the tag of its weights."""
     known = {*timm.list_models(), *timm.list_pretrained()}
     if name not in known:
         raise UnknownName(name, "model", known, hint="Any name of timm's will do, or the path of a folder with config.json.")
@@ -186,7 +200,10 @@ def fixed_size(name: str, arguments: dict[str, Any]) -> bool:
 
 
 def class_count(name: str, tensors: dict[str, Tensor]) -> int:
-    """The number of classes in a file of weights: rows of the classifier that timm names; 0 if it has none."""
+    """The number of classes in a file of weights: rows of the classifier that timm names.
+
+    0 if it has none.
+    """
     config = timm.get_pretrained_cfg(name)
     classifier = config.classifier if config else None
     weight = tensors.get(f"{classifier if isinstance(classifier, str) else (classifier or ['head'])[0]}.weight")

@@ -1,10 +1,11 @@
 """Models on disk, in timm's own layout, with the mechanisms that were grafted.
 
     model.safetensors    weights, under the model's own names
-    config.json          timm's: architecture and arguments, class names, and how images are prepared
+    config.json          timm's: architecture, arguments, class names, preparation of images
     mechanisms.json      grafts in text form, in order
 
-A folder without grafts is one that `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads.
+A folder without grafts is one that `timm.create_model("local-dir:FOLDER", pretrained=True)` builds
+and loads.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ WEIGHTS, CONFIG, MECHANISMS = "model.safetensors", "config.json", "mechanisms.js
 
 
 def save(model: nn.Module, folder: str | Path, *, classes: Sequence[str] = (), inputs: dict[str, Any] | None = None) -> None:
-    """Write the three files into the folder, each at once or not at all: an interrupted save leaves the old file.
+    """Write the three files into the folder, each whole or not at all.
 
-    classes: name of each label. inputs: mean, std, input_size, crop_pct, interpolation with which it was trained
-    (`Preprocess.config`), if they are not those the model came with.
+    An interrupted save leaves the old file.
+
+    classes: name of each label. inputs: mean, std, input_size, crop_pct, interpolation with which
+    it was trained (`Preprocess.config`), if they are not those the model came with.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,11 +66,13 @@ def load(
 ) -> nn.Module:
     """The model of a folder, grafts included, every weight in its place, in eval mode.
 
-    classes: ask for these; a new classifier is made where number or recorded names differ. channels, image_size (height,
-    width): ask for others than recorded. foreign: import recorded mechanisms of other packages, which runs their code.
-    arguments: more for the network, such as drop_path_rate.
+    classes: ask for these; a new classifier is made where number or recorded names differ.
+    channels, image_size (height, width): ask for others than recorded. foreign: import recorded
+    mechanisms of other packages, which runs their code. arguments: more for the network, such as
+    drop_path_rate.
 
-    Raises DataError for files that cannot be read or do not fit, UnknownName for an architecture timm does not know.
+    Raises DataError for files that cannot be read or do not fit, UnknownName for an architecture
+    timm does not know.
     """
     folder = Path(folder)
     mechanisms = read_mechanisms(folder, foreign)
@@ -86,7 +91,10 @@ def load(
 
 
 def is_folder(source: str) -> bool:
-    """True for the path of a folder, False for a name of timm's. Raises DataError for a path that is not there."""
+    """True for the path of a folder, False for a name of timm's.
+
+    Raises DataError for a path that is not there.
+    """
     if Path(source).is_dir():
         return True
     if os.sep in source or "/" in source:

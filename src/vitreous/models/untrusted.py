@@ -1,8 +1,11 @@
-"""Checks of model folders from untrusted sources: what config.json may hold, and how far a network may grow.
+"""Checks of model folders from untrusted sources.
 
-Weights come as .safetensors, whose header the reader checks against the file before any tensor is made, or as a pickle that
-is read with `weights_only=True`; JSON is read by `base.files.read_json`. Checked here: numbers that no network has, and an
-architecture that is far larger than the weights beside it, which would fill the memory before anyone compares them.
+What config.json may hold, and how far a network may grow.
+
+Weights come as .safetensors, whose header the reader checks against the file before any tensor is
+made, or as a pickle that is read with `weights_only=True`; JSON is read by `base.files.read_json`.
+Checked here: numbers that no network has, and an architecture that is far larger than the weights
+beside it, which would fill the memory before anyone compares them.
 """
 
 from __future__ import annotations
@@ -36,7 +39,10 @@ INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Raise DataError unless a config.json has the types and ranges that timm's have, as far as timm and we use them."""
+    """Raise DataError unless a config.json has the types and ranges that timm's have.
+
+    As far as timm and we use them.
+    """
     inner = config.get("pretrained_cfg", config)
     arguments, names = config.get("model_args", {}), config.get("label_names")
     if not isinstance(inner, dict) or not isinstance(arguments, dict):
@@ -78,7 +84,9 @@ def check_mechanisms(mechanisms: Sequence[Mechanism], path: Path) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Raise ValueError for an archive whose contents are far larger than the file: weights can hardly be compressed."""
+    """Raise ValueError for an archive whose contents are far larger than the file: weights can
+    hardly be compressed.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             total = sum(entry.file_size for entry in archive.infolist())
@@ -87,7 +95,9 @@ def check_archive(path: Path) -> None:
 
 
 def check_network(tensors: dict[str, Tensor], where: str, name: str, **arguments: Any) -> None:
-    """Build timm's network without memory for its weights; raises DataError if it is far larger than these tensors.
+    """Build timm's network without memory for its weights.
+
+    Raises DataError if it is far larger than these tensors.
 
     Whatever else is wrong with it, the true build says.
     """
@@ -102,7 +112,9 @@ def check_network(tensors: dict[str, Tensor], where: str, name: str, **arguments
 
 @contextmanager
 def no_larger_than(tensors: dict[str, Tensor], where: str) -> Iterator[None]:
-    """Raise DataError as soon as a network made in the body has far more parameters than these weights, or huge buffers."""
+    """Raise DataError as soon as a network made in the body has far more parameters than these
+    weights, or huge buffers.
+    """
     parameters, total = TIMES * (len(tensors) + SLACK), TIMES * (sum(map(Tensor.numel, tensors.values())) + 1000 * SLACK)
     made: Counter[str] = Counter()
 
@@ -126,7 +138,7 @@ def no_larger_than(tensors: dict[str, Tensor], where: str) -> Iterator[None]:
             handle.remove()
 
 
-# -- the parts -----------------------------------------------------------------------------------------------------
+# -- the parts ------------------------------------------------------------------------------------
 
 
 def numbers(value: Any) -> Iterator[float]:

@@ -1,4 +1,7 @@
-"""Which folders a page is made of: readings, or runs with a reading per epoch; and their text files."""
+"""Which folders a page is made of: readings, or runs with a reading per epoch.
+
+And their text files.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ class Source:
 
 
 def open_folders(folders: Sequence[Path]) -> list[Source]:
-    """What the folders hold. Raises DataError for one that is neither a reading nor a run, or is not complete."""
+    """What the folders hold.
+
+    Raises DataError for one that is neither a reading nor a run, or is not complete.
+    """
     if not folders:
         raise DataError("Found no folder. Expected a reading or a run. Name at least one.")
     sources = [_open(Path(folder)) for folder in folders]
@@ -42,7 +48,7 @@ def open_folders(folders: Sequence[Path]) -> list[Source]:
 
 
 def told_apart(sources: Sequence[Source], folders: Sequence[Path]) -> list[str]:
-    """Names; to equal ones as much of the end of their folder's path is added as tells them apart."""
+    """Names; to equal ones so much of their folder's path is added as differs."""
     names = [source.name for source in sources]
     parts = [Path(folder).resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts))):

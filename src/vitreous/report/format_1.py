@@ -1,7 +1,9 @@
-"""Readings of format 1, which held words as positions in fixed lists and did not say what its columns are.
+"""Readings of format 1, which held words as positions in fixed lists.
 
-What format 1 meant stands in assets/format-1.json and does not change any more; `upgraded`, `tables` and `findings` make of a
-reading what format 2 holds.
+It did not say what its columns are.
+
+What format 1 meant stands in assets/format-1.json and does not change any more; `upgraded`,
+`tables` and `findings` make of a reading what format 2 holds.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ KEYS = {"rows": ("layer", "head", "image", "source", "kind"), "scores": ("image"
 
 @cache
 def meaning() -> dict[str, Any]:
-    """Records by kind, labels of components, and the words that "kind" and "component" were positions of."""
+    """Records by kind, labels of components, and the words that "kind" and "component" were
+    positions of.
+    """
     return json.loads((resources.files("vitreous.report") / "assets" / "format-1.json").read_text(encoding="utf-8"))
 
 
@@ -34,7 +38,7 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def tables(keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What a part of format 2 says of its tables, from the names of the tensors of a part of format 1."""
+    """The tables of a part, as format 2 has them, from the tensor names of format 1."""
     names = {kind: [record["name"] for record in meaning()[kind]] for kind in ("measures", "scores", "sources")}
     order = {"rows": (*KEYS["rows"], *names["measures"]), "scores": (*KEYS["scores"], *names["scores"])}
     words = {"source": names["sources"], "kind": meaning()["kinds"], "component": meaning()["scored"]}

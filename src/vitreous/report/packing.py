@@ -1,4 +1,4 @@
-"""What goes into a page: maps as bytes, numbers with few digits, and text that can do no harm."""
+"""Contents of a page: maps as bytes, numbers with few digits, harmless text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u20
 
 
 def quantised(maps: np.ndarray, signed: bool) -> str:
-    """Base64 of maps (..., h, w), each on its own range: first (low, high) of each as little-endian float32, then the bytes.
+    """Base64 of maps (..., h, w), each on its own range.
 
-    A value is low + byte / 254 * (high - low), so the error is at most 1/508 of the range. Signed maps have the range
-    -m to m, m the largest magnitude, so that zero is exact. A place that is not finite becomes byte 255.
+    First (low, high) of each as little-endian float32, then the bytes.
+
+    A value is low + byte / 254 * (high - low), so the error is at most 1/508 of the range. Signed
+    maps have the range -m to m, m the largest magnitude, so that zero is exact. A place that is not
+    finite becomes byte 255.
     """
     cells = maps.reshape(-1, maps.shape[-2] * maps.shape[-1]).astype(np.float32)
     finite = np.isfinite(cells)
@@ -48,10 +51,12 @@ def number(value: Any, digits: int = 5) -> float | int | None:
 
 
 def legible(value: Any) -> Any:
-    """The same text, or tree of texts, with what cannot be seen written out: control, direction and broken characters.
+    """The same text, or tree of texts, with invisible characters written out.
 
-    They become \\x1b or \\u202e; a space at either end becomes U+2420. Two different names stay different. Numbers that JSON
-    does not know become None.
+    Control, direction and broken characters.
+
+    They become \\x1b or \\u202e; a space at either end becomes U+2420. Two different names stay
+    different. Numbers that JSON does not know become None.
     """
     if isinstance(value, str):
         text = INVISIBLE.sub(_written_out, value)
@@ -75,9 +80,11 @@ def _written_out(match: re.Match) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element: no character that could end it or begin a comment or an entity.
+    """JSON that may stand inside a script element: no character that could end it or begin a
+    comment or an entity.
 
-    Keys are sorted and all beyond ASCII is escaped (U+2028 and U+2029 among it), so equal values give equal bytes.
+    Keys are sorted and all beyond ASCII is escaped (U+2028 and U+2029 among it), so equal values
+    give equal bytes.
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

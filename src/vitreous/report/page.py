@@ -1,4 +1,7 @@
-"""Reading folders or run folders -> one HTML file that needs nothing else: no network, no server, no second file."""
+"""Reading folders or run folders -> one HTML file that needs nothing else.
+
+No network, no server, no second file.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,16 @@ SCRIPTS = (
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
-    """Write the report of these folders to `out`, one self-contained HTML file, and return its path.
+    """Write the report of these folders to `out`, one self-contained HTML file, and return its
+    path.
 
-    folders: one reading folder; several, which can be compared side by side; one run folder, whose epochs can be
-    scrubbed; or several run folders. The page shows the maps of the first 64 images of each reading, or of fewer where it
-    would grow beyond 15 MB, and says so; its numbers are of all images. Equal folders give equal bytes.
+    folders: one reading folder; several, which can be compared side by side; one run folder, whose
+    epochs can be scrubbed; or several run folders. The page shows the maps of the first 64 images
+    of each reading, or of fewer where it would grow beyond 15 MB, and says so; its numbers are of
+    all images. Equal folders give equal bytes.
 
-    Raises DataError for a folder that is neither, is not complete or cannot be read; `out` is then as it was.
+    Raises DataError for a folder that is neither, is not complete or cannot be read; `out` is then
+    as it was.
     """
     out = Path(out)
     text = render(open_folders([Path(folder) for folder in folders]))
@@ -74,7 +80,10 @@ def payload(sources: Sequence[Source], readings: Sequence[Sequence[ReadingFolder
 
 
 def words(readings: Sequence[Sequence[ReadingFolder]]) -> dict[str, list[dict[str, Any]]]:
-    """The records of all readings by kind: what measures, sources, scores, baselines and maps are called and mean."""
+    """The records of all readings by kind: names and meanings.
+
+    Of measures, sources, scores, baselines and maps.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in (*RECORDS, "components")}
     for kind, records in found.items():
         for record in (record for group in readings for reading in group for record in reading.facts[kind]):
@@ -99,7 +108,8 @@ def fill(data: dict[str, Any]) -> str:
 def assembled(data: Any, scripts: Sequence[str], *, title: str, kind: str, first: tuple[str, str], random: bool = False) -> str:
     """A page: the template with the style, these scripts and data that is legible.
 
-    first: (id, words) of what the link for keyboards jumps to. random: say that the weights are random.
+    first: (id, words) of what the link for keyboards jumps to. random: say that the weights are
+    random.
     """
     style = asset("report.css")
     script = '"use strict";\n(() => {\n' + "\n".join(asset(f"{name}.js") for name in scripts) + "})();\n"

@@ -96,7 +96,9 @@ class ReadingFolder:
 
 
 def boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -> dict[str, Any]:
-    """A reading as the page takes it: facts, mean measures, scores, curves, and the maps of the first `shown` images.
+    """A reading as the page takes it.
+
+    Metadata, mean measures, scores, curves, and the maps of the first `shown` images.
 
     pictures: {data address: number}, filled here; the same picture goes into a page once.
     """
@@ -161,7 +163,10 @@ def _maps(reading: ReadingFolder, shown: int) -> dict[str, Any]:
 
 
 def artifact_shares(reading: ReadingFolder) -> list[list[float]]:
-    """[layer, share of patches in percent, over all images] for every layer with an artifact map."""
+    """[layer, share of patches in percent] for every layer with an artifact map.
+
+    The share is over all images.
+    """
     found = []
     for component, layer in reading.map_names():
         if component == "artifacts":
@@ -173,8 +178,9 @@ def artifact_shares(reading: ReadingFolder) -> list[list[float]]:
 def measures(reading: ReadingFolder, shown: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The table as means over images, and the values of the shown images.
 
-    Both have "columns", the names of the measures. The first has "rows": source, kind, layer, head, then [mean, standard
-    deviation over images, images] or None per measure. The second has "values" under "source/kind/layer/head/image".
+    Both have "columns", the names of the measures. The first has "rows": source, kind, layer, head,
+    then [mean, standard deviation over images, images] or None per measure. The second has "values"
+    under "source/kind/layer/head/image".
     """
     path = reading.folder / "table.json"
     columns = read_json(path).get("columns", {})
@@ -198,7 +204,10 @@ def measures(reading: ReadingFolder, shown: int) -> tuple[dict[str, Any], dict[s
 
 
 def _mean(values: np.ndarray, image: np.ndarray) -> list[float | None] | None:
-    """[mean, standard deviation, count] over images; of what is not of one image (-1), the value alone."""
+    """[mean, standard deviation, count] over images.
+
+    Of what is not of one image (-1), the value alone.
+    """
     single = np.isfinite(values) & (image >= 0)
     if single.any():
         found = values[single]
@@ -209,7 +218,9 @@ def _mean(values: np.ndarray, image: np.ndarray) -> list[float | None] | None:
 
 
 def image_scores(reading: ReadingFolder, shown: int) -> dict[str, Any] | None:
-    """Scores against masks of the shown images: {"columns", "values": {"component/layer/head/image": [...]}}."""
+    """Scores against masks of the shown images: {"columns", "values":
+    {"component/layer/head/image": [...]}}.
+    """
     lines = read_csv(reading.folder / "scores.csv")
     if not lines:
         return None

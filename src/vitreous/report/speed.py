@@ -1,4 +1,7 @@
-"""A folder of `vitreous bench` -> one HTML file: ratios with their intervals, and every number behind them."""
+"""A folder of `vitreous bench` -> one HTML file: ratios with their intervals.
+
+And every number behind them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ KEPT = ("name", "command", "settings", "machine", "versions", "ratios")
 
 
 def write(folder: Path, out: Path) -> Path:
-    """Write the page of FOLDER/bench.json to `out` and return its path. Equal files give equal bytes. Raises DataError."""
+    """Write the page of FOLDER/bench.json to `out` and return its path.
+
+    Equal files give equal bytes. Raises DataError.
+    """
     path = Path(folder) / "bench.json"
     found = read_json(path)
     if not isinstance(found, dict) or found.get("format") != 1 or not all(name in found for name in (*KEPT, "rows")):

@@ -21,7 +21,9 @@ from vitreous.train.settings import TrainSettings
 def choose_trainable(
     model: nn.Module, train: str = "all", freeze: tuple[str, ...] = (), paths: Iterable[str] | None = None
 ) -> int:
-    """Set `requires_grad` of every parameter as `train` and `freeze` say; returns how many numbers learn.
+    """Set `requires_grad` of every parameter as `train` and `freeze` say.
+
+    Returns how many numbers learn.
 
     train: all | new (what the grafts brought) | new+head (and the classifier). freeze: paths such
     as blocks.0-9. paths: what a task trains, in place of all. Raises UnknownName for a path that no
@@ -46,7 +48,10 @@ def choose_trainable(
 
 
 def frozen(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
-    """Names of the parameters at or under the paths; a part may be a range, as in blocks.0-9, both ends included."""
+    """Names of the parameters at or under the paths.
+
+    A part may be a range, as in blocks.0-9, both ends included.
+    """
     names = set()
     for pattern in patterns:
         paths = [""]
@@ -68,7 +73,8 @@ def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
-    """timm's groups of what learns; biases, norms, and what the host and its grafts exempt go without weight decay.
+    """timm's groups of what learns; biases, norms, and what the host and its grafts exempt go
+    without weight decay.
 
     layer_decay: the learning rate of a layer is multiplied by it once for each layer between it and
     the head.
@@ -80,7 +86,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
 
 
 def make_optimizer(objective: Objective, settings: TrainSettings) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over `parameter_groups` of the model, and the objective's own parameters as its head."""
+    """timm's optimizer of that name over `parameter_groups` of the model.
+
+    The objective's own parameters count as its head.
+    """
     groups = parameter_groups(objective.model, settings.weight_decay, settings.layer_decay)
     own = nn.ModuleDict({name: child for name, child in objective.named_children() if name != "model"})
     if any(p.requires_grad for p in own.parameters()):
@@ -89,7 +98,9 @@ def make_optimizer(objective: Objective, settings: TrainSettings) -> torch.optim
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> Scheduler:
-    """timm's schedule over epochs of `steps` updates; call `step_update(updates)` after each update."""
+    """timm's schedule over epochs of `steps` updates; call `step_update(updates)` after each
+    update.
+    """
     return create_scheduler_v2(
         optimizer,
         "constant" if settings.sched == "none" else settings.sched,  # unlike none, it knows warm-up and layer decay

@@ -1,4 +1,4 @@
-"""Recipes: values for the settings that were not given, as published for timm's networks, and where each comes from.
+"""Recipes: published values for the settings that are not set, and their sources.
 
     finetune-small    trained weights, fewer than 10,000 training images: the gentle part of what is published
     finetune-large    trained weights, more images: with mixup, cutmix, RandAugment and averaged weights
@@ -71,12 +71,15 @@ NAMES = ("none", "auto", *RECIPES)
 
 
 def scaled_by_root(opt: str) -> bool:
-    """True for optimizers whose learning rate timm's train script scales by the root of the batch."""
+    """True for optimizers whose rate timm scales by the root of the batch size."""
     return any(kin in opt.lower() for kin in ("ada", "lamb"))
 
 
 def choose(loaded: bool, images: int) -> tuple[str, str]:
-    """The recipe for a run with or without trained weights on so many training images, and why, in words."""
+    """The recipe for a run, and why, in words.
+
+    With or without trained weights, on so many training images.
+    """
     if not loaded:
         return "scratch", "no trained weights"
     small = images < SMALL
@@ -86,7 +89,9 @@ def choose(loaded: bool, images: int) -> tuple[str, str]:
 
 
 def resolve(mapping: Mapping[str, Any], name: str) -> Values:
-    """{setting: (value, its source)} of a recipe, or of none: what `mapping` has not None there, else the recipe's, else plain.
+    """{setting: (value, its source)} of a recipe, or of none.
+
+    What `mapping` has not None there, else the recipe's, else plain.
 
     mapping: settings by name, batch_size among them.
     """
@@ -102,7 +107,10 @@ def resolve(mapping: Mapping[str, Any], name: str) -> Values:
 
 
 def scaled(setting: str, value: Any, source: str, batch_size: int, values: Values) -> tuple[Any, str]:
-    """A recipe's value for this run: the rate for the batch by timm's rule, the warm-up for the epochs."""
+    """A recipe's value for this run.
+
+    The rate for the batch by timm's rule, the warm-up for the epochs.
+    """
     if setting == "lr":
         rate = float(f"{value * (batch_size / BASE) ** 0.5:.3g}")
         return rate, f"{source}, {value:g} x sqrt({batch_size} / {BASE})"
@@ -112,7 +120,7 @@ def scaled(setting: str, value: Any, source: str, batch_size: int, values: Value
 
 
 def quiet_classifier(model: nn.Module) -> None:
-    """Let a new classifier on trained features start near 0, as MAE's code does: it begins without an opinion to unlearn.
+    """Start a new classifier on trained features near 0, as MAE's code does.
 
     Features of trained networks are large; torch's own start makes of them a loss far above that of
     a guess.
@@ -126,7 +134,10 @@ def quiet_classifier(model: nn.Module) -> None:
 
 
 def drop_path(rate: float | None) -> float:
-    """The rate of drop path, which a network is built with before images are counted: given, or that of all recipes."""
+    """The rate of drop path: as set, or that of all recipes.
+
+    A network is built with it before images are counted.
+    """
     return COMMON["drop_path"][0] if rate is None else rate
 
 

@@ -1,4 +1,4 @@
-"""What a training run is told: one frozen record, which is the command line of `vitreous train` as well.
+"""Settings of a training run: one frozen record, which is also its command line.
 
 Words are those of timm's train script. Units stand with each setting.
 """
@@ -52,7 +52,7 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What is trained: a network, the mechanisms put into it, and which of its parameters learn."""
+    """A network, the mechanisms put into it, and which of its parameters learn."""
 
     model: str = "vit_tiny_patch16_224"
     """Any timm name, or a folder with config.json and model.safetensors, such as a run of ours."""
@@ -152,7 +152,9 @@ class Running:
 
 @dataclass(frozen=True)
 class TrainSettings(Running, Optimisation, Network, Images):  # fields come in the reverse order
-    """All settings of one run. data: see `vitreous.data.open_data`; the others are described where they stand.
+    """All settings of one run. data: see `vitreous.data.open_data`.
+
+    The others are described where they stand.
 
     Raises UnknownName or SettingError for what can be seen to be wrong without data or model.
     """
@@ -200,7 +202,8 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
         self.torch_device()
 
     def parsed_task(self) -> Task:
-        """The task. Those of its settings that its text does not have, and that are `SHARED`, are taken from this record.
+        """The task. Those of its settings that its text does not have, and that are `SHARED`, are
+        taken from this record.
 
         Raises UnknownName, and SettingError for a value that does not fit.
         """
@@ -209,7 +212,9 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
         return replace(task, **{name: value for name, value in values.items() if value is not None})
 
     def shared_settings(self) -> set[str]:
-        """The settings of this record that are those of its task: in `SHARED`, known to the task, and not in its text."""
+        """The settings of this record that are those of its task: in `SHARED`, known to the task,
+        and not in its text.
+        """
         task = type(TASKS.parse(self.task, foreign=True))
         name, _, words = self.task.partition(":")
         return SHARED.keys() & settings_of(task).keys() - values_of(task, name, words).keys()
@@ -229,7 +234,8 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
             )
 
     def with_recipe(self, loaded: bool, images: int) -> tuple[TrainSettings, dict[str, Any] | None]:
-        """Settings without gaps, and the record for run.json: the recipe, why it, each value and its source.
+        """Settings without gaps, and the record for run.json: the recipe, why it, each value and
+        its source.
 
         loaded: whether the network starts from trained weights. images: in training. Without a
         recipe there is no record.
@@ -253,7 +259,10 @@ class TrainSettings(Running, Optimisation, Network, Images):  # fields come in t
 
 
 def key_values(words: Sequence[str]) -> dict[str, Any]:
-    """Words name=value of --model-kwargs as keyword arguments, with Python values where the text is one."""
+    """Words name=value of --model-kwargs as keyword arguments.
+
+    With Python values where the text is one.
+    """
     values = {}
     for word in words:
         name, equals, text = word.partition("=")

@@ -25,7 +25,8 @@ from vitreous.train.settings import TrainSettings
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
-    """Train for each seed; returns the run folder (with several seeds: the one around their folders).
+    """Train for each seed; returns the run folder (with several seeds: the one around their
+    folders).
 
     Raises VitreousError before anything is written if data, model or settings do not fit. Ctrl-C
     and SIGTERM end it after the step, with the state saved: as KeyboardInterrupt, and
@@ -59,7 +60,9 @@ def train_once(
     team: Team = ALONE,
     opening: Callable[..., Data] = open_data,
 ) -> None:
-    """One run with one seed, into a folder; seeds: of all runs that it is one of; opening: as `prepare` takes it."""
+    """One run with one seed, into a folder; seeds: of all runs that it is one of; opening: as
+    `prepare` takes it.
+    """
     say = speaker(console)
     fetch(settings, team)
     with ExitStack() as locks:
@@ -76,7 +79,10 @@ def train_once(
 
 
 def begin(session: Session, run: Run, seeds: range) -> None:
-    """Write what is known before training. Raises SettingError if the folder was taken since it was chosen."""
+    """Write what is known before training.
+
+    Raises SettingError if the folder was taken since it was chosen.
+    """
     if (run.folder / "run.json").exists():
         raise taken(run.folder)
     with writing(run.folder):

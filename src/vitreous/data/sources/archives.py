@@ -1,4 +1,7 @@
-"""The files of a folder or a tar archive, by name: archives are read in memory and never extracted."""
+"""The files of a folder or a tar archive, by name.
+
+Archives are read in memory and never extracted.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,12 @@ def is_archive(path: Path) -> bool:
 
 
 def list_files(path: Path, *, empty: bool = False, report: Report = raised) -> dict[str, Source]:
-    """Images and tables (.csv) below a folder or in a tar archive, {relative name: source}, sorted by name.
+    """Images and tables (.csv) below a folder or in a tar archive.
 
-    Hidden files and all other kinds of file are left out. empty: folders without an image are no mistake; else, and of
-    folders that cannot be read, `report` is told.
+    Returns {relative name: source}, sorted by name.
+
+    Hidden files and all other kinds of file are left out. empty: folders without an image are no
+    mistake; else, and of folders that cannot be read, `report` is told.
     """
     files = _archived(path) if path.is_file() else _walked(path, empty, report)
     files = {name: files[name] for name in sorted(files)}
@@ -41,7 +46,10 @@ def _wanted(name: str) -> bool:
 
 
 def _walked(root: Path, empty_too: bool, report: Report) -> dict[str, Path]:
-    """Files below a folder, links followed; a folder met again on its own path (a loop of links) is not entered."""
+    """Files below a folder, links followed.
+
+    A folder met again on its own path (a loop of links) is not entered.
+    """
     found, empty = {}, []
     above: dict[str, frozenset[str]] = {}  # the true places of a folder and of those that it was reached through
 
@@ -73,7 +81,10 @@ def _walked(root: Path, empty_too: bool, report: Report) -> dict[str, Path]:
 
 
 def _archived(path: Path) -> dict[str, bytes]:
-    """Files of a tar archive in one pass; names that lead out of it, links, devices and excess are refused."""
+    """Files of a tar archive in one pass.
+
+    Names that lead out of it, links, devices and excess are refused.
+    """
     found, size = {}, 0
     try:
         with tarfile.open(path, "r|*") as archive:

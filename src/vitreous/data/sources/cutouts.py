@@ -1,4 +1,7 @@
-"""Cutouts: made scenes, an object of known shape and exact mask on a background that gives its class away, or not."""
+"""Cutouts: made scenes, an object of known shape and mask on a background.
+
+The background gives the class away, or not.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from vitreous.data.samples import ArraySamples, Data, pixel_statistics
 
 SPLITS = ("train", "test", "swapped")
 CHUNK = 128  # scenes made at once: enough to spread the cost of the calls, few enough to stay in the cache
-# How far a background's hue strays, in steps between kinds. Past 1/2 the hues of two kinds overlap, so that a model gains
-# by reading background and shape together. Tuned on a plain ViT alone: it shall do well, and fall when they disagree.
+# How far a background's hue strays, in steps between kinds. Past 1/2 the hues of two kinds overlap,
+# so that a model gains by reading background and shape together. Tuned on a plain ViT alone: it
+# shall do well, and fall when they disagree.
 HUES = 1.75
 
 
@@ -49,17 +53,19 @@ def crescent(u, v):
     return np.maximum(np.hypot(u, v) - 0.95, 0.75 - np.hypot(u - 0.5, v))
 
 
-# Signed distance to each outline (negative inside, true near it), for points in units of the object's radius; v is down.
+# Signed distance to each outline (negative inside, true near it), for points in units of the
+# object's radius; v is down.
 SHAPES = {shape.__name__: shape for shape in (disc, square, triangle, star, cross, ring, bar, crescent)}
 
 
 class Cutouts(ArraySamples):
     """n scenes of size x size RGB pixels, made at once and held in memory with their masks.
 
-    Scene i has class i % classes and depends on (size, classes, seed, split, correlation, i) alone, never on n. In
-    "train" and "test" its background is that of its own class with probability `correlation`, else that of another
-    one; in "swapped" always that of another one. Scene i of "swapped" is scene i of "test", the same object in the
-    same place and the same noise, with only the kind of background exchanged: the two tests compare in pairs.
+    Scene i has class i % classes and depends on (size, classes, seed, split, correlation, i) alone,
+    never on n. In "train" and "test" its background is that of its own class with probability
+    `correlation`, else that of another one; in "swapped" always that of another one. Scene i of
+    "swapped" is scene i of "test", the same object in the same place and the same noise, with only
+    the kind of background exchanged: the two tests compare in pairs.
 
     backgrounds: (n,) kind of background of each scene, as a class index.
     """
@@ -86,7 +92,10 @@ class Cutouts(ArraySamples):
 def cutouts(
     *, size: int = 32, classes: int = 6, train: int = 10000, test: int = 1500, correlation: float = 1.0, seed: int = 0
 ) -> Data:
-    """Training scenes, and two tests of the same objects: "test" on usual, "swapped" on exchanged backgrounds."""
+    """Training scenes, and two tests of the same objects.
+
+    "test" is on usual, "swapped" on exchanged backgrounds.
+    """
     options = {"size": size, "classes": classes, "correlation": correlation, "seed": seed}
     made = Cutouts(train, split="train", **options)
     mean, std = pixel_statistics(made.images)
@@ -117,9 +126,12 @@ def _check(n: int, size: int, classes: int, seed: int, split: str, correlation: 
 
 
 def _draws(seed: int, split: str, items: range, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All the randomness of some scenes: 12 numbers in [0, 1) (n, 12) and 2 spectra of white noise (n, 2, size, size).
+    """All random numbers of some scenes: (n, 12) in [0, 1) and 2 spectra of white noise.
 
-    Every scene has a stream of its own, which its number selects; "swapped" reads the streams of "test".
+    The spectra are (n, 2, size, size).
+
+    Every scene has a stream of its own, which its number selects; "swapped" reads the streams of
+    "test".
     """
     draws = np.empty((len(items), 12))
     noise = np.empty((len(items), 2, size, size, 2))  # real and imaginary part last
@@ -131,13 +143,18 @@ def _draws(seed: int, split: str, items: range, size: int) -> tuple[np.ndarray, 
 
 
 def _kinds(draws, labels, classes: int, split: str, correlation: float) -> np.ndarray:
-    """Kind of background (n,): the own class's or, the same one in "test" and "swapped", another's."""
+    """Kind of background (n,): the own class's, or another's.
+
+    The other is the same one in "test" and "swapped".
+    """
     other = (labels + 1 + (draws[:, 0] * (classes - 1)).astype(int)) % classes
     return other if split == "swapped" else np.where(draws[:, 1] < correlation, labels, other)
 
 
 def _filters(size: int, kinds: int) -> np.ndarray:
-    """Amplitudes 1 / f^a over frequencies (kinds, size, size); each kind has a fall-off and a direction of grain."""
+    """Amplitudes 1 / f^a over frequencies (kinds, size, size); each kind has a fall-off and a
+    direction of grain.
+    """
     kind = np.arange(kinds)[:, None, None]
     angle, exponent = np.pi * kind / kinds, 1.4 + 0.1 * (kind % 3)
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None]
@@ -148,14 +165,20 @@ def _filters(size: int, kinds: int) -> np.ndarray:
 
 
 def _textures(noise: np.ndarray, filters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two independent textures (n, size, size) of mean 0 and variance 1: the parts of one complex inverse transform."""
+    """Two independent textures (n, size, size) of mean 0 and variance 1.
+
+    They are the parts of one complex inverse transform.
+    """
     field = np.fft.ifft2(noise * filters)
     field /= np.sqrt((field.real**2 + field.imag**2).mean((1, 2), keepdims=True) / 2)
     return field.real, field.imag
 
 
 def _paint(textures, hue: np.ndarray, value: np.ndarray, contrast: float, saturation: float) -> np.ndarray:
-    """Colours (n, 3, size, size), about 0 to 1: one texture varies the brightness, one the hue. hue, value: (n,)."""
+    """Colours (n, 3, size, size), about 0 to 1; hue, value: (n,).
+
+    One texture varies the brightness, one the hue.
+    """
     phase = 2 * np.pi * (hue[:, None] - np.arange(3) / 3)  # (n, 3)
     tint = value[:, None] * (1 + saturation * np.cos(phase))
     colour = tint[:, :, None, None] * (1 + contrast * textures[0][:, None])
@@ -164,13 +187,19 @@ def _paint(textures, hue: np.ndarray, value: np.ndarray, contrast: float, satura
 
 
 def _backdrops(draws, noise, kinds, filters) -> np.ndarray:
-    """Scenes without their objects (n, 3, size, size): hue, fall-off and grain come with the kind."""
+    """Scenes without their objects (n, 3, size, size).
+
+    Hue, fall-off and grain come with the kind.
+    """
     hue = (kinds + HUES * (draws[:, 2] + draws[:, 3] - 1)) / len(filters)
     return _paint(_textures(noise[:, 0], filters[kinds]), hue, 0.25 + 0.15 * draws[:, 4], contrast=0.15, saturation=0.45)
 
 
 def _put_objects(scenes, draws, noise, labels, filters) -> np.ndarray:
-    """Paint the objects into `scenes`; returns their masks (n, size, size). Colour and texture are drawn: only shape tells."""
+    """Paint the objects into `scenes`; returns their masks (n, size, size).
+
+    Colour and texture are drawn: only shape tells.
+    """
     size = scenes.shape[-1]
     texture = _textures(noise[:, 1], filters[(draws[:, 5] * len(filters)).astype(int)])
     paint = _paint(texture, draws[:, 6], 0.75 + 0.15 * draws[:, 7], contrast=0.12, saturation=0.3)

@@ -1,4 +1,7 @@
-"""Folders and archives of images, one folder per class: train and test parts, masks or boxes beside them."""
+"""Folders and archives of images, one folder per class.
+
+Train and test parts, and masks or boxes, may stand beside them.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,25 @@ from vitreous.data.sources.listing import PARTS, Listing, assemble
 
 
 def image_folder(path: Path, *, image_size: int | None = None, strict: bool = False, progress: Progress | None = None) -> Data:
-    """Read a folder or tar archive of `train/<class>/...` and `test | val | valid | validation | dev/<class>/...`.
+    """Read a folder or tar archive with train and test parts, one folder per class.
 
-    Classes are the folder names in train, sorted; tests are matched by name and may lack some. Where there is but a
-    val part, it is the test. A tree of `<class>/...` alone is split by the contents of its files: the same images
-    give the same split, whatever their names, and copies of an image in one class stay on one side. Masks stand in a
-    folder `masks` (same relative name, .png) at the top or beside the class folders; boxes in `boxes.csv` at the top.
-    Images that cannot be read are left out and listed in `quarantined`; strict: raise DataError instead.
+    Parts are `train/<class>/...` and `test | val | valid | validation | dev/<class>/...`.
+
+    Classes are the folder names in train, sorted; tests are matched by name and may lack some.
+    Where there is but a val part, it is the test. A tree of `<class>/...` alone is split by the
+    contents of its files: the same images give the same split, whatever their names, and copies of
+    an image in one class stay on one side. Masks stand in a folder `masks` (same relative name,
+    .png) at the top or beside the class folders; boxes in `boxes.csv` at the top. Images that
+    cannot be read are left out and listed in `quarantined`; strict: raise DataError instead.
     """
     return assemble(list_folder(path), image_size=image_size, strict=strict, progress=progress)
 
 
 def list_folder(path: Path, report: Report = raised) -> Listing:
-    """The images of a folder or tar archive by class and part, nothing decoded; `report` is told of what does not fit."""
+    """The images of a folder or tar archive by class and part, nothing decoded.
+
+    `report` is told of what does not fit.
+    """
     files, masks = part_masks(_strip_top(list_files(path, report=report)))
     tables = {name: files.pop(name) for name in list(files) if not is_image(name)}
     foregrounds = match_masks(masks, files, report)
@@ -50,7 +59,7 @@ def list_folder(path: Path, report: Report = raised) -> Listing:
 
 
 def _strip_top(files: dict[str, Source]) -> dict[str, Source]:
-    """Drop folders that everything stands in, such as the name that an archive was packed under."""
+    """Drop folders that hold everything, such as the name an archive was packed under."""
     while len({name.split("/")[0] for name in files}) == 1:
         below = {name.partition("/")[2]: source for name, source in files.items()}
         if "" in below or _part_of(next(iter(files))) or not any("/" in name for name in below):
@@ -65,7 +74,10 @@ def _part_of(name: str) -> str | None:
 
 
 def _parts(path: Path, files: dict[str, Source], report: Report) -> dict[str, str | None]:
-    """The part of each image, None for all of a tree of classes alone; an image whose part is not clear is left out."""
+    """The part of each image, None for all of a tree of classes alone.
+
+    An image whose part is not clear is left out.
+    """
     folders: dict[str | None, set[str]] = {}
     for name in files:
         folders.setdefault(_part_of(name), set()).add(name.split("/")[0])

@@ -1,4 +1,7 @@
-"""Data sets of the Hugging Face library, saved to disk. Their images are decoded by us, and nothing is ever downloaded."""
+"""Data sets of the Hugging Face library, saved to disk.
+
+Their images are decoded by us, and nothing is ever downloaded.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ class TableRow:
     outside: bool
 
     def read_bytes(self) -> bytes:
-        """The bytes of the image file; raises ValueError for a row without an image, or with one elsewhere on the disk."""
+        """The bytes of the image file; raises ValueError for a row without an image, or with one
+        elsewhere on the disk.
+        """
         found = self.table[self.index][self.column]
         if found is None or not (found.get("bytes") or found.get("path")):
             raise ValueError("the row has no image")
@@ -36,11 +41,13 @@ class TableRow:
 
 
 def list_saved(path: Path, *, outside: bool = False, report: Report = raised) -> Listing:
-    """The images of a data set that `datasets` saved to disk (save_to_disk), by its features: one Image, one label.
+    """The images of a data set that `datasets` saved to disk, by its features.
 
-    Splits go by their names (train, val, test and synonyms); a set without, or with train alone, is split by content. The
-    label is the one ClassLabel column, or the one called label or labels; classes go by name. Needs the extra
-    vitreous[datasets].
+    Expected are one Image and one label (save_to_disk).
+
+    Splits go by their names (train, val, test and synonyms); a set without, or with train alone, is
+    split by content. The label is the one ClassLabel column, or the one called label or labels;
+    classes go by name. Needs the extra vitreous[datasets].
     """
     try:
         import datasets

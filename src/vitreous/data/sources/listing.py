@@ -1,4 +1,7 @@
-"""From a list of image files with their classes to Data: unreadable ones left out, parts by name or by content."""
+"""From a list of image files with their classes to Data.
+
+Unreadable ones are left out; parts go by name or by content.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,10 @@ SAMPLE = 64  # images read at opening, for their size and statistics
 class Listing:
     """Images by name, as a folder, a table or a data set names them; nothing is read yet.
 
-    classes: {image: class name}. parts: {image: "train", "test" or "val"}, None where all are to be split by content.
-    set_classes: where an image may have several classes, their names, else empty. sets: then {image: 1, 0 or NaN for each
-    of them}, and `classes` holds the names of those present, joined by +.
+    classes: {image: class name}. parts: {image: "train", "test" or "val"}, None where all are to be
+    split by content. set_classes: where an image may have several classes, their names, else empty.
+    sets: then {image: 1, 0 or NaN for each of them}, and `classes` holds the names of those
+    present, joined by +.
     """
 
     name: str
@@ -74,8 +78,8 @@ class Listing:
 class FileSamples(Samples):
     """Images in files, in the memory of a read archive or in a table, decoded when asked for.
 
-    names, sources: path and origin of each image. foregrounds: {name: its mask or boxes}; what has none
-    has no mask.
+    names, sources: path and origin of each image. foregrounds: {name: its mask or boxes}; what has
+    none has no mask.
     """
 
     def __init__(
@@ -111,9 +115,12 @@ class FileSamples(Samples):
 def assemble(
     listing: Listing, *, image_size: int | None = None, strict: bool = False, progress: Progress | None = None
 ) -> Data:
-    """Decode every file once, leave out what cannot be read (strict: raise DataError), and make train and test sets.
+    """Decode every file once, leave out unreadable ones, make train and test sets.
 
-    Raises DataError for parts or classes that do not fit, and for a class of which nothing is left to train on.
+    strict: raise DataError for the first that cannot be read.
+
+    Raises DataError for parts or classes that do not fit, and for a class of which nothing is left
+    to train on.
     """
     check_parts(listing)
     found = examine(listing.files, progress=progress)
@@ -161,14 +168,17 @@ def unreadable(listing: Listing, found: dict[str, Examined]) -> list[Quarantined
 
 
 def conversions(found: dict[str, Examined]) -> list[str]:
-    """One line that counts what decoding did to images beside decoding; none where it did nothing."""
+    """One line that counts what decoding did to images beside decoding.
+
+    None where it did nothing.
+    """
     counts = Counter(note for seen in found.values() for note in seen.notes)
     said = [f"{count:,} {note}" for note, count in sorted(counts.items())]
     return [f"Files: {'; '.join(said)}."] if said else []
 
 
 def check_parts(listing: Listing) -> None:
-    """Raise DataError unless there is a train and a test part, of the same classes, at least two."""
+    """Raise DataError unless train and test part have the same classes, at least two."""
     if listing.parts is not None:
         there = set(listing.parts.values())
         if "train" not in there or len(there) < 2:
@@ -197,7 +207,10 @@ def check_parts(listing: Listing) -> None:
 
 
 def by_content(listing: Listing, names: Sequence[str], found: dict[str, Examined]) -> dict[str, str]:
-    """Hold out the images of each class whose contents have the lowest digests: a fifth, but never all."""
+    """Hold out the images of each class whose contents have the lowest digests.
+
+    It is a fifth of them, but never all.
+    """
     digests: dict[Any, dict[str, list[str]]] = {}
     strata = listing.strata(names)
     for name in names:
@@ -213,7 +226,10 @@ def by_content(listing: Listing, names: Sequence[str], found: dict[str, Examined
 
 
 def lowest(digests: Iterable[str], share: float) -> set[str]:
-    """The lowest of the distinct digests: this share of them, 0 to 1, at least one, but never all."""
+    """The lowest of the distinct digests: this share of them, 0 to 1.
+
+    At least one, but never all.
+    """
     distinct = sorted(set(digests))
     return set(distinct[: min(max(round(share * len(distinct)), 1), len(distinct) - 1)])
 
@@ -240,7 +256,10 @@ def class_names(listing: Listing, quarantined: Sequence[Quarantined], names: dic
 
 
 def survey(images: Samples) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
-    """(height, width) if all images of a sample agree, else 224 x 224; mean and deviation of its pixels."""
+    """(height, width) if all images of a sample agree, else 224 x 224.
+
+    Mean and deviation of its pixels.
+    """
     chosen = np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int))
     pixels = [np.asarray(images.image(int(i))) for i in chosen]
     sizes = {array.shape[:2] for array in pixels}

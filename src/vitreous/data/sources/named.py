@@ -1,4 +1,4 @@
-"""Data sets that go by a name, from the files they are published as: Fashion-MNIST, CIFAR-10 and CIFAR-100."""
+"""Data sets with a name, from their published files: Fashion-MNIST, CIFAR-10, CIFAR-100."""
 
 from __future__ import annotations
 
@@ -28,14 +28,19 @@ BINARY = {  # name: (train files, test file, label bytes before the pixels, of w
 
 
 def fashion_mnist(path: Path, *, download: bool = False) -> Data:
-    """Fashion-MNIST from its four idx files, .gz or plain, in the folder or in its FashionMNIST/raw; masks are pixel > 0."""
+    """Fashion-MNIST from its four idx files, .gz or plain, in the folder or in its
+    FashionMNIST/raw; masks are pixel > 0.
+    """
     if download and not has_idx(path):
         _download(torchvision.datasets.FashionMNIST, path)
     return _data("fashion-mnist", _idx_sets(path), FASHION)
 
 
 def idx_folder(path: Path) -> Data:
-    """Any set in idx files named like MNIST's, which do not say what they hold: Fashion-MNIST is known by its labels."""
+    """Any set in idx files named like MNIST's, whose labels tell Fashion-MNIST apart.
+
+    The files do not say what they hold.
+    """
     sets = _idx_sets(path)
     if hashlib.sha256(sets["test"].labels.astype(np.uint8).tobytes()).hexdigest() == FASHION_LABELS:
         return _data("fashion-mnist", sets, FASHION)
@@ -63,7 +68,9 @@ def has_idx(path: Path) -> bool:
 
 
 def read_idx(path: Path, axes: int) -> np.ndarray:
-    """A uint8 array of so many axes from an idx file: two zero bytes, type 8, the axes, their lengths (big-endian), data."""
+    """A uint8 array of so many axes from an idx file: two zero bytes, type 8, the axes, their
+    lengths (big-endian), data.
+    """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(4 + 4 * axes)
@@ -105,9 +112,12 @@ def _idx_file(path: Path, stem: str) -> Path:
 
 
 def cifar(name: str, path: Path, *, image_size: int | None = None, download: bool = False) -> Data:
-    """CIFAR-10 or CIFAR-100 (name "cifar10", "cifar100") from its Python or binary files, an .npz, or an image tree or tar.
+    """CIFAR-10 or CIFAR-100 from Python or binary files, an .npz, or images.
 
-    Python batches are pickles and can run code, so they are read only if they are the published files, by their MD5.
+    name: "cifar10" or "cifar100". Images are a tree or a tar.
+
+    Python batches are pickles and can run code, so they are read only if they are the published
+    files, by their MD5.
     """
     if path.suffix == ".npz":
         data = cifar_npz(name, path)
@@ -127,7 +137,10 @@ def cifar(name: str, path: Path, *, image_size: int | None = None, download: boo
 
 
 def cifar_kind(path: Path) -> str | None:
-    """Name "cifar10" or "cifar100" where a folder holds its published files, Python or binary; else None."""
+    """Name "cifar10" or "cifar100" where a folder holds its published files, Python or binary.
+
+    Else None.
+    """
     for name, reader in READERS.items():
         first = reader.train_list[0][0]
         if (path / reader.base_folder).is_dir() or (path.name == reader.base_folder and (path / first).is_file()):
@@ -138,7 +151,10 @@ def cifar_kind(path: Path) -> str | None:
 
 
 def cifar_npz(name: str, path: Path) -> Data:
-    """Arrays x_train, y_train, x_test, y_test (images (n, H, W, 1 or 3) uint8) and the names in `classes`."""
+    """Arrays x_train, y_train, x_test, y_test and the names in `classes`.
+
+    Images are (n, H, W, 1 or 3) uint8.
+    """
     keys = ("x_train", "y_train", "x_test", "y_test", "classes")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -164,7 +180,10 @@ def _binary_folder(name: str, path: Path) -> Path | None:
 
 
 def _cifar_binary(name: str, path: Path) -> Data:
-    """Records of 1 (CIFAR-10) or 2 (CIFAR-100: coarse, fine) label bytes and 3 x 32 x 32 pixels."""
+    """Records of 1 or 2 label bytes and 3 x 32 x 32 pixels.
+
+    CIFAR-10 has one label, CIFAR-100 two: coarse, fine.
+    """
     train_files, test_file, label_bytes, count = BINARY[name]
     labels_file = path / ("batches.meta.txt" if name == "cifar10" else "fine_label_names.txt")
     sets = {}

@@ -1,4 +1,7 @@
-"""CSV tables of images: each with its class or set of classes and, where given, its part, boxes or mask."""
+"""CSV tables of images: each with its class or set of classes.
+
+Where there are such columns also its part, boxes or mask.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,14 @@ PRESENCE = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "": math.nan}  # 1.0 and
 def list_table(path: Path, *, outside: bool = False, report: Report = raised) -> Listing:
     """The images that a CSV file names; `report` is called for lines that do not fit.
 
-    Columns: file, and label (the class) or, where an image may have several classes, one column `label:NAME` for each
-    class: 1 present, 0 absent, empty not known. Optional: split (train, val or test, or a synonym; in every line or in none,
-    then by content), mask (a .png) and x0, y0, x1, y1 (pixels, both ends included; empty where there is none; several lines
-    of one file hold several boxes). Others are not read. Paths are relative to the table's folder, slashes between their
-    parts; one that leads out of it, by `..`, as an absolute path or through a link, is refused unless outside is set. A file
-    that is not there is no mistake of the table: it is quarantined as unreadable.
+    Columns: file, and label (the class) or, where an image may have several classes, one column
+    `label:NAME` for each class: 1 present, 0 absent, empty not known. Optional: split (train, val
+    or test, or a synonym; in every line or in none, then by content), mask (a .png) and x0, y0, x1,
+    y1 (pixels, both ends included; empty where there is none; several lines of one file hold
+    several boxes). Others are not read. Paths are relative to the table's folder, slashes between
+    their parts; one that leads out of it, by `..`, as an absolute path or through a link, is
+    refused unless outside is set. A file that is not there is no mistake of the table: it is
+    quarantined as unreadable.
 
     Raises DataError for a table without such columns, or with both label and label:NAME.
     """
@@ -58,7 +63,8 @@ def list_table(path: Path, *, outside: bool = False, report: Report = raised) ->
 
 
 def read_rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]]:
-    """The lines of a CSV file by column, with their numbers; and the classes of its columns label:NAME.
+    """The lines of a CSV file by column, with their numbers; and the classes of its columns
+    label:NAME.
 
     Raises DataError for columns that do not say what each image is.
     """
@@ -87,7 +93,10 @@ def read_rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, 
 
 
 def add_row(row: dict[str, str], folder: Path, outside: bool, listing: Listing, boxes: dict[str, list[Box]]) -> None:
-    """Add one line to the listing. Raises ValueError saying what was found, expected and to be done."""
+    """Add one line to the listing.
+
+    Raises ValueError saying what was found, expected and to be done.
+    """
     if None in row or None in row.values():
         raise ValueError("it has more or fewer cells than the first line. Expected as many. Put names with commas in quotes.")
     name, split = row["file"], row.get("split", "")
@@ -142,7 +151,10 @@ def box_of(row: dict[str, str]) -> Box | None:
 
 
 def inside(name: str, folder: Path, outside: bool) -> Path:
-    """The file of that name in the folder. Raises ValueError for one that leads out of it, unless that is allowed."""
+    """The file of that name in the folder.
+
+    Raises ValueError for one that leads out of it, unless that is allowed.
+    """
     if "\0" in name:
         raise ValueError(f"the file {name!r}. Expected a name without a zero byte. Mend it.")
     path = folder / name

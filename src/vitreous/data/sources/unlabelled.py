@@ -1,4 +1,7 @@
-"""Images to look at, without labels: files, folders, archives and PIL images in the order given, masks or boxes beside them."""
+"""Images to look at, without labels: files, folders, archives and PIL images.
+
+They keep their order; masks or boxes may stand beside them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ TWICE = re.compile(r" \(\d+\)$")  # the number behind a name that was taken: cat
 
 
 class PictureSamples(Samples):
-    """PIL images in memory, as files of them would be read, with a name each and, where known, a (height, width) mask."""
+    """PIL images in memory, as files of them would be read.
+
+    Each has a name and, where known, a (height, width) mask.
+    """
 
     def __init__(self, images: Sequence[Image.Image], names: Sequence[str] = (), masks: Sequence[np.ndarray | None] = ()):
         super().__init__(NoTarget(len(images)), 3)
@@ -45,11 +51,14 @@ class PictureSamples(Samples):
 def unlabelled(
     given: str | Path | Image.Image | Iterable[str | Path | Image.Image], masks: str | Path | None = None
 ) -> Samples:
-    """Images by path or as PIL images (all the one or all the other); a folder or tar archive gives all of its images, sorted.
+    """Images by path or as PIL images (all the one or all the other).
 
-    masks: a folder of .png masks by the images' relative names, or a boxes.csv (columns file, x0, y0, x1, y1); by default a
-    folder `masks` or a boxes.csv inside a folder of images counts. Files are decoded when asked for, so that one that is
-    broken stops no other. Raises DataError for paths that are not there, and for no images.
+    A folder or tar archive gives all of its images, sorted.
+
+    masks: a folder of .png masks by the images' relative names, or a boxes.csv (columns file, x0,
+    y0, x1, y1); by default a folder `masks` or a boxes.csv inside a folder of images counts. Files
+    are decoded when asked for, so that one that is broken stops no other. Raises DataError for
+    paths that are not there, and for no images.
     """
     alone = isinstance(given, str | Path | Image.Image) or not isinstance(given, Iterable)
     items = [given] if alone else list(given)
@@ -106,7 +115,10 @@ def _free(name: str, taken: dict[str, Source]) -> str:
 
 
 def _beside(path: Path, files: dict[str, Source]) -> dict[str, ObjectBoxes]:
-    """Masks in a folder, or boxes in a table, for the images of these names. Raises DataError if none fits."""
+    """Masks in a folder, or boxes in a table, for the images of these names.
+
+    Raises DataError if none fits.
+    """
     if path.is_dir():
         there = {name: source for name, source in list_files(path, empty=True).items() if is_image(name)}
         masks = {name.rpartition(".")[0]: (name, source) for name, source in there.items()}
@@ -125,7 +137,9 @@ def _beside(path: Path, files: dict[str, Source]) -> dict[str, ObjectBoxes]:
 
 
 def _boxes(path: Path, files: dict[str, Source]) -> dict[str, ObjectBoxes]:
-    """Boxes in a table that names files beside it, or images as they are called here; those of others are passed over."""
+    """Boxes in a table that names files beside it, or images as they are called here; those of
+    others are passed over.
+    """
     top = path.resolve().parent
     called = {name: name for name in files}
     for name, source in files.items():

@@ -1,1 +1,4 @@
-"""The engine of training: a session, its loop, one step, and what lets a run stop and go on. See docs/engine.md."""
+"""The engine of training: session, loop, one step, and how a run stops and goes on.
+
+docs/engine.md follows a batch through its files.
+"""

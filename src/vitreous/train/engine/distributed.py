@@ -1,4 +1,6 @@
-"""What a step runs, joined over processes: `StepModule`, torch's DistributedDataParallel around it, and its switches.
+"""`StepModule`, what a step runs, and how processes join it.
+
+torch's DistributedDataParallel around it, and its switches.
 
 With --shard, processes are joined by `fully_shard` instead (`engine/sharding.py`).
 """
@@ -22,7 +24,8 @@ from vitreous.train.settings import TrainSettings
 
 
 class StepModule(nn.Module):
-    """The forward pass of a step: a batch to its losses, and with the last part of it the penalties. No other code does it.
+    """The forward pass of a step: a batch to its losses, and with the last part of it the
+    penalties. No other code does it.
 
     Both in one forward pass, so that DistributedDataParallel sees every parameter that will get a
     gradient.
@@ -39,7 +42,10 @@ class StepModule(nn.Module):
 
 
 def join_processes(session: Session, batch: Batch) -> nn.Module:
-    """The `StepModule` of a session, its processes joined. batch: a drawn one, to see which parameters get a gradient."""
+    """The `StepModule` of a session, its processes joined.
+
+    Batch: a drawn one, to see which parameters get a gradient.
+    """
     alone = StepModule(session.objective, session.autocast)
     if session.team.size == 1 or session.settings.shard:
         return alone
@@ -50,7 +56,10 @@ def join_processes(session: Session, batch: Batch) -> nn.Module:
 
 
 def all_reached(module: StepModule, batch: Batch) -> bool:
-    """Whether every parameter that learns gets a gradient in a step. Random states are put back."""
+    """Whether every parameter that learns gets a gradient in a step.
+
+    Random states are put back.
+    """
     device = next(iter(batch.values())).device
     before = random_states(device)
     losses, penalties = module(batch, 0.0, True)
@@ -73,7 +82,7 @@ def joining(module: nn.Module, last: bool) -> Iterator[None]:
 
 
 def check_team(settings: TrainSettings, task: Task, size: int) -> None:
-    """Raise SettingError for settings that do not fit so many processes, or a task that does not."""
+    """Raise SettingError for settings, or a task, that do not fit so many processes."""
     if settings.shard and size == 1:
         raise SettingError(
             "Found --shard in one process. Expected several, over which weights are spread. Start it with "

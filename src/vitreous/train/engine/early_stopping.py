@@ -1,4 +1,6 @@
-"""Stopping early, and which epoch's weights a run keeps. All of it follows from the lines of metrics.jsonl.
+"""Stopping early, and which epoch's weights a run keeps.
+
+All of it follows from the lines of metrics.jsonl.
 
 Without --patience it is the last epoch; with it, the first with the best value of the task's first
 metric on the set that is watched.

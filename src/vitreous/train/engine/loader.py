@@ -1,4 +1,7 @@
-"""Batches of samples, in memory or decoded by worker processes: their order, their parts per process, and `Loader`."""
+"""Batches of samples: their order, their parts per process, and `Loader`.
+
+Samples are in memory or decoded by worker processes.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ PAUSE = 0.5  # seconds before a file that cannot be read is tried again
 
 
 class Order(Sampler[tuple[int, np.ndarray]]):
-    """Batches of one epoch as (epoch, indices), in an order that follows from (seed, epoch) alone.
+    """Batches of one epoch as (epoch, indices); the order follows from (seed, epoch).
 
     even: leave out a last batch that is not full, and the odd image of a set smaller than a batch.
     epoch, start: what the next iteration yields, and from which batch on; the batches before it are
@@ -84,7 +87,9 @@ def rejoined(parts: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def drawn_from(*key: int) -> Iterator[None]:
-    """Seed the global states that torchvision and timm draw from (torch's on the CPU, Python's, NumPy's) by the key alone.
+    """Seed the global states that torchvision and timm draw from, by the key alone.
+
+    torch's on the CPU, Python's, NumPy's.
 
     They are put back afterwards, so that nothing else depends on which process augments an image,
     or when.
@@ -103,7 +108,9 @@ def drawn_from(*key: int) -> Iterator[None]:
 
 
 class Batches(Dataset):
-    """Images in memory that need no resizing, a whole batch normalised at once: indices to (B, C, H, W), labels (B).
+    """Images in memory that need no resizing, a whole batch normalised at once.
+
+    Indices to (B, C, H, W), labels (B).
 
     Bit for bit what `Preprocess` gives one by one. flip: mirror half of them, drawn by (seed,
     epoch, index).
@@ -126,7 +133,7 @@ class Batches(Dataset):
 
 
 class Prepared(Dataset):
-    """Images sent through a transform one by one, its randomness drawn by (seed, epoch, index).
+    """Images sent through a transform one by one, drawn by (seed, epoch, index).
 
     A batch is (B, C, H, W), labels (B), and {index: reason} of images that could not be read, not
     even after a pause; they are left out of it. even: then one more image is left out where the
@@ -168,7 +175,9 @@ class Prepared(Dataset):
 
 
 class Loader:
-    """Batches of (B, C, H, W) float32 and labels (B) int64. Its length is that of a whole epoch.
+    """Batches of (B, C, H, W) float32 and labels (B) int64.
+
+    Its length is that of a whole epoch.
 
     Each iteration is one of epoch 0, unless `set_epoch` said otherwise; what it yields follows from
     (seed, epoch), whatever the number of workers. Images that can no longer be read are left out of
@@ -196,14 +205,19 @@ class Loader:
         )
 
     def close(self) -> None:
-        """End the worker processes, if any, which live on between iterations; a later one starts new ones."""
+        """End the worker processes, if any, which live on between iterations; a later one starts
+        new ones.
+        """
         self.open()
 
     def __len__(self) -> int:
         return len(self.order)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Let iterations be of this epoch, and the next one begin at batch `start`; those before it are not decoded."""
+        """Let iterations be of this epoch, and the next one begin at batch `start`.
+
+        Those before it are not decoded.
+        """
         self.order.epoch, self.order.start = epoch, start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -247,7 +261,10 @@ class Loader:
             self.refuse_lost(lost, "" if left else ", all of a batch")
 
     def refuse_lost(self, lost: dict[int, str] | None = None, whole: str = ", all of a batch among them") -> None:
-        """Raise DataError for lost images (all of this process, if not given); nothing if there are none."""
+        """Raise DataError for lost images (all of this process, if not given).
+
+        Nothing if there are none.
+        """
         lost = self.lost if lost is None else lost
         if lost:
             i, reason = next(iter(lost.items()))

@@ -23,7 +23,9 @@ NAME = "lock"
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
-    """Hold the lock of a folder. The system lets go of it when the process ends, however it ends.
+    """Hold the lock of a folder.
+
+    The system lets go of it when the process ends, however it ends.
 
     Raises SettingError if another process has it. What a dead process left is taken over, and said.
     """
@@ -51,7 +53,10 @@ def locked(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
 
 
 def take(path: Path) -> int | None:
-    """An open file that is locked and still the one of that name; None if another process has it."""
+    """An open file that is locked and still the one of that name.
+
+    None if another process has it.
+    """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

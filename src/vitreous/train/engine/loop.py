@@ -1,4 +1,4 @@
-"""The training loop, one and visible: epochs of steps, tests and readings, written into a run folder."""
+"""The training loop: epochs of steps, tests and readings, into a run folder."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def finished(session: Session, run: Run) -> bool:
 
 
 def train_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -> None:
-    """What is left of a pass over the training images; the state is saved at its end, when told to stop, and when due."""
+    """What is left of a pass over the training images.
+
+    The state is saved at its end, when told to stop, and when due.
+    """
     session.objective.train()
     progress, due = session.progress, session.settings.save_every
     for _ in shown.batches(steps(session, run), len(session.train) - progress.step, progress.epoch):
@@ -99,7 +102,9 @@ def steps(session: Session, run: Run) -> Iterator[None]:
 def take_step(
     session: Session, run: Run, batch: tuple[Tensor, Tensor], learning: dict[str, nn.Parameter], watched: list[str]
 ) -> None:
-    """One update, unless a loss or gradient is not finite: then NotFinite, and batch and state are in the run folder.
+    """One update, unless a loss or gradient is not finite.
+
+    Then NotFinite is raised, and batch and state are in the run folder.
 
     batch: images and target as they are loaded. learning, watched: as `Step` takes them.
     """
@@ -119,7 +124,9 @@ def take_step(
 
 
 def set_rate(session: Session) -> float:
-    """Set the learning rate that follows from the updates so far, lowered for each return to a good state if so told.
+    """Set the learning rate that follows from the updates so far.
+
+    It is lowered for each return to a good state, if the settings ask for that.
 
     Returns the highest of the parameter groups.
     """
@@ -130,7 +137,10 @@ def set_rate(session: Session) -> float:
 
 
 def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -> None:
-    """Test, look, and write what the epoch came to. All of it follows from the state that was saved before."""
+    """Test, look, and write what the epoch came to.
+
+    All of it follows from the state that was saved before.
+    """
     started, progress = time.perf_counter(), session.progress
     collect_weights(session)
     set_schedules(session.tested, session.fraction_done)
@@ -193,7 +203,8 @@ def read(session: Session, run: Run, epoch: int) -> Reading | None:
 
 
 def watch(session: Session, run: Run, epoch: int) -> dict[str, Any]:
-    """`read` after an epoch; for its metrics the indicators by layer, and alarms over earlier epochs.
+    """`read` after an epoch; for its metrics the indicators by layer, and alarms over earlier
+    epochs.
 
     A network that has gone astray may no longer show its attention as before: then there is no
     reading, and why is said.
@@ -214,7 +225,10 @@ def watch(session: Session, run: Run, epoch: int) -> dict[str, Any]:
 def not_finite(
     session: Session, run: Run, batch: tuple[Tensor, Tensor], rng: dict[str, Any], values: dict[str, Tensor]
 ) -> NotFinite:
-    """The error for a step that was not taken, after its batch and the state before it were written for `replay`."""
+    """The error for a step that was not taken.
+
+    Its batch and the state before it are written for `replay`.
+    """
     text = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
     gradients = {name: p.grad for name, p in session.parameters.items() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if not whole(torch.isfinite(gradient).all())]
@@ -233,7 +247,10 @@ def not_finite(
 
 
 def roll_back(session: Session, run: Run, error: NotFinite, say: Callable[[str], Any]) -> None:
-    """Put the session into the last good state, the update that failed to be left out; raise the error if no return is left."""
+    """Put the session into the last good state, the update that failed to be left out.
+
+    Raise the error if no return is left.
+    """
     left_out = [*session.progress.left_out, error.update]
     if error.update is None or len(left_out) > session.settings.rollbacks or len(left_out) >= len(session.train):
         session.team.fail(error)

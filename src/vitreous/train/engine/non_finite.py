@@ -1,4 +1,7 @@
-"""A step that is not finite: kept with its batch and the state before it, run again, and the module named where it begins."""
+"""A step that is not finite: kept, run again, and traced to the module it begins in.
+
+Kept are its batch and the state before it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ Loaded = tuple[Tensor, Tensor]  # images and target of a batch, before anything 
 
 
 def dump(session: Session, batch: Loaded, rng: dict[str, Any], folder: Path) -> None:
-    """Write the batch of all processes, before it was mixed, and the state before the step, random states `rng` included."""
+    """Write the batch of all processes and the state before the step.
+
+    The batch as it was before mixing; random states `rng` included.
+    """
     state, parts = capture(session, rng), session.team.gather(tuple(tensor.cpu() for tensor in batch))
     if session.team.first:
         with writing(folder):
@@ -41,7 +47,10 @@ def dump(session: Session, batch: Loaded, rng: dict[str, Any], folder: Path) -> 
 
 
 def load(session: Session, folder: Path) -> Loaded:
-    """Put the session into the state before the step that `dump` kept; returns the batch. Raises DataError if there is none."""
+    """Put the session into the state before the step that `dump` kept; returns the batch.
+
+    Raises DataError if there is none.
+    """
     if not (folder / NAME).is_file():
         raise DataError(
             f"Found no {NAME} in {folder}. Expected the record of a step that was not finite, which a run leaves when it "
@@ -54,7 +63,9 @@ def load(session: Session, folder: Path) -> Loaded:
 
 
 def diagnose(session: Session, batch: Loaded, rng: dict[str, Any] | None = None, count: int | None = None) -> str | None:
-    """Run the step again, without taking it; returns where what is not finite begins, in words, None if all is finite.
+    """Run the step again, without taking it.
+
+    Returns where what is not finite begins, in words, None if all is finite.
 
     count: images of all processes, if there are others. The random states are put back afterwards.
     """
@@ -77,7 +88,9 @@ def diagnose(session: Session, batch: Loaded, rng: dict[str, Any] | None = None,
 
 
 def find_origin(session: Session, batch: Loaded, rng: dict[str, Any]) -> str | None:
-    """`diagnose` by each process with its part of the batch; the words of the first that finds something."""
+    """`diagnose` by each process with its part of the batch; the words of the first that finds
+    something.
+    """
     alone, count = session, session.team.count(len(batch[0]))
     if session.whole is not None:
         put_together(session.objective, session.whole)
@@ -98,7 +111,10 @@ class NoStep(torch.optim.SGD):
 
 
 def first_in_step(session: Session, batch: Batch) -> str | None:
-    """The first module whose output is not finite in a step; else the loss; else the first whose gradient is not."""
+    """The first module whose output is not finite in a step; else the loss.
+
+    Else the first whose gradient is not.
+    """
     objective, start = session.objective.train(), random_states(session.device)
     learning = {name: p for name, p in session.parameters.items() if p.requires_grad}
 
@@ -147,7 +163,8 @@ def by_penalties(session: Session, name: str) -> str:
 
 @contextmanager
 def watched(objective: Objective) -> Iterator[tuple[list[str], list[str]]]:
-    """Two lists that fill up in order: modules whose output is not finite, and modules whose gradient turns non-finite.
+    """Two lists that fill up in order: modules whose output is not finite, and modules whose
+    gradient turns non-finite.
 
     A module is named for its gradient if what goes back into its output is finite and what comes
     out at its input is not.
@@ -193,7 +210,10 @@ def watched(objective: Objective) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def spied(value: Any, hook: Callable[[Tensor], None]) -> Any:
-    """A tensor as an alias of its own, so that `hook` sees only the gradient that goes this way; anything else as it is."""
+    """An alias of a tensor, so that `hook` sees only the gradient that passes here.
+
+    Anything else as it is.
+    """
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     alias = value.view_as(value)

@@ -1,4 +1,4 @@
-"""From settings to everything that a run needs: data, model with its grafts, optimizer, loaders."""
+"""From settings to a session: data, model with its grafts, optimizer, loaders."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ READ = 16  # test images that are looked at after every epoch
 def prepare(
     settings: TrainSettings, console: Console | None = None, team: Team = ALONE, opening: Callable[..., Data] = open_data
 ) -> Session:
-    """Open the data, build the model, graft, choose what learns; raises VitreousError if they do not fit together.
+    """Open the data, build the model, graft, choose what learns.
+
+    Raises VitreousError if they do not fit together.
 
     console: where it is shown how far the reading of files is. opening: `open_data`, or an
     `OpenOnce` for several runs.
@@ -119,7 +121,10 @@ def prepare(
 
 
 def fetch(settings: TrainSettings, team: Team) -> None:
-    """Let the first of several processes download named data, if so told, before the others look for them."""
+    """Let the first of several processes download named data before the others look.
+
+    Only if the settings ask for a download.
+    """
     if settings.download and team.size > 1:
         team.first_does(lambda: open_data(settings.data, download=True).name)
 
@@ -127,7 +132,10 @@ def fetch(settings: TrainSettings, team: Team) -> None:
 def data_and_model(
     settings: TrainSettings, console: Console | None = None, opening: Callable[..., Data] = open_data
 ) -> tuple[Data, Preprocess, nn.Module, list[str]]:
-    """Data and a model for them, in agreement about classes, channels and image size; and what was done for that."""
+    """Data and a model for them, in agreement about classes, channels and image size.
+
+    And what was done for that.
+    """
     folder = model_folder.is_folder(settings.model)
     if folder and (settings.weights or settings.pretrained):
         raise SettingError(
@@ -197,7 +205,10 @@ def reading_files(console: Console | None) -> Iterator[Callable[[int, int], None
 
 
 def set_checkpointing(model: nn.Module, settings: TrainSettings) -> None:
-    """Turn on gradient checkpointing if so told. Raises SettingError for a network that has none."""
+    """Turn on gradient checkpointing if so told.
+
+    Raises SettingError for a network that has none.
+    """
     if not settings.checkpointing:
         return
     try:
@@ -215,7 +226,8 @@ def spaced(images: Samples, most: int) -> Samples:
 
 
 def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Preprocess:
-    """How images are prepared: as the loaded weights want it, else by the data's own mean and standard deviation.
+    """How images are prepared: as the loaded weights want it, else by the data's own mean and
+    standard deviation.
 
     A network that is made for pixels of [0, 1] as they are (mean 0, std 1) gets them so.
     """
@@ -269,7 +281,10 @@ def run_metadata(session: Session) -> dict[str, Any]:
 
 
 def fixed_digests(objective: Objective) -> dict[str, str]:
-    """{child: SHA-256 of its tensors} of what follows from the settings and is in no state, such as a frozen teacher."""
+    """{child: SHA-256 of its tensors} of what is in no state, such as a frozen teacher.
+
+    It follows from the settings.
+    """
     parts = {
         name: {key: tensor.detach().cpu().contiguous() for key, tensor in tensors_of(objective.get_submodule(name)).items()}
         for name in objective.fixed

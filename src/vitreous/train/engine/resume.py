@@ -29,7 +29,8 @@ from vitreous.train.train import train_once
 
 
 def resume(folder: str | Path, allow_changes: bool = False, console: Console | None = None, **changed: Any) -> Path:
-    """Go on with an interrupted run (or several seeds of one) so that it ends as if it had not been; returns the folder.
+    """Go on with an interrupted run (or several seeds of one) so that it ends as if it had not
+    been; returns the folder.
 
     allow_changes: go on though settings, data, grafts or versions have changed. changed: other
     values for settings that do not bear on a step: workers, save_every, rollbacks, rollback_lr,
@@ -61,7 +62,10 @@ def resume_seeds(folder: Path, allow_changes: bool, console: Console, changed: d
 
 
 def begun(folder: Path) -> list[Path]:
-    """The run.json of the run in a folder, or those of several seeds in it. Raises DataError if there is none."""
+    """The run.json of the run in a folder, or those of several seeds in it.
+
+    Raises DataError if there is none.
+    """
     records = [path for path in [folder / "run.json", *sorted(folder.glob("seed-*/run.json"))] if path.is_file()]
     if not records:
         raise no_run(folder)
@@ -81,7 +85,10 @@ def resume_once(
     team: Team = ALONE,
     opening: Callable[..., Data] = open_data,
 ) -> None:
-    """Go on with the run of one seed; does nothing if it is finished. opening: as `prepare` takes it."""
+    """Go on with the run of one seed; does nothing if it is finished.
+
+    opening: as `prepare` takes it.
+    """
     run, say = Run(folder), speaker(console)
     with ExitStack() as locks:
         with team.together():
@@ -121,7 +128,10 @@ def already_finished(run: Run, settings: TrainSettings) -> bool:
 
 
 def replay(folder: str | Path, console: Console | None = None) -> str | None:
-    """Run the step again at which a run stopped because it was not finite; says, and returns, where it begins, or None."""
+    """Run the step again at which a run stopped because it was not finite.
+
+    Says, and returns, where it begins, or None.
+    """
     folder, console = Path(folder), console or Console()
     if not (folder / "run.json").is_file():
         raise no_run(folder)

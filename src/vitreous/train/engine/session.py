@@ -1,4 +1,4 @@
-"""What a run consists of (`Session`) and how far it has come (`Progress`), for all of the engine."""
+"""What a run consists of (`Session`) and how far it has come (`Progress`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vitreous.train.updates import Update
 
 
 class Means:
-    """Weighted means of scalars by name, added up where they lie, without waiting for a device."""
+    """Weighted means of scalars by name, added up without waiting for a device."""
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
@@ -101,17 +101,23 @@ class Session:
 
     @property
     def tested(self) -> Objective:
-        """The objective that is tested and whose model is read and saved: the averaged one, if there is one."""
+        """The objective that is tested and whose model is read and saved: the averaged one, if
+        there is one.
+        """
         return self.whole or self.averaged
 
     @property
     def averaged(self) -> Objective:
-        """The moving average where one is kept, else the objective that learns; its weights may be spread."""
+        """The moving average where one is kept, else the objective that learns; its weights may be
+        spread.
+        """
         return self.objective if self.ema is None else self.ema.module
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters: those of the model by their names in it, then the objective's own as objective.NAME."""
+        """All parameters: those of the model by their names in it, then the objective's own as
+        objective.NAME.
+        """
         named = dict(self.objective.named_parameters())
         return {own_name(name): parameter for name, parameter in named.items()}
 
@@ -125,5 +131,8 @@ class Session:
 
 
 def own_name(name: str) -> str:
-    """The name of a parameter or module of an objective, for people: what is in the model by its name there."""
+    """The name of a parameter or module of an objective, for people.
+
+    What is in the model has its name there.
+    """
     return name.removeprefix("model.") if name.startswith("model.") else f"objective.{name}"

@@ -1,4 +1,7 @@
-"""A model spread over processes by FSDP2 (`fully_shard`): cut apart, put together again for what needs all of it."""
+"""A model spread over processes by FSDP2 (`fully_shard`).
+
+It is cut apart, and put together again for what needs all of it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from vitreous.train.engine.session import Session
 
 
 def shard(model: nn.Module, device: torch.device, size: int) -> None:
-    """Spread the parameters over so many processes, block by block; each puts a block together while it computes it.
+    """Spread the parameters over so many processes, block by block; each puts a block together
+    while it computes it.
 
     Raises SettingError where grafts have penalties, which read whole weights outside of the forward
     pass.
@@ -36,7 +40,10 @@ def shard(model: nn.Module, device: torch.device, size: int) -> None:
 
 
 def check_sharding(objective: Objective, task: str) -> None:
-    """Raise SettingError where a task learns parameters beside the model, which are not spread."""
+    """Raise SettingError where a task learns parameters beside the model.
+
+    Those are not spread.
+    """
     if names := [name for name, p in objective.named_parameters() if p.requires_grad and not name.startswith("model.")]:
         raise SettingError(
             f"Found --shard with the task {task}, which learns {names[0]} beside the model. Expected a task that learns the "
@@ -45,7 +52,9 @@ def check_sharding(objective: Objective, task: str) -> None:
 
 
 def check_optimizer(name: str, device: torch.device, size: int) -> None:
-    """Raise SettingError unless timm's optimizer steps with spread weights as with whole ones, and so after a restart.
+    """Raise SettingError unless the optimizer steps alike with spread and whole weights.
+
+    Also after a restart.
 
     It is tried on a small layer: what it keeps and computes shows in a step only. Every process
     must ask.
@@ -69,7 +78,9 @@ def check_optimizer(name: str, device: torch.device, size: int) -> None:
         step(plain, some)
 
     def twice() -> str:
-        """Whether steps with spread weights, one after a restart, are those with whole ones; else in what not."""
+        """Whether steps with spread weights, one after a restart, are those with whole ones; else
+        in what not.
+        """
         there = begun(cut(first))
         for some in gradients[:-1]:
             step(there, some)
@@ -113,7 +124,7 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered(value: Any) -> Any:
-    """A structure of dicts, lists, tuples and tensors with every spread tensor whole, on the CPU."""
+    """A structure of dicts, lists, tuples and tensors, spread tensors whole, on the CPU."""
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, dict):
@@ -122,7 +133,9 @@ def gathered(value: Any) -> Any:
 
 
 def spread_state(optimizer: torch.optim.Optimizer) -> None:
-    """Cut what an optimizer keeps for each parameter as the parameter is, after it was loaded whole."""
+    """Cut what an optimizer keeps for each parameter as the parameter is, after it was loaded
+    whole.
+    """
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -137,6 +150,8 @@ def put_together(source: nn.Module, target: nn.Module) -> None:
 
 
 def collect_weights(session: Session) -> None:
-    """Collective: call on every rank; brings `session.tested` up to date where the weights are spread."""
+    """Collective: call on every rank; brings `session.tested` up to date where the weights are
+    spread.
+    """
     if session.whole is not None:
         put_together(session.averaged, session.whole)

@@ -1,4 +1,7 @@
-"""Being told to stop: SIGTERM and Ctrl-C wait for the end of a step, so that the state can be saved."""
+"""Stopping: SIGTERM and Ctrl-C wait for the end of a step.
+
+So the state can be saved.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopping:
-    """While it is entered, signals are noted, and `end` ends the run by them. A second Ctrl-C ends it at once.
+    """While it is entered, signals are noted, and `end` ends the run by them.
+
+    A second Ctrl-C ends it at once.
 
     folder: what `vitreous resume` is to be given afterwards, and `say` is told.
     Only the main thread of a program hears signals; in another one this does nothing.
@@ -49,7 +54,9 @@ class Stopping:
         return team.most(self.heard or 0) > 0
 
     def end(self, team: Team = ALONE) -> None:
-        """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing. The state is saved by now.
+        """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing.
+
+        The state is saved by now.
 
         Says how to go on; the KeyboardInterrupt has that as its text. A team ends together: every
         process of it must ask.
@@ -65,14 +72,20 @@ class Stopping:
 
 
 def leave_to_parent(_: int = 0) -> None:
-    """In a worker process: be stopped by the parent, not by signals that a terminal or a cluster sends to all."""
+    """In a worker process: leave signals to the parent.
+
+    A terminal or a cluster sends them to all.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C wait; a worker that is started meanwhile never gets them, not even before its first line."""
+    """Let SIGTERM and Ctrl-C wait.
+
+    A worker that is started meanwhile never gets them, not even before its first line.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -1,4 +1,6 @@
-"""The state of a training run: all that the next step depends on, kept on disk so that a run goes on as if never stopped.
+"""The state of a training run: all that the next step depends on, kept on disk.
+
+A run goes on from it as if it had never stopped.
 
     state/000000123.safetensors    after 123 updates; the one before it is kept
 
@@ -48,18 +50,22 @@ class NotFinite(VitreousError):
 
 
 class ValueNotFinite(Exception):
-    """Ends a step before it is taken. values: losses and the norm of the gradient, of which one is not finite."""
+    """Ends a step before it is taken.
+
+    Values: losses and the norm of the gradient, of which one is not finite.
+    """
 
     def __init__(self, values: dict[str, Tensor]):
         super().__init__()
         self.values = values
 
 
-# -- a run as one structure, and back ------------------------------------------------------------------------------
+# -- a run as one structure, and back -------------------------------------------------------------
 
 
 def capture(session: Session, rng: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the next step of the run depends on. rng: random states of earlier, in place of the present ones.
+    """What the next step of the run depends on. rng: random states of earlier, in place of the
+    present ones.
 
     Every process must ask, and gets the whole.
 
@@ -82,7 +88,10 @@ def capture(session: Session, rng: dict[str, Any] | None = None) -> dict[str, An
 
 
 def restore(session: Session, state: dict[str, Any]) -> None:
-    """Put a run, made from the same settings, into a captured state. Raises DataError if it does not fit exactly."""
+    """Put a run, made from the same settings, into a captured state.
+
+    Raises DataError if it does not fit exactly.
+    """
     fill(tensors_of(session.model), state["model"], "model")
     fill(own_tensors(session.objective), state.get("objective", {}), "part of the task beside the model")
     if session.ema is not None:
@@ -138,7 +147,10 @@ def unfit(what: str) -> DataError:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """The random states that a step draws from: torch's, those of the device, NumPy's and Python's."""
+    """The random states that a step draws from.
+
+    torch's, those of the device, NumPy's and Python's.
+    """
     name, keys, *rest = np.random.get_state()
     own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*of_device(device))
     return {
@@ -158,7 +170,10 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def seed_apart(session: Session) -> None:
-    """Let dropout and dropped paths differ between processes; what mixup draws from, NumPy's state, stays in step."""
+    """Let dropout and dropped paths differ between processes.
+
+    What mixup draws from, NumPy's state, stays in step.
+    """
     if session.team.rank:
         words = np.random.SeedSequence((session.settings.seed, session.team.rank, session.progress.updates)).generate_state(1)
         torch.manual_seed(int(words[0]))
@@ -170,7 +185,10 @@ def of_device(device: torch.device) -> tuple[torch.device, ...]:
 
 
 def check_finite(objective: Objective, what: str = "model") -> None:
-    """Raise NotFinite if a weight is not finite, or a buffer holds NaN (masks may hold infinity)."""
+    """Raise NotFinite if a weight is not finite, or a buffer holds NaN.
+
+    Masks may hold infinity.
+    """
     bad = [name for name, p in objective.named_parameters() if not whole(torch.isfinite(p).all())]
     bad += [name for name, b in objective.named_buffers() if b.is_floating_point() and torch.isnan(b).any()]
     if bad:
@@ -180,7 +198,7 @@ def check_finite(objective: Objective, what: str = "model") -> None:
         )
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------
 
 
 class States:
@@ -191,7 +209,8 @@ class States:
         self.latest: int | None = None  # updates of the state that was written last
 
     def save(self, session: Session) -> None:
-        """Write the present state, whole or not at all, unless it is there; drop those older than the one before.
+        """Write the present state, whole or not at all, unless it is there; drop those older than
+        the one before.
 
         Every process must ask; the first one writes.
 
@@ -213,7 +232,8 @@ class States:
                 path.unlink()
 
     def load(self, say: Callable[[str], Any]) -> dict[str, Any] | None:
-        """The newest state that is whole; None if none was ever kept. Damaged ones are said, and put aside.
+        """The newest state that is whole; None if none was ever kept. Damaged ones are said, and
+        put aside.
 
         Raises DataError if there are only damaged ones.
         """
@@ -245,14 +265,17 @@ class States:
 
 
 def write_state(path: Path, content: Any) -> None:
-    """Write a structure of tensors and plain values as a .safetensors file, whole or not at all."""
+    """Write tensors and plain values as a .safetensors file, whole or not at all."""
     tree, tensors = packed(content)
     metadata = {"format": str(FORMAT), "state": tree, "sha256": digest(tree, tensors)}
     write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
 def read_state(path: Path) -> Any:
-    """The structure that `write_state` wrote. Raises DataError if the file is not whole, bit by bit."""
+    """The structure that `write_state` wrote.
+
+    Raises DataError if the file is not whole, bit by bit.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -285,7 +308,10 @@ def packed(content: Any) -> tuple[str, dict[str, Tensor]]:
 
 
 def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Nested dicts (any plain keys), lists and tuples as JSON with a mark of their kind; tensors go into `tensors`."""
+    """Nested dicts (any plain keys), lists and tuples as JSON with a mark of their kind.
+
+    Tensors go into `tensors`.
+    """
     if isinstance(value, Tensor):
         name = f"{len(tensors):06d}"
         tensors[name] = value.detach().cpu().contiguous().clone()  # apart: the file allows no shared memory
@@ -324,7 +350,7 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 @contextmanager
 def writing(folder: Path):
-    """Turn what a full disk or a folder that cannot be written raises into an error that says so."""
+    """Turn the errors of a full disk or an unwritable folder into one that says so."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,6 @@
-"""One step: its batch is drawn, its losses are computed, and its gradients added up, whatever it is spread over.
+"""One step: its batch is drawn, its losses computed, its gradients added up.
+
+Over parts of a batch and over processes.
 
 A batch is cut by images, over the processes (`loader.cut`) and then into `--accumulate` parts. Each
 part's mean loss weighs as its images do in the whole batch, and penalties count once, so that the
@@ -20,7 +22,9 @@ from vitreous.train.engine.state import ValueNotFinite, random_states, set_rando
 
 
 def step_losses(session: Session, batch: Batch, last: bool = True) -> Losses:
-    """The losses of a drawn batch, or of a part of one; with its last part the penalties of the weights too.
+    """The losses of a drawn batch, or of a part of one.
+
+    With its last part the penalties of the weights too.
 
     The only place where a run computes a loss: steps and the search for a value that is not finite
     come here.
@@ -29,7 +33,10 @@ def step_losses(session: Session, batch: Batch, last: bool = True) -> Losses:
 
 
 def draw_batch(session: Session, images: Tensor, target: Tensor, count: int) -> Batch:
-    """A batch as it is loaded, with everything random drawn, for this process. count: images of all processes."""
+    """A batch as it is loaded, with everything random drawn, for this process.
+
+    Count: images of all processes.
+    """
     here, team = len(images), session.team
     rows = np.arange(here)
     if team.size > 1:  # a stand-in, or what is left beside lost images, takes any rows
@@ -39,14 +46,15 @@ def draw_batch(session: Session, images: Tensor, target: Tensor, count: int) -> 
 
 
 def set_schedules(module: nn.Module, progress: float) -> None:
-    """Call `schedule(progress)` of the modules that have one: 0 at the start of training, 1 at its end."""
+    """Call `schedule(progress)` of the modules that have one: 0 at the start, 1 at the end."""
     for part in module.modules():
         if hasattr(part, "schedule"):
             part.schedule(progress)
 
 
 class Step:
-    """One step of this process: what an `Update` is handed. `norms` and `count`, images of all processes, are recorded.
+    """One step of this process: what an `Update` is handed. `norms` and `count`, images of all
+    processes, are recorded.
 
     images, target: this process's part of a batch as it is loaded. learning: the parameters that
     learn, by name. watched: those whose gradient norms are recorded.
@@ -68,7 +76,8 @@ class Step:
         self.norms: dict[str, Tensor] = {}
 
     def gradients(self) -> Losses:
-        """Clear gradients and compute those of the whole batch; every call of one step draws the same.
+        """Clear gradients and compute those of the whole batch; every call of one step draws the
+        same.
 
         Buffers, such as running means, end as the first call leaves them. Raises ValueNotFinite.
         """
@@ -90,7 +99,10 @@ class Step:
         return losses
 
     def norm(self, tensors: list[Tensor] | None = None) -> Tensor:
-        """The norm over all processes of the gradients that learn, or of tensors that are spread as these are."""
+        """The norm over all processes of the gradients that learn.
+
+        Or of tensors that are spread as these are.
+        """
         if tensors is None:
             tensors = [p.grad for p in self.learning.values() if p.grad is not None]
         return whole(nn.utils.get_total_norm(tensors))
@@ -102,7 +114,9 @@ class Step:
 
 
 def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Losses:
-    """Add the gradients of a whole step to those of the parameters; returns its losses, the same in all processes.
+    """Add the gradients of a whole step to those of the parameters.
+
+    Returns its losses, the same in all processes.
 
     batch: of this process. images: how many of its images count, 0 for a stand-in. count: those of
     all processes.
@@ -126,6 +140,9 @@ def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Lo
 
 
 def stand_in(session: Session) -> tuple[Tensor, Tensor]:
-    """Two images of noise with a target, which take part and count nothing, where a process has no image of a batch."""
+    """Two images of noise with a target, for a process that has no image of a batch.
+
+    They take part and count nothing.
+    """
     noise = torch.randn((2, *session.view_shape), generator=torch.Generator().manual_seed(session.settings.seed))
     return noise.to(session.device), session.data.train.target.take([0, 0]).to(session.device)

@@ -22,20 +22,27 @@ def tells_of_a_death(error: Exception) -> bool:
 
 
 def kill(workers: list[Process]) -> None:
-    """Kill what is left of the workers: one that waits for what a dead one held would wait for ever, deaf to SIGTERM."""
+    """Kill what is left of the workers: one that waits for what a dead one held would wait for
+    ever, deaf to SIGTERM.
+    """
     for worker in workers:
         worker.kill()
 
 
 def kill_at_exit(batches: Iterator) -> None:
-    """Let workers that are there when the program ends be killed: it sends them SIGTERM, to which they are deaf, and waits."""
+    """Kill the workers that are there when the program ends.
+
+    torch sends them SIGTERM, which they ignore, and waits.
+    """
     if getattr(batches, "_workers", None) and not hasattr(batches, "killing"):  # persistent ones come here every epoch
         batches.killing = Finalize(batches, kill, (batches._workers,), exitpriority=1)
 
 
 @contextmanager
 def child_signals_as_they_are() -> Iterator[None]:
-    """Take back torch's handler of a worker's death, which raises wherever the program is; the loader finds out anyway."""
+    """Take back torch's handler of a worker's death, which raises wherever the program is; the
+    loader finds out anyway.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return

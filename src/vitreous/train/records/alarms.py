@@ -1,4 +1,6 @@
-"""Alarms on what a model looks at, while it trains: a layer's indicators against the same layer's earlier epochs.
+"""Alarms on the attention of a model in training.
+
+A layer's indicators are held against its earlier epochs.
 
     rank collapse      a layer's tokens have become nearly the same one: `rank_collapse`, |X - 1 mean| / |X|, is below 0.1, and
                        below half of what it was. Dong, Cordonnier, Loukas 2021, arXiv 2103.03404.
@@ -40,7 +42,8 @@ Alarm = dict[str, Any]  # alarm, layer, value, before, text
 
 
 def indicators(reading: Reading) -> Indicators:
-    """Means over images and heads by layer: attention_entropy and below_uniform (nats), and rank_collapse; finite ones.
+    """Means over images and heads by layer: attention_entropy and below_uniform (nats), and
+    rank_collapse; finite ones.
 
     Empty for a measure that the reading does not have.
     """
@@ -65,7 +68,10 @@ def finite_mean(values: np.ndarray) -> float | None:
 
 
 def alarms(history: Sequence[Indicators]) -> list[Alarm]:
-    """What is alarming in the last of the epochs and was not in the one before it. history: oldest first."""
+    """What is alarming in the last of the epochs and was not in the one before it.
+
+    History: oldest first.
+    """
     new = []
     for kind, (indicator, is_alarming) in ALARM_KINDS.items():
         for layer in history[-1][indicator]:

@@ -1,4 +1,7 @@
-"""quarantine.csv of a run: the images that it goes on without, known at the start or lost on the way."""
+"""quarantine.csv of a run: the images it leaves out.
+
+They are known at the start or lost on the way.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def gather_lost(session: Session) -> None:
 
 
 def write_quarantine(session: Session, run: Run) -> list[str]:
-    """Add to quarantine.csv what is not in it yet; returns a line to say of images lost since the start, if any is new."""
+    """Add to quarantine.csv what is not in it yet.
+
+    Returns a line to say of images lost since the start, if any is new.
+    """
     earlier = read_rows(run.folder / FILE)
     late = [bad for bad in lost_images(session) if bad.cells() not in earlier]
     rows = [bad.cells() for bad in session.data.quarantined]

@@ -1,4 +1,4 @@
-"""predictions.csv of a run: what the model says of each test image, in the columns of its task."""
+"""predictions.csv of a run: the outputs for each test image, in columns of its task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ FILE = "predictions.csv"
 
 
 def write_predictions(run: Run, session: Session, outcomes: dict[str, Outputs]) -> None:
-    """Write a row for each test image that could be read. outcomes: outputs by test set. Tasks may have no columns."""
+    """Write a row for each test image that could be read.
+
+    Outcomes: outputs by test set. Tasks may have no columns.
+    """
     objective, lines = session.tested, []
     if not objective.columns:
         return
@@ -27,7 +30,9 @@ def write_predictions(run: Run, session: Session, outcomes: dict[str, Outputs]) 
 
 
 def by_image(run: Path, metric: Metric) -> dict[str, dict[int, float]]:
-    """{test set: {image: value}} of a run; empty where the table does not tell a metric image by image.
+    """{test set: {image: value}} of a run.
+
+    Empty where the table does not tell a metric image by image.
 
     It does where a column has the name of the metric, or where it has a label and what was
     predicted: 1 where they agree.

@@ -1,4 +1,7 @@
-"""What is seen of a run while it trains: on a terminal a table that grows and a bar, elsewhere a plain line for each epoch."""
+"""Progress of a run: on a terminal a growing table and a bar.
+
+Elsewhere a plain line for each epoch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ ROWS = 12  # epochs that the table shows, so that it fits a small terminal
 
 
 class Shown:
-    """Shows one run; to be entered. epochs: how many there are at most. metric: what is shown of a test."""
+    """Shows one run; to be entered. epochs: how many there are at most.
+
+    metric: what is shown of a test.
+    """
 
     def __init__(self, console: Console, epochs: int, metric: Metric):
         self.console, self.epochs, self.metric = console, epochs, metric

@@ -1,4 +1,4 @@
-"""What a run depends on from outside, written down at its start, and what has changed since."""
+"""What a run depends on from outside, recorded at its start, and later changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Rows = list[tuple[str, str, str, str]]
 
 
 def manifest(data: Data) -> Rows:
-    """Every image that a run reads: its set, name, label, and its size in bytes; of sets in memory one sum over each."""
+    """Every image that a run reads: its set, name, label, and its size in bytes.
+
+    Of sets in memory one sum over each.
+    """
     return [row for name, images in {"train": data.train, **data.tests}.items() for row in rows_of(name, images)]
 
 
@@ -89,7 +92,10 @@ def since(
 
 
 def bearing(settings: dict[str, Any]) -> dict[str, Any]:
-    """The recorded settings that bear on a step; one that the version of the record did not know yet has its default."""
+    """The recorded settings that bear on a step.
+
+    One that the version of the record did not know yet has its default.
+    """
     defaults = asdict(TrainSettings(data=""))
     return {name: value for name, value in (defaults | settings).items() if name not in FREE}
 

@@ -1,4 +1,6 @@
-"""A run folder: what was asked for, on what, what came out, and the model. Jobs write it, reports read it.
+"""A run folder: what was asked for, on what, what came out, and the model.
+
+Jobs write it, reports read it.
 
     run.json         settings, versions, machine, data, model, command line
     metrics.jsonl    one line per epoch: losses by name, scores per test set, learning rate, speed, gradient norms
@@ -35,7 +37,9 @@ STUDY = "study.json"  # what makes the folder around some runs a study (`train.s
 
 
 def choose_folder(out: str | None, name: str, parent: str = "runs") -> Path:
-    """The folder of a new run: `out`, which must be new or empty, or else the next free parent/NAME, NAME-2, ..."""
+    """The folder of a new run: `out`, which must be new or empty, or else the next free
+    parent/NAME, NAME-2, ...
+    """
     if out is not None:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -51,7 +55,10 @@ def taken(folder: Path) -> SettingError:
 
 
 class Run:
-    """The writer of one run folder. made: whether to make the folder, which is for the first of several processes."""
+    """The writer of one run folder.
+
+    Made: whether to make the folder, which is for the first of several processes.
+    """
 
     def __init__(self, folder: Path, made: bool = True):
         self.folder = folder
@@ -71,7 +78,8 @@ class Run:
         self.text("run.json", json.dumps(record | facts | {"versions": versions(), "machine": machine()}, indent=2) + "\n")
 
     def rewind(self, epoch: int, begun: bool) -> None:
-        """Remove what belongs to `epoch` and later ones, which will be made again; all of it if nothing was begun.
+        """Remove what belongs to `epoch` and later ones, which will be made again; all of it if
+        nothing was begun.
 
         Files that an interrupted write left are removed as well.
         """
@@ -111,7 +119,10 @@ class Run:
 
 
 def to_resume(folder: Path) -> Path:
-    """What to give to `vitreous resume`: the run folder, or the one around it of several seeds, or of a study."""
+    """The folder to give to `vitreous resume`.
+
+    The run folder, or the one around it of several seeds, or of a study.
+    """
     several = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("seeds")
     return folder.parent if several or (folder.parent / STUDY).is_file() else folder
 

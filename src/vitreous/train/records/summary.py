@@ -1,4 +1,7 @@
-"""What a run came to, for people: the line of an epoch and summary.md, made from the files of the run folder alone."""
+"""Results of a run for people: the line of an epoch, and summary.md.
+
+Made from the files of the run folder alone.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,10 @@ def cells(lines: Sequence[dict[str, Any]], metric: Metric) -> list[list[str]]:
 
 
 def write_seeds(folder: Path, runs: list[Path]) -> None:
-    """Write summary.md of several seeds: the first metric of each, its mean with a 95 % interval, and its deviation."""
+    """Write summary.md of several seeds: the first metric of each, mean and deviation.
+
+    The mean has a 95 % interval.
+    """
     outcomes, metric = [outcome(run) for run in runs], run_metrics(runs[0])[0]
     names, digits = list(outcomes[0]), 2 if metric.unit == "%" else 4
     scores = {name: [metric.scale * tests[name][metric.name] for tests in outcomes] for name in names}

@@ -1,4 +1,6 @@
-"""Trackers: programs that get the numbers of every epoch, beside metrics.jsonl, which is always written.
+"""Trackers: programs that get the numbers of every epoch.
+
+metrics.jsonl is written beside them, always.
 
 `--tracker tensorboard` needs the extra vitreous[tensorboard] and writes RUN/tensorboard. Anything
 else that follows `Tracker` can be named as package.module.Class, on the command line alone: a run
@@ -21,7 +23,8 @@ class Tracker(Protocol):
     """What a tracker defines; it is made without arguments."""
 
     def start(self, folder: Path, record: dict[str, Any], epoch: int) -> None:
-        """Before the first epoch, and again, after `finish`, when the run goes back to an earlier state.
+        """Before the first epoch, and again, after `finish`, when the run goes back to an earlier
+        state.
 
         record: the run's run.json. epoch: the one that comes next; discards logged epochs from this
         one on.
@@ -31,11 +34,16 @@ class Tracker(Protocol):
         """After each epoch: its numbers by name, such as "losses/total" and "tests/test/loss"."""
 
     def finish(self) -> None:
-        """At the end, however it ends, unless the process is killed; and before the run goes back to an earlier state."""
+        """At the end, however it ends, unless the process is killed; and before the run goes back
+        to an earlier state.
+        """
 
 
 class TensorBoard:
-    """Event files for TensorBoard. Epochs that are done again are marked as void in the older file."""
+    """Event files for TensorBoard.
+
+    Epochs that are done again are marked as void in the older file.
+    """
 
     def __init__(self):
         try:
@@ -69,7 +77,10 @@ def check_tracker(name: str) -> None:
 
 
 def make(name: str) -> Tracker:
-    """The tracker of that name. Raises SettingError if another package's cannot be imported or does not follow `Tracker`."""
+    """The tracker of that name.
+
+    Raises SettingError if another package's cannot be imported or does not follow `Tracker`.
+    """
     if name in TRACKERS:
         return TRACKERS[name]()
     module, _, cls = name.rpartition(".")
@@ -99,7 +110,10 @@ class Trackers:
 
     @contextmanager
     def of(self, folder: Path, epoch: int, say: Callable[[str], Any]) -> Iterator[None]:
-        """While entered, sends the run in a folder to the trackers, from this epoch on. say: how a failure is reported."""
+        """While entered, sends the run in a folder to the trackers, from this epoch on.
+
+        Say: how a failure is reported.
+        """
         self.say, self.folder = say, folder
         self.begin(epoch)
         try:
@@ -130,7 +144,10 @@ class Trackers:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested record by path, such as {"losses/total": 1.2}; what is no number is left out."""
+    """The numbers of a nested record by path, such as {"losses/total": 1.2}.
+
+    What is no number is left out.
+    """
     numbers: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,4 +1,5 @@
-"""Arms of a study compared by the first metric of their task: means over seeds, and paired differences from the first arm.
+"""Arms of a study compared by the first metric of their task: means over seeds, and paired
+differences from the first arm.
 
 Two intervals stand beside each difference, since two things are left to chance:
 
@@ -35,7 +36,9 @@ BY = ("interval_by_seed", "interval_by_image")
 
 
 def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
-    """Results of a study. arms: {name: its finished run folders, in the order of the seeds}; the first is compared with.
+    """Results of a study. arms: {name: its finished run folders, in the order of the seeds}.
+
+    The first is compared with.
 
     level: of the intervals of differences. tests: by test set, "arms" and "differences" by name,
     all as parts of 1. cost: by arm, seconds of training per image over those of the first arm, seed
@@ -62,7 +65,8 @@ def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
 
 
 def one_arm(metric: Metric, scores: list[float], answers: dict[int, float]) -> dict[str, Any]:
-    """Scores by seed, their mean and its interval: Student's over seeds, or Wilson's over the images of a single seed.
+    """Scores by seed, their mean and its interval: Student's over seeds, or Wilson's over the
+    images of a single seed.
 
     The latter only where each image is right or wrong, else there is none.
     """
@@ -77,7 +81,10 @@ def one_arm(metric: Metric, scores: list[float], answers: dict[int, float]) -> d
 def one_difference(
     ours: list[float], theirs: list[float], answers: list[dict], base: list[dict], level: float, same: bool
 ) -> dict[str, Any]:
-    """Paired difference of two arms with both intervals. same: whether all seeds were tested on the same images."""
+    """Paired difference of two arms with both intervals.
+
+    Same: whether all seeds were tested on the same images.
+    """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     units: dict[Any, list[float]] = {}  # by test image
     for seed, (a, b) in enumerate(zip(answers, base, strict=True)):
@@ -94,7 +101,10 @@ def one_difference(
 
 
 def cost(runs: Sequence[Path], base: Sequence[Path]) -> dict[str, Any]:
-    """Seconds of training per image over those of the first arm; of each run the median over its epochs."""
+    """Seconds of training per image over those of the first arm.
+
+    Of each run the median over its epochs.
+    """
 
     def rate(run: Path) -> float:
         return statistics.median(line["images_per_second"] for line in read_metrics(run))
@@ -110,7 +120,9 @@ def alike(runs: Sequence[Path]) -> bool:
 
 
 def verdict(difference: dict[str, Any], metric: Metric) -> str:
-    """What a difference comes to: "better" or "worse" where no interval holds 0, else "no difference shown"."""
+    """What a difference comes to: "better" or "worse" where no interval holds 0, else "no
+    difference shown".
+    """
     intervals = [metric.sign * np.array(difference[name]) for name in BY if difference[name]]
     if intervals and all(min(ends) > 0 for ends in intervals):
         return "better"
@@ -158,7 +170,10 @@ def signed(metric: Metric, value: float) -> str:
 
 
 def span(metric: Metric, ends: Sequence[float] | None, signed: bool = True) -> str:
-    """An interval as it is shown; empty where there is none. signed: of a difference, without unit."""
+    """An interval as it is shown; empty where there is none.
+
+    signed: of a difference, without unit.
+    """
     if ends is None:
         return ""
     digits = 2 if metric.unit == "%" else 4

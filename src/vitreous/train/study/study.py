@@ -1,4 +1,6 @@
-"""`vitreous study`: the same training with different grafts, in pairs of equal seed, compared with intervals.
+"""A study: the same training with different grafts, in pairs of equal seed.
+
+They are compared with intervals.
 
     study.json            arms, seeds, settings; in the end the results (`train.comparing`)
     summary.md            the tables
@@ -47,7 +49,9 @@ OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run
 
 
 def study(settings: TrainSettings, arms: Sequence[str], console: Console | None = None) -> Path:
-    """Train every arm with every seed, what is not finished yet, and compare; returns the study's folder.
+    """Train every arm with every seed, what is not finished yet, and compare.
+
+    Returns the study's folder.
 
     settings: of all runs; seeds are counted up from its seed. arms: the grafts of each, with spaces
     between; plain is none.
@@ -138,7 +142,10 @@ def arm_grafts(settings: TrainSettings, arms: Sequence[str]) -> dict[str, tuple[
 
 
 def plan(settings: TrainSettings, grafts: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    """What makes one study another: arms with the names of their folders, seeds, and the settings of all runs."""
+    """The record by which one study differs from another.
+
+    Arms with the names of their folders, seeds, and the settings of all runs.
+    """
     names: list[str] = []
     for name in grafts:
         short = re.sub(r"[^\w.+=-]+", "-", name)[:60].strip("-.")
@@ -153,7 +160,9 @@ def plan(settings: TrainSettings, grafts: dict[str, tuple[str, ...]]) -> dict[st
 
 
 def choose(settings: TrainSettings, asked: dict[str, Any]) -> Path:
-    """The folder given, or the first of studies/NAME, NAME-2, ... that is new or holds this very study.
+    """The folder given, or the first of studies/NAME, NAME-2, ...
+
+    That is new or holds this very study.
 
     Raises SettingError if the one given holds something else.
     """
@@ -176,7 +185,10 @@ def choose(settings: TrainSettings, asked: dict[str, Any]) -> Path:
 
 
 def other(folder: Path, asked: dict[str, Any]) -> list[str] | None:
-    """What differs between the study in a folder and the one asked for, in words; None if there is none."""
+    """What differs between the study in a folder and the one asked for, in words.
+
+    None if there is none.
+    """
     if not (folder / STUDY).is_file():
         return None
     record = model_folder.read_json(folder / STUDY)

@@ -16,7 +16,9 @@ TINY = 1e-12  # keeps the step finite where the gradient is 0
 
 @dataclass(frozen=True, kw_only=True)
 class SAM(Update):
-    """Sharpness-aware minimisation (SAM): two gradients a step, the second at the worst weights within rho.
+    """Sharpness-aware minimisation (SAM): two gradients a step.
+
+    The second is taken at the worst weights within rho.
 
     The first gradient g moves the weights w by e = rho g / |g|, or if adaptive by rho w^2 g / | |w|
     g |; the gradient there is what the optimizer steps with, from w. Losses are recorded at w,
