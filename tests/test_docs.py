@@ -110,3 +110,36 @@ def test_the_page_on_the_engine_names_its_files_and_functions():
         assert re.search(rf"\b{name}\b", source), name
     for link in re.findall(r"\]\(([^)#]+)", page):
         assert (ROOT / "docs" / link).exists(), link
+
+
+# --- the tree, twice ---------------------------------------------------------------------------------------------------
+
+SRC = ROOT / "src" / "vitreous"
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def folders(deep: bool) -> set[str]:
+    """Folders with Python files below the package, and its own files; deep: those two floors down as well."""
+    paths = {path.parent.relative_to(SRC).parts for path in SRC.rglob("*.py")} | {("weights",)}
+    listed = {parts[:2] if deep and parts[0] in ("lens", "train", "data") else parts[:1] for parts in paths if parts}
+    files = {path.name for path in SRC.glob("*.py") if not path.name.startswith("__")}
+    return {"/".join(parts) + "/" for parts in listed} | files
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "deep"),
+    [
+        ((ROOT / "README.md").read_text().split("```\nsrc/vitreous/", 1)[-1], r"^  (\S+) ", False),
+        (ARCHITECTURE.split(" floor  src/vitreous/", 1)[-1], r"^ +[\d-]+ +(\S+) ", True),
+    ],
+    ids=["README", "architecture"],
+)
+def test_the_trees_show_the_folders_that_are_there(text, pattern, deep):
+    assert set(re.findall(pattern, text.split("```", 1)[0], re.M)) == folders(deep)
+
+
+def test_what_architecture_names_is_there():
+    for word in re.findall(r"`([\w/]+(?:/|\.py))`", ARCHITECTURE):
+        assert (SRC / word).exists() or (ROOT / word).exists(), word
+    for link in re.findall(r"\]\(((?!http)[^)#]+)", ARCHITECTURE):
+        assert (ROOT / "docs" / link).exists(), link
