@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from vitreous.lens.gallery import ROWS
 
 from vitreous.lens.direction import Direction
 from vitreous.lens.foreground import references
 from vitreous.lens.formulas.maps import CONFIDENT, RULES, correlation, signed, singular_maps
 from vitreous.lens.formulas.scores import auroc
 from vitreous.lens.layer_features import layer_features
+from vitreous.lens.probes.singular_maps import VECTORS
 from vitreous.lens.tap import trace
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ from objects import GRID, objects  # noqa: E402
 
 BATCH, RANK, SKETCHES, WIDTH = 25, 3, 100, 11
 TEN = ((3, "x"), (5, "x"), (6, "x"), (8, "x"), (11, "x"), (6, "k"), (8, "k"), (9, "k"), (5, "o"), (6, "o"))
-SHOWN_ROWS = {"x": ROWS["u"], "k": ROWS["k"]}
+SHOWN_ROWS = {feature: rows for _, feature, _, rows in VECTORS}
 SHOWN = tuple((layer, kind) for kind in "xk" for layer in range(12))
 FIRST, LATER = ("tune",), ("tune", "tune off-centre")
 HELD = ("held-out", "held-out off-centre")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from lens.explicit import vit
+from vitreous.data import Cutouts
 from vitreous.lens.evaluation import BASELINES, SCORES
-from vitreous.lens.look import CHUNK
+from vitreous.lens.look import CHUNK, look
 from vitreous.lens.probe import chosen, records
 from vitreous.lens.reading import Writer, read, read_part
 from vitreous.report import format_1
+from vitreous.report.page import write
 
 # Made by the code before format 2 (commit 14e1cc8):
 #     look(vit(depth=1, img_size=(8, 12)), Cutouts(2, size=16, seed=2), out="format_1")
@@ -33,6 +37,33 @@ def test_an_old_reading_opens_with_its_numbers_words_and_maps():
     assert reading.measures["attention_entropy"]["unit"] == "nats"
     lines = (OLD / "scores.csv").read_text().splitlines()
     assert lines[0].split(",") == list(reading.scores())
+
+
+def test_the_same_model_and_images_give_the_numbers_and_maps_of_the_old_reading():
+    old, new = read(OLD), look(vit(depth=1, img_size=(8, 12)), Cutouts(2, size=16, seed=2))
+    theirs, ours = old.table(), new.table()
+    for name, column in theirs.items():
+        if column.dtype.kind == "f":
+            np.testing.assert_allclose(ours[name], column, rtol=1e-3, atol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(ours[name], column, err_msg=name)
+    assert set(old.maps) == set(new.maps)
+    for key in old.maps:
+        np.testing.assert_allclose(new.maps.heads(*key), old.maps.heads(*key), atol=4e-3, err_msg=str(key))
+    components = ({record["name"]: record.get("rule") for record in one.facts["components"]} for one in (old, new))
+    assert next(components) == next(components)
+
+
+def test_old_and_new_readings_stand_side_by_side_on_a_page(tmp_path):
+    look(vit(depth=1, img_size=(8, 12)), Cutouts(2, size=16, seed=2), probes="attention_rows", out=tmp_path / "new")
+    text = write([OLD, tmp_path / "new"], tmp_path / "both.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    labels = {record["name"]: record["label"] for record in data["words"]["measures"]}
+    assert labels["attention_entropy"] == "Attention entropy"
+    assert labels["effective_rank_paper"] == "Effective rank, paper's form"
+    old, new = (source["readings"][0] for source in data["sources"])
+    assert set(new["table"]["columns"]) < set(old["table"]["columns"])
+    assert new["maps"] == {}
 
 
 def test_an_old_reading_can_be_saved_and_is_then_of_format_2(tmp_path):

@@ -1,11 +1,14 @@
 """Looking: what a model attends to, as numbers and maps.
 
-look.py                       `look`: from a model and images to a reading
-views.py                      images as a model sees them
-tap/, places/                 every attention of any model while it happens, and where its tokens are
-measures.py, sweep.py         attention reduced to numbers; their formulas: indicators.py, spectra.py
-sight.py, gallery.py          what each layer shows on the grid, and its maps; their formulas: maps.py
-direction.py, foreground.py   where the subject is, without masks
-judgement.py                  how good maps are: against masks (scores.py), against the model (faithfulness.py)
-reading.py, description.py    the reading, its folder, and what it says of itself
+look.py                              `look`: from a model and images to a reading, part by part
+probe.py, probes/                    what is read from a pass; one file per probe
+batch_pass.py                        one pass of a batch, in which all probes observe
+formulas/                            the pure functions of probes and scores
+tap/, coordinates/                   every attention of any model while it happens, and where tokens are
+token_coordinates.py                 the coordinates of one attention's tokens, merged ones included
+layer_features.py                    keys, output and tokens of each layer on the grid of the image
+direction.py, foreground.py          where the subject is, without masks
+evaluation.py, faithfulness.py       how good maps are: against masks, against the model
+reading.py, metadata.py              the reading, its folder, and what it says of itself
+preserve_state.py                    a model is afterwards as it was before
 """

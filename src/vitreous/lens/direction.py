@@ -158,17 +158,17 @@ def sample_of(model: nn.Module) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, SAMPLE)
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|, exceeded by one parameter in ten; infinite for another number of parameters.
+def difference(values: Tensor, expected: Tensor) -> float:
+    """|values - expected| / |expected|, exceeded by one parameter in ten; infinite for another number of parameters.
 
     Adapters change few parameters, so a median would not see them; a new head alone does not make another model.
     """
-    if found.shape != expected.shape:
+    if values.shape != expected.shape:
         return float("inf")
-    if not len(found):
+    if not len(values):
         return 0.0
     size = torch.linalg.vector_norm(expected, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    return (torch.linalg.vector_norm(found - expected, dim=1) / size).quantile(0.9).item()
+    return (torch.linalg.vector_norm(values - expected, dim=1) / size).quantile(0.9).item()
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -220,12 +220,12 @@ def corners(images: Tensor, first: int) -> Tensor:
     """One corner of each of images (B, C, h, w), in turn, at the size of the whole. first: number of the first image."""
     h, w = images.shape[-2:]
     down, across = round(SIDE * h), round(SIDE * w)
-    found = []
+    crops = []
     for i, image in enumerate(images, start=first):
         top, left = (h - down) * (i % 4 // 2), (w - across) * (i % 2)
         part = image[None, :, top : top + down, left : left + across]
-        found.append(interpolate(part.float(), (h, w), mode="bicubic", antialias=True, align_corners=False)[0])
-    return torch.stack(found).to(images)
+        crops.append(interpolate(part.float(), (h, w), mode="bicubic", antialias=True, align_corners=False)[0])
+    return torch.stack(crops).to(images)
 
 
 def subject_in_corner(grid: tuple[int, int], image: int) -> Tensor:
@@ -305,9 +305,9 @@ class Scan:
         strength = {feature: sums.matched / self.judged for feature, sums in self.features.items()}
         best = max(strength, key=strength.get, default=None)
         if best is None or not strength[best] > WEAK:
-            found = "no feature with known places" if best is None else f"no feature above {strength[best]:.2f}"
+            text = "no feature with known places" if best is None else f"no feature above {strength[best]:.2f}"
             raise DataError(
-                f"Found {found} in how well it follows the subject of {self.photographs} photographs. Expected more than "
+                f"Found {text} in how well it follows the subject of {self.photographs} photographs. Expected more than "
                 f"{WEAK}; an ImageNet ViT reaches 0.47. Give trained weights, and photographs whose subjects tend to be in "
                 "the middle, prepared as the model expects."
             )

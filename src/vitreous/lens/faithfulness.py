@@ -146,29 +146,29 @@ def compare(found: Curves, base: Curves, draws: int = 2000, seed: int = 0) -> di
     return {name: bootstrap(value, draws=draws, seed=seed) for name, value in differences.items()}
 
 
-def record(found: Curves, random: Curves, centre: Curves | None = None, *, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
+def record(curves: Curves, random: Curves, centre: Curves | None = None, *, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
     """All that is to be shown of one map: means over images as numbers and lists for JSON.
 
-    found: (B, F). random: (B, orders, F). centre: (B, F), those of the centre prior, of the same images.
+    curves: (B, F). random: (B, orders, F). centre: (B, F), those of the centre prior, of the same images.
     """
     lists = {
-        "fractions": found.fractions,
-        "insertion": found.insertion.nanmean(0),
-        "deletion": found.deletion.nanmean(0),
+        "fractions": curves.fractions,
+        "insertion": curves.insertion.nanmean(0),
+        "deletion": curves.deletion.nanmean(0),
         "random_insertion": random.insertion.flatten(0, 1).nanmean(0),
         "random_deletion": random.deletion.flatten(0, 1).nanmean(0),
     }
-    compared = compare(found, random, draws, seed)
+    compared = compare(curves, random, draws, seed)
     if centre is not None:
         base = replace(centre, insertion=centre.insertion[:, None], deletion=centre.deletion[:, None])
-        compared["centre"] = compare(found, base, draws, seed)["difference"]
+        compared["centre"] = compare(curves, base, draws, seed)["difference"]
     return {
-        "followed": found.followed,
-        "fill": found.fill,
-        "images": int(found.insertion_area.isfinite().sum()),
+        "followed": curves.followed,
+        "fill": curves.fill,
+        "images": int(curves.insertion_area.isfinite().sum()),
         **{name: value.tolist() for name, value in lists.items()},
-        "insertion_area": found.insertion_area.nanmean().item(),
-        "deletion_area": found.deletion_area.nanmean().item(),
+        "insertion_area": curves.insertion_area.nanmean().item(),
+        "deletion_area": curves.deletion_area.nanmean().item(),
         "insertion_difference": list(compared["insertion"]),
         "deletion_difference": list(compared["deletion"]),
         "difference": list(compared["difference"]),

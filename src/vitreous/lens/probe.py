@@ -206,17 +206,17 @@ def chosen(probes: Sequence[str | Probe] | None, model: nn.Module | None = None)
     A dotted name imports a class of another package. model: which they are for.
     Raises UnknownName, and SettingError where two probes give the same measure or map.
     """
-    found: list[Probe] = []
+    items: list[Probe] = []
     for probe in ["all"] if probes is None else [probes] if isinstance(probes, str | Probe) else probes:
         if probe == "all":
-            found += [item() for item in map(PROBES.item, PROBES.files) if not item.passes]
+            items += [item() for item in map(PROBES.item, PROBES.files) if not item.passes]
         else:
-            found.append(PROBES.parse(probe, foreign=True) if isinstance(probe, str) else probe)
-    found = found if model is None else [probe.for_model(model) for probe in found]
-    names = [record.name for probe in found for record in (*probe.measures, *probe.components)]
+            items.append(PROBES.parse(probe, foreign=True) if isinstance(probe, str) else probe)
+    items = items if model is None else [probe.for_model(model) for probe in items]
+    names = [record.name for probe in items for record in (*probe.measures, *probe.components)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SettingError(f"Found {', '.join(twice)} in two probes. Expected each measure and map once. Leave one out.")
-    return sorted(found, key=lambda probe: (probe.order, probe.name))
+    return sorted(items, key=lambda probe: (probe.order, probe.name))
 
 
 def records(probes: Sequence[Probe], kind: Literal["measures", "components", "sources"]) -> dict[str, Any]:

@@ -66,9 +66,9 @@ def _open(folder: Path) -> Source:
         return Source(str(title or folder.resolve().name), None, [folder])
     if (folder / "run.json").is_file():
         return _open_run(folder)
-    found = "no such folder" if not folder.is_dir() else "neither reading.json nor run.json"
+    problem = "no such folder" if not folder.is_dir() else "neither reading.json nor run.json"
     raise DataError(
-        f"Found {found}: {folder}. Expected a folder that `vitreous look` or `vitreous train` has finished. "
+        f"Found {problem}: {folder}. Expected a folder that `vitreous look` or `vitreous train` has finished. "
         "Check the path; a reading that was interrupted goes on when the same command is given again."
     )
 
@@ -77,12 +77,12 @@ def _open_run(folder: Path) -> Source:
     run = read_json(folder / "run.json")
     if not isinstance(run, dict):
         raise DataError(f"Found no facts of a run in {folder / 'run.json'}. Expected an object. Train with a new --out.")
-    found = {}
+    by_epoch = {}
     for path in (folder / "readings").glob("epoch-*"):
         number = path.name.removeprefix("epoch-")
         if number.isdecimal() and (path / "reading.json").is_file():
-            found[int(number)] = path
-    if not found:
+            by_epoch[int(number)] = path
+    if not by_epoch:
         raise DataError(
             f"Found no reading of any epoch in {folder / 'readings'}. Expected folders epoch-000, epoch-001, ... "
             "Look at the run's model instead: `vitreous look RUN PHOTOS --out FOLDER`."
@@ -92,12 +92,12 @@ def _open_run(folder: Path) -> Source:
         for number, line in enumerate(_text(folder / "metrics.jsonl").rstrip("\n").split("\n"), 1):
             if line:
                 metrics.append(parsed(line, folder / "metrics.jsonl", f"line {number}"))
-    epochs = sorted(found)
+    epochs = sorted(by_epoch)
     shown = epochs
     if len(epochs) > EPOCHS:
         shown = sorted({epochs[round(i * (len(epochs) - 1) / (EPOCHS - 1))] for i in range(EPOCHS)})
     return Source(
-        folder.resolve().name, shown, [found[n] for n in shown], {key: run.get(key) for key in RUN_FACTS}, metrics,
+        folder.resolve().name, shown, [by_epoch[n] for n in shown], {key: run.get(key) for key in RUN_FACTS}, metrics,
         len(epochs) - len(shown),
     )  # fmt: skip
 

@@ -84,11 +84,11 @@ def words(readings: Sequence[Sequence[ReadingFolder]]) -> dict[str, list[dict[st
 
     Of measures, sources, scores, baselines and maps.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in (*RECORDS, "components")}
-    for kind, records in found.items():
+    by_kind: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in (*RECORDS, "components")}
+    for kind, records in by_kind.items():
         for record in (record for group in readings for reading in group for record in reading.facts[kind]):
             records.setdefault(record["name"], record)
-    return {kind: list(records.values()) for kind, records in found.items()}
+    return {kind: list(records.values()) for kind, records in by_kind.items()}
 
 
 def fill(data: dict[str, Any]) -> str:

@@ -46,9 +46,9 @@ class ReadingFolder:
         if len(self.images) != self.count:
             raise self.incomplete(f"{len(self.images)} of {self.count} images")
 
-    def incomplete(self, found: str) -> DataError:
+    def incomplete(self, problem: str) -> DataError:
         return DataError(
-            f"Found {found} in {self.folder}. Expected a finished reading. Give the same `vitreous look` command again: it "
+            f"Found {problem} in {self.folder}. Expected a finished reading. Give the same `vitreous look` command again: it "
             "goes on where it stopped."
         )
 
@@ -64,16 +64,16 @@ class ReadingFolder:
 
     def tensors(self, name: str, limit: int | None = None) -> np.ndarray | None:
         """One tensor over the first `limit` images, (n, ...); None where the reading has none."""
-        found, left = [], self.count if limit is None else limit
+        arrays, left = [], self.count if limit is None else limit
         for part in self.parts:
             if left <= 0:
                 break
             with self.opened(part) as file:
                 if name not in file.keys():  # noqa: SIM118 (not a dict)
                     return None
-                found.append(file.get_tensor(name)[:left])
-            left -= len(found[-1])
-        return np.concatenate(found) if found else None
+                arrays.append(file.get_tensor(name)[:left])
+            left -= len(arrays[-1])
+        return np.concatenate(arrays) if arrays else None
 
     def map_names(self) -> list[tuple[str, int]]:
         """(component, layer) of every map."""
@@ -82,8 +82,8 @@ class ReadingFolder:
         known = {component["name"] for component in self.facts["components"]}
         with self.opened(self.parts[0]) as file:
             names = [name.rpartition("/") for name in file.keys()]  # noqa: SIM118 (not a dict)
-        found = [(name, int(layer)) for name, _, layer in names if name in known and layer.lstrip("-").isdecimal()]
-        return sorted(found, key=lambda item: (item[1], item[0]))
+        maps = [(name, int(layer)) for name, _, layer in names if name in known and layer.lstrip("-").isdecimal()]
+        return sorted(maps, key=lambda item: (item[1], item[0]))
 
     def bytes_per_image(self) -> int:
         """Roughly what one image adds to a page."""
@@ -127,8 +127,8 @@ def _boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -
 
 
 def _image(reading: ReadingFolder, image: dict[str, Any], pictures: dict[str, int]) -> dict[str, Any]:
-    found = {key: image.get(key) for key in ("name", "width", "height", "predicted", "label")}
-    found["probability"] = packing.number(image.get("probability"), 3)
+    record = {key: image.get(key) for key in ("name", "width", "height", "predicted", "label")}
+    record["probability"] = packing.number(image.get("probability"), 3)
     with reading.opened(image["part"]) as file:
         names = set(file.keys())
         for kind in ("picture", "mask"):
@@ -136,13 +136,13 @@ def _image(reading: ReadingFolder, image: dict[str, Any], pictures: dict[str, in
             name = f"{kind}/{image['image']}"
             if name in names:
                 address = packing.picture(file.get_tensor(name).astype(np.uint8).tobytes())
-            found[kind] = pictures.setdefault(address, len(pictures)) if address else None
-    return found
+            record[kind] = pictures.setdefault(address, len(pictures)) if address else None
+    return record
 
 
 def _maps(reading: ReadingFolder, shown: int) -> dict[str, Any]:
     records = {component["name"]: component for component in reading.facts["components"]}
-    found = {}
+    entries = {}
     for component, layer in reading.map_names():
         maps = reading.tensors(f"{component}/{layer}", shown)
         if maps is None or not len(maps):
@@ -150,7 +150,7 @@ def _maps(reading: ReadingFolder, shown: int) -> dict[str, Any]:
         signed, heads = bool(records[component].get("signed")), maps.shape[1] if records[component]["per_head"] else 0
         depth = maps.shape[2 if heads else 1] if maps.ndim == (5 if heads else 4) else 0
         confidence = reading.tensors(f"{component}/{layer}/confidence", shown)
-        found[f"{component}/{layer}"] = {
+        entries[f"{component}/{layer}"] = {
             "heads": heads,
             "depth": depth,  # slices of a grid of three dimensions; 0: of two
             "height": maps.shape[-2],
@@ -159,7 +159,7 @@ def _maps(reading: ReadingFolder, shown: int) -> dict[str, Any]:
             "confidence": None if confidence is None else [packing.number(value, 3) for value in confidence.ravel()],
             "cells": packing.quantised(maps, signed),
         }
-    return found
+    return entries
 
 
 def artifact_shares(reading: ReadingFolder) -> list[list[float]]:
@@ -167,12 +167,12 @@ def artifact_shares(reading: ReadingFolder) -> list[list[float]]:
 
     The share is over all images.
     """
-    found = []
+    shares = []
     for component, layer in reading.map_names():
         if component == "artifacts":
             marks = reading.tensors(f"{component}/{layer}")
-            found.append([layer, packing.number(100 * float(np.mean(marks > 0)))])
-    return found
+            shares.append([layer, packing.number(100 * float(np.mean(marks > 0)))])
+    return shares
 
 
 def measures(reading: ReadingFolder, shown: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -197,9 +197,9 @@ def measures(reading: ReadingFolder, shown: int) -> tuple[dict[str, Any], dict[s
         places = np.array(groups[key])
         rows.append([*key, *(_mean(values[i, places], image[places]) for i in range(len(names)))])
         for row in places[(image[places] >= 0) & (image[places] < shown)]:
-            found = [packing.number(value, 4) for value in values[:, row]]
-            if any(value is not None for value in found):
-                each["/".join(str(k) for k in (*key, image[row]))] = found
+            numbers = [packing.number(value, 4) for value in values[:, row]]
+            if any(value is not None for value in numbers):
+                each["/".join(str(k) for k in (*key, image[row]))] = numbers
     return {"columns": names, "rows": rows}, {"columns": names, "values": each}
 
 
@@ -210,9 +210,9 @@ def _mean(values: np.ndarray, image: np.ndarray) -> list[float | None] | None:
     """
     single = np.isfinite(values) & (image >= 0)
     if single.any():
-        found = values[single]
-        spread = float(found.std(ddof=1)) if len(found) > 1 else None
-        return [packing.number(found.mean(), 7), packing.number(spread, 3), len(found)]
+        single_values = values[single]
+        spread = float(single_values.std(ddof=1)) if len(single_values) > 1 else None
+        return [packing.number(single_values.mean(), 7), packing.number(spread, 3), len(single_values)]
     whole = values[np.isfinite(values)]
     return [packing.number(whole[0], 7), None, 0] if len(whole) else None
 
@@ -247,14 +247,14 @@ def summary(reading: ReadingFolder) -> list[list[Any]]:
 def curves(reading: ReadingFolder) -> list[dict[str, Any]]:
     """curves.json with few digits."""
     path = reading.folder / "curves.json"
-    found = read_json(path) if path.is_file() else []
+    records = read_json(path) if path.is_file() else []
 
     def short(value: Any) -> Any:
         if isinstance(value, list):
             return [short(item) for item in value]
         return packing.number(value, 4) if isinstance(value, float) else value
 
-    return [{key: short(value) for key, value in curve.items()} for curve in found]
+    return [{key: short(value) for key, value in curve.items()} for curve in records]
 
 
 def whole(text: str) -> int:

@@ -129,8 +129,8 @@ def signed(u: Tensor, *, fixed: Tensor | None = None, attention: Tensor | None =
     names = names[: 2 if names[:2] == ("fixed", "attention") else 1]
     if not names:
         return Signed(u, torch.zeros_like(u[..., 0]), "none")
-    found = [correlation(u, named[name][:, None]) for name in names]
-    match, agrees = found[0], found[-1] * found[0] > 0
+    correlations = [correlation(u, named[name][:, None]) for name in names]
+    match, agrees = correlations[0], correlations[-1] * correlations[0] > 0
     first, later = torch.tensor(RULES[names], dtype=u.dtype, device=u.device)
     slope, agreement, constant = torch.stack([first, *[later] * (u.shape[1] - 1)], dim=1)  # (R,) each
     p = torch.sigmoid(slope * match.abs() + agreement * agrees + constant)

@@ -109,16 +109,16 @@ def weight(module: nn.Module, heads: int, width: int, energies: Energies | None 
     heads, width: H and K of the call. energies: of the call and the layers before it; None if they were not seen.
     """
     try:
-        found = _projection(module, heads, width)
+        projection = _projection(module, heads, width)
     except HostError:
         return Spectrum("weight", None, f"a query or key layer of {_class(module)} is no affine map that can be measured")
-    if found is None:
+    if projection is None:
         return Spectrum("weight", None, f"no query and key weights of {heads} x {width} rows, by name, in {_class(module)}")
-    between = _between(found, energies)
-    if not found.certain and between in ("changed", "unseen"):
-        fused = next(name for name, _, count in found.parts if count > 1)
+    between = _between(projection, energies)
+    if not projection.certain and between in ("changed", "unseen"):
+        fused = next(name for name, _, count in projection.parts if count > 1)
         return Spectrum("weight", None, f"the order of the rows of {_class(module)}.{fused} could not be confirmed")
-    return Spectrum("weight", product_singular_values(found.q.mT, found.k.mT), NOTES[between])
+    return Spectrum("weight", product_singular_values(projection.q.mT, projection.k.mT), NOTES[between])
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,14 @@ def _named(module: nn.Module) -> Iterator[tuple]:
         maps = [affine(layer) for layer in layers]
         if any(len(weight) % count for (weight, _), (_, _, count) in zip(maps, parts, strict=True)):
             continue
-        found, certain = [], True
+        tensors, certain = [], True
         for (weight, bias), letter, (_, index, count) in zip(maps, "qk", parts, strict=True):
             weight, bias = (None if x is None else x.chunk(count)[index] for x in (weight, bias))
             beside = getattr(module, f"{letter}_bias", None) if bias is None else None
             fits = isinstance(beside, Tensor) and beside.shape == weight.shape[:1]
-            found += [weight, beside if fits else bias]
+            tensors += [weight, beside if fits else bias]
             certain = certain and (count == 1 or fits)
-        yield *found, parts, certain
+        yield *tensors, parts, certain
 
 
 def _rows(weight: Tensor, bias: Tensor | None, heads: int, width: int) -> Tensor | None:
@@ -181,15 +181,15 @@ def _rows(weight: Tensor, bias: Tensor | None, heads: int, width: int) -> Tensor
     return rows.unflatten(0, (-1, width)).repeat_interleave(heads * width // len(weight), dim=0)
 
 
-def _between(found: _Projection, energies: Energies | None) -> str:
+def _between(projection: _Projection, energies: Energies | None) -> str:
     """What lies between the layers and the product: a key of NOTES."""
-    if not found.parts:  # weights of PyTorch's own class, which has nothing there
+    if not projection.parts:  # weights of PyTorch's own class, which has nothing there
         return "plain"
-    if energies is None or any(name not in energies.layers for name, _, _ in found.parts):
+    if energies is None or any(name not in energies.layers for name, _, _ in projection.parts):
         return "unseen"
     pairs = [
         (_heads(energies.layers[name].chunk(count)[index], call), call.double())
-        for (name, index, count), call in zip(found.parts, (energies.q, energies.k), strict=True)
+        for (name, index, count), call in zip(projection.parts, (energies.q, energies.k), strict=True)
     ]
     if all(_proportional(before, after) for before, after in pairs):
         return "plain"
