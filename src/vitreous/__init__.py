@@ -1,4 +1,6 @@
-"""Vitreous: see what a vision transformer looks at, graft mechanisms into it, train it, and take them out again.
+"""Vitreous: see what a vision transformer looks at, graft mechanisms into it, train it.
+
+A graft comes out again, bit for bit.
 
 The names below are imported when first used, so that `import vitreous` costs nothing.
 """
@@ -53,7 +55,10 @@ HOMES = {  # where each name stands; the imports for type checkers above say the
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, a module, or a mechanism of the catalogue by its class name: `from vitreous import SVDA`."""
+    """A public name, a module, or a mechanism by its class name.
+
+    As in `from vitreous import SVDA`.
+    """
     value = None
     if name in __all__:
         home = next(module for module, names in HOMES.items() if name in names)

@@ -21,7 +21,10 @@ KINDS = REGISTRIES[:3]  # parameters, buffers, modules: what a module owns by na
 
 @dataclass
 class Change:
-    """One exchanged value. shared: (registry, name) of what both modules own, to be handed back on removal."""
+    """One exchanged value.
+
+    Shared: (registry, name) of what both modules own, to be handed back on removal.
+    """
 
     path: str
     old: Any
@@ -31,7 +34,10 @@ class Change:
 
 @dataclass
 class Graft:
-    """The record of one mechanism in one model. digests: of each host tensor as it was, to tell later which changed."""
+    """The record of one mechanism in one model.
+
+    Digests: of each host tensor as it was, to tell later which changed.
+    """
 
     mechanism: Mechanism
     changes: list[Change]
@@ -40,7 +46,8 @@ class Graft:
 
 @dataclass(frozen=True)
 class Removal:
-    """What `ungraft` took out, and the host tensors whose values changed since (by training, loading, conversion).
+    """What `ungraft` took out, and the host tensors whose values changed since (by training,
+    loading, conversion).
 
     An empty `changed` means: the model computes bit for bit what it did before the graft.
     """
@@ -59,9 +66,10 @@ class Removal:
 def graft(model: nn.Module, *mechanisms: Mechanism | str) -> nn.Module:
     """Put mechanisms into the model, in this order, in place; returns the model.
 
-    A mechanism may be given in its text form ("svda:scale=one"). Atomic: if anything fails the model is as before.
-    Graft the bare model, before it is compiled or wrapped. Raises HostError if the model is no host for a mechanism,
-    GraftError if it conflicts with one that is there, SettingError if a setting does not fit the model.
+    A mechanism may be given in its text form ("svda:scale=one"). Atomic: if anything fails the
+    model is as before. Graft the bare model, before it is compiled or wrapped. Raises HostError if
+    the model is no host for a mechanism, GraftError if it conflicts with one that is there,
+    SettingError if a setting does not fit the model.
     """
     bare(model)
     with undo_on_error(model):
@@ -87,11 +95,13 @@ def graft(model: nn.Module, *mechanisms: Mechanism | str) -> nn.Module:
 
 
 def ungraft(model: nn.Module, all: bool = False) -> Removal:
-    """Take out the last graft (all=True: every one, last first), in place; the displaced objects come back.
+    """Take out the last graft (all=True: every one, last first), in place.
 
-    Trained, loaded or converted host tensors are kept: they are handed back to the displaced modules. Returns what was
-    taken out and which host tensors changed meanwhile. Raises GraftError if nothing is grafted, or if a grafted module
-    was replaced by someone else.
+    The displaced objects come back.
+
+    Trained, loaded or converted host tensors are kept: they are handed back to the displaced
+    modules. Returns what was taken out and which host tensors changed meanwhile. Raises GraftError
+    if nothing is grafted, or if a grafted module was replaced by someone else.
     """
     bare(model)
     present = grafts(model)
@@ -109,15 +119,20 @@ def ungraft(model: nn.Module, all: bool = False) -> Removal:
 
 
 def grafts(model: nn.Module) -> list[Graft]:
-    """The grafts in the model, first to last: a plain list that travels with copies and pickles of the model."""
+    """The grafts in the model, first to last: a plain list.
+
+    It travels with copies and pickles of the model.
+    """
     return model.__dict__.setdefault("grafts", [])
 
 
 def check(model: nn.Module, images: Tensor) -> nn.Module:
-    """One probe forward on images (B, C, H, W), in the model's present mode; returns the model.
+    """One probe forward on images (B, C, H, W), in the model's present mode.
 
-    Raises NotReached if the pass does not go through every grafted module, GraftError if re-entrant checkpointing was
-    switched on around token grafts. Mode, hooks and random state are as before.
+    Returns the model.
+
+    Raises NotReached if the pass does not go through every grafted module, GraftError if re-entrant
+    checkpointing was switched on around token grafts. Mode, hooks and random state are as before.
     """
     bare(model)
     slots.check_running(model)
@@ -152,14 +167,20 @@ def check(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
-    """Let grafts that start from data (svda:start=import) fit themselves to images (B, C, H, W); returns the model."""
+    """Fit grafts that start from data (svda:start=import) to images (B, C, H, W).
+
+    Returns the model.
+    """
     for record in grafts(model):
         record.mechanism.calibrate(model, images)
     return model
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
-    """Names of parameters that weight decay should leave alone: the host's own list, and what its grafts name."""
+    """Names of parameters that weight decay should leave alone.
+
+    The host's own list, and what its grafts name.
+    """
     names = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     last = {word for record in grafts(model) for word in record.mechanism.no_decay}
     return names | {name for name in new_parameters(model) if name.rsplit(".", 1)[-1] in last}
@@ -175,11 +196,14 @@ def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) in mine}
 
 
-# -- the parts -----------------------------------------------------------------------------------------------------
+# -- the parts ------------------------------------------------------------------------------------
 
 
 def penalties(model: nn.Module) -> dict[str, Tensor]:
-    """{name: scalar}: what the modules' own `penalties()` give, weighted as they say, each name summed over modules."""
+    """{name: scalar}: what the modules' own `penalties()` give, summed over modules.
+
+    Each is weighted as its module says.
+    """
     total: dict[str, Tensor] = {}
     for module in model.modules():
         if hasattr(module, "penalties"):
@@ -189,7 +213,10 @@ def penalties(model: nn.Module) -> dict[str, Tensor]:
 
 
 def bare(model: nn.Module) -> None:
-    """Raise HostError for a wrapper: a graft belongs into the model inside, before it is wrapped."""
+    """Raise HostError for a wrapper: a graft belongs into the model inside.
+
+    Graft before it is wrapped.
+    """
     inner = next((name for name in ("_orig_mod", "module", "model") if isinstance(getattr(model, name, None), nn.Module)), None)
     if isinstance(model, torch.jit.ScriptModule):
         raise HostError("The model is scripted (torch.jit). Expected an ordinary module. Graft before scripting.")
@@ -203,7 +230,10 @@ def bare(model: nn.Module) -> None:
 
 
 def check_removable(model: nn.Module, leaving: list[Graft]) -> None:
-    """Raise GraftError, before anything is moved, if a path does not hold what its graft put there."""
+    """Raise GraftError if a path does not hold what its graft put there.
+
+    It is called before anything is moved.
+    """
     after: dict[str, Any] = {}  # what each path will hold once the later grafts are out
     for record in leaving:
         for change in reversed(record.changes):
@@ -235,7 +265,10 @@ def undo_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def get(model: nn.Module, path: str, *default: Any) -> Any:
-    """The value at a dotted path. Raises HostError if the path is not there and no default is given."""
+    """The value at a dotted path.
+
+    Raises HostError if the path is not there and no default is given.
+    """
     value: Any = model
     for name in path.split("."):
         value = getattr(value, name, default[0] if default else MISSING)
@@ -253,7 +286,7 @@ def owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def put(model: nn.Module, change: Change) -> None:
-    """Write a new value at its path, converted to the device, dtype and mode of what it displaces."""
+    """Write a new value at its path, in the device, dtype and mode of what it displaces."""
     parent, name = owner(model, change.path)
     if callable(getattr(type(parent), name, None)):
         raise GraftError(
@@ -299,7 +332,10 @@ def write(parent: nn.Module, name: str, value: Any) -> None:
 
 
 def convert(module: nn.Module, like: Tensor | None, known: set[int]) -> None:
-    """Move the module's own tensors to the device and floating dtype of `like`, in place, but for the `known` ones."""
+    """Move a module's own tensors to the device and floating dtype of `like`, in place.
+
+    The `known` ones stay.
+    """
     if like is None or like.is_meta:
         return
     for kind in ("_parameters", "_buffers"):
@@ -317,9 +353,11 @@ def convert(module: nn.Module, like: Tensor | None, known: set[int]) -> None:
 
 
 def shared(old: Any, new: Any) -> tuple[tuple[str, str], ...]:
-    """(registry, name) of what old and new both hold under the same name: parameters, buffers, children, and flags.
+    """(registry, name) of what old and new both hold under the same name: parameters, buffers,
+    children, and flags.
 
-    Flags are plain public attributes (registry `__dict__`), such as the image size that `set_input_size` changes.
+    Flags are plain public attributes (registry `__dict__`), such as the image size that
+    `set_input_size` changes.
     """
     if not (isinstance(old, nn.Module) and isinstance(new, nn.Module)):
         return ()
@@ -333,7 +371,10 @@ def shared(old: Any, new: Any) -> tuple[tuple[str, str], ...]:
 
 
 def fresh(change: Change) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the modules in a change that the host did not have; plain containers left out."""
+    """(name, module) of the modules in a change that the host did not have.
+
+    Plain containers left out.
+    """
     if not isinstance(change.new, nn.Module):
         return []
     old = {id(m) for m in change.old.modules()} if isinstance(change.old, nn.Module) else set()
@@ -342,7 +383,9 @@ def fresh(change: Change) -> list[tuple[str, nn.Module]]:
 
 
 def covered(model: nn.Module, record: Graft, path: str) -> bool:
-    """True if a later graft displaced what this one put at `path`, in good order (it then runs inside the later one)."""
+    """True if a later graft displaced what this one put at `path`, in good order (it then runs
+    inside the later one).
+    """
     later = grafts(model)[grafts(model).index(record) + 1 :]
     return any(other.path == path for graft_ in later for other in graft_.changes)
 
@@ -364,11 +407,15 @@ def digests(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 @torch.no_grad()
 def digest(tensor: Tensor) -> tuple[int, int]:
-    """Two exact sums over the bits of a tensor, the same on every device and number of threads; (0, 0) on meta."""
+    """Two exact sums over the bits of a tensor; (0, 0) on meta.
+
+    They are the same on every device and number of threads.
+    """
     if tensor.is_meta:
         return 0, 0
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().flatten().view(width).long()
-    # The plain sum misses a change of order; the one weighted by place may miss the same change everywhere.
+    # The plain sum misses a change of order; the one weighted by place may miss the same change
+    # everywhere.
     places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
     return bits.sum().item(), (bits * places).sum().item()

@@ -1,7 +1,10 @@
-"""A mechanism is one published idea: a frozen dataclass of settings that says what it changes in a model.
+"""A mechanism: a frozen dataclass of settings that says what it changes in a model.
 
-The catalogue is the folder listing of `mechanisms/`: a file's stem is the mechanism's name, and exactly one `Mechanism`
-is in it. Settings hold text and numbers only, so that they can be written down, compared and read back.
+It stands for one published idea.
+
+The catalogue is the folder listing of `mechanisms/`: a file's stem is the mechanism's name, and
+exactly one `Mechanism` is in it. Settings hold text and numbers only, so that they can be written
+down, compared and read back.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ from vitreous.base.text_form import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Mechanism(Settings):
-    """Base of all mechanisms. Subclasses are frozen, keyword-only dataclasses whose settings all have defaults.
+    """Base of all mechanisms.
+
+    Subclasses are frozen, keyword-only dataclasses whose settings all have defaults.
 
     paper: authors, year, arXiv id. requires: what a host must offer, else it is refused (words of
-    `hosts.host.CAPABILITIES`). keeps_weights: a plain checkpoint of the host still
-    loads. exact_at_init: the grafted model equals the host before training. static_shapes: token counts do not depend on
-    the data. onnx: the grafted model exports. no_decay: names of parameters that weight decay must leave alone. examples:
-    further settings, in text form, that the laws are tested with. Where a setting decides, requires and exact_at_init are
-    properties.
+    `hosts.host.CAPABILITIES`). keeps_weights: a plain checkpoint of the host still loads.
+    exact_at_init: the grafted model equals the host before training. static_shapes: token counts do
+    not depend on the data. onnx: the grafted model exports. no_decay: names of parameters that
+    weight decay must leave alone. examples: further settings, in text form, that the laws are
+    tested with. Where a setting decides, requires and exact_at_init are properties.
     """
 
     paper: ClassVar[str] = ""
@@ -38,14 +43,19 @@ class Mechanism(Settings):
     examples: ClassVar[tuple[str, ...]] = ()
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        """{dotted path: new value}: what this mechanism puts where. Pure: the model is read, never written.
+        """{dotted path: new value}: what this mechanism puts where. Pure: the model is read, never
+        written.
 
-        Raises HostError if the model is no host for it, SettingError if a setting does not fit the model.
+        Raises HostError if the model is no host for it, SettingError if a setting does not fit the
+        model.
         """
         raise TypeError(f"{type(self).__name__} does not say what it changes: define changes(self, model).")
 
     def calibrate(self, model: nn.Module, images: Tensor) -> None:
-        """Fit what this mechanism put into the model to images (B, C, H, W). Most have nothing to fit."""
+        """Fit what this mechanism put into the model to images (B, C, H, W).
+
+        Most have nothing to fit.
+        """
 
 
 MECHANISMS = Catalogue("mechanisms", Mechanism, "mechanism", nested=True)

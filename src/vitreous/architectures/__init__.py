@@ -1,4 +1,7 @@
-"""Whole networks, one file each; importing this package makes them known to `timm.create_model`."""
+"""Whole networks, one file each.
+
+Importing this package makes them known to `timm.create_model`.
+"""
 
 import importlib
 from pathlib import Path

@@ -13,7 +13,10 @@ LARGE = {"patch_size": 8, "embed_dim": 96, "num_heads": 2, "depth": 8}
 
 
 class PostNormBlock(Block):
-    """timm's block with the norms behind the sums: x = LN(x + Attn(x)); x = LN(x + MLP(x)). (B, N, D) -> (B, N, D)."""
+    """timm's block with the norms behind the sums: x = LN(x + Attn(x)); x = LN(x + MLP(x)).
+
+    (B, N, D) -> (B, N, D).
+    """
 
     def attention_half(self, x: Tensor, **arguments: Any) -> Tensor:
         return self.norm1(x + self.drop_path1(self.ls1(self.attn(x, **arguments))))
@@ -26,7 +29,9 @@ class PostNormBlock(Block):
 
 
 class ScratchViT(VisionTransformer):
-    """A ViT of post-norm blocks without positional embedding; it cannot tell in which order its patches lie.
+    """A ViT of post-norm blocks without positional embedding.
+
+    It cannot tell in which order its patches lie.
 
         x = [class; patches];  per block x = LN(x + Attn(x)), x = LN(x + MLP(x));  logits = Linear(LN(x)[class])
 

@@ -24,7 +24,9 @@ STARTS = {"scratch": 0.1, "gentle": 0.005}  # standard deviation of sigma around
 
 @dataclass(frozen=True, kw_only=True)
 class SVDA(Mechanism):
-    """Attention by a learned spectrum: cosine of query and key, each latent direction weighted by its own sigma.
+    """Attention by a learned spectrum: cosine of query and key, weighted per direction.
+
+    Each latent direction has a sigma of its own.
 
         q_i <- q_i / |q_i|,  k_j <- k_j / |k_j|            per token and head, biases included
         A    = softmax(scale * Q diag(sigma_h) K^T),  Z = A V          sigma_h in R^K, free in sign
@@ -76,7 +78,10 @@ class SVDA(Mechanism):
 
 
 class SpectralAttention(Attention):
-    """The host's attention with unit queries and keys and a spectrum sigma (H, K) between them."""
+    """The host's attention with unit queries and keys and a spectrum sigma (H, K).
+
+    The spectrum stands between them.
+    """
 
     def initialise(self, settings: SVDA, generator: torch.Generator, share: float) -> None:
         """Draw sigma and set the scale; share: this layer's part in means over layers."""
@@ -93,7 +98,10 @@ class SpectralAttention(Attention):
 
     @property
     def weight(self) -> Tensor:
-        """What multiplies the unit queries, (H, K): sigma, times the heads' factors where those are learned."""
+        """The factors of the unit queries, (H, K): sigma.
+
+        Times the heads' factors where those are learned.
+        """
         return self.scaled(self.sigma)
 
     def scaled(self, sigma: Tensor) -> Tensor:
@@ -111,12 +119,16 @@ class SpectralAttention(Attention):
         return (unit(q) * weight[:, None]).to(v.dtype), unit(k).to(v.dtype), v
 
     def written_out(self, q: Tensor) -> bool:
-        """By measured shape: SVDA changes what the host computes, so its bits need not be those of the host's kernel."""
+        """By measured shape: SVDA changes what the host computes, so its bits need not be those of
+        the host's kernel.
+        """
         learning = torch.is_grad_enabled() and q.requires_grad
         return not needs_plain_ops(q) and written_out_is_faster(q.shape[2], learning, q.device)
 
     def penalties(self) -> dict[str, Tensor]:
-        """The paper's regularisers for this layer, weighted: scalars by name, to be summed over layers."""
+        """The paper's regularisers for this layer, weighted: scalars by name, to be summed over
+        layers.
+        """
         w_q, _, w_k, _ = query_key_weights(self)
         terms = {
             "orthogonality": lambda: orthogonality(torch.stack([w_q, w_k])),
@@ -126,7 +138,9 @@ class SpectralAttention(Attention):
 
 
 def orthogonality(weight: Tensor) -> Tensor:
-    """mean[(W W^T - I)^2] over the A^2 entries, summed over the W (..., A, D) of all heads together; a scalar, 0 or more."""
+    """mean[(W W^T - I)^2] over the A^2 entries, summed over the W (..., A, D) of all heads
+    together; a scalar, 0 or more.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return excess(weight).square().sum() / weight.shape[-2] ** 2
     with torch.autocast(weight.device.type, enabled=False):  # the way back multiplies what this way has stored
@@ -141,7 +155,10 @@ def excess(weight: Tensor) -> Tensor:
 
 
 class Orthogonality(Function):
-    """`orthogonality` with its gradient 4 / A^2 (W W^T - I) W: one product each way, where autograd takes two back."""
+    """`orthogonality` with its gradient 4 / A^2 (W W^T - I) W.
+
+    One product each way, where autograd takes two back.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
@@ -158,7 +175,10 @@ class Orthogonality(Function):
 
 
 def spectral_entropy(sigma: Tensor) -> Tensor:
-    """Entropy in nats of p_k = sigma_k^2 / sum sigma^2, 0 to log K; (..., K) -> (...). Minimised in training."""
+    """Entropy in nats of p_k = sigma_k^2 / sum sigma^2, 0 to log K; (..., K) -> (...).
+
+    Minimised in training.
+    """
     energy = sigma.square()
     p = energy / (energy.sum(-1, keepdim=True) + 1e-8)
     return -(p * (p + 1e-8).log()).sum(-1)
@@ -166,12 +186,13 @@ def spectral_entropy(sigma: Tensor) -> Tensor:
 
 @torch.no_grad()
 def import_spectrum(model: nn.Module, images: Tensor) -> None:
-    """Set every sigma so that attention on these images (B, C, H, W) comes as near as can be to the host's own.
+    """Fit every sigma so that attention on images (B, C, H, W) is nearest to the host's.
 
-    Scores are linear in sigma: s_ij = scale sum_k sigma_k q_ik k_jk with unit rows. Per head, sigma minimises
-    sum_ij A_ij (s_ij - t_ij - mean_j)^2 against the host's scores t, with the mean over j weighted by the host's attention A:
-    the second-order form of the divergence between the two attentions. All weights stay the host's. What cannot be had is
-    how the lengths of queries and keys differ between tokens; `import_error` says what that costs.
+    Scores are linear in sigma: s_ij = scale sum_k sigma_k q_ik k_jk with unit rows. Per head, sigma
+    minimises sum_ij A_ij (s_ij - t_ij - mean_j)^2 against the host's scores t, with the mean over j
+    weighted by the host's attention A: the second-order form of the divergence between the two
+    attentions. All weights stay the host's. What cannot be had is how the lengths of queries and
+    keys differ between tokens; `import_error` says what that costs.
     """
     moments: dict[nn.Module, list[Tensor]] = {}
 
@@ -192,7 +213,9 @@ def import_spectrum(model: nn.Module, images: Tensor) -> None:
 
 @torch.no_grad()
 def import_error(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
-    """How far SVDA is from the host on these images (B, C, H, W): {layer: |A' - A|_F / |A|_F per head (H,)}.
+    """Distance of SVDA from the host's attention on images (B, C, H, W).
+
+    {layer: |A' - A|_F / |A|_F per head (H,)}.
 
     A is the host's attention, A' SVDA's on the same input, so errors do not pile up over layers.
     """
@@ -207,7 +230,10 @@ def import_error(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
 
 
 def along_host(model: nn.Module, images: Tensor, visit: Callable[..., None]) -> None:
-    """One pass in which every SVDA module does its host's attention, and `visit` sees (module, q, k, A, scores) of it."""
+    """One pass in which every SVDA module computes its host's attention.
+
+    `visit` is called with (module, q, k, A, scores) of each.
+    """
 
     def hook(module: SpectralAttention, args: tuple, kwargs: dict, _out: Tensor) -> Tensor:
         if args[1:] or any(value is not None and value is not False for value in kwargs.values()):
@@ -233,7 +259,10 @@ def along_host(model: nn.Module, images: Tensor, visit: Callable[..., None]) -> 
 
 
 def normal_equations(q: Tensor, k: Tensor, attention: Tensor, scores: Tensor) -> Tensor:
-    """[G | r] (H, K, K + 1) in float64 of the least squares in `import_spectrum` for one image: q, k (H, N, K)."""
+    """[G | r] (H, K, K + 1), float64, of the least squares in `import_spectrum`.
+
+    For one image: q, k (H, N, K).
+    """
     parts = []
     for q_h, k_h, w, t in zip(q.double(), k.double(), attention.double(), scores.double(), strict=True):
         feature = q_h[:, None] * (k_h[None] - (w @ k_h)[:, None])  # (N, N, K), centred under the host's attention

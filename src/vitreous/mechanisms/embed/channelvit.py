@@ -20,7 +20,9 @@ from vitreous.mechanism import Mechanism
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelViT(Mechanism):
-    """One token for each patch of each channel: shared projection, shared positions, a learned vector for each channel.
+    """One token for each patch of each channel, with a learned vector for each channel.
+
+    Projection and positions are shared.
 
         x[c, n] = w * image[c, patch n] + b + position[n] + channel_embed[c]         C * N tokens, channel by channel
         in training: m ~ U{1..C}, then m random channels of the batch; the tokens of the others are absent
@@ -59,9 +61,12 @@ class ChannelViT(Mechanism):
 
 
 def present(model: nn.Module, channels: Iterable[int] | None) -> nn.Module:
-    """Say which channels the images have from now on, by id and in order; None: all that are known. Returns the model.
+    """Say which channels the images have from now on, by id and in order.
 
-    Raises HostError if the model has no ChannelViT, SettingError for ids that its embedding does not know.
+    None: all that are known. Returns the model.
+
+    Raises HostError if the model has no ChannelViT, SettingError for ids that its embedding does
+    not know.
     """
     embed = getattr(model, "patch_embed", None)
     if not isinstance(embed, ChannelEmbed):
@@ -78,7 +83,8 @@ def present(model: nn.Module, channels: Iterable[int] | None) -> nn.Module:
 
 
 class ChannelEmbed(Embed):
-    """Patches of each channel with its embedding, folded into the batch so that the host adds positions to each.
+    """Patches of each channel with its embedding, folded into the batch so that the host adds
+    positions to each.
 
     channels: the ids of the channels that images have, in their order.
     """
@@ -99,7 +105,9 @@ class ChannelEmbed(Embed):
         self.channels = tuple(range(known))
 
     def patches(self, x: Tensor) -> tuple[Tensor, TokenState]:
-        """x (B, C, H, W) -> (B * m, N, D), or (B * m, H, W, D) where the host takes images of any size; m channels stay."""
+        """x (B, C, H, W) -> (B * m, N, D), or (B * m, H, W, D) where the host takes images of any
+        size; m channels stay.
+        """
         ids, found, sampled = self.channels, x.shape[1], None
         if found != len(ids):
             raise DataError(
@@ -124,9 +132,12 @@ class ChannelEmbed(Embed):
 
 
 class Fold(nn.Module):
-    """Channels from the batch back into the tokens, (B * m, P + N, D) -> (B, P + m * N, D), then the host's patch dropout.
+    """Channels from the batch back into the tokens, then the host's patch dropout.
 
-    Where that drops patches, what it gives is a tensor without a state: the tokens no longer form a grid.
+    (B * m, P + N, D) -> (B, P + m * N, D).
+
+    Where that drops patches, what it gives is a tensor without a state: the tokens no longer form a
+    grid.
     """
 
     host: type[nn.Module]
@@ -145,9 +156,12 @@ class Fold(nn.Module):
 
 
 def sample(channels: int) -> list[int]:
-    """Hierarchical channel sampling: m ~ U{1..C}, then m of C channels, each set equally likely; in order.
+    """Hierarchical channel sampling: m ~ U{1..C}, then m of C channels, in order.
 
-    Draws from the global random state, as dropout does: this is noise of training, which a run's seed settles.
+    Each set is equally likely.
+
+    Draws from the global random state, as dropout does: this is noise of training, which a run's
+    seed settles.
     """
     m = int(torch.randint(1, channels + 1, (), device="cpu"))
     return torch.randperm(channels, device="cpu")[:m].sort().values.tolist()

@@ -1,4 +1,4 @@
-"""GGeM: pooling between the mean and the maximum, with an exponent to learn for each group of channels."""
+"""GGeM: pooling between mean and maximum, with a learned exponent per channel group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ LEAST = 0.01  # what an exponent is at least; at 0 the formula is the geometric 
 
 @dataclass(frozen=True, kw_only=True)
 class GGeM(Mechanism):
-    """Group generalised mean: the head pools the patches by a power mean whose exponent each group of channels learns.
+    """Group generalised mean: a power mean over patches, its exponent learned per group.
+
+    The groups are of channels.
 
         y_c = (1/N sum_n max(x_nc, eps)^p_g)^(1/p_g)          c in group g of D/G neighbours, eps = 1e-6
 
@@ -74,9 +76,12 @@ class PowerMean(nn.Module):
 
 
 def power_mean(x: Tensor, p: Tensor) -> Tensor:
-    """(1/N sum_n max(x_n, eps)^p)^(1/p) over the second axis, in float32 or wider: x (B, N, ...), p (...) -> (B, ...).
+    """(1/N sum_n max(x_n, eps)^p)^(1/p) over the second axis, float32 or wider.
 
-    With l = log max(x, eps) it is exp(m + log mean exp(p (l - m)) / p), m the largest l: no term exceeds 1.
+    x (B, N, ...), p (...) -> (B, ...).
+
+    With l = log max(x, eps) it is exp(m + log mean exp(p (l - m)) / p), m the largest l: no term
+    exceeds 1.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):

@@ -16,7 +16,9 @@ from vitreous.mechanism import Mechanism
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraTokens(Mechanism):
-    """Learned tokens that join before the first block: class tokens that are read out, or registers that are not.
+    """Learned tokens before the first block: class tokens that are read out, or registers.
+
+    Registers are not read out.
 
     Paper: the CLS=5 control of Murata, Hotta 2026, arXiv 2602.02765 (kind=class, tokens=4, read through the same mean as
         SPC tokens); registers after Darcet et al. 2024, arXiv 2309.16588.

@@ -1,4 +1,4 @@
-"""SVD-ViT's spatial principal components: leading singular vectors of the tokens become tokens themselves."""
+"""SVD-ViT's spatial principal components: singular vectors of the tokens as tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from vitreous.mechanism import Mechanism
 
 @dataclass(frozen=True, kw_only=True)
 class SPC(Mechanism):
-    """Tokens along the leading singular vectors of an image's own tokens, appended after some block and read out.
+    """Tokens along the leading singular vectors of an image's own tokens.
+
+    They are appended after some block and read out.
 
         X = U S V^T (M x D, class token included),   T = U_n^T X = S_n V_n^T,   SSVA: T' = W(X) T
 
@@ -92,7 +94,10 @@ class SPC(Mechanism):
 
 
 class Components(nn.Module):
-    """The token step of SPC: (x (B, n, D), state) -> the same with `tokens` more, or with gated additions."""
+    """The token step of SPC: (x (B, n, D), state) -> `tokens` more.
+
+    Or the same tokens with gated additions.
+    """
 
     def __init__(self, settings: SPC, width: int, heads: tuple[int, int | None], pooled: bool):
         super().__init__()
@@ -117,13 +122,16 @@ class Components(nn.Module):
         made = self.spc_tokens(tokens)  # (B, tokens, D)
         if self.gate is None:
             return insert(x, state, made, read_out=True)
-        # Component tokens are about sqrt(M) times as long as the tokens they are made of; the gate works on usual length.
+        # Component tokens are about sqrt(M) times as long as the tokens they are made of; the gate
+        # works on usual length.
         added = (self.gate * made.to(x.dtype)).sum(1, keepdim=True) / tokens.shape[1] ** 0.5  # (B, 1, D)
         start, stop, _ = slice(*self.heads).indices(tokens.shape[1])
         return torch.cat([x[:, :start], x[:, start:stop] + added, x[:, stop:]], dim=1), state
 
     def spc_tokens(self, x: Tensor) -> Tensor:
-        """x (B, M, D) -> component tokens (B, tokens, D) in float32 or wider, signs settled, SSVA done."""
+        """x (B, M, D) -> component tokens (B, tokens, D) in float32 or wider, signs settled, SSVA
+        done.
+        """
         settings = self.settings
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
@@ -155,10 +163,13 @@ class Components(nn.Module):
 
 
 def mixing(choice: nn.Linear, mix: Tensor, summary: Tensor, components: int) -> Tensor:
-    """SSVA, our reading: W (B, m, n), rows that sum to one and say which components each token is made of.
+    """SSVA, our reading: W (B, m, n), rows that sum to one.
 
-    summary: (B, D), the class token or the token mean; it is normed, and even in the signs of the components.
-    W = (1 - g) I + g softmax(choice(summary)), g = mix (m,) from 0: it starts as the m leading components, exactly.
+    They say which components each token is made of.
+
+    summary: (B, D), the class token or the token mean; it is normed, and even in the signs of the
+    components. W = (1 - g) I + g softmax(choice(summary)), g = mix (m,) from 0: it starts as the m
+    leading components, exactly.
     """
     logits = applied(choice, summary).unflatten(-1, (-1, components))
     start = torch.eye(len(mix), components, dtype=logits.dtype, device=logits.device)
@@ -166,23 +177,33 @@ def mixing(choice: nn.Linear, mix: Tensor, summary: Tensor, components: int) -> 
 
 
 def learned_sketch(x: Tensor, selector: nn.Linear) -> Tensor:
-    """ID-RSVD, our reading: a sketch (B, D, k) of tokens that the image itself selects, X^T softmax_tokens(X W_a)."""
+    """ID-RSVD, our reading: a sketch (B, D, k) of tokens that the image itself selects, X^T
+    softmax_tokens(X W_a).
+    """
     return x.transpose(1, 2) @ applied(selector, x).softmax(dim=1)
 
 
 def applied(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A linear of the normed x (..., D), in the linear's own dtype (a model may be in half precision) and back."""
+    """A linear of the normed x (..., D), in the linear's own dtype (a model may be in half
+    precision) and back.
+    """
     return linear(F.layer_norm(x, x.shape[-1:]).to(linear.weight.dtype)).to(x.dtype)
 
 
 def random_basis(x: Tensor, n: int) -> Tensor:
-    """A control: n orthonormal columns (B, M, n) that know nothing of the image, the same for all of M tokens."""
+    """A control: n orthonormal columns (B, M, n) that do not depend on the image.
+
+    The same for all of M tokens.
+    """
     noise = torch.randn(1, x.shape[1], n, generator=torch.Generator().manual_seed(0)).to(x)
     return leading_subspace(noise, n, method="exact", sign=None).U.expand(x.shape[0], -1, -1)
 
 
 def sign_reference(x: Tensor, rule: str) -> Tensor | None:
-    """What each vector shall correlate with: the tokens' products (B, M) with their mean or class token; None: the sum."""
+    """The tokens' products (B, M) that each vector shall correlate with; None: the sum.
+
+    With their mean or with the class token.
+    """
     if rule == "sum":
         return None
     towards = x[:, :1] if rule == "class" else x.mean(1, keepdim=True)
