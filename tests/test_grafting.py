@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from contract.hosts import PRIMARY, anatomy, build, fit, grafted, images
 from vitreous import Mechanism, check, graft, grafts, new_parameters, no_weight_decay, slots, ungraft
 from vitreous.base.errors import GraftError, HostError, MaskError, NotReached
-from vitreous.layers.stream import TokenState, split, to_grid
+from vitreous.layers.stream import Assignment, TokenState, reduce, split, to_grid
 
 
 class Elsewhere(Mechanism):
@@ -262,11 +262,10 @@ class Reduce(nn.Module):
         self.drop, self.weigh = drop, weigh
 
     def forward(self, x: Tensor, state: TokenState, qkv) -> tuple[Tensor, TokenState]:
-        original, inserted = split(x, state)
+        original, _ = split(x, state)
         b, n = original.shape[:2]
         sizes = x.new_ones(b, x.shape[1]) if state.sizes is None else state.sizes
-        source = torch.arange(n).expand(b, n) if state.source is None else state.source
-        sizes, extra = sizes[:, :n], sizes[:, n:]
+        sizes = sizes[:, :n]
         keep = n - self.drop
         if self.weigh:
             parts = torch.cat([original[:, :1], original[:, keep:]], dim=1)
@@ -274,9 +273,9 @@ class Reduce(nn.Module):
             mean = (parts * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
             original = torch.cat([mean, original[:, 1:]], dim=1)
             sizes = torch.cat([weights.sum(1), sizes[:, 1:]], dim=1)
-        source = torch.where(source < keep, source, 0)
-        x = torch.cat([original[:, :keep], inserted], dim=1)
-        return x, TokenState(torch.cat([sizes[:, :keep], extra], dim=1) if self.weigh else None, source, state.read_out)
+        index = torch.arange(n).expand(b, n)
+        step = Assignment(index=torch.where(index < keep, index, 0), tokens=keep)
+        return reduce(x, state, step, sizes[:, :keep] if self.weigh else None, tokens=original[:, :keep])
 
 
 def reducer(station: str, drop: int = 3, weigh: bool = True, layer: int = 1) -> Elsewhere:
@@ -346,7 +345,7 @@ def test_an_average_over_merged_tokens_weighs_by_size():
     stream = model.blocks(model._pos_embed(model.patch_embed(images())))
     sizes, prefix = stream.state.sizes, model.num_prefix_tokens
     assert sizes.sum(1).tolist() == [17.0] * 3
-    counted = torch.stack([(stream.state.source[:, prefix:] == i).sum(1) for i in range(sizes.shape[1])], dim=1)
+    counted = torch.stack([(stream.state.assignment.index[:, prefix:] == i).sum(1) for i in range(sizes.shape[1])], dim=1)
     normed = build("test_vit4").norm(stream.x)
     mean = (normed * counted[..., None]).sum(1) / 16
     torch.testing.assert_close(model.pool(model.forward_features(images())), mean, atol=1e-6, rtol=1e-5)

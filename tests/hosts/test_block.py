@@ -13,7 +13,7 @@ from vitreous import slots
 from vitreous.base.errors import GraftError, HostError, MaskError
 from vitreous.hosts.attention import Attention
 from vitreous.hosts.block import HALVES, STATIONS, Block, check_halves, halves_of
-from vitreous.layers.stream import PLAIN, Stream, TokenState
+from vitreous.layers.stream import PLAIN, Assignment, Stream, TokenState, reduce
 
 D = 16
 KINDS = {"pre": TimmBlock, "post": ResPostBlock, "scaling": ParallelScalingBlock}
@@ -39,11 +39,8 @@ class Merge(nn.Module):
     def forward(self, x, state, qkv):
         b, n = x.shape[:2]
         sizes = x.new_ones(b, n) if state.sizes is None else state.sizes
-        source = torch.arange(n).expand(b, n) if state.source is None else state.source
-        weights = sizes[:, -2:, None] / sizes[:, -2:].sum(1)[:, None, None]
-        x = torch.cat([x[:, :-2], (x[:, -2:] * weights).sum(1, keepdim=True)], dim=1)
-        sizes = torch.cat([sizes[:, :-2], sizes[:, -2:].sum(1, keepdim=True)], dim=1)
-        return x, TokenState(sizes, source.clamp_max(n - 2), state.read_out)
+        step = Assignment(index=torch.arange(n).expand(b, n).clamp_max(n - 2), tokens=n - 1)
+        return reduce(x, state, step, torch.cat([sizes[:, :-2], sizes[:, -2:].sum(1, keepdim=True)], dim=1))
 
 
 class Note(nn.Module):
@@ -174,7 +171,8 @@ def test_sizes_in_attention_equal_duplicated_tokens(kind):
     """One token of size 3 does what three equal ones do."""
     host, x = block(kind), tokens(4)
     ours = Block.of(host)
-    out = ours(Stream(x, TokenState(sizes=torch.tensor([[1.0, 1, 1, 3]] * 2), source=torch.tensor([[0, 1, 2, 3, 3, 3]] * 2))))
+    assignment = Assignment(torch.tensor([[0, 1, 2, 3, 3, 3]] * 2))
+    out = ours(Stream(x, TokenState(sizes=torch.tensor([[1.0, 1, 1, 3]] * 2), assignment=assignment)))
     apart = host(torch.cat([x, x[:, -1:], x[:, -1:]], dim=1))
     torch.testing.assert_close(out.tokens(), apart, atol=1e-5, rtol=1e-5)
     half = ours.bfloat16()(Stream(x.bfloat16(), TokenState(sizes=torch.tensor([[1.0, 1, 1, 3]] * 2))))
@@ -186,9 +184,9 @@ def test_sizes_in_attention_equal_duplicated_tokens(kind):
     [
         TokenState(read_out=(True,)),
         TokenState(sizes=torch.ones(2, 6)),
-        TokenState(source=torch.arange(6).expand(2, 6)),
+        TokenState(assignment=Assignment(torch.arange(6).expand(2, 6))),
     ],
-    ids=["inserted", "sizes", "source"],
+    ids=["inserted", "sizes", "assignment"],
 )
 @pytest.mark.parametrize("mask", [{"attn_mask": torch.ones(6, 6).bool()}, {"is_causal": True}], ids=["mask", "causal"])
 def test_a_mask_on_other_tokens_is_refused(state, mask):

@@ -11,7 +11,7 @@ from torch import nn
 from vitreous.base.errors import GraftError
 from vitreous.hosts.block import Block
 from vitreous.hosts.stream_ends import Embed, Opening, StreamEnd, collect_terms
-from vitreous.layers.stream import Stream, TokenState
+from vitreous.layers.stream import Assignment, Stream, TokenState
 
 D = 8
 
@@ -95,7 +95,7 @@ def test_terms_are_means_over_images_and_sums_over_steps(checkpointing):
 
 
 def test_a_head_that_pools_refuses_dropped_places():
-    state = TokenState(source=torch.tensor([[0, 1, 2, -1, 3, 4, 5]] * 2), dropped=True)
+    state = TokenState(assignment=Assignment(torch.tensor([[0, 1, 2, -1, 3, 4, 5]] * 2), dropped=True))
     assert StreamEnd.of(nn.LayerNorm(D), (0, 1), False)(Stream(tokens(), state)).shape == (2, 7, D)
     with pytest.raises(GraftError, match=r"nothing stands for them\. Expected a head that reads class tokens\. Merge"):
         StreamEnd.of(nn.LayerNorm(D), (1, None), True)(Stream(tokens(), state))
@@ -108,7 +108,7 @@ def test_the_norm_ends_the_stream():
     x = tokens()
     assert torch.equal(end(x), norm(x))
     read = (True, False, True)
-    out = end(Stream(x, TokenState(source=torch.tensor([[2, 0, 1, 1]] * 2), read_out=read)))
+    out = end(Stream(x, TokenState(assignment=Assignment(torch.tensor([[2, 0, 1, 1]] * 2)), read_out=read)))
     placed = norm(x)[:, [2, 0, 1, 1]]
     torch.testing.assert_close(out[:, 0], (placed[:, 0] + norm(x)[:, 3] + norm(x)[:, 5]) / 3)
     assert torch.equal(out[:, 1:], placed[:, 1:])

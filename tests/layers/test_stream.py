@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitreous.layers.stream import (
+    Assignment,
     Stream,
     TokenState,
-    follow,
     insert,
     opened,
+    reduce,
     restore,
     split,
     to_grid,
@@ -39,13 +40,13 @@ def test_a_bare_tensor_is_plain():
 
 def test_inserted_tokens_stand_at_the_end_and_count_one():
     x, sizes = tokens(2, 4), torch.tensor([[2.0, 1, 1, 3]] * 2)
-    state = TokenState(sizes=sizes, source=torch.zeros(2, 7, dtype=torch.long))
+    state = TokenState(sizes=sizes, assignment=Assignment(torch.zeros(2, 7, dtype=torch.long)))
     more, after = insert(x, state, tokens(2, 2, seed=1), read_out=True)
     more, after = insert(more, after, tokens(2, 1, seed=2).double(), read_out=False)
     assert more.dtype == x.dtype
     assert after.read_out == (True, True, False)
     assert after.sizes.tolist() == [[2, 1, 1, 3, 1, 1, 1]] * 2
-    assert after.source is state.source
+    assert after.assignment is state.assignment
     assert state.read_out == ()  # the earlier state is as it was
     present, inserted = split(more, after)
     assert torch.equal(present, x)
@@ -59,7 +60,7 @@ def test_restore_is_the_loop(data):
     drawn = st.lists(st.integers(0, n - 1), min_size=b * places, max_size=b * places)
     source = torch.tensor(data.draw(drawn)).view(b, places)
     x = tokens(b, n + m)
-    state = TokenState(source=source, read_out=(False,) * m)
+    state = TokenState(assignment=Assignment(source), read_out=(False,) * m)
     restored, inserted = restore(x, state)
     for i in range(b):
         for place in range(places):
@@ -79,13 +80,16 @@ def test_places_follow_their_tokens_through_several_reductions(data):
     state, walks = TokenState(read_out=(True,)), list(range(7))
     for before, after in itertools.pairwise(counts):
         to = data.draw(st.lists(st.integers(-1, after - 1), min_size=before, max_size=before))
-        sizes = torch.ones(1, after + 1) if data.draw(st.booleans()) else None
-        state = follow(state, torch.tensor([to]), sizes, dropped=-1 in to)
+        sizes = torch.ones(1, after) if data.draw(st.booleans()) else None
+        step = Assignment(index=torch.tensor([to]), tokens=after, dropped=-1 in to)
+        x, state = reduce(tokens(1, before + 1), state, step, sizes)
         walks = [-1 if place == -1 else to[place] for place in walks]
-        assert state.sizes is sizes
+        assert x.shape == (1, after + 1, 3)
+        assert (state.sizes is None) == (sizes is None)
+        assert sizes is None or torch.equal(state.sizes, torch.ones(1, after + 1))
         assert state.read_out == (True,)
     assert state.dropped or -1 not in walks
-    assert state.source.tolist() == [walks]
+    assert state.assignment.index.tolist() == [walks]
     x = tokens(1, counts[-1] + 1)
     for place, restored in zip(walks, restore(x, state)[0][0], strict=True):
         assert torch.equal(restored, torch.zeros(3) if place == -1 else x[0, place])
@@ -94,7 +98,7 @@ def test_places_follow_their_tokens_through_several_reductions(data):
 def test_back_to_the_picture():
     """Two prefix tokens, a 2 x 3 grid, of which the patches 0 and 1, and 4 and 5, were merged; one inserted token."""
     source = torch.tensor([[0, 1, 2, 2, 3, 4, 5, 5]])
-    state = TokenState(source=source, read_out=(True,))
+    state = TokenState(assignment=Assignment(source), read_out=(True,))
     value = torch.arange(7.0)[None]  # prefix 0 1, patches 2 3 4 5, inserted 6
     assert to_grid(value, state, (2, 3), prefix=2).tolist() == [[[2, 2, 3], [4, 5, 5]]]
     channels = torch.stack([value, -value], dim=-1)
@@ -102,3 +106,86 @@ def test_back_to_the_picture():
     assert torch.equal(to_grid(channels, state, (2, 3), prefix=2)[..., 1], -to_grid(value, state, (2, 3), prefix=2))
     with pytest.raises(ValueError, match=r"7 patches do not fill a grid of 2 x 3.*Expected.*Take"):
         to_grid(value, state, (2, 3), prefix=1)
+
+
+# -- assignments -----------------------------------------------------------------------------------------------------------
+
+
+def assignment(n: int, places: int, hard: bool, seed: int, images: int = 2) -> Assignment:
+    """Of places to n tokens, each of which stands for one place at least; soft: each place gives to all tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    if not hard:
+        return Assignment(weights=0.1 + torch.rand(images, n, places, generator=generator).double())
+    rows = [torch.cat([torch.arange(n), torch.randint(n, (places - n,), generator=generator)]) for _ in range(images)]
+    return Assignment(index=torch.stack([row[torch.randperm(places, generator=generator)] for row in rows]), tokens=n)
+
+
+def matrix(step: Assignment, over: str) -> torch.Tensor:
+    """restore (B, N, n) and gather (B, n, N) as matrices, entry by entry."""
+    weights = step.as_weights(torch.float64)
+    return (weights / weights.sum(1, keepdim=True)).mT if over == "tokens" else weights / weights.sum(2, keepdim=True)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_restore_and_gather_are_normalized_over_tokens_and_over_places(hard):
+    step, x, y = assignment(4, 9, hard, seed=1), tokens(2, 9).double(), tokens(2, 4).double()
+    assert step.places == 9
+    torch.testing.assert_close(step.restore(y), matrix(step, "tokens") @ y)
+    torch.testing.assert_close(step.gather(x), matrix(step, "places") @ x)
+    sizes = torch.randint(1, 5, (2, 9), generator=torch.Generator().manual_seed(2)).double()
+    weighed = step.as_weights(torch.float64) * sizes[:, None]
+    torch.testing.assert_close(step.gather(x, sizes), (weighed @ x) / weighed.sum(2, keepdim=True))
+
+
+def test_dropped_places_count_for_no_token_and_restore_to_zero():
+    step, x = Assignment(torch.tensor([[0, -1, 1, 1, -1]]), tokens=2, dropped=True), tokens(1, 5)
+    torch.testing.assert_close(step.gather(x), torch.stack([x[0, 0], (x[0, 2] + x[0, 3]) / 2])[None])
+    assert step.restore(step.gather(x))[0, [1, 4]].eq(0).all()
+    assert step.as_weights(torch.float32).sum() == 3
+    none = Assignment(weights=torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))  # the second place gives nothing to anyone
+    assert none.restore(tokens(1, 2))[0, 1].eq(0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.booleans(), st.integers(1, 8), st.integers(0, 1000))
+def test_what_is_constant_over_merged_places_comes_back(hard, n, seed):
+    step = assignment(n, 9, hard, seed)
+    x = step.restore(tokens(2, n, seed=seed).double()) if hard else tokens(2, 1, seed=seed).double().expand(-1, 9, -1)
+    torch.testing.assert_close(step.restore(step.gather(x)), x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.booleans(), st.booleans(), st.integers(0, 1000))
+def test_two_reductions_are_their_then(first_hard, second_hard, seed):
+    first, second = assignment(6, 9, first_hard, seed), assignment(3, 6, second_hard, seed + 1)
+    both, x, y = first.then(second), tokens(2, 9).double(), tokens(2, 3).double()
+    assert (both.weights is None) == (first_hard and second_hard)
+    torch.testing.assert_close(both.restore(y), first.restore(second.restore(y)))
+    if first_hard and second_hard:
+        sizes = first.as_weights(torch.float64).sum(2)
+        torch.testing.assert_close(both.gather(x), second.gather(first.gather(x), sizes))
+        assert both.as_weights(torch.float64).sum() == 2 * 9  # of 2 images: sizes sum to the places
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_reducing_gathers_by_size_and_leaves_inserted_tokens(hard):
+    first, second = assignment(6, 9, True, 1), assignment(3, 6, hard, 2)
+    x, sizes = tokens(2, 9 + 2), first.as_weights(torch.float32).sum(2)
+    state = TokenState(grid=(3, 3), read_out=(True, False))
+    y, state = reduce(x, state, first, sizes)
+    torch.testing.assert_close(y[:, :6], first.gather(x[:, :9]))
+    z, state = reduce(y, state, second, torch.ones(2, 3))
+    torch.testing.assert_close(z[:, :3], second.gather(y[:, :6], sizes))
+    assert torch.equal(z[:, 3:], x[:, 9:])
+    assert state.sizes.tolist() == [[1] * 5] * 2
+    assert to_grid(z, state, (3, 3), 0).shape == (2, 3, 3, 3)
+    torch.testing.assert_close(restore(z, state)[0], first.restore(second.restore(z[:, :3])))
+
+
+def test_keeping_everything_changes_no_bit():
+    step, x = Assignment(torch.arange(9).expand(2, 9), tokens=9), tokens(2, 9)
+    y, state = reduce(x, TokenState(), step)
+    assert torch.equal(y, x)
+    assert torch.equal(restore(y, state)[0], x)
+    again = step.then(assignment(4, 9, True, 3))
+    assert torch.equal(again.index, assignment(4, 9, True, 3).index)

@@ -101,12 +101,12 @@ def test_under_our_grafts_every_value_stands_where_the_record_of_the_tokens_says
         changed += before is not None and not before.plain
         for b in range(3):
             for p in range(24):
-                at = p + 1 if before is None or before.source is None else int(before.source[b, p + 1])
+                at = p + 1 if before is None or before.assignment is None else int(before.assignment.index[b, p + 1])
                 weights = maps[f"blocks.{i}.attn"][b, :, 0, at] if at >= 0 else torch.zeros(2)
                 torch.testing.assert_close(layer.attention[b, :, p], weights, rtol=1e-5, atol=1e-7)
                 k = keys[f"blocks.{i}.attn"][b, :, at].flatten() if at >= 0 else torch.zeros(24)
                 torch.testing.assert_close(layer.keys[b, p], k, rtol=1e-5, atol=1e-6)
-                at = p + 1 if after is None or after.source is None else int(after.source[b, p + 1])
+                at = p + 1 if after is None or after.assignment is None else int(after.assignment.index[b, p + 1])
                 token = x[b, at] if at >= 0 else torch.zeros(24)
                 torch.testing.assert_close(layer.tokens[b, p], token, rtol=1e-5, atol=1e-6)
     assert changed == {"svda": 0}.get(spec, 2)  # layers that saw other tokens than the image's own

@@ -81,7 +81,7 @@ def seen(model, x=None, **given):
 
     def see(call):
         copies = {side: getattr(call, side).clone() for side in ("q", "k", "v", "output") if getattr(call, side) is not None}
-        fields = {name: getattr(call, name) for name in ("route", "kind", "error", "layout", "source", "inserted", "scale")}
+        fields = {name: getattr(call, name) for name in ("route", "kind", "error", "layout", "assignment", "inserted", "scale")}
         calls.append({"key": (call.name, call.call_index), "map": call.map(), **copies, **fields})
 
     return watch(model, images() if x is None else x, see, **given), calls
@@ -451,9 +451,9 @@ def test_grafted_models_say_which_token_speaks_for_which_place(mechanism):
     blocks = [call for call in calls if call["key"][0].startswith("blocks")]
     assert len(blocks) == 3
     for call, state in zip(blocks, states, strict=False):
-        source = None if state is None else state.source
-        assert (call["source"] is None) == (source is None)
-        assert source is None or torch.equal(call["source"], source)
+        assignment = None if state is None else state.assignment
+        assert (call["assignment"] is None) == (assignment is None)
+        assert assignment is None or torch.equal(call["assignment"].index, assignment.index)
         if mechanism.name != "extra_tokens":
             assert call["inserted"] == (0 if state is None else state.inserted)
 

@@ -15,7 +15,7 @@ from contract.hosts import images as hosts_images
 from vitreous import EViT, check, graft, parse, ungraft
 from vitreous.base.errors import GraftError, HostError, NotReached, SettingError
 from vitreous.hosts.host import embed, run
-from vitreous.layers.stream import TokenState, to_grid
+from vitreous.layers.stream import Assignment, TokenState, to_grid
 from vitreous.mechanisms.tokens.evit import Reorganize, class_attention, kept
 
 
@@ -71,7 +71,7 @@ def test_keeps_and_fuses_as_the_formula_says(prefix, inserted):
     expected, places = by_hand(x, q, k, 0.6, prefix, inserted)
     assert out.shape == (2, prefix + 7 + 1 + inserted, 6)
     torch.testing.assert_close(out, expected)
-    assert after.source.tolist() == places
+    assert after.assignment.index.tolist() == places
     assert after.sizes is None
     assert after.read_out == state.read_out
 
@@ -105,7 +105,7 @@ def test_the_step_gets_the_attention_of_its_block():
         x = x + block.mlp(block.norm2(x))
     tokens, state = streams(model, images())[-1]
     torch.testing.assert_close(tokens, x)
-    assert state.source.tolist() == sources
+    assert state.assignment.index.tolist() == sources
     torch.testing.assert_close(model(images()), host.head(host.norm(x)[:, 0]))
 
 
@@ -182,7 +182,7 @@ def test_kept_and_fused_tokens_come_back_to_the_picture():
         assert tokens.shape[1] == 3 + count + 1
         picture = to_grid(tokens, state, (4, 4), prefix=3)
         assert picture.shape == (2, 4, 4, 48)
-        for image, source in zip(range(2), state.source, strict=True):
+        for image, source in zip(range(2), state.assignment.index, strict=True):
             for place in range(16):
                 assert torch.equal(picture[image, place // 4, place % 4], tokens[image, source[3 + place]])
             assert sorted(source.unique().tolist()) == list(range(3 + count + 1))
@@ -198,7 +198,7 @@ def test_dropped_places_are_zero_and_no_head_pools_over_them():
     picture = to_grid(tokens, state, (4, 4), prefix=1)
     assert ((picture == 0).all(-1).sum((1, 2)) == 8).all()
     fused = graft(vit(), EViT(keep=0.5, layers=(1,)))
-    assert torch.equal(streams(fused, images())[1][1].source == 9, state.source == -1)
+    assert torch.equal(streams(fused, images())[1][1].assignment.index == 9, state.assignment.index == -1)
     assert (fused(images()) - model(images())).abs().max() > 1e-6
     assert model.forward_features(images()).shape == (2, 17, 48)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -213,7 +213,7 @@ def test_gradients_flow_to_kept_and_to_fused_tokens():
     out, state = Reorganize(EViT(keep=0.5), 1)(x, TokenState(), (q, k, None))
     out.square().sum().backward()
     assert (x.grad.abs().sum(-1) > 0).all()
-    fused = state.source[0] == 7
+    fused = state.assignment.index[0] == 7
     assert (k.grad[0, :, fused].abs().sum(-1) > 0).all()  # through the scores that weigh them
 
 
@@ -261,7 +261,7 @@ def test_inserted_tokens_stay(order):
     normed = model.norm.host.forward(model.norm, tokens)
     expected = torch.cat([normed[:, :1], normed[:, -4:]], dim=1).mean(1)
     torch.testing.assert_close(model(images()), model.head(expected))
-    assert state.source.max() == 6
+    assert state.assignment.index.max() == 6
     assert ungraft(model, all=True).changed == ()
     assert torch.equal(model(images()), vit()(images()))
 
@@ -271,12 +271,14 @@ def test_sizes_travel_on():
     sizes = torch.tensor([[1.0, 3, 1, 2, 5, 1, 1, 2, 1]])
     x, q, k = drawn(1, 9, 6), drawn(1, 2, 9, 4), drawn(1, 2, 9, 4)
     source = torch.tensor([[0, 1, 1, 1, 2, 3, 3, 4, 4, 4, 4, 4, 5, 6, 7, 7]])
-    out, state = Reorganize(EViT(keep=0.5), 1)(x, TokenState(sizes, source, (True,)), (q, k, None))
+    out, state = Reorganize(EViT(keep=0.5), 1)(
+        x, TokenState(sizes=sizes, assignment=Assignment(source), read_out=(True,)), (q, k, None)
+    )
     assert out.shape[1] == state.sizes.shape[1] == 1 + 4 + 1 + 1
     top = class_attention(q, k, sizes)[0, 1:8].argsort(descending=True)[:4] + 1
     assert state.sizes.tolist() == [[1, *sizes[0, top].tolist(), 1, 1]]
     went = {0: 0} | {j: 1 + top.tolist().index(j) if j in top else 5 for j in range(1, 8)}
-    assert state.source.tolist() == [[went[j] for j in source[0].tolist()]]
+    assert state.assignment.index.tolist() == [[went[j] for j in source[0].tolist()]]
 
 
 def test_bad_input():

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from vitreous import GaussianMask, check, graft, new_parameters, ungraft
 from vitreous.base.errors import GraftError, HostError, MaskError, SettingError
 from vitreous.layers.geometry import squared_distances
-from vitreous.layers.stream import TokenState
+from vitreous.layers.stream import Assignment, TokenState
 from vitreous.lens.look import look
 from vitreous.mechanisms.attn.gaussian_mask import merged, mixture
 
@@ -172,12 +172,12 @@ def test_a_merged_token_has_the_mean_of_its_places():
     torch.manual_seed(3)
     mask = torch.randn(2, 6, 6, dtype=torch.float64)
     source = torch.tensor([[0, 1, 2, 1, 3, 3], [0, 0, 3, 2, -1, 1]])
-    found = merged(mask, source, 4)
+    result = merged(mask, Assignment(source, tokens=4))
     for b, h, i, j in np.ndindex(2, 2, 4, 4):
         rows, columns = ([p for p in range(6) if source[b, p] == token] for token in (i, j))
         mean = sum(mask[h, p, q] for p in rows for q in columns) / (len(rows) * len(columns))
-        assert torch.isclose(found[b, h, i, j], mean)
-    alone = merged(mask, torch.arange(6)[None], 6)
+        assert torch.isclose(result[b, h, i, j], mean)
+    alone = merged(mask, Assignment(torch.arange(6)[None], tokens=6))
     assert torch.equal(alone[0], mask)
 
 

@@ -83,7 +83,7 @@ def test_merges_as_the_loop_does(data):
     expected, counts, places = by_hand(x, k, sizes if known else torch.ones(2, n), merging, prefix, inserted)
     torch.testing.assert_close(out, expected)
     assert after.sizes.tolist() == counts
-    assert after.source.tolist() == places
+    assert after.assignment.index.tolist() == places
     assert out.shape[1] == n - min(merging, patches // 2)
 
 
@@ -110,7 +110,7 @@ def test_sources_partition_the_tokens_and_sizes_count_them(host, tokens):
         patches -= min(tokens, patches // 2)
         assert x.shape[1] == prefix + patches
         assert state.sizes.sum(1).tolist() == [prefix + 16.0] * 2
-        for source, sizes in zip(state.source, state.sizes, strict=True):
+        for source, sizes in zip(state.assignment.index, state.sizes, strict=True):
             assert torch.bincount(source, minlength=x.shape[1]).tolist() == sizes.tolist()
             assert source[:prefix].tolist() == list(range(prefix))
     assert patches == (1 if tokens == 100 else 16 - 4 * tokens if tokens == 1 else 4)
@@ -197,7 +197,7 @@ def test_autocast_matches_and_merges_in_full_precision():
     with torch.autocast("cpu", torch.bfloat16):
         again, same = Merge(9, 1)(x, TokenState(), (None, k, None))
     assert torch.equal(again, out)
-    assert torch.equal(same.source, state.source)
+    assert torch.equal(same.assignment.index, state.assignment.index)
 
 
 # -- with others, and refusals -----------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_with_another_reducer_in_other_blocks(order):
     found = streams(model, images())
     assert [tokens.shape[1] for tokens, _ in found] == [14, 9, 6, 6]  # 16 -> 13 -> 7 + 1 -> 5 patches
     tokens, state = found[-1]
-    assert state.source.unique().tolist() == list(range(6))
+    assert state.assignment.index.unique().tolist() == list(range(6))
     assert to_grid(tokens, state, (4, 4), prefix=1).shape == (2, 4, 4, 48)
     for pair in (["evit", "token_merging"], ["token_merging", "evit"]):
         with pytest.raises(GraftError, match=r"already holds (Merge|Reorganize) between.*Choose other layers"):

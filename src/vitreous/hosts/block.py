@@ -171,7 +171,7 @@ def token_mask(state: TokenState, attn_mask: Tensor | None, is_causal: bool, x: 
         what = "is_causal=True" if is_causal else f"attn_mask of shape {tuple(attn_mask.shape)}"
         raise MaskError(
             f"Found {what}, but the {x.shape[1]} tokens here hold {state.inserted} inserted ones"
-            + ("" if state.source is None else " and some were merged or dropped")
+            + ("" if state.assignment is None else " and some were merged or dropped")
             + ". A mask is made for the original tokens and says nothing about these. "
             "Call the model without a mask, or take the token graft out first (vitreous.ungraft)."
         )

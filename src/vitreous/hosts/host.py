@@ -18,7 +18,7 @@ from vitreous.hosts.block import HALVES, Block
 from vitreous.hosts.eva import EvaViT
 from vitreous.hosts.stream_ends import StreamEnd
 from vitreous.hosts.vit import WALKS, ViT
-from vitreous.layers.stream import Stream, opened, take
+from vitreous.layers.stream import Assignment, Stream, opened, reduce, take
 
 FAMILIES = (ViT(), EvaViT())
 
@@ -181,11 +181,13 @@ def embed(model: nn.Module, images: Tensor, *, keep: Tensor | None = None, conte
                 "one row per image."
             )
         first = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
-        source = torch.full(x.shape[:2], -1, device=x.device).scatter(1, first, first)
+        index = torch.full(x.shape[:2], -1, device=x.device).scatter(1, first, first)
         places = torch.arange(prefix, prefix + keep.shape[1], device=x.device).expand_as(keep)
         rope = host.family.keep_rope(model, x, rope, keep)
-        state = replace(state, source=source.scatter(1, prefix + keep, places), dropped=True)
-        x = torch.cat([x[:, :prefix], take(x[:, prefix:], keep)], dim=1)
+        index = index.scatter(1, prefix + keep, places)
+        step = Assignment(index=index, tokens=prefix + keep.shape[1], dropped=True)
+        entering = torch.cat([x[:, :prefix], take(x[:, prefix:], keep)], dim=1)
+        x, state = reduce(x, state, step, tokens=entering)
     return Stream(x, replace(state, prefix=prefix, rope=rope, context=context))
 
 

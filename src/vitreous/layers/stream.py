@@ -1,7 +1,7 @@
-"""Which token speaks for which place: state that travels with the tokens, and the way back to the picture.
+"""Which token stands for which place: state that travels with the tokens, and the way back to the picture.
 
-Tokens lie in the order `prefix, patches, inserted`. Steps may merge or drop tokens (then `sizes` and `source` say what
-became of the original ones) and may append tokens at the end (then `read_out` has one entry for each).
+Tokens lie in the order `prefix, patches, inserted`. Steps may merge or drop tokens (`reduce`; the
+`Assignment` then says what became of the original ones) and may append tokens at the end (`insert`).
 """
 
 from __future__ import annotations
@@ -14,31 +14,91 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Assignment:
+    """From N original tokens (places) to n present ones: exactly one of `index` and `weights`.
+
+    index: (B, N) int64, the present token that stands for each place, -1 for none (hard reducers).
+    weights: (B, n, N), not negative, how much each place gives to each present token (soft ones).
+    tokens: n of an index. dropped: whether an index may hold -1, known without reading it.
+    """
+
+    index: Tensor | None = None
+    weights: Tensor | None = None
+    tokens: int | None = None
+    dropped: bool = False
+
+    @property
+    def places(self) -> int:
+        """N, the number of original tokens."""
+        return self.index.shape[1] if self.weights is None else self.weights.shape[2]
+
+    def as_weights(self, dtype: torch.dtype) -> Tensor:
+        """(B, n, N): ones where an index points, or the weights."""
+        if self.weights is not None:
+            return self.weights.to(dtype)
+        n = int(self.index.max()) + 1 if self.tokens is None else self.tokens
+        return (self.index[:, None] == torch.arange(n, device=self.index.device)[:, None]).to(dtype)
+
+    def then(self, other: Assignment) -> Assignment:
+        """This reduction and a later one of its n tokens, as one: `restore` of both is `restore` of it.
+
+        Soft weights are handed on in shares: what a token got of the places goes where the later step
+        sends the token.
+        """
+        if self.weights is None and other.weights is None:
+            index = take(other.index, self.index, absent=-1 if self.dropped else None)
+            return replace(other, index=index, dropped=self.dropped or other.dropped)
+        dtype = (other.weights if self.weights is None else self.weights).dtype
+        return Assignment(weights=normalized(other.as_weights(dtype), 1) @ self.as_weights(dtype))
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Present tokens (B, n, D) -> (B, N, D): each place has its token, or the mean of its tokens; dropped ones 0."""
+        if self.weights is None:
+            return take(x, self.index, absent=0 if self.dropped else None)
+        return normalized(self.weights, 1).mT.to(x.dtype) @ x
+
+    def gather(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Places (B, N, D) -> (B, n, D): the mean of each token's places, weighed by sizes (B, N) if given."""
+        weights = self.as_weights(torch.promote_types(x.dtype, torch.float32))
+        weights = weights if sizes is None else weights * sizes[:, None]
+        return (normalized(weights, 2) @ x.to(weights.dtype)).to(x.dtype)
+
+
+def normalized(weights: Tensor, dim: int) -> Tensor:
+    """Weights divided by their sums along an axis; rows of zeros stay zeros."""
+    total = weights.sum(dim, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1)
+
+
+@dataclass(frozen=True)
 class TokenState:
     """What a forward pass knows about its tokens beside their values. A step returns a new one.
 
-    sizes:  (B, n) how many original tokens each present one stands for; None: one each. Inserted tokens count 1.
-    source: (B, N) for each of the N original tokens, the index of the present one that speaks for it; -1: it was dropped,
-        and none does; None: itself.
-    read_out: one entry per inserted token, in order: True if the read-out at `norm` takes it in.
-    dropped: True if some places may have no token (-1 in source).
-    grid: places of one image, (H, W), or (T, H, W) and (D, H, W); None: this stream was not opened by the patch embedding.
+    grid: places of one image, (H, W), or (T, H, W) and (D, H, W); None: this stream was not opened by
+        the patch embedding.
     prefix: class, distillation and register tokens at the front, of an opened stream.
-    groups: tokens per place, such as one for each channel; all places of the first group, then those of the second.
-    groups_present: (G,) bool, which of G groups are there, where this pass leaves some out; `groups` of them are.
-    rope: rotary positions of the patches, as the host's blocks take them; only where a stream is run in pieces.
+    groups: tokens per place, such as one for each channel; all places of the first group, then those
+        of the second.
+    groups_present: (G,) bool, which of G groups are there, where this pass leaves some out; `groups`
+        of them are.
+    assignment: from original to present tokens; None: each is itself.
+    sizes: (B, n) how many original tokens each present one counts for in attention; None: one each.
+        Inserted tokens count 1.
+    read_out: one entry per inserted token, in order: True if the read-out at `norm` takes it in.
+    rope: rotary positions of the patches, as the host's blocks take them; only where a stream is run
+        in pieces.
     context: (B, M, D') tokens of another modality, for steps that ask for them.
-    terms: (name, value per image (B,)) of penalties that depend on activations (see `hosts.stream_ends.collect_terms`).
+    terms: (name, value per image (B,)) of penalties that depend on activations
+        (see `hosts.stream_ends.collect_terms`).
     """
 
-    sizes: Tensor | None = None
-    source: Tensor | None = None
-    read_out: tuple[bool, ...] = ()
-    dropped: bool = False
     grid: tuple[int, ...] | None = None
     prefix: int = 0
     groups: int = 1
     groups_present: Tensor | None = None
+    assignment: Assignment | None = None
+    sizes: Tensor | None = None
+    read_out: tuple[bool, ...] = ()
     rope: Tensor | None = None
     context: Tensor | None = None
     terms: tuple[tuple[str, Tensor], ...] = ()
@@ -49,9 +109,14 @@ class TokenState:
         return len(self.read_out)
 
     @property
+    def dropped(self) -> bool:
+        """True if some places may have no token."""
+        return self.assignment is not None and self.assignment.dropped
+
+    @property
     def plain(self) -> bool:
         """True if every token is an original one in its own place."""
-        return self.sizes is None and self.source is None and not self.read_out
+        return self.sizes is None and self.assignment is None and not self.read_out
 
     @property
     def empty(self) -> bool:
@@ -74,7 +139,7 @@ class Stream:
     state: TokenState
 
     def tokens(self) -> Tensor:
-        """(B, N, D): for every original token the one that speaks for it; inserted ones left out.
+        """(B, N, D): for every original token the one that stands for it; inserted ones left out.
 
         Places of groups that this pass leaves out are 0, so that the shape does not depend on chance.
         """
@@ -113,15 +178,23 @@ def insert(x: Tensor, state: TokenState, tokens: Tensor, *, read_out: bool) -> t
     return x, replace(state, sizes=sizes, read_out=state.read_out + (read_out,) * m)
 
 
-def follow(state: TokenState, to: Tensor, sizes: Tensor | None, *, dropped: bool = False) -> TokenState:
-    """The state after a step that merged or dropped present original tokens; inserted ones stay as they are.
+def reduce(
+    x: Tensor, state: TokenState, step: Assignment, sizes: Tensor | None = None, *, tokens: Tensor | None = None
+) -> tuple[Tensor, TokenState]:
+    """Merge or drop present original tokens of x (B, n + m, D); the m inserted ones stay as they are.
 
-    to: (B, n) for each of the n, the index of the one that speaks for it from now on; if `dropped`, also -1 for none.
-    sizes: (B, n' + inserted) of the tokens that are left; None: one each.
+    step: from the n to n' tokens. sizes: (B, n') of these from now on; None: one each.
+    tokens: (B, n', D), where an idea has a formula of its own; None: `step.gather` of them, by size.
     """
-    if state.source is not None:
-        to = take(to, state.source, absent=-1 if state.dropped else None)  # (B, N)
-    return replace(state, source=to, sizes=sizes, dropped=state.dropped or dropped)
+    original, inserted = split(x, state)
+    n = original.shape[1]
+    if tokens is None:
+        tokens = step.gather(original, None if state.sizes is None else state.sizes[:, :n])
+    if sizes is not None:
+        later = sizes.new_ones(*inserted.shape[:2]) if state.sizes is None else state.sizes[:, n:]
+        sizes = torch.cat([sizes, later], dim=1)
+    assignment = step if state.assignment is None else state.assignment.then(step)
+    return torch.cat([tokens, inserted], dim=1), replace(state, assignment=assignment, sizes=sizes)
 
 
 def take(values: Tensor, index: Tensor, *, absent: int | None = None) -> Tensor:
@@ -142,9 +215,7 @@ def split(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
 def restore(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
     """x (B, n, D) as (one token per original place (B, N, D), inserted tokens (B, m, D)); dropped places are 0."""
     original, inserted = split(x, state)
-    if state.source is not None:
-        original = take(original, state.source, absent=0 if state.dropped else None)
-    return original, inserted
+    return original if state.assignment is None else state.assignment.restore(original), inserted
 
 
 def to_grid(value: Tensor, state: TokenState, grid: tuple[int, int], prefix: int) -> Tensor:
@@ -165,5 +236,6 @@ def to_grid(value: Tensor, state: TokenState, grid: tuple[int, int], prefix: int
 
 
 # A lone block that hands on a Stream can be exported, too.
+torch.export.register_dataclass(Assignment)
 torch.export.register_dataclass(TokenState)
 torch.export.register_dataclass(Stream)

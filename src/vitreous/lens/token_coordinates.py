@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from vitreous.layers.stream import take
+from vitreous.layers.stream import Assignment
 from vitreous.lens.coordinates.layout import Layout
 from vitreous.lens.formulas.row_statistics import Points, same_points
 from vitreous.lens.tap.attention_call import AttentionCall
@@ -19,15 +19,15 @@ class TokenCoordinates:
     """Where the tokens of one attention are.
 
     layer: its number among the attentions of the pass. points: (y, x) in pixels of queries and keys, NaN for tokens
-    without a place; None: unknown, or not of tokens. layout: of the original tokens; None: unknown. source, inserted: as
-    in `TokenState`, for a call of our own token grafts. images: how many of the batch count, from the first on.
+    without a place; None: unknown, or not of tokens. layout: of the original tokens; None: unknown. assignment, inserted:
+    as in `TokenState`, for a call of our own token grafts. images: how many of the batch count, from the first on.
     class_token: whether the first token without a place is one.
     """
 
     layer: int
     points: Points | None = None
     layout: Layout | None = None
-    source: Tensor | None = None
+    assignment: Assignment | None = None
     inserted: int = 0
     images: int = 0
     class_token: bool = False
@@ -35,7 +35,7 @@ class TokenCoordinates:
     @property
     def merged(self) -> bool:
         """Whether tokens were merged or dropped before this attention."""
-        return self.source is not None
+        return self.assignment is not None
 
     @property
     def recorded(self) -> bool:
@@ -66,10 +66,9 @@ class TokenCoordinates:
         """One value per key (B, ..., W, M) -> (B, ..., *grid); 0 where a token was dropped."""
         if self.inserted:
             values = values[..., : values.shape[-1] - self.inserted]
-        if self.source is not None:
-            source = self.source[: self.images]
+        if self.assignment is not None:
             flat = values.flatten(1, -2).mT  # (B, M, ...)
-            values = take(flat, source, absent=0).mT.unflatten(1, values.shape[1:-1])
+            values = first(self.assignment, self.images).restore(flat).mT.unflatten(1, values.shape[1:-1])
         return self.layout.key_picture(values)
 
 
@@ -91,12 +90,12 @@ class Locator:
             self.layout = without_last(call.layout, call.inserted)
         if call.kind == "channel":
             return TokenCoordinates(layer)
-        recorded = call.source is not None or call.inserted > 0
+        recorded = call.assignment is not None or call.inserted > 0
         return TokenCoordinates(
             layer,
             self.points_of(call),
             self.layout if recorded else call.layout,
-            call.source,
+            call.assignment,
             call.inserted,
             self.images,
             self.class_token,
@@ -105,10 +104,10 @@ class Locator:
     def points_of(self, call: AttentionCall) -> Points | None:
         """(y, x) of queries and keys; a merged token stands at the mean of the places that it speaks for, image by image."""
         windows, n, m = *call.output.shape[1:4:2], call.v.shape[3]
-        if call.source is not None:
-            if self.points is None or len(self.points) != call.source.shape[1] or n != m or windows > 1:
+        if call.assignment is not None:
+            if self.points is None or len(self.points) != call.assignment.places or n != m or windows > 1:
                 return None
-            points = mean_points(self.points, call.source[: self.images].to(self.points.device), n)
+            points = mean_points(self.points, first(call.assignment, self.images), n)
             return points, points
         layout = call.layout
         if layout is None or layout.queries.shape[:2] != (windows, n) or layout.keys.shape[:2] != (windows, m):
@@ -118,17 +117,27 @@ class Locator:
         return layout.queries[None], layout.keys[None]
 
 
-def mean_points(points: Tensor, source: Tensor, tokens: int) -> Tensor:
-    """Places (B, 1, tokens, 2) of merged tokens: the mean of those that each speaks for. NaN where there are none.
+def first(assignment: Assignment, images: int) -> Assignment:
+    """The assignment of the first images of a batch."""
+    parts = {name: value[:images] for name in ("index", "weights") if (value := getattr(assignment, name)) is not None}
+    return replace(assignment, **parts)
 
-    points (N0, 2) of the original tokens; source (B, N0): which token speaks for each, -1: none.
+
+def mean_points(points: Tensor, assignment: Assignment, tokens: int) -> Tensor:
+    """Places (B, 1, tokens, 2) of merged tokens: the mean of those that each stands for.
+
+    points (N0, 2) of the original tokens. NaN where a token stands for none.
     """
-    there = (source >= 0) & points.isfinite().all(dim=-1)
-    image, token = there.nonzero(as_tuple=True)
-    index = image * tokens + source[there]
-    total = points.new_zeros(len(source) * tokens, 2).index_add(0, index, points[token])
-    count = torch.bincount(index, minlength=len(source) * tokens)
-    return (total / count[:, None]).unflatten(0, (len(source), 1, tokens))
+    known = points.isfinite().all(dim=-1)
+    if assignment.weights is not None:
+        weights = assignment.weights.to(points) * known
+        return ((weights @ points.nan_to_num()) / weights.sum(-1, keepdim=True))[:, None]
+    index = assignment.index.to(points.device)
+    image, place = ((index >= 0) & known).nonzero(as_tuple=True)
+    target = image * tokens + index[image, place]
+    total = points.new_zeros(len(index) * tokens, 2).index_add(0, target, points[place])
+    count = torch.bincount(target, minlength=len(index) * tokens)
+    return (total / count[:, None]).unflatten(0, (len(index), 1, tokens))
 
 
 def has_class_token(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lens.passes import NUMBERS, measured
 from vitreous.base.errors import DataError, NotReached, SettingError
+from vitreous.layers.stream import Assignment
 from vitreous.lens.formulas import indicators
 from vitreous.lens.layer_features import LayerFeatures
 from vitreous.lens.probe import BatchInfo, Rows, chosen, records, table
@@ -36,7 +37,7 @@ class Shown:
     kind: str = "token"
     scale: float | None = 1.0
     stochastic: bool = True
-    source: Tensor | None = None
+    assignment: Assignment | None = None
     inserted: int = 0
     sizes: list = field(default_factory=list)
 

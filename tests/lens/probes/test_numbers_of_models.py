@@ -263,9 +263,10 @@ def test_merged_tokens_stand_at_the_mean_of_their_places(mechanism):
     """Image by image: which tokens are merged depends on the image, and the traced one is none of them."""
     model, images, calls = graft(build(), mechanism), pictures(4), []
     layouts = trace(model, pictures(1, seed=9))
-    watch(model, images, lambda call: calls.append((call.map(), call.source)), layouts=layouts)
+    watch(model, images, lambda call: calls.append((call.map(), call.assignment)), layouts=layouts)
     table, _ = measured(model, images, noisy=False, layouts=layouts)
-    maps, source = calls[1]
+    maps, assignment = calls[1]
+    source = assignment.index
     assert len({tuple(row.tolist()) for row in source}) == 4
     for image in range(4):
         means = torch.full((maps.shape[-1], 2), torch.nan)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vitreous.base.errors import HostError
+from vitreous.layers.stream import Assignment
 from vitreous.lens.coordinates.layout import Layout
 
 # Entries of a buffer (64 MiB): the most that a block of rows takes at any batch and sequence.
@@ -197,10 +198,9 @@ class AttentionCall:
     v, output: (B, W, H, M, Kv), (B, W, H, N, Kv), the second as the model computed it.
     scale: what the fused call multiplied q k^T with; None: unknown.
     layout: where queries and keys are in the image (`coordinates.layout.Layout`); None: unknown, or
-        different in every image: see source.
-    source, inserted: of our own token grafts, as in `layers.stream.TokenState`: (B, N0) for each
-        original token the index of the present token that stands for it, -1 dropped; None: itself.
-        Inserted tokens are at the end.
+        different in every image: see assignment.
+    assignment, inserted: of our own token grafts, as in `layers.stream.TokenState`: from original
+        to present tokens, None where each is itself. Inserted tokens are at the end.
     mixed: values were changed between softmax and V, so that `effective` maps differ from
         probabilities.
     stochastic: rows of the effective map are non-negative and sum to one (rows masked in full count
@@ -220,7 +220,7 @@ class AttentionCall:
     output: Tensor
     scale: float | None
     layout: Layout | None
-    source: Tensor | None
+    assignment: Assignment | None
     inserted: int
     mixed: bool
     stochastic: bool

@@ -67,7 +67,7 @@ class Capture(Receiver):
         else:
             maps = StoredMap(weighted_sum.probabilities, weighted_sum.effective, arrangement, self.buffers)
         # a reducer of tokens leaves other tokens in every image: no common layout
-        layout = traced.layout if traced is not None and state.source is None else None
+        layout = traced.layout if traced is not None and state.assignment is None else None
         if layout is not None and (layout.queries.shape[1], layout.keys.shape[1]) != (output.shape[3], v.shape[3]):
             layout = None  # another number of tokens than in the traced pass
         call = AttentionCall(
@@ -81,7 +81,7 @@ class Capture(Receiver):
             output=output,
             scale=op.scale,
             layout=layout,
-            source=state.source,
+            assignment=state.assignment,
             inserted=state.inserted,
             mixed=weighted_sum is not None and weighted_sum.mixed,
             stochastic=True,

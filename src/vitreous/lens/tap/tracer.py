@@ -117,7 +117,8 @@ class Tracer(Receiver):
         if isinstance(output, Opening):
             output = output.x
         if isinstance(output, Stream):  # for its original tokens, as in `Stream.tokens`
-            count = output.x.shape[1] - output.state.inserted if output.state.source is None else output.state.source.shape[1]
+            state = output.state
+            count = output.x.shape[1] - state.inserted if state.assignment is None else state.assignment.places
             output_layout = self.layouts_by_count.get(count)
         else:
             output = output[0] if isinstance(output, tuple) and output else output  # tokens, and what else a block hands on

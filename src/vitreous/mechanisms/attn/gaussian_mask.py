@@ -13,7 +13,7 @@ from vitreous import slots
 from vitreous.base.errors import MaskError, SettingError
 from vitreous.hosts.attention import Attention
 from vitreous.layers.geometry import squared_distances
-from vitreous.layers.stream import PLAIN, TokenState
+from vitreous.layers.stream import PLAIN, Assignment, TokenState, normalized
 from vitreous.mechanism import Mechanism
 
 EPS = 1e-5  # added to squared deviations, as in the authors' experiments
@@ -82,7 +82,7 @@ class MaskedAttention(Attention):
     def mask(self, tokens: int, state: TokenState = PLAIN) -> Tensor:
         """The mask (H, n, n) of n tokens, or (B, H, n, n) where some were merged; float32 or wider."""
         present = tokens - state.inserted
-        original = present if state.source is None else state.source.shape[1]
+        original = present if state.assignment is None else state.assignment.places
         if state.grid is None:
             raise MaskError(
                 f"Found {original} tokens whose places in the images are not known. Expected a token for each place. Switch "
@@ -94,8 +94,8 @@ class MaskedAttention(Attention):
             squares = squared_distances(state.grid).to(self.alpha.device, wide)
             mask = mixture(squares, self.alpha.to(wide), self.deviation.to(wide)).repeat(1, channels, channels)
             mask = F.pad(mask, (prefix, 0, prefix, 0), value=1.0)
-            if state.source is not None:
-                mask = merged(mask, state.source, present)
+            if state.assignment is not None:
+                mask = merged(mask, state.assignment)
             return F.pad(mask, (0, state.inserted, 0, state.inserted), value=1.0)
 
 
@@ -106,11 +106,7 @@ def mixture(squares: Tensor, alpha: Tensor, deviation: Tensor) -> Tensor:
     return (alpha[..., None, None] * kernels).sum(1)
 
 
-def merged(mask: Tensor, source: Tensor, present: int) -> Tensor:
-    """The mean of mask (H, N, N) over the places that each of n present tokens speaks for: (B, H, n, n).
-
-    source: (B, N) as in `TokenState`; a dropped place (-1) counts for no token.
-    """
-    member = (source[..., None] == torch.arange(present, device=source.device)).to(mask.dtype)  # (B, N, n)
-    share = (member / member.sum(1, keepdim=True))[:, None]  # (B, 1, N, n)
-    return share.mT @ mask @ share
+def merged(mask: Tensor, assignment: Assignment) -> Tensor:
+    """The mean of mask (H, N, N) over the places that each of n tokens stands for: (B, H, n, n)."""
+    share = normalized(assignment.as_weights(mask.dtype), 2)[:, None]  # (B, 1, n, N)
+    return share @ mask @ share.mT

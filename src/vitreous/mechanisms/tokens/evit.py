@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitreous import slots
 from vitreous.base.errors import SettingError
-from vitreous.layers.stream import TokenState, follow, split, take
+from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
 from vitreous.mechanism import Mechanism
 
 
@@ -93,7 +93,7 @@ class Reorganize(nn.Module):
         self.training_keep = self.settings.keep_at(progress)
 
     def forward(self, x: Tensor, state: TokenState, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, TokenState]:
-        original, inserted = split(x, state)
+        original, _ = split(x, state)
         prefix, patches = original[:, : self.prefix], original[:, self.prefix :]
         n = patches.shape[1]
         count = kept(n, self.training_keep if self.training else self.settings.keep)
@@ -105,21 +105,24 @@ class Reorganize(nn.Module):
         if self.settings.fuse:
             others = scores.scatter(1, top, 0.0).to(x.dtype)
             parts.append((others[:, None] @ patches).to(x.dtype))
-        return torch.cat([*parts, inserted], dim=1), self.followed(state, top, n)
+        step, tokens = self.assignment(top, n), torch.cat(parts, dim=1)
+        return reduce(x, state, step, self.sizes(state.sizes, top), tokens=tokens)
 
-    def followed(self, state: TokenState, top: Tensor, n: int) -> TokenState:
-        """The state after patches `top` (B, count) of n stayed; the fused token counts as one where tokens have sizes."""
+    def assignment(self, top: Tensor, n: int) -> Assignment:
+        """Where the tokens are after patches `top` (B, count) of n stayed, the others in the fused one or nowhere."""
         b, count = top.shape
         first = torch.arange(self.prefix, device=top.device).expand(b, -1)
         place = torch.arange(self.prefix, self.prefix + count, device=top.device).expand(b, -1)
         others = torch.full((b, n), self.prefix + count if self.settings.fuse else -1, device=top.device)
-        to = torch.cat([first, others.scatter(1, top, place)], dim=1)  # (B, prefix + n)
-        sizes = state.sizes
-        if sizes is not None:
-            parts = [sizes[:, : self.prefix], sizes[:, self.prefix :].gather(1, top)]
-            parts += [torch.ones_like(sizes[:, :1])] if self.settings.fuse else []
-            sizes = torch.cat([*parts, sizes[:, self.prefix + n :]], dim=1)
-        return follow(state, to, sizes, dropped=not self.settings.fuse)
+        index = torch.cat([first, others.scatter(1, top, place)], dim=1)  # (B, prefix + n)
+        return Assignment(index=index, tokens=self.prefix + count + self.settings.fuse, dropped=not self.settings.fuse)
+
+    def sizes(self, before: Tensor | None, top: Tensor) -> Tensor | None:
+        """Sizes after patches `top` stayed, where tokens have sizes; the fused token counts as one."""
+        if before is None:
+            return None
+        parts = [before[:, : self.prefix], before[:, self.prefix :].gather(1, top)]
+        return torch.cat([*parts, torch.ones_like(before[:, : int(self.settings.fuse)])], dim=1)
 
 
 def kept(patches: int, keep: float) -> int:

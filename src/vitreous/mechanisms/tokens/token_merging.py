@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vitreous import slots
 from vitreous.base.errors import SettingError
-from vitreous.layers.stream import TokenState, follow, split, take
+from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
 from vitreous.mechanism import Mechanism
 
 
@@ -76,9 +76,10 @@ class Merge(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # half precision cannot tell similar keys apart
             leaving, staying, target = match(qkv[1][:, :, prefix:end], merging)
             b, size_b = joined(b, size_b, take(a, leaving), take(size_a, leaving), target)
-        x = torch.cat([x[:, :prefix], take(a, staying), b, x[:, end:]], dim=1)
-        sizes = torch.cat([sizes[:, :prefix], take(size_a, staying), size_b, sizes[:, end:]], dim=1)
-        return x, follow(state, destinations(leaving, staying, target, prefix, b.shape[1]), sizes)
+        tokens = torch.cat([x[:, :prefix], take(a, staying), b], dim=1)
+        sizes = torch.cat([sizes[:, :prefix], take(size_a, staying), size_b], dim=1)
+        index = destinations(leaving, staying, target, prefix, b.shape[1])
+        return reduce(x, state, Assignment(index=index, tokens=tokens.shape[1]), sizes, tokens=tokens)
 
 
 def match(keys: Tensor, merging: int) -> tuple[Tensor, Tensor, Tensor]:
