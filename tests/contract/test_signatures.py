@@ -11,13 +11,14 @@ from contract.hosts import TEXTS, law_rows, refused, stand_ins
 from contract.signatures import known_signature, representatives
 from contract.tempered import Tempered, TemperedAttention
 from vitreous import parse
+from vitreous.layers.stream import PLAIN
 
 
 class Sharpened(TemperedAttention):
     """Another step of attention."""
 
-    def normalize(self, scores):
-        return super().normalize(2 * scores)
+    def normalize(self, scores, state=PLAIN):
+        return super().normalize(2 * scores, state)
 
 
 @dataclass(frozen=True, kw_only=True)
