@@ -15,6 +15,7 @@ from torch import nn
 import contract.tempered
 from contract.tempered import Tempered, TemperedAttention
 from vitreous.base.errors import HostError, SettingError, UnknownName, VitreousError
+from vitreous.hosts.host import Host
 from vitreous.lens.probe import PROBES
 from vitreous.lens.probes.alignment import Alignment
 from vitreous.tasks import TASKS
@@ -349,14 +350,6 @@ class SaysNothing(Tempered):
     pass
 
 
-@breaking("refusal")
-class TakesWhatItShouldRefuse(Tempered):
-    """Wrong."""
-
-    def changes(self, model):
-        return {"norm": Doubled()}
-
-
 @pytest.mark.parametrize("law", BROKEN)
 def test_what_is_broken_fails_under_its_name(law):
     checks = [c for c in contract_checks(BROKEN[law](), hosts=KINDS) if c.law.__name__ == law]
@@ -365,6 +358,13 @@ def test_what_is_broken_fails_under_its_name(law):
         checks[0].run()
     sound = [c for c in contract_checks(Tempered(), hosts=KINDS) if c.law.__name__ == law]
     sound[0].run()
+
+
+class Unasked(Tempered):
+    """Wrong where it should be refused."""
+
+    def changes(self, model):
+        return {"norm": Doubled()}
 
 
 def refusing(error: Exception) -> Tempered:
@@ -377,9 +377,22 @@ def refusing(error: Exception) -> Tempered:
     return Refuses()
 
 
-@pytest.mark.parametrize("error", [HostError("no."), VitreousError("Found a. Expected b. Do c."), ValueError("no")])
-def test_a_refusal_has_three_parts_and_the_right_kind(error):
-    check = next(c for c in contract_checks(refusing(error)) if c.law.__name__ == "refusal")
-    with pytest.raises(ContractError):
+def refusal_of(mechanism: Tempered):
+    return next(c for c in contract_checks(mechanism) if c.law.__name__ == "refusal")
+
+
+def test_a_host_that_is_not_asked_is_noticed(monkeypatch):
+    """`graft` asks the host before `changes`; here it does not, so that the law sees what it is there for."""
+    check = refusal_of(Unasked())
+    check.run()
+    monkeypatch.setattr(Host, "require", lambda self, words, mechanism: None)
+    with pytest.raises(ContractError, match=r"^refusal.* does not hold for "):
         check.run()
-    next(c for c in contract_checks(refusing(HostError("Found a. Expected b. Do c."))) if c.name == check.name).run()
+
+
+@pytest.mark.parametrize("error", [HostError("no."), VitreousError("Found a. Expected b. Do c."), ValueError("no")])
+def test_a_refusal_has_three_parts_and_the_right_kind(error, monkeypatch):
+    monkeypatch.setattr(Host, "require", lambda self, words, mechanism: None)
+    with pytest.raises(ContractError):
+        refusal_of(refusing(error)).run()
+    refusal_of(refusing(HostError("Found a. Expected b. Do c."))).run()
