@@ -11,12 +11,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from contract.hosts import HOSTS, PRIMARY, ROTARY, SMALL, TEXTS, build, grafted, images, refused
+from contract.hosts import HOSTS, LACKING, PRIMARY, ROTARY, SMALL, TEXTS, build, grafted, images, refused
 from vitreous import check, graft, slots
-from vitreous.base.errors import HostError, SettingError
+from vitreous.base.errors import HostError, SettingError, UnknownName
 from vitreous.hosts.host import CAPABILITIES, embed, family_of, finish, host_of, run
 from vitreous.layers.stream import TokenState, take
-from vitreous.testing.hosts import LACKING
 
 THREE_PARTS = re.compile(r"^\S.+?\. Expected .+?\. \S.+\.$", re.DOTALL)
 
@@ -53,6 +52,11 @@ def test_the_table_of_the_contract_is_what_hosts_offer():
         for name in HOSTS:
             if name not in ROTARY or word not in ("class_head", "class_token"):  # no mechanism asks these for such alone
                 assert (word in host_of(build(name)).offers) == (name not in lacking), (word, name)
+
+
+def test_a_requirement_that_nobody_knows_is_not_passed_over():
+    with pytest.raises(UnknownName, match="halfs"):
+        host_of(build("plain")).require(["halfs"], "mine")
 
 
 @pytest.mark.parametrize("name", sorted(HOSTS))

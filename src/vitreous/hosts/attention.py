@@ -199,14 +199,6 @@ def query_key_weights(attention: nn.Module) -> tuple[Tensor, Tensor | None, Tens
     return w_q, b_q, w_k, b_k
 
 
-def linear_names(attention: nn.Module) -> dict[str, str]:
-    """{name in the linear slot: child} of the linear layers of an attention in `HOSTS` or of ours; {} of any other."""
-    if type(attention) not in HOSTS and not isinstance(attention, Attention):
-        return {}
-    children = {"qkv": "qkv", "q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "gate", "proj": "proj"}
-    return {name: child for name, child in children.items() if getattr(attention, child, None) is not None}
-
-
 def reads_around_its_linear(attention: nn.Module) -> bool:
     """True for the host's attention whose forward takes `qkv.weight` and never calls `qkv`; ours calls what stands there."""
     return type(attention) is EvaAttention and attention.q_bias is not None and not attention.qkv_bias_separate

@@ -12,7 +12,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from vitreous.base.errors import HostError, SettingError
+from vitreous.base.errors import HostError, SettingError, UnknownName
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.block import HALVES, Block
 from vitreous.hosts.eva import EvaViT
@@ -122,8 +122,13 @@ class Host:
         return linears
 
     def require(self, words: Iterable[str], mechanism: str) -> None:
-        """Raise HostError with the sentence of the first of `CAPABILITIES` among words that this model does not offer."""
+        """Raise HostError with the sentence of the first of `CAPABILITIES` that is missing here.
+
+        Raises UnknownName for a word that is none of them, which would otherwise be passed over.
+        """
         words, offers = set(words), self.offers
+        if unknown := sorted(words - CAPABILITIES.keys()):
+            raise UnknownName(unknown[0], f"requirement of {mechanism}", CAPABILITIES)
         missing = next((word for word in CAPABILITIES if word in words - offers), None)
         if missing is None:
             return

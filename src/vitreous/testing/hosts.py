@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import timm
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous.grafting import graft
+from vitreous.hosts.host import host_of
 from vitreous.layers.adoption import REGISTRIES
 from vitreous.mechanism import Mechanism
 
@@ -141,23 +142,12 @@ def fit(model: nn.Module, parameters: Iterable[nn.Parameter], steps: int = 2, lr
     model.zero_grad(set_to_none=True)
 
 
-# The hosts that lack what a mechanism may require. Any refusal beside these is a mistake.
-ROTARY = frozenset({"eva", "eva02", "dinov3", "rope_mixed", "grouped"})
-PARALLEL = frozenset({"parallel_scaling", "parallel_things"})
-LACKING = {
-    "stream": frozenset(),
-    "grid": frozenset(),
-    "insert": ROTARY,
-    "remove": ROTARY,
-    "class_token": frozenset({"test_vit2", "test_vit3", "test_vit4"}),
-    "attention": PARALLEL | {"diff_attention"},
-    "halves": PARALLEL,
-    "reads_inserted": frozenset({"max"}),
-    "class_head": frozenset({"test_vit2", "test_vit3", "test_vit4", "class_avg", "class_map", "class_map_all", "prr", "max"}),
-    "poolable": frozenset({"distilled", "test_vit3", "class_map", "class_map_all", "prr"}),
-}
+@cache
+def offers(host: str) -> frozenset[str]:
+    """What a small host offers, words of `hosts.host.CAPABILITIES`."""
+    return host_of(build(host)).offers
 
 
-def lacks(host: str, mechanism: Mechanism) -> list[str]:
+def lacks(host: str, mechanism: Mechanism) -> set[str]:
     """The words of what the mechanism requires and this host does not offer."""
-    return [word for word in mechanism.requires if host in LACKING[word]]
+    return set(mechanism.requires) - offers(host)
