@@ -79,6 +79,12 @@ def pytest_report_header(config):
     return [data, f"browser: {chromium() or 'no Chromium is installed, tests of the report page in it are SKIPPED'}"]
 
 
+def pytest_runtest_logreport(report):
+    """A failure is printed when it happens: a suite that is cut off has shown it."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} ({report.when}) failed:\n{report.longreprtext}", flush=True)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     for line in pytest_report_header(config):
         terminalreporter.write_line(line)
@@ -97,9 +103,14 @@ def shared_data(request) -> Path:
     return DATA
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(request):
-    """A headless Chromium of the system, which no request leaves; skips without one, or fails under --require-browser."""
+    """A headless Chromium of the system, which no request leaves; skips without one, or fails under --require-browser.
+
+    It closes with its module. Its driver ends when the pipe to it closes, and every process that is forked while it runs
+    holds that pipe open as well: with a browser for the whole session, one left over from a failed test of training would
+    keep the session from ever ending.
+    """
     program = chromium()
     if program is None:
         (pytest.fail if request.config.getoption("--require-browser") else pytest.skip)("no Chromium is installed")
