@@ -9,7 +9,7 @@ import torch
 
 from vitreous import SVDA, graft
 from vitreous.grafting import penalties
-from vitreous.tasks.classification import classification_loss, mixing
+from vitreous.tasks.classification import Classification, classification_loss, mixing
 from vitreous.train.settings import TrainSettings
 
 
@@ -57,33 +57,60 @@ def test_mixed_images_have_mixed_labels():
     assert mixing(TrainSettings("cutouts").parsed_task(), 4) is None
 
 
-def by_loops(logits, target, labels):
-    """scikit-learn's balanced weights, n / (K n_c), and the weighted cross-entropy, written out in float64."""
-    n, present = len(labels), sorted(set(labels))
-    total = 0.0
-    for row, soft in zip(logits.double().tolist(), target.double().tolist(), strict=True):
-        peak = max(row)
-        log_sum = peak + math.log(sum(math.exp(value - peak) for value in row))
-        for c, share in enumerate(soft):
-            weight = n / (len(present) * sum(label == c for label in labels)) if c in present else 1.0
-            total -= weight * share * (row[c] - log_sum)
+def by_loops(logits, mixes, labels, smoothing):
+    """Mean over images of share * n / (K n_y) * cross-entropy with the smoothed label y, in float64, term by term.
+
+    mixes: of each image, the classes that it is mixed from and the share of each."""
+    n, present, classes, total = len(labels), sorted(set(labels)), logits.shape[1], 0.0
+    for row, mix in zip(logits.double().tolist(), mixes, strict=True):
+        log_sum = math.log(sum(math.exp(value) for value in row))
+        for y, share in mix:
+            weight = n / (len(present) * labels.count(y)) if y in present else 1.0
+            for c in range(classes):
+                target = smoothing / classes + (1 - smoothing) * (c == y)
+                total -= share * weight * target * (row[c] - log_sum)
     return total / len(logits)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_balanced_weights_are_scikit_learns(smoothing, mixup):
+def test_balanced_weights_are_scikit_learns(smoothing):
+    """And the whole loss of an image has the weight of its own class, the smoothed part too."""
     labels = np.array([0] * 12 + [1] * 3 + [3] * 5)  # nothing of class 2
-    settings = TrainSettings("cutouts", class_weights="balanced", smoothing=smoothing, mixup=mixup)
-    loss = classification_loss(settings.parsed_task(), labels, 4)
+    loss = classification_loss(Classification(class_weights="balanced", smoothing=smoothing), labels, 4)
     assert loss.weights[labels].double().mean().item() == pytest.approx(1.0, rel=1e-6)
-    draw = torch.Generator().manual_seed(0)
-    logits, batch = torch.randn(6, 4, generator=draw), torch.tensor([0, 1, 3, 0, 1, 3])
-    target = torch.nn.functional.one_hot(batch, 4) * (1 - smoothing) + smoothing / 4
-    expected = by_loops(logits, target, labels.tolist())
-    assert loss(logits, batch).item() == pytest.approx(expected, rel=1e-5)
-    soft = torch.rand(6, 4, generator=draw).softmax(1)  # as mixup makes them
-    assert loss(logits, soft).item() == pytest.approx(by_loops(logits, soft, labels.tolist()), rel=1e-5)
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    batch = [0, 1, 3, 0, 1, 3]
+    expected = by_loops(logits, [[(y, 1.0)] for y in batch], labels.tolist(), smoothing)
+    assert loss(logits, torch.tensor(batch)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_a_mixed_image_weighs_what_its_parts_weigh(smoothing, kind):
+    """Batch and labels go the way of training: mixed by timm, smoothed once."""
+    labels = np.array([0] * 12 + [1] * 3 + [3] * 5)
+    task = Classification(class_weights="balanced", smoothing=smoothing, **{kind: 0.8})
+    np.random.seed(3)
+    batch = torch.tensor([0, 1, 3, 3, 1, 2])
+    mixed = mixing(task, 4)(torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1)), batch)[1]
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    mixes = [list(enumerate(shares)) for shares in mixed.double().tolist()]
+    assert any(0.01 < share < 0.99 for mix in mixes for _, share in mix)
+    assert mixed.sum(1).tolist() == pytest.approx([1.0] * 6)
+    assert sum(share > 0 for mix in mixes for _, share in mix) <= 12  # two classes an image: nothing is smoothed yet
+    expected = by_loops(logits, mixes, labels.tolist(), smoothing)
+    assert classification_loss(task, labels, 4)(logits, mixed).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_what_minimises_the_loss_is_the_smoothed_label_however_rare_its_class(label):
+    """96 images to 2 to 2: with each term weighed by its own class, a rare one was the best answer to any image."""
+    loss = classification_loss(Classification(class_weights="balanced", smoothing=0.1), np.repeat([0, 1, 2], [96, 2, 2]), 3)
+    target = torch.full((1, 3), 0.1 / 3, dtype=torch.float64)
+    target[0, label] += 0.9
+    logits = target.log().requires_grad_()
+    loss(logits, torch.tensor([label])).backward()
+    torch.testing.assert_close(logits.grad, torch.zeros_like(logits.grad), atol=1e-5, rtol=0)
 
 
 def test_equal_classes_weigh_nothing():

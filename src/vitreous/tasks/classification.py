@@ -85,11 +85,13 @@ class ClassificationObjective(Objective):
 
 
 class WeightedCrossEntropy(nn.Module):
-    """Cross-entropy with class weights; logits (B, C), labels (B) or soft ones (B, C) -> nats.
+    """Cross-entropy with class weights: logits (B, C), labels (B) or mixed (B, C) -> nats.
 
-    - mean over images of sum_c w_c t_c log p_c, with labels t smoothed as timm does, (1 - s)
-    one-hot + s / C. The mean is over images, not over weights as in torch, so that batches that
-    happen to hold rare classes are not damped.
+    Mean over images of w_y times the cross-entropy with label y smoothed as timm does, (1 - s)
+    one-hot + s / C; of an image mixed from several, the mean of theirs. The weight is that of
+    the image's own class for all of its loss: were each term weighed by its own class, the s / C
+    of a rare class would outweigh the label of a frequent one. The mean is over images, not over
+    weights as in torch, so that batches that happen to hold rare classes are not damped.
     """
 
     def __init__(self, weights: Tensor, smoothing: float = 0.0):
@@ -99,8 +101,10 @@ class WeightedCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         if labels.ndim == 1:
-            labels = F.one_hot(labels, logits.shape[1]) * (1 - self.smoothing) + self.smoothing / logits.shape[1]
-        return -(self.weights * labels * logits.log_softmax(-1)).sum(-1).mean()
+            labels = F.one_hot(labels, logits.shape[1])
+        weighted = self.weights * labels  # (B, C): the weight of each class that an image is mixed from
+        target = weighted * (1 - self.smoothing) + weighted.sum(-1, keepdim=True) * (self.smoothing / logits.shape[1])
+        return -(target * logits.log_softmax(-1)).sum(-1).mean()
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
@@ -127,7 +131,11 @@ def classification_loss(task: Classification, labels: np.ndarray, classes: int) 
 
 
 def mixing(task: Classification, classes: int) -> Mixup | None:
-    """timm's mixup and cutmix of an even batch, which makes soft labels; None if both are off."""
+    """timm's mixup and cutmix of an even batch, which makes soft labels; None if both are off.
+
+    Labels are smoothed here, unless classes are weighed: then the loss smooths, behind the weight.
+    """
     if not task.pairs_images:
         return None
-    return Mixup(task.mixup, task.cutmix, label_smoothing=task.smoothing, num_classes=classes)
+    smoothing = task.smoothing if task.class_weights == "none" else 0.0
+    return Mixup(task.mixup, task.cutmix, label_smoothing=smoothing, num_classes=classes)
