@@ -13,7 +13,7 @@ from vitreous.data import ArraySamples, FileSamples, NoTarget
 from vitreous.data.augmentation import training_transform
 from vitreous.data.preprocess import Preprocess
 from vitreous.data.views import Views
-from vitreous.deploy.export import facts_of
+from vitreous.deploy.export import metadata_of
 from vitreous.models import model_folder
 from vitreous.models.create import create_model
 from vitreous.models.load import open_images, prepared
@@ -59,7 +59,7 @@ def test_training_looking_predicting_and_the_shipped_file_give_the_same_tensor_f
     views = Views(model, photos)
     looked_at = torch.stack([views[i].pixels for i in range(3)])
     predicted = torch.stack([image.pixels for image in next(prepared(open_images(model, [photos]), 3))])
-    facts = facts_of(model)  # what an exported file says of its input, for those who have timm alone
+    facts = metadata_of(model)  # what an exported file says of its input, for those who have timm alone
     recipe = create_transform(**{word: facts[word] for word in own.config()}, is_training=False)
     shipped = torch.stack([recipe(Image.open(file).convert(own.mode)) for file in files])
     for other in (looked_at, predicted, shipped):

@@ -8,7 +8,7 @@ from torch import nn
 
 from vitreous.base.errors import SettingError
 from vitreous.tasks import TASKS
-from vitreous.tasks.multi_label import average_precision, known_cross_entropy
+from vitreous.tasks.multi_label import average_precision, masked_cross_entropy
 
 NAN = float("nan")
 
@@ -17,7 +17,7 @@ def test_the_loss_is_the_mean_over_known_classes_of_each_image():
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 4, generator=draw)
     target = torch.tensor([[1, 0, NAN, 1], [NAN] * 4, [0, 0, 0, 0], [NAN, NAN, 1, NAN], [1, 1, 1, 1]])
-    for i, row in enumerate(known_cross_entropy(logits, target).tolist()):
+    for i, row in enumerate(masked_cross_entropy(logits, target).tolist()):
         known = [(x, t) for x, t in zip(logits[i].tolist(), target[i].tolist(), strict=True) if not math.isnan(t)]
         each = [-math.log(1 / (1 + math.exp(-x if t else x))) for x, t in known]
         assert row == pytest.approx(sum(each) / max(len(each), 1), rel=1e-5)
@@ -26,7 +26,7 @@ def test_the_loss_is_the_mean_over_known_classes_of_each_image():
 def test_what_is_not_known_has_no_gradient():
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     target = torch.tensor([[1, 0, NAN, 1], [NAN] * 4, [0, NAN, 0, 0]])
-    known_cross_entropy(logits, target).mean().backward()
+    masked_cross_entropy(logits, target).mean().backward()
     assert ((logits.grad == 0) == target.isnan()).all()
 
 
@@ -66,7 +66,7 @@ def test_scores_leave_out_what_is_not_known_and_classes_never_present(objective)
     target = torch.tensor([[1, 0, 0], [NAN, 1, 0], [1, 0, NAN]])
     score = objective.score({"logits": logits, "target": target})
     assert score["mean_average_precision"] == pytest.approx(1.0)  # classes 0 and 1; class 2 is never present
-    assert score["loss"] == pytest.approx(known_cross_entropy(logits, target).mean().item())
+    assert score["loss"] == pytest.approx(masked_cross_entropy(logits, target).mean().item())
 
 
 def test_rows_name_the_classes_present_and_found(objective):

@@ -60,3 +60,12 @@ class UnknownName(VitreousError):
         else:
             offer = f"{len(known)} are known."
         super().__init__(f"Unknown {kind} {found!r}. {offer}" + (f" {hint}" if hint else ""))
+
+
+def brief(error: BaseException, without: str | None = None) -> str:
+    """The kind of an error and its first line, without its full stop: "KeyError: 'x'".
+
+    without: lines that hold this text are passed over.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if not (without and without in line)]
+    return f"{type(error).__name__}: {next(filter(None, lines), 'no reason given')[:300].rstrip('.')}"

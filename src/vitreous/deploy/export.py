@@ -21,80 +21,75 @@ from vitreous.data.quarantine import shown
 from vitreous.deploy import formats
 from vitreous.grafting import check, grafts, new_parameters
 from vitreous.models.classes import names_of
-from vitreous.models.load import (
-    logits_of,
-    open_images,
-    prepared,
-)
+from vitreous.models.load import logits_of, open_images, prepared
 
 FORMAT = 1
 SEEDED = 4  # images of normal noise, as one batch, and the first of them alone
 GIVEN = 16  # at most, of the images given
 FORMATS = Literal["onnx", "torch-export", "timm"]
+TAGS = {  # of a mechanism: without it, the format cannot hold the model, and why
+    "onnx": ("onnx", "it uses operators that ONNX does not have"),
+    "torch-export": ("static_shapes", "its number of tokens depends on the image"),
+}
 
 
 def export(
-    model: nn.Module,
-    path: str | Path,
-    to: FORMATS,
-    *,
-    images: Sequence[str | Path] = (),
-    tolerance: float = 1e-4,
+    model: nn.Module, path: str | Path, to: FORMATS, *, images: Sequence[str | Path] = (), tolerance: float = 1e-4
 ) -> dict[str, Any]:
-    """Write the model (eval mode, on the CPU) in the format `to` and its report beside it.
-
-    Returns the report.
+    """Write the model (eval mode, on the CPU) in the format `to`; returns its report.
 
     The file is read back as its users will read it and compared on seeded noise and on `images`;
     parity["largest"] is the largest difference of a logit. Raises DataError beyond the tolerance,
     and leaves nothing then; HostError, GraftError for models that cannot be written.
     """
-    path = Path(path)
-    report_path = path / "export.json" if to == "timm" else path.with_name(path.name + ".json")
-    check_new(path)
-    if to != "timm":
-        check_new(report_path)
+    path, is_folder = Path(path), to == "timm"
+    report_path = path / "export.json" if is_folder else path.with_name(path.name + ".json")
+    for new in (path,) if is_folder else (path, report_path):
+        check_new(new)
     if not 0 < tolerance < 1:
         raise SettingError(f"Found --tolerance {tolerance}. Expected more than 0, and below 1. Give for example 1e-4.")
     if to == "onnx":
         formats.check_onnx()
     check_mechanisms(model, to)
-    facts = facts_of(model)
+    metadata = metadata_of(model)
     samples = samples_of(model, images)
     check(model, samples["seeded"][:1])
-    report = {"format": FORMAT, "to": to, **facts}
+    report = {"format": FORMAT, "to": to, **metadata}
+
+    def write_report(place: Path) -> None:
+        write_text(place, json.dumps(report, indent=2) + "\n")
 
     def writer(temporary: Path) -> None:
         write_model, reader = formats.WRITERS[to]
-        report.update(write_model(model, temporary, facts))
-        reference = formats.plain(model)[0] if to == "timm" else model
+        report.update(write_model(model, temporary, metadata))
+        reference = formats.plain(model)[0] if is_folder else model
         report["parity"] = parity(reference, reader(temporary), samples, report["batch"], tolerance)
-        if to == "timm" and grafts(model):
-            report["without_mechanisms"] = lost(model, reference, samples)
-        report["bytes"] = sum(file.stat().st_size for file in ([temporary] if to != "timm" else temporary.iterdir()))
-        if to != "timm":
-            report["sha256"] = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        if is_folder and grafts(model):
+            report["without_mechanisms"] = removal_effect(model, reference, samples)
+        report["bytes"] = sum(file.stat().st_size for file in (temporary.iterdir() if is_folder else [temporary]))
+        if is_folder:
+            write_report(temporary / report_path.name)
         else:
-            write_text(temporary / report_path.name, json.dumps(report, indent=2) + "\n")
+            report["sha256"] = hashlib.sha256(temporary.read_bytes()).hexdigest()
 
     with writable(path):
-        (write_whole_folder if to == "timm" else write)(path, writer)
-        if to != "timm":
-            try:
-                write_text(report_path, json.dumps(report, indent=2) + "\n")
-            except BaseException:
-                path.unlink()
-                raise
+        if is_folder:
+            write_whole_folder(path, writer)
+            return report
+        write(path, writer)
+        try:
+            write_report(report_path)
+        except BaseException:
+            path.unlink()  # a file without its report would pass for one that was compared
+            raise
     return report
 
 
 def check_mechanisms(model: nn.Module, to: str) -> None:
     """Raise GraftError for a mechanism that the format cannot hold, by its tags."""
-    tags = {"onnx": ("onnx", "it uses operators that ONNX does not have")}
-    tags["torch-export"] = ("static_shapes", "its number of tokens depends on the image")
-    if to not in tags:
+    if to not in TAGS:
         return
-    tag, reason = tags[to]
+    tag, reason = TAGS[to]
     wrong = [str(record.mechanism) for record in grafts(model) if not getattr(record.mechanism, tag)]
     if wrong:
         raise GraftError(
@@ -103,17 +98,16 @@ def check_mechanisms(model: nn.Module, to: str) -> None:
         )
 
 
-def facts_of(model: nn.Module) -> dict[str, Any]:
-    """What a file says of its model: classes in the order of logits, how to prepare images,
-    mechanisms.
-    """
-    if Preprocess.of_model(model) is None:
+def metadata_of(model: nn.Module) -> dict[str, Any]:
+    """What a file says of its model: classes in the order of logits, preparation, mechanisms."""
+    inputs = Preprocess.of_model(model)
+    if inputs is None:
         raise HostError(f"Found a {type(model).__name__} without a pretrained_cfg. Expected a timm model. Train one first.")
     return {
         "architecture": str(model.pretrained_cfg.get("architecture", type(model).__name__)),
         "classes": names_of(model),
         "named": bool(model.pretrained_cfg.get("label_names")),
-        **Preprocess.of_model(model).config(),
+        **inputs.config(),
         "mechanisms": [str(record.mechanism) for record in grafts(model)],
         "versions": versions(),
     }
@@ -125,7 +119,7 @@ def samples_of(model: nn.Module, images: Sequence[str | Path]) -> dict[str, Tens
     Each (B, C, h, w). Raises DataError.
     """
     size = Preprocess.of_model(model).input_size
-    found = {"seeded": torch.randn(SEEDED, *size, generator=torch.Generator().manual_seed(0))}
+    samples = {"seeded": torch.randn(SEEDED, *size, generator=torch.Generator().manual_seed(0))}
     if images:
         batch = next(prepared(open_images(model, images), GIVEN))
         broken = next((image for image in batch if image.pixels is None), None)
@@ -134,8 +128,8 @@ def samples_of(model: nn.Module, images: Sequence[str | Path]) -> dict[str, Tens
                 f"Found {shown(broken.name)}, which cannot be read: {shown(broken.reason)}. Expected whole images to compare "
                 "on. Leave it out."
             )
-        found["given"] = torch.stack([image.pixels for image in batch])
-    return found
+        samples["given"] = torch.stack([image.pixels for image in batch])
+    return samples
 
 
 def parity(model: nn.Module, run: Callable, samples: dict[str, Tensor], batch: str | int, tolerance: float) -> dict[str, Any]:
@@ -143,33 +137,30 @@ def parity(model: nn.Module, run: Callable, samples: dict[str, Tensor], batch: s
 
     Raises DataError beyond the tolerance.
     """
-    found: dict[str, Any] = {"tolerance": tolerance, "largest": 0.0}
+    result: dict[str, Any] = {"tolerance": tolerance, "largest": 0.0}
     for kind, pixels in samples.items():
         parts = [pixels, pixels[:1]] if batch == "any" else list(pixels.split(1))
         differences = [(logits_of(run, part) - logits_of(model, part)).abs().max().item() for part in parts]
-        found[kind] = {"images": len(pixels), "largest": max(differences)}
-        found["largest"] = max(found["largest"], max(differences))
-    if found["largest"] > tolerance:
+        result[kind] = {"images": len(pixels), "largest": max(differences)}
+        result["largest"] = max(result["largest"], max(differences))
+    if result["largest"] > tolerance:
         raise DataError(
-            f"The file computes other logits than the model: the largest difference is {found['largest']:.3g}. Expected at "
+            f"The file computes other logits than the model: the largest difference is {result['largest']:.3g}. Expected at "
             f"most {tolerance:g}. Nothing was written. Choose another format, or a --tolerance that you can answer for."
         )
-    return found
+    return result
 
 
-def lost(model: nn.Module, host: nn.Module, samples: dict[str, Tensor]) -> dict[str, Any]:
-    """What goes with the mechanisms: their parameters, and the change of the output.
-
-    How far the plain network's logits and classes differ.
-    """
+def removal_effect(model: nn.Module, host: nn.Module, samples: dict[str, Tensor]) -> dict[str, Any]:
+    """What goes with the mechanisms: their parameters, and how far logits and classes change."""
     added = new_parameters(model)
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in added.values()), "tensors": len(added)}
+    changes: dict[str, Any] = {"parameters": sum(p.numel() for p in added.values()), "tensors": len(added)}
     for kind, pixels in samples.items():
         with_them, without = logits_of(model, pixels), logits_of(host, pixels)
         same = (with_them.argmax(1) == without.argmax(1)).sum().item()
         largest = (with_them - without).abs().max().item()
-        found[kind] = {"images": len(pixels), "largest": largest, "same_class": same}
-    return found
+        changes[kind] = {"images": len(pixels), "largest": largest, "same_class": same}
+    return changes
 
 
 def write_whole_folder(path: Path, writer: Callable[[Path], None]) -> None:

@@ -1,9 +1,8 @@
 """The formats that a model is written in, each with a runner of its file.
 
-A runner reads the file as its users will, without Vitreous.
-
-A writer takes the model (eval mode, on the CPU), a path and the facts that go into the file; it
-returns what is known of the file. A runner takes the path and gives logits for pixels.
+A writer takes the model (eval mode, on the CPU), a path and the metadata that go into the file; it
+returns what the report adds about the file. A runner takes the path and gives logits for pixels: it
+reads the file as its users will, without Vitreous.
 """
 
 from __future__ import annotations
@@ -23,47 +22,46 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vitreous.base.errors import DataError, HostError, SettingError
+from vitreous.base.errors import DataError, HostError, SettingError, brief
 from vitreous.data.preprocess import Preprocess
 from vitreous.grafting import grafts, ungraft
 from vitreous.models import model_folder
+from vitreous.models.create import listed
 
 PROTOBUF = 2_000_000_000  # bytes of weights; an .onnx file, which is one protobuf message, ends at 2 GiB
 EXAMPLES = 2  # images in the batch that is traced: of one, an exporter could take the batch for a constant
 IMAGES, LOGITS = "images", "logits"  # names of input and output in an ONNX file
-Facts = dict[str, Any]
+Metadata = dict[str, Any]
 Run = Callable[[Tensor], Tensor]
 
 
 # -- torch.export ---------------------------------------------------------------------------------
 
 
-def exported(model: nn.Module) -> tuple[torch.export.ExportedProgram, Facts]:
+def exported(model: nn.Module) -> tuple[torch.export.ExportedProgram, Metadata]:
     """The model as a program of any batch size, or where that cannot be, of one image.
 
-    And which of the two, with the reason.
-
-    Raises HostError for a model that torch.export cannot follow.
+    With it which of the two, and why. Raises HostError for a model that torch.export cannot follow.
     """
     size = Preprocess.of_model(model).input_size
     try:
         program = traced(model, torch.zeros(EXAMPLES, *size), {0: torch.export.Dim("batch")})
         return program, {"batch": "any"}
     except Exception as error:  # what a tracer can raise is not foreseeable
-        reason = first_line(error)
+        reason = brief(error)
     try:
         return traced(model, torch.zeros(1, *size), None), {"batch": 1, "batch_reason": reason}
     except Exception as error:
         raise HostError(
-            f"torch.export cannot follow this {type(model).__name__}: {first_line(error)}. Expected a model without steps that "
+            f"torch.export cannot follow this {type(model).__name__}: {brief(error)}. Expected a model without steps that "
             "depend on the data. Take its mechanisms out with --to timm, or choose another network."
         ) from error
 
 
 def traced(model: nn.Module, images: Tensor, dynamic: dict | None) -> torch.export.ExportedProgram:
-    """The program, with regions of their own autocast made plain steps.
+    """The program of a model; regions with an autocast of their own become plain steps.
 
-    Such regions cannot be read back from a file.
+    Such regions cannot be read back from a file. dynamic: the axes whose size is left open.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -76,13 +74,13 @@ def traced(model: nn.Module, images: Tensor, dynamic: dict | None) -> torch.expo
     return program
 
 
-def write_program(model: nn.Module, path: Path, facts: Facts) -> Facts:
-    """A .pt2 file of `torch.export.save`, with the facts as extra file vitreous.json."""
-    program, known = exported(model)
+def write_program(model: nn.Module, path: Path, metadata: Metadata) -> Metadata:
+    """A .pt2 file of `torch.export.save`, with the metadata as extra file vitreous.json."""
+    program, batch = exported(model)
     file = io.BytesIO()  # by its path it would have to end in .pt2 while it is not whole yet
-    torch.export.save(program, file, extra_files={"vitreous.json": json.dumps(facts)})
+    torch.export.save(program, file, extra_files={"vitreous.json": json.dumps(metadata)})
     path.write_bytes(file.getbuffer())
-    return known
+    return batch
 
 
 def run_program(path: Path) -> Run:
@@ -93,8 +91,8 @@ def run_program(path: Path) -> Run:
 # -- ONNX -----------------------------------------------------------------------------------------
 
 
-def write_onnx(model: nn.Module, path: Path, facts: Facts) -> Facts:
-    """An ONNX file; facts as metadata, text as it is and the rest as JSON.
+def write_onnx(model: nn.Module, path: Path, metadata: Metadata) -> Metadata:
+    """An ONNX file; metadata as its own, text as it is and the rest as JSON.
 
     Raises HostError beyond what one file can hold.
     """
@@ -104,30 +102,30 @@ def write_onnx(model: nn.Module, path: Path, facts: Facts) -> Facts:
             f"Found {size / 1e9:.1f} GB of weights. Expected up to {PROTOBUF / 1e9:.0f} GB, which is what one ONNX file can "
             "hold. Choose --to torch-export."
         )
-    program, known = exported(model)
+    program, batch = exported(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             out = torch.onnx.export(program, dynamo=True, input_names=[IMAGES], output_names=[LOGITS], verbose=False)
     except Exception as error:  # of the exporter's own kinds, which change from release to release
         raise HostError(
-            f"torch.onnx cannot write this {type(model).__name__}: {first_line(error)}. Expected operators that ONNX has. "
+            f"torch.onnx cannot write this {type(model).__name__}: {brief(error)}. Expected operators that ONNX has. "
             "Choose --to torch-export, or take mechanisms out with --to timm."
         ) from error
     graph = out.model.graph
     for node in graph.all_nodes():
         node.metadata_props.clear()  # names of our modules, which no runtime needs
-    if known["batch"] == "any":
+    if batch["batch"] == "any":
         symbol = str(graph.inputs[0].shape[0])
         for value in [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]:
             renamed(value, symbol)
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     out.model.metadata_props.update(texts)
     file = io.BytesIO()
     out.save(file)
     path.write_bytes(file.getbuffer())
     packages = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
-    return known | {"opset": out.model.opset_imports[""], "versions": facts["versions"] | packages}
+    return batch | {"opset": out.model.opset_imports[""], "versions": metadata["versions"] | packages}
 
 
 def renamed(value: Any, symbol: str) -> None:
@@ -164,18 +162,18 @@ def check_onnx() -> None:
 
 
 def plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """A copy without grafts, and the names of host tensors that nobody trained.
+    """A copy without grafts, and the names of host tensors that a graft had replaced.
 
-    The grafted model did not keep those.
+    Ungrafting makes those anew, so that nobody trained them.
     """
-    kept = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     host = copy.deepcopy(model)
     if grafts(host):
         ungraft(host, all=True)
-    return host, [name for name, value in host.state_dict().items() if kept.get(name) != tuple(value.shape)]
+    return host, [name for name, value in host.state_dict().items() if shapes.get(name) != tuple(value.shape)]
 
 
-def write_folder(model: nn.Module, folder: Path, facts: Facts) -> Facts:
+def write_folder(model: nn.Module, folder: Path, metadata: Metadata) -> Metadata:
     """timm's own layout: model.safetensors and config.json, class names within.
 
     Raises DataError if host weights are gone.
@@ -184,11 +182,11 @@ def write_folder(model: nn.Module, folder: Path, facts: Facts) -> Facts:
     if gone:
         mechanisms = ", ".join(str(record.mechanism) for record in grafts(model))
         raise DataError(
-            f"Found {mechanisms} in the model, which took the place of {network_list(gone)}: the plain network would have "
+            f"Found {mechanisms} in the model, which took the place of {listed(gone, 4)}: the plain network would have "
             "random numbers there. Expected mechanisms that keep the host's weights. Choose --to onnx or torch-export, which "
             "keep the mechanisms."
         )
-    model_folder.save(host, folder, classes=facts["classes"] if facts["named"] else ())
+    model_folder.save(host, folder, classes=metadata["classes"] if metadata["named"] else ())
     (folder / model_folder.MECHANISMS).unlink()
     return {"batch": "any"}
 
@@ -198,17 +196,7 @@ def run_folder(folder: Path) -> Run:
     return lambda pixels: model(pixels)
 
 
-def network_list(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} tensors more" if len(names) > 4 else "")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, without its full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300].rstrip('.') if lines else 'no reason given'}"
-
-
-WRITERS: dict[str, tuple[Callable[[nn.Module, Path, Facts], Facts], Callable[[Path], Run]]] = {
+WRITERS: dict[str, tuple[Callable[[nn.Module, Path, Metadata], Metadata], Callable[[Path], Run]]] = {
     "onnx": (write_onnx, run_onnx),
     "torch-export": (write_program, run_program),
     "timm": (write_folder, run_folder),

@@ -21,20 +21,12 @@ from vitreous.base.files import check_new, writable, write
 from vitreous.data.quarantine import cell, shown
 from vitreous.data.views import Views
 from vitreous.models.classes import names_of
-from vitreous.models.load import (
-    logits_of,
-    open_images,
-    open_model,
-    prepared,
-)
+from vitreous.models.load import logits_of, open_images, open_model, prepared
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction for one image: its best classes and their probabilities.
-
-    Or the reason why it cannot be read.
-    """
+    """One image: its best classes and their probabilities, or why it cannot be read."""
 
     name: str
     classes: tuple[str, ...]
@@ -43,12 +35,7 @@ class Prediction:
 
 
 def predict(
-    model: nn.Module,
-    views: Views,
-    *,
-    top: int = 1,
-    batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    model: nn.Module, views: Views, *, top: int = 1, batch_size: int = 16, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[Prediction]:
     """A prediction for every image, in order; the model stays where it is.
 
@@ -66,11 +53,8 @@ def predict(
             best = logits_of(model, torch.stack(readable).to(device)).softmax(1).topk(top)
             answers = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         for image in batch:
-            if image.pixels is None:
-                yield Prediction(image.name, (), (), image.reason)
-                continue
-            indices, values = next(answers)
-            yield Prediction(image.name, tuple(names[i] for i in indices), tuple(values))
+            indices, values = ((), ()) if image.pixels is None else next(answers)
+            yield Prediction(image.name, tuple(names[i] for i in indices), tuple(values), image.reason)
         done += len(batch)
         if progress is not None:
             progress(done, len(views))
@@ -88,29 +72,26 @@ def run_predict(
     device: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Predict and write the file.
-
-    Returns counts, classes found and skipped images, and prints them to the console.
-    """
+    """Predict and write the file; prints and returns counts by class and the skipped images."""
     console, path = console or Console(), Path(out)
     check_new(path)
     check_range("top", top, 1_000_000)
     check_range("batch-size", batch_size, 100_000)
-    on = torch_device(device)
-    model = open_model(name, weights, foreign).to(on)
+    place = torch_device(device)  # before the model is opened, which may take long
+    model = open_model(name, weights, foreign).to(place)
     views = open_images(model, images)
-    found: dict[str, Any] = {"model": name, "predictions": str(path), "images": 0, "classes": Counter(), "skipped": []}
+    result: dict[str, Any] = {"model": name, "predictions": str(path), "images": 0, "classes": Counter(), "skipped": []}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress, writable(path):
         task = progress.add_task("images", total=len(views))
         step = lambda done, of: progress.update(task, completed=done, total=of)  # noqa: E731
         answers = predict(model, views, top=top, batch_size=batch_size, progress=step)
-        write(path, lambda temporary: write_table(temporary, answers, top, found))
-    say(found, console)
-    return found
+        write(path, lambda temporary: write_table(temporary, answers, top, result))
+    say(result, console)
+    return result
 
 
-def write_table(path: Path, answers: Iterator[Prediction], top: int, found: dict[str, Any]) -> None:
-    """Write predictions as they come and count them in `found`.
+def write_table(path: Path, answers: Iterator[Prediction], top: int, result: dict[str, Any]) -> None:
+    """Write predictions as they come and count them in `result`.
 
     Raises DataError if no image could be read.
     """
@@ -123,30 +104,30 @@ def write_table(path: Path, answers: Iterator[Prediction], top: int, found: dict
             values = [text for name, value in pairs for text in (cell(name), f"{value:.7g}")] or [""] * (2 * top)
             writer.writerow([cell(answer.name), *values, cell(answer.reason)])
             if answer.reason:
-                found["skipped"].append({"file": answer.name, "reason": answer.reason})
+                result["skipped"].append({"file": answer.name, "reason": answer.reason})
             else:
-                found["images"] += 1
-                found["classes"][answer.classes[0]] += 1
-    if not found["images"]:
-        first = found["skipped"][0]
+                result["images"] += 1
+                result["classes"][answer.classes[0]] += 1
+    if not result["images"]:
+        first = result["skipped"][0]
         raise DataError(
-            f"Found no readable image among {len(found['skipped'])}; of {shown(first['file'])}: {shown(first['reason'])}. "
+            f"Found no readable image among {len(result['skipped'])}; of {shown(first['file'])}: {shown(first['reason'])}. "
             "Expected at least one. Check the files."
         )
 
 
-def say(found: dict[str, Any], console: Console) -> None:
+def say(result: dict[str, Any], console: Console) -> None:
     """Counts by class, what was skipped and why, and where the file is."""
     table = Table("class", "images")
-    for name, count in found["classes"].most_common(10):
+    for name, count in result["classes"].most_common(10):
         table.add_row(shown(name).replace("[", r"\["), str(count))
     console.print(table)
-    lines = [f"and {len(found['classes']) - 10} more classes"] if len(found["classes"]) > 10 else []
-    skipped = found["skipped"]
+    lines = [f"and {len(result['classes']) - 10} more classes"] if len(result["classes"]) > 10 else []
+    skipped = result["skipped"]
     lines += [f"skipped: {shown(entry['file'])}: {shown(entry['reason'])}" for entry in skipped[:5]]
     if len(skipped) > 5:
         lines.append(f"skipped: {len(skipped) - 5} more, listed in the file")
-    lines.append(f"Done: {found['predictions']} ({found['images']:,} images, {len(skipped):,} skipped)")
+    lines.append(f"Done: {result['predictions']} ({result['images']:,} images, {len(skipped):,} skipped)")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 

@@ -32,6 +32,6 @@ def names_of(model: nn.Module) -> list[str]:
             f"Found a {type(model).__name__} without a classifier. Expected a model of classes. Train one on your images "
             "first: vitreous train PHOTOS --model MODEL."
         )
-    known = class_names(model) or []
-    names = [known[i] if i < len(known) else f"class {i}" for i in range(count)]
+    recorded = class_names(model) or []
+    names = [recorded[i] if i < len(recorded) else f"class {i}" for i in range(count)]
     return names if len(set(names)) == count else [f"{name} ({i})" for i, name in enumerate(names)]

@@ -1,7 +1,4 @@
-"""A network by timm's name: new, or with published weights or those of a file.
-
-It can be fitted to other classes and image sizes.
-"""
+"""A network by timm's name, new or with trained weights, for given classes and image size."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import torch
 from timm.models import adapt_input_conv, clean_state_dict, get_model_input_config
 from torch import Tensor, nn
 
-from vitreous.base.errors import DataError, HostError, SettingError, UnknownName, VitreousError
+from vitreous.base.errors import DataError, HostError, SettingError, UnknownName, VitreousError, brief
 from vitreous.grafting import grafts
 from vitreous.models.untrusted import check_archive
 
@@ -31,12 +28,10 @@ def create_model(
     image_size: tuple[int, int] | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """A network by timm's name: new, with timm's published weights, or with those of a file.
+    """A network by timm's name, in eval mode: new, pretrained, or with the weights of a file.
 
-    In eval mode.
-
-    Raises UnknownName, DataError for weights that cannot be had, read or fitted, SettingError for a
-    bad argument.
+    Raises UnknownName, DataError for weights that cannot be fetched, read or fitted, SettingError
+    for a bad argument.
     """
     check_name(name)
     arguments["in_chans"] = channels
@@ -74,21 +69,20 @@ def adapt(model: nn.Module, classes: Sequence[str], image_size: tuple[int, int] 
 
 
 def tells_apart(model: nn.Module, classes: Sequence[str]) -> bool:
-    """Whether the classifier of a loaded model is for these classes.
+    """Whether the classifier of a loaded model is for these classes, by number and by name.
 
-    As far as it has names for them.
+    A model that records no names is judged by the number alone.
     """
-    known = model.pretrained_cfg.get("label_names")
-    return model.num_classes == len(classes) and (not known or list(known) == list(classes))
+    names = model.pretrained_cfg.get("label_names")
+    return model.num_classes == len(classes) and (not names or list(names) == list(classes))
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """Load the tensors, all and exactly.
 
-    Raises DataError with every name and shape that differs.
-
     Names of other projects are converted where timm can do it for this architecture; the first
-    convolution is adapted to another number of channels as timm does.
+    convolution is adapted to another number of channels as timm does. Raises DataError with every
+    name and shape that differs. where: the file or folder, for errors.
     """
     wanted = model.state_dict()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -97,7 +91,7 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
             tensors = convert(dict(tensors), model)
         except Exception as error:
             raise DataError(
-                f"Found weights in {where} under names that timm cannot convert ({type(error).__name__}: {error}). "
+                f"Found weights in {where} under names that timm cannot convert ({brief(error)}). "
                 f"Expected those of {type(model).__name__}. Choose the model that the weights belong to."
             ) from error
     first = model.pretrained_cfg.get("first_conv")
@@ -106,16 +100,12 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
             tensors = tensors | {name: adapt_input_conv(wanted[name].shape[1], tensors[name])}
     differences = [f"missing {name}" for name in wanted if name not in tensors]
     differences += [f"unexpected {name}" for name in tensors if name not in wanted]
-    differences += [
-        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    differences += [
-        f"{name} holds {tensors[name].dtype}, expected {value.dtype}"
-        for name, value in wanted.items()
-        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point()
-    ]
+    pairs = [(name, tensors[name], value) for name, value in wanted.items() if name in tensors]
+    for name, tensor, value in pairs:
+        if tensor.shape != value.shape:
+            differences.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(value.shape)}")
+        if tensor.is_floating_point() != value.is_floating_point():
+            differences.append(f"{name} holds {tensor.dtype}, expected {value.dtype}")
     if differences:
         raise DataError(
             f"The weights in {where} do not fit the model. Found {len(differences)} differences: "
@@ -126,10 +116,7 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """{name: tensor} of a .safetensors file.
-
-    Or of a .pth, .pt, .bin, whose pickle may hold nothing but tensors.
-    """
+    """{name: tensor} of a .safetensors file, or a pickle (.pth, .pt, .bin) of tensors alone."""
     if not path.is_file():
         raise DataError(f"Found no file {path}. Expected weights as .safetensors (or .pth). Check the path.")
     try:
@@ -138,12 +125,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         check_archive(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or hostile file can raise is not foreseeable
-        # torch advises to turn weights_only off: its line is left out
-        said = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
-        reason = said[0].strip().rstrip(".")[:200] if said else "no reason given"
+        reason = brief(error, without="weights_only")  # the line in which torch advises to turn it off
         raise DataError(
-            f"Found {path}, which cannot be read safely: {type(error).__name__}: {reason}. Expected a whole "
-            ".safetensors file, or a pickle of tensors alone. Get it again, or convert it."
+            f"Found {path}, which cannot be read safely: {reason}. Expected a whole .safetensors file, or a pickle of tensors "
+            "alone. Get it again, or convert it."
         ) from error
     for key in ("state_dict", "model"):
         tensors = tensors.get(key, tensors) if isinstance(tensors, dict) else tensors
@@ -171,20 +156,21 @@ def build(name: str, **arguments: Any) -> nn.Module:
     except VitreousError:
         raise
     except Exception as error:  # config.json may hold arguments that its author never tried
-        reason = str(error).strip().partition("\n")[0][:300]
         if arguments.get("pretrained"):
             raise DataError(
-                f"timm's weights of {name} cannot be had: {type(error).__name__}: {reason} Expected a network, or a copy "
+                f"timm's weights of {name} cannot be had: {brief(error)}. Expected a network, or a copy "
                 "in the cache. Give a file with --weights PATH, a folder with --model PATH, or train from scratch."
             ) from error
-        raise DataError(f"timm cannot build {name}: {reason}. Expected a model that timm can build. Check its name.") from error
+        raise DataError(
+            f"timm cannot build {name}: {brief(error)}. Expected a model that timm can build. Check its name."
+        ) from error
 
 
 def check_name(name: str) -> None:
     """Raise UnknownName unless timm knows the architecture and the tag of its weights."""
-    known = {*timm.list_models(), *timm.list_pretrained()}
-    if name not in known:
-        raise UnknownName(name, "model", known, hint="Any name of timm's will do, or the path of a folder with config.json.")
+    names = {*timm.list_models(), *timm.list_pretrained()}
+    if name not in names:
+        raise UnknownName(name, "model", names, hint="Any name of timm's will do, or the path of a folder with config.json.")
 
 
 def own_size(name: str) -> tuple[int, int]:
@@ -200,10 +186,7 @@ def fixed_size(name: str, arguments: dict[str, Any]) -> bool:
 
 
 def class_count(name: str, tensors: dict[str, Tensor]) -> int:
-    """The number of classes in a file of weights: rows of the classifier that timm names.
-
-    0 if it has none.
-    """
+    """The number of classes in a file of weights, 0 if it holds no classifier."""
     config = timm.get_pretrained_cfg(name)
     classifier = config.classifier if config else None
     weight = tensors.get(f"{classifier if isinstance(classifier, str) else (classifier or ['head'])[0]}.weight")
@@ -211,6 +194,7 @@ def class_count(name: str, tensors: dict[str, Tensor]) -> int:
 
 
 def listed(items: list[str], most: int) -> str:
+    """The first items, and how many more there are."""
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
 

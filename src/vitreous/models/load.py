@@ -83,14 +83,10 @@ def open_model(
 
 def no_weights(name: str, reason: str, random_weights: bool | None) -> DataError:
     """The error for a model without published weights, or whose weights cannot be fetched."""
-    offer = (
-        "."
-        if random_weights is None
-        else (", or look at random weights with --random-weights: its maps mean nothing, and every page says so.")
-    )
+    offer = ", or look at random weights with --random-weights: its maps mean nothing, and every page says so"
     return DataError(
         f"Found no published weights of {name}: {reason}. Expected them from the network or timm's cache. Give a file with "
-        f"--weights PATH{offer}"
+        f"--weights PATH{'' if random_weights is None else offer}."
     )
 
 
@@ -123,8 +119,8 @@ def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
     """Logits (B, classes) in float32 on the CPU; raises HostError if not finite, or none."""
     out = model(pixels)
     if not isinstance(out, Tensor) or out.ndim != 2:
-        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise HostError(f"Found an output of {found}. Expected logits (images, classes). Choose a model that classifies.")
+        form = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise HostError(f"Found an output of {form}. Expected logits (images, classes). Choose a model that classifies.")
     out = out.float().cpu()
     if not out.isfinite().all():
         raise HostError(

@@ -26,21 +26,14 @@ from vitreous.base.files import read_json, write
 from vitreous.grafting import graft, grafts
 from vitreous.mechanism import Mechanism, parse
 from vitreous.models.create import adapt, build, fill, read_weights
-from vitreous.models.untrusted import (
-    check_config,
-    check_mechanisms,
-    check_network,
-    no_larger_than,
-)
+from vitreous.models.untrusted import check_config, check_mechanisms, check_network, no_larger_than
 
 FORMAT = 1
 WEIGHTS, CONFIG, MECHANISMS = "model.safetensors", "config.json", "mechanisms.json"
 
 
 def save(model: nn.Module, folder: str | Path, *, classes: Sequence[str] = (), inputs: dict[str, Any] | None = None) -> None:
-    """Write the three files into the folder, each whole or not at all.
-
-    An interrupted save leaves the old file.
+    """Write the three files into the folder; an interrupted save leaves each old file whole.
 
     classes: name of each label. inputs: mean, std, input_size, crop_pct, interpolation with which
     it was trained (`Preprocess.config`), if they are not those the model came with.
@@ -91,7 +84,7 @@ def load(
 
 
 def is_folder(source: str) -> bool:
-    """True for the path of a folder, False for a name of timm's.
+    """Whether it is the path of a folder, and not a name of timm's.
 
     Raises DataError for a path that is not there.
     """

@@ -1,6 +1,4 @@
-"""Checks of model folders from untrusted sources.
-
-What config.json may hold, and how far a network may grow.
+"""Checks of model folders from untrusted sources: config.json and the size of the network.
 
 Weights come as .safetensors, whose header the reader checks against the file before any tensor is
 made, or as a pickle that is read with `weights_only=True`; JSON is read by `base.files.read_json`.
@@ -39,10 +37,7 @@ INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Raise DataError unless a config.json has the types and ranges that timm's have.
-
-    As far as timm and we use them.
-    """
+    """Raise DataError unless a config.json has the types and ranges that timm and we rely on."""
     inner = config.get("pretrained_cfg", config)
     arguments, names = config.get("model_args", {}), config.get("label_names")
     if not isinstance(inner, dict) or not isinstance(arguments, dict):
@@ -84,8 +79,9 @@ def check_mechanisms(mechanisms: Sequence[Mechanism], path: Path) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Raise ValueError for an archive whose contents are far larger than the file: weights can
-    hardly be compressed.
+    """Raise ValueError for an archive whose contents are far larger than the file.
+
+    Weights can hardly be compressed, so that such a file is made to fill the memory.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -95,11 +91,10 @@ def check_archive(path: Path) -> None:
 
 
 def check_network(tensors: dict[str, Tensor], where: str, name: str, **arguments: Any) -> None:
-    """Build timm's network without memory for its weights.
+    """Build timm's network without memory for its weights, as a rehearsal.
 
-    Raises DataError if it is far larger than these tensors.
-
-    Whatever else is wrong with it, the true build says.
+    Raises DataError if it is far larger than these tensors. Other errors are left to the true
+    build, whose messages name what to do.
     """
     try:
         with no_larger_than(tensors, where), torch.device("meta"):
@@ -112,8 +107,9 @@ def check_network(tensors: dict[str, Tensor], where: str, name: str, **arguments
 
 @contextmanager
 def no_larger_than(tensors: dict[str, Tensor], where: str) -> Iterator[None]:
-    """Raise DataError as soon as a network made in the body has far more parameters than these
-    weights, or huge buffers.
+    """In the body, a network that outgrows these weights raises DataError while it is built.
+
+    That is one with far more parameters, or huge buffers.
     """
     parameters, total = TIMES * (len(tensors) + SLACK), TIMES * (sum(map(Tensor.numel, tensors.values())) + 1000 * SLACK)
     made: Counter[str] = Counter()
@@ -170,5 +166,5 @@ def is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and len(name) <= 1000 for name in value)
 
 
-def wrong(path: Path, key: str, found: Any, expected: str) -> DataError:
-    return DataError(f"Found {key} = {repr(found)[:100]} in {path}. Expected {expected}. Get the file again, or mend it.")
+def wrong(path: Path, key: str, value: Any, expected: str) -> DataError:
+    return DataError(f"Found {key} = {repr(value)[:100]} in {path}. Expected {expected}. Get the file again, or mend it.")

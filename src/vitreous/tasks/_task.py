@@ -173,23 +173,20 @@ TASKS = Catalogue("tasks", Task, "task")
 
 def save_objective(objective: Objective, folder: Path) -> None:
     """Write the children that `predict` needs, if there are any, as objective.safetensors."""
-    tensors = shipped_tensors(objective)
-    if tensors:
-        save: Callable[[Path], None] = lambda path: safetensors.torch.save_file(tensors, path)  # noqa: E731
-        write(folder / OBJECTIVE, save)
+    if tensors := shipped_tensors(objective):
+        write(folder / OBJECTIVE, lambda path: safetensors.torch.save_file(tensors, path))
 
 
 def load_objective(objective: Objective, folder: Path) -> None:
     """Fill the shipped children from a run folder. Raises DataError if they do not fit."""
-    there = shipped_tensors(objective)
-    tensors = safetensors.torch.load_file(folder / OBJECTIVE) if there else {}
-    if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in there.items()}:
+    own = shipped_tensors(objective)
+    tensors = safetensors.torch.load_file(folder / OBJECTIVE) if own else {}
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in own.items()}:
         raise DataError(
-            f"Found other tensors in {folder / OBJECTIVE} than the task has. Expected {', '.join(sorted(there))}. Use the task "
+            f"Found other tensors in {folder / OBJECTIVE} than the task has. Expected {', '.join(sorted(own))}. Use the task "
             "and the settings in its run.json."
         )
-    for name, tensor in tensors.items():
-        objective.state_dict()[name].copy_(tensor)
+    objective.load_state_dict(tensors, strict=False)
 
 
 def shipped_tensors(objective: Objective) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from vitreous.tasks._task import Batch, Objective, Outputs, Task
 class MultiLabel(Task):
     """Any number of classes per image, by binary cross-entropy.
 
-    The loss of an image is the mean over the classes that are known of it (not NaN).
+    The loss of an image is the mean over its labelled classes (not NaN).
 
     threshold: probability from which a class counts as found in predictions.csv.
     """
@@ -43,7 +43,7 @@ class MultiLabel(Task):
 class MultiLabelObjective(Objective):
     """A network with one logit per class.
 
-    Target: (B, classes) float, 1 present, 0 absent, NaN not known.
+    target: (B, classes) float, 1 present, 0 absent, NaN unlabelled.
     """
 
     columns = ("present", "predicted")
@@ -53,7 +53,7 @@ class MultiLabelObjective(Objective):
         self.threshold = threshold
 
     def losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        return {"multi_label": known_cross_entropy(self.model(batch["images"]).float(), batch["target"]).mean()}
+        return {"multi_label": masked_cross_entropy(self.model(batch["images"]).float(), batch["target"]).mean()}
 
     def predict(self, batch: Batch) -> Outputs:
         """logits, target (B, classes)."""
@@ -62,29 +62,29 @@ class MultiLabelObjective(Objective):
     def score(self, outputs: Outputs) -> dict[str, float]:
         """Mean over classes of the average precision, 0 to 1, and mean cross-entropy in nats."""
         logits, target = outputs["logits"], outputs["target"]
-        known = ~target.isnan()
-        pairs = ((logits[known[:, c], c], target[known[:, c], c]) for c in range(target.shape[1]))
+        labelled = ~target.isnan()
+        pairs = ((logits[labelled[:, c], c], target[labelled[:, c], c]) for c in range(target.shape[1]))
         precisions = [average_precision(scores, truth) for scores, truth in pairs if truth.any()]
         return {
             "mean_average_precision": sum(precisions) / max(len(precisions), 1),
-            "loss": known_cross_entropy(logits, target).mean().item(),
+            "loss": masked_cross_entropy(logits, target).mean().item(),
         }
 
     def rows(self, outputs: Outputs) -> Iterator[tuple]:
         """The numbers of the classes that are present, and of those that are found."""
-        found = outputs["logits"].sigmoid() >= self.threshold
-        for present, predicted in zip(outputs["target"] == 1, found, strict=True):
+        likely = outputs["logits"].sigmoid() >= self.threshold
+        for present, predicted in zip(outputs["target"] == 1, likely, strict=True):
             yield tuple(" ".join(map(str, classes.nonzero().flatten().tolist())) for classes in (present, predicted))
 
 
-def known_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy in nats, the mean over known classes: (B, K) twice -> (B,).
+def masked_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy in nats, the mean over labelled classes: (B, K) twice -> (B,).
 
-    0 for an image of which no class is known.
+    A class whose target is NaN has no part in it; 0 for an image without a labelled class.
     """
-    known = ~target.isnan()
-    each = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(), reduction="none") * known
-    return each.sum(1) / known.sum(1).clamp(min=1)
+    labelled = ~target.isnan()
+    each = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(), reduction="none") * labelled
+    return each.sum(1) / labelled.sum(1).clamp(min=1)
 
 
 def average_precision(scores: Tensor, truth: Tensor) -> float:
