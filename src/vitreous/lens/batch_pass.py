@@ -1,4 +1,7 @@
-"""One pass of a batch: hands each attention, the rows of its map, module outputs and layers to the observers of all probes."""
+"""One pass of a batch, in which the observers of all probes take part.
+
+It hands them each attention, the rows of its map, module outputs and layers.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ from vitreous.lens.token_coordinates import Locator, TokenCoordinates
 
 
 class BatchPass:
-    """`on_attention` and `on_output` are the callbacks of `watch`; `outputs` names the modules that `on_output` waits for.
+    """`on_attention` and `on_output` are the callbacks of `watch`.
+
+    `outputs` names the modules that `on_output` waits for.
 
     told(call, coordinates): called after the observers for every attention.
     """
@@ -67,7 +72,10 @@ class BatchPass:
             self.told(call, where)
 
     def blocks(self, call: AttentionCall, where: TokenCoordinates) -> Iterator[RowBlock]:
-        """The rows of the map, and of the effective one where it differs, in blocks of the size that the batch allows."""
+        """The rows of the map in blocks of the size that the batch allows.
+
+        Then those of the effective map, where it differs.
+        """
         queries = call.output.shape[3]
         size = max(1, self.batch.block // (call.output[..., 0, 0].numel() * call.v.shape[3]))
         step = queries if queries <= FULL_CHECK_ROWS else size  # all rows of a small map are there already, from its check
@@ -101,7 +109,10 @@ class BatchPass:
         features.attention = features.keys = features.output = features.tokens = None
 
     def finish(self) -> list[Readout]:
-        """What each probe read. Raises NotReached if layers did not see the same number of images."""
+        """What each probe read.
+
+        Raises NotReached if layers did not see the same number of images.
+        """
         if len(set(self.counts.values())) > 1:
             least = min(self.counts, key=self.counts.__getitem__)
             raise NotReached(
@@ -114,7 +125,10 @@ class BatchPass:
 
 
 def extra_passes(model: nn.Module, probes: Sequence[Probe], batch: BatchInfo, targets: Sequence[int]) -> list[Readout]:
-    """The passes of those probes that need some of their own; modes, random state and gradients are as before."""
+    """The passes of those probes that need some of their own.
+
+    Modes, random state and gradients are as before.
+    """
     readouts = []
     for probe in probes:
         if probe.passes:
@@ -132,7 +146,10 @@ def extra_passes(model: nn.Module, probes: Sequence[Probe], batch: BatchInfo, ta
 
 
 def perturbed(images: Tensor, noise: float, generator: torch.Generator, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """images (B, C, H, W) in the model's units -> the same with N(0, noise^2) on their [0, 1] pixels, clamped."""
+    """The images with N(0, noise^2) on their [0, 1] pixels, clamped.
+
+    images: (B, C, H, W) in the model's units, as is the result.
+    """
     mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
     pixels = images * std + mean
     low, high = pixels.min().item(), pixels.max().item()

@@ -1,15 +1,22 @@
-"""A direction of a model's features that points at the subject, calibrated once on photographs without any mask.
+"""A direction of a model's features that points at the subject, found without masks.
 
-Letters: B batch, P patches in raster order on a grid (rows, cols), D width. Features of a layer: "k" keys, "o" output of the
-attention, "x" tokens after the block, for patches alone. Z: their rows brought to unit length and centred (`unit_rows`).
+It is calibrated once, on photographs.
 
-    w_f = mean over photographs of Z_f^T c / mean |Z_f|_F^2      c: a bump at the centre, where photographers put subjects
-    Zw  = sum_f Z_f w_f                                          a number per patch, high on the subject, wherever it is
+Letters: B batch, P patches in raster order on a grid (rows, cols), D width. Features of a layer:
+"k" keys, "o" output of the attention, "x" tokens after the block, for patches alone. Z: their rows
+brought to unit length and centred (`unit_rows`).
 
-The bump enters through the calibration alone, never into the map of an image: a bump per image would score as well on
-centred photographs, and below chance elsewhere. For the same reason, agreement with the bump on further photographs is no way
-to choose features: early layers that know the position agree best. `Scan` shows the model one corner of each photograph
-instead. There the subject stands off the centre; the feature whose Zw follows it there finds subjects.
+    w_f = mean over photographs of Z_f^T c / mean |Z_f|_F^2
+    Zw  = sum_f Z_f w_f
+
+c is a bump at the centre, where photographers put subjects; Zw is a number per patch, high on the
+subject, wherever it is.
+
+The bump enters through the calibration alone, never into the map of an image: a bump per image
+would score as well on centred photographs, and below chance elsewhere. For the same reason,
+agreement with the bump on further photographs is no way to choose features: early layers that know
+the position agree best. `Scan` shows the model one corner of each photograph instead. There the
+subject stands off the centre; the feature whose Zw follows it there finds subjects.
 """
 
 from __future__ import annotations
@@ -52,12 +59,13 @@ Feature = tuple[int, str]  # layer and kind
 
 @dataclass(frozen=True)
 class Direction:
-    """Where a model's features point at the subject: one vector per feature, and what they were calibrated on.
+    """Where a model's features point at the subject: one vector per feature.
 
-    features: (layer, kind), a kind of `layer_features.FEATURES`; vectors: (D_f,) each; attention: layers whose class attention
-    finds subjects, best first, () without a class token; photographs: how many; grid: of the features; strength: {"k6": 0.45},
-    how well each feature that was scanned follows the subject, -1 to 1, "a" for class attention; model: class, number of
-    parameters, digest of their names and shapes; sample: a few values of each parameter.
+    features: (layer, kind), a kind of `layer_features.FEATURES`; vectors: (D_f,) each; attention:
+    layers whose class attention finds subjects, best first, () without a class token; photographs:
+    how many; grid: of the features; strength: {"k6": 0.45}, how well each feature that was scanned
+    follows the subject, -1 to 1, "a" for class attention; model: class, number of parameters,
+    digest of their names and shapes; sample: a few values of each parameter.
     """
 
     features: tuple[Feature, ...]
@@ -85,7 +93,10 @@ class Direction:
         return sum(z @ w.to(z) for z, w in zip(rows, self.vectors, strict=True))
 
     def check(self, model: nn.Module) -> None:
-        """Raise HostError unless this is the model that was calibrated: the same shapes and, nearly, weights."""
+        """Raise HostError unless this is the model that was calibrated.
+
+        It has the same shapes and, nearly, the same weights.
+        """
         found, sample = facts(model), sample_of(model)
         if found["digest"] != self.model.get("digest"):
             reason = "whose parameters have other names or shapes"
@@ -129,11 +140,14 @@ class Direction:
             ) from error
 
 
-# -- which model -------------------------------------------------------------------------------------------------------
+# -- which model -----------------------------------------------------------------------------------
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """Class, number of parameters, and a digest of their names and shapes; the same in any precision and on any device."""
+    """Class, number of parameters, and a digest of their names and shapes.
+
+    The same in any precision and on any device.
+    """
     shapes = [(name, *p.shape) for name, p in model.named_parameters()]
     return {
         "class": type(model).__name__,
@@ -144,9 +158,12 @@ def facts(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def sample_of(model: nn.Module) -> Tensor:
-    """(n, SAMPLE) float32: values at even distances in each parameter of two or more dimensions.
+    """(n, SAMPLE) float32: values at even distances in each parameter.
 
-    For the weight of a layer of ours that overrides it (an adapter), values of the effective weight.
+    Of parameters of two or more dimensions.
+
+    For the weight of a layer of ours that overrides it (an adapter), values of the effective
+    weight.
     """
     owners = {id(module.weight): module for module in model.modules() if isinstance(module, Linear)}
     rows = []
@@ -159,9 +176,12 @@ def sample_of(model: nn.Module) -> Tensor:
 
 
 def difference(values: Tensor, expected: Tensor) -> float:
-    """|values - expected| / |expected|, exceeded by one parameter in ten; infinite for another number of parameters.
+    """|values - expected| / |expected|, exceeded by one parameter in ten.
 
-    Adapters change few parameters, so a median would not see them; a new head alone does not make another model.
+    Infinite for another number of parameters.
+
+    Adapters change few parameters, so a median would not see them; a new head alone does not make
+    another model.
     """
     if values.shape != expected.shape:
         return float("inf")
@@ -171,18 +191,21 @@ def difference(values: Tensor, expected: Tensor) -> float:
     return (torch.linalg.vector_norm(values - expected, dim=1) / size).quantile(0.9).item()
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def find_direction(
     model: nn.Module, photographs: Any, *, batch: int = 16, progress: Callable[[int, int], None] | None = None
 ) -> Direction:
-    """Calibrate a model on photographs without masks or labels: two forward passes of each, minutes for some hundreds.
+    """Calibrate a model on photographs without masks or labels.
 
-    photographs: a tensor (n, C, h, w), normalised for the model, or what `look` takes: a folder, paths, images. A few hundred
-    of various subjects that tend to be in the middle; ten already give a usable direction. progress(done, of): called
-    after each batch of either pass. Raises HostError for a model without attention over places, DataError for photographs
-    that are too few or cannot be read, and where no feature follows their subjects.
+    Two forward passes of each: minutes for some hundreds.
+
+    photographs: a tensor (n, C, h, w), normalised for the model, or what `look` takes: a folder,
+    paths, images. A few hundred of various subjects that tend to be in the middle; ten already give
+    a usable direction. progress(done, of): called after each batch of either pass. Raises HostError
+    for a model without attention over places, DataError for photographs that are too few or cannot
+    be read, and where no feature follows their subjects.
     """
     scan, layouts, count = Scan(), None, len(photographs) if isinstance(photographs, Tensor) else len(Views(model, photographs))
     for step, take in enumerate((scan.learn, scan.judge)):
@@ -195,7 +218,10 @@ def find_direction(
 
 
 def batches(model: nn.Module, images: Any, size: int) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first image, images (B, C, h, w) where and as precise as the model is) in order."""
+    """Batches in order: (number of the first image, images (B, C, h, w)).
+
+    They are on the model's device and in its precision.
+    """
     views = images if isinstance(images, Tensor) else Views(model, images)
     like = next(model.parameters(), torch.zeros(0))
     for first in range(0, len(views), size):
@@ -206,18 +232,24 @@ def batches(model: nn.Module, images: Any, size: int) -> Iterator[tuple[int, Ten
         yield first, part.to(like.device, like.dtype)
 
 
-# -- the scan ----------------------------------------------------------------------------------------------------------
+# -- the scan --------------------------------------------------------------------------------------
 
 
 def centre_bump(grid: tuple[int, int], at: tuple[float, float] = (0.5, 0.5), sigma: float = SIGMA) -> Tensor:
-    """(P,) float32, standardised: exp(-r^2 / 2 sigma^2) around `at` (y, x), in sides of the image."""
+    """exp(-r^2 / 2 sigma^2) around `at` (y, x), (P,) float32, standardised.
+
+    Lengths are in sides of the image.
+    """
     y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in grid)
     square = (y[:, None] - at[0]).square() + (x[None] - at[1]).square()
     return standardised(torch.exp(-square / (2 * sigma**2)).flatten()).float()
 
 
 def corners(images: Tensor, first: int) -> Tensor:
-    """One corner of each of images (B, C, h, w), in turn, at the size of the whole. first: number of the first image."""
+    """One corner of each of images (B, C, h, w), in turn, at the size of the whole.
+
+    first: number of the first image.
+    """
     h, w = images.shape[-2:]
     down, across = round(SIDE * h), round(SIDE * w)
     crops = []
@@ -229,7 +261,10 @@ def corners(images: Tensor, first: int) -> Tensor:
 
 
 def subject_in_corner(grid: tuple[int, int], image: int) -> Tensor:
-    """(P,): where the bump of photograph number `image` is in its corner, less what the corner's own bump explains."""
+    """(P,): where the bump of photograph number `image` is in its corner.
+
+    Less what the corner's own bump explains.
+    """
     at = tuple((0.5 - (1 - SIDE) * end) / SIDE for end in (image % 4 // 2, image % 2))
     bump, own = centre_bump(grid, at, SIGMA / SIDE), centre_bump(grid)
     return standardised(bump - (bump * own).mean() * own)
@@ -237,7 +272,11 @@ def subject_in_corner(grid: tuple[int, int], image: int) -> Tensor:
 
 @dataclass
 class Sums:
-    """What the scan knows of a feature: Z^T c of two halves of the photographs (2, D), |Z|_F^2, correlations in corners."""
+    """Sums of the scan for one feature.
+
+    product: Z^T c of two halves of the photographs (2, D). energy: |Z|_F^2. matched: correlations
+    in corners.
+    """
 
     grid: tuple[int, int]
     product: Tensor
@@ -249,10 +288,13 @@ class Sums:
 
 
 class Scan:
-    """Calibrates every feature on photographs (`learn`), then judges it on one corner of each (`judge`), without masks.
+    """Calibrates every feature on photographs (`learn`), then judges it (`judge`).
 
-    Of two halves of the photographs, each is judged with the vectors of the other. Batches may be of any size; both passes
-    see the same photographs in the same order. Layers: as `lens.layer_features` gives them.
+    It is judged on one corner of each photograph, without masks.
+
+    Of two halves of the photographs, each is judged with the vectors of the other. Batches may be
+    of any size; both passes see the same photographs in the same order. Layers: as
+    `lens.layer_features` gives them.
     """
 
     def __init__(self) -> None:
@@ -293,7 +335,7 @@ class Scan:
         return torch.stack([subject_in_corner(grid, self.judged + i) for i in range(count)])
 
     def direction(self, model: nn.Module) -> Direction:
-        """The BEST features of the kinds k and o on one grid, and the best PAIR of class attention.
+        """The BEST features of keys and outputs on one grid, the best PAIR of class attention.
 
         Raises DataError for too few photographs, or where no feature follows the subject.
         """
@@ -329,7 +371,10 @@ class Scan:
         )
 
     def chosen(self, strength: dict[Feature, float], grid: tuple[int, int]) -> tuple[Feature, ...]:
-        """The BEST keys and outputs on the grid that are NEAR the best; tokens only where there are neither."""
+        """The BEST keys and outputs on the grid that are NEAR the best.
+
+        Tokens only where there are neither.
+        """
         low = NEAR * max(strength.values())
         ranked = sorted(strength, key=lambda feature: (-strength[feature], feature))
         ranked = [feature for feature in ranked if strength[feature] >= low and self.features[feature].grid == grid]
@@ -338,7 +383,10 @@ class Scan:
 
 
 def halves(first: int, count: int) -> Tensor:
-    """(count,) 0 or 1: the half of photographs number first, first + 1, ...: by fours, so that each has all corners."""
+    """(count,) 0 or 1: the half of photographs number first, first + 1, ...
+
+    By fours, so that each half has all corners.
+    """
     return torch.arange(first, first + count) // 4 % 2
 
 

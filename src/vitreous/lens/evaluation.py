@@ -1,4 +1,4 @@
-"""How good the maps of a reading are: against masks, and against what the model itself depends on."""
+"""How good the maps of a reading are: against masks, and against the model itself."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ BASELINES = (Source("centre", "Centre prior"), Source("random", "Random map"), S
 def against_masks(
     maps: Mapping[str, Tensor], components: Mapping[str, Component], views: Sequence[View], first: int, seed: int
 ) -> Columns:
-    """Rows of the table of scores: every map, and its mean over heads (head -1), beside maps that look at no image.
+    """Rows of the table of scores: every map, and its mean over heads (head -1).
 
-    maps: {"attention/6": (B, H, rows, cols), "u1/6": (B, rows, cols), ...}. first: number of the first image. Baselines
-    have layer -1; layers on another grid than the first one have baselines of their own, too.
+    Beside them stand maps that look at no image.
+
+    maps: {"attention/6": (B, H, rows, cols), "u1/6": (B, rows, cols), ...}. first: number of the
+    first image. Baselines have layer -1; layers on another grid than the first one have baselines
+    of their own, too.
     """
     have = [i for i, view in enumerate(views) if view.mask is not None]
     numbers = [first + i for i in have]
@@ -79,7 +82,10 @@ def against_model(
     seed: int,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """Insertion and deletion curves of maps, heads averaged, and how like each is to that of shuffled weights."""
+    """Insertion and deletion curves of maps, and their likeness to those of shuffled weights.
+
+    Heads are averaged.
+    """
     images = torch.stack([view.pixels for view in views])
     options = {"fractions": FRACTIONS, "seed": seed, "batch_size": batch_size}
     by_grid: dict[tuple[int, int], list[str]] = {}
@@ -101,7 +107,10 @@ def against_model(
 
 
 def likeness(either_way: bool, ours: Tensor, theirs: Tensor | None) -> float | None:
-    """Mean rank correlation of maps (B, P) with those of shuffled weights; of signed ones, whichever way they point."""
+    """Mean rank correlation of maps (B, P) with those of shuffled weights.
+
+    Of signed ones, whichever way they point.
+    """
     if theirs is None:
         return None
     correlation = faithfulness.rank_correlation(ours, flat(theirs))
@@ -109,7 +118,10 @@ def likeness(either_way: bool, ours: Tensor, theirs: Tensor | None) -> float | N
 
 
 def flat_maps(maps: Mapping[str, Tensor], components: Mapping[str, Component], purpose: str) -> dict[str, Tensor]:
-    """The maps over an image whose component has `scored` or `curves`; there are no masks of volumes."""
+    """The maps over an image whose component has `scored` or `curves`.
+
+    There are no masks of volumes.
+    """
     records = {name: components[split(name)[0]] for name in maps}
     return {
         name: values

@@ -1,21 +1,24 @@
-"""Does the model itself depend on what a map marks? Insertion and deletion of patches, and randomised weights.
+"""Does the model depend on what a map marks? Insertion, deletion, randomised weights.
 
-Patches are taken away from an image in the order of its map, the highest first (*deletion*), or put back into an emptied
-image in that order (*insertion*), and the model's answer to the whole image is followed: the probability of the class that
-it predicts, or, where it has no classes, the cosine of its output to that for the whole image. A faithful map lets
-deletion fall early and insertion rise early. Both areas depend on model and images, hence mean something only beside those
-of random orders on the same images. Where subjects stand in the middle, the centre prior beats random orders as well,
-and it knows nothing of the model: compare with its curves too. Source: Petsiuk, Das, Saenko 2018, arXiv 1806.07421.
+Patches are taken away from an image in the order of its map, the highest first (*deletion*), or put
+back into an emptied image in that order (*insertion*), and the model's answer to the whole image is
+followed: the probability of the class that it predicts, or, where it has no classes, the cosine of
+its output to that for the whole image. A faithful map lets deletion fall early and insertion rise
+early. Both areas depend on model and images, hence mean something only beside those of random
+orders on the same images. Where subjects stand in the middle, the centre prior beats random orders
+as well, and it knows nothing of the model: compare with its curves too. Source: Petsiuk, Das,
+Saenko 2018, arXiv 1806.07421.
 
-A patch that is away shows the mean colour of its image. That holds nothing of what was where, in a photograph as in a made
-scene, and needs no width to be chosen, while a blur shows an object larger than itself still. It is an image that the model
-was not trained on, however: fill="blur" tells whether a result hangs on that.
+A patch that is away shows the mean colour of its image. That holds nothing of what was where, in a
+photograph as in a made scene, and needs no width to be chosen, while a blur shows an object larger
+than itself still. It is an image that the model was not trained on, however: fill="blur" tells
+whether a result hangs on that.
 
-Differs from the paper: steps are patches, not pixels; equal values of a map come in random order, so that a map without an
-opinion is at chance; deletion and insertion use the same fill.
+Differs from the paper: steps are patches, not pixels; equal values of a map come in random order,
+so that a map without an opinion is at chance; deletion and insertion use the same fill.
 
-Randomised weights: a map that stays as it is when the weights are shuffled does not show what the model has learned.
-Source: Adebayo et al. 2018, arXiv 1810.03292.
+Randomised weights: a map that stays as it is when the weights are shuffled does not show what the
+model has learned. Source: Adebayo et al. 2018, arXiv 1810.03292.
 """
 
 from __future__ import annotations
@@ -45,8 +48,9 @@ PROBABILITY, COSINE = "probability of the predicted class", "cosine to the outpu
 class Curves:
     """What a model says while patches come and go; the last axis runs over fractions.
 
-    fractions: (F,) share of the patches put in or taken away. insertion, deletion: (..., F), the leading axes those of
-    the maps, the first over images; NaN for a map that is not all finite. followed: PROBABILITY or COSINE. fill: FILLS.
+    fractions: (F,) share of the patches put in or taken away. insertion, deletion: (..., F), the
+    leading axes those of the maps, the first over images; NaN for a map that is not all finite.
+    followed: PROBABILITY or COSINE. fill: FILLS.
     """
 
     fractions: Tensor
@@ -90,15 +94,19 @@ def curves(
     numbers: Iterable[int] | None = None,
     seed: int = 0,
 ) -> Curves:
-    """Insertion and deletion curves of maps (B, P) or (B, M, P) on a grid (rows, cols), for images (B, C, h, w).
+    """Insertion and deletion curves of maps on a grid, for images (B, C, h, w).
 
-    images: as the model takes them. fractions: from 0 to 1, rising; brought to whole patches. classes: whether the
-    outputs are logits; None: they are if the output has `logits`, or is a (B, classes) tensor or a tuple that begins
-    with one, and the model's `num_classes`, if any, is not 0. numbers: of the images, by which, with `seed`, equal values are
-    put in order; 0 to B - 1. batch_size: images in one pass; a map costs two passes per image and inner fraction.
+    maps: (B, P) or (B, M, P). grid: (rows, cols).
 
-    The model runs in eval mode without gradients; its mode and the random state are as before afterwards.
-    Raises DataError for maps that do not fit the images or the grid, SettingError for fractions or a fill unknown.
+    images: as the model takes them. fractions: from 0 to 1, rising; brought to whole patches.
+    classes: whether the outputs are logits; None: they are if the output has `logits`, or is a (B,
+    classes) tensor or a tuple that begins with one, and the model's `num_classes`, if any, is not
+    0. numbers: of the images, by which, with `seed`, equal values are put in order; 0 to B - 1.
+    batch_size: images in one pass; a map costs two passes per image and inner fraction.
+
+    The model runs in eval mode without gradients; its mode and the random state are as before
+    afterwards. Raises DataError for maps that do not fit the images or the grid, SettingError for
+    fractions or a fill unknown.
     """
     numbers = _checked(images, maps, grid, fractions, fill, numbers)
     several, patches = maps.reshape(len(maps), -1, maps.shape[-1]), maps.shape[-1]
@@ -127,18 +135,24 @@ def curves(
 
 
 def random_maps(grid: tuple[int, int], numbers: Iterable[int], orders: int = 2, seed: int = 0) -> Tensor:
-    """Maps (B, orders, P) of random values for the images of these numbers, drawn by seed and number alone."""
+    """Maps (B, orders, P) of random values for the images of these numbers.
+
+    They are drawn by seed and number alone.
+    """
     patches = grid[0] * grid[1]
     drawn = [[_stream(seed, 1, turn, number).random(patches) for turn in range(orders)] for number in numbers]
     return torch.from_numpy(np.array(drawn, np.float64).reshape(-1, orders, patches))
 
 
 def compare(found: Curves, base: Curves, draws: int = 2000, seed: int = 0) -> dict[str, tuple[float, float, float]]:
-    """How much better than other orders, in area: {name: (mean over images, low, high)}, 95 % intervals.
+    """How much better than other orders, in area, with 95 % intervals.
 
-    found: (B, F). base: (B, M, F) of the same images, the mean over M counts: of `random_maps`, or of the centre prior.
-    "insertion": ours minus theirs. "deletion": theirs minus ours. "difference": their sum. All are 0 where ours is as
-    good, and at most 1, 1 and 2; an interval that holds 0 shows nothing.
+    Returns {name: (mean over images, low, high)}.
+
+    found: (B, F). base: (B, M, F) of the same images, the mean over M counts: of `random_maps`, or
+    of the centre prior. "insertion": ours minus theirs. "deletion": theirs minus ours.
+    "difference": their sum. All are 0 where ours is as good, and at most 1, 1 and 2; an interval
+    that holds 0 shows nothing.
     """
     insertion = found.insertion_area - base.insertion_area.mean(-1)
     deletion = base.deletion_area.mean(-1) - found.deletion_area
@@ -149,7 +163,8 @@ def compare(found: Curves, base: Curves, draws: int = 2000, seed: int = 0) -> di
 def record(curves: Curves, random: Curves, centre: Curves | None = None, *, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
     """All that is to be shown of one map: means over images as numbers and lists for JSON.
 
-    curves: (B, F). random: (B, orders, F). centre: (B, F), those of the centre prior, of the same images.
+    curves: (B, F). random: (B, orders, F). centre: (B, F), those of the centre prior, of the same
+    images.
     """
     lists = {
         "fractions": curves.fractions,
@@ -176,11 +191,14 @@ def record(curves: Curves, random: Curves, centre: Curves | None = None, *, draw
     }
 
 
-# -- images with some of their patches ---------------------------------------------------------------------------------
+# -- images with some of their patches -------------------------------------------------------------
 
 
 def order(maps: Tensor, numbers: Sequence[int], seed: int = 0) -> Tensor:
-    """The turn of each patch, 0 for the highest value of its map, equal ones in random order. (B, M, P) -> (B, M, P)."""
+    """The turn of each patch, 0 for the highest value of its map, equal ones in random order.
+
+    (B, M, P) -> (B, M, P).
+    """
     patches = maps.shape[-1]
     mixed = torch.from_numpy(np.array([_stream(seed, 2, 0, number).permutation(patches) for number in numbers]))
     mixed = mixed[:, None].expand(maps.shape)
@@ -190,14 +208,20 @@ def order(maps: Tensor, numbers: Sequence[int], seed: int = 0) -> Tensor:
 
 
 def pixels(shown: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Which pixels belong to patches that are shown: (n, P) bool -> (n, 1, height, width), whole pixels."""
+    """Which pixels belong to patches that are shown, whole pixels.
+
+    (n, P) bool -> (n, 1, height, width).
+    """
     (rows, cols), (height, width) = grid, size
     row, col = torch.arange(height) * rows // height, torch.arange(width) * cols // width
     return shown.view(-1, 1, rows, cols)[:, :, row][..., col]
 
 
 def filled(images: Tensor, fill: str) -> Tensor:
-    """The images with every patch away, (B, C, h, w): their mean colour, or a blur of a tenth of each side."""
+    """The images (B, C, h, w) with every patch away.
+
+    They show their mean colour, or a blur of a tenth of each side.
+    """
     if fill == "mean":
         return images.mean((-2, -1), keepdim=True).expand_as(images)
     down, across = (_blur(side).to(images) for side in images.shape[-2:])
@@ -215,11 +239,13 @@ def _stream(seed: int, use: int, turn: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, use], counter=[0, 0, turn, number]))
 
 
-# -- what a model says -------------------------------------------------------------------------------------------------
+# -- what a model says -----------------------------------------------------------------------------
 
 
 class Judge:
-    """How much a model still says of changed images what it said of the whole ones. `followed` tells in what measure.
+    """How much a model still says of changed images what it said of the whole ones.
+
+    `followed` tells in what measure.
 
     clean: (B,) what it says of the whole ones.
     """
@@ -234,7 +260,10 @@ class Judge:
         self.clean = self.score(answers, self.target)
 
     def __call__(self, images: Tensor, owner: Tensor) -> Tensor:
-        """(n,) float64: probability or cosine, of images (n, C, h, w) made of those that `owner` (n) numbers."""
+        """(n,) float64: probability or cosine of images (n, C, h, w).
+
+        They are made of those whose numbers are in `owner` (n).
+        """
         return self.score(self.read(self.model(images)), self.target[owner])
 
     def whole(self, images: Tensor) -> Tensor:
@@ -254,7 +283,9 @@ class Judge:
 
 
 def answer(output: Any) -> Tensor:
-    """The tensor that a model answers with: its logits, else a tensor itself, else the first one in a tuple or record.
+    """The tensor that a model answers with.
+
+    Its logits, else a tensor itself, else the first one in a tuple or record.
 
     Raises DataError if there is none.
     """
@@ -269,7 +300,10 @@ def answer(output: Any) -> Tensor:
 
 
 def has_classes(model: nn.Module, output: Any) -> bool:
-    """Whether an output is logits of classes, as `curves` decides; a record without logits holds features."""
+    """Whether an output is logits of classes, as `curves` decides.
+
+    A record without logits holds features.
+    """
     if isinstance(output, (Tensor, tuple, list)):
         return answer(output).ndim == 2 and getattr(model, "num_classes", None) != 0
     return isinstance(_logits(output), Tensor)
@@ -297,13 +331,16 @@ def _checked(
     return numbers
 
 
-# -- randomised weights ------------------------------------------------------------------------------------------------
+# -- randomised weights ----------------------------------------------------------------------------
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of a model in which the entries of each parameter are shuffled among themselves, drawn by `seed`.
+    """A copy of a model with the entries of each parameter shuffled among themselves.
 
-    Every tensor keeps its distribution; what was learned is gone. Buffers stay. The model itself is not touched.
+    They are drawn by `seed`.
+
+    Every tensor keeps its distribution; what was learned is gone. Buffers stay. The model itself is
+    not touched.
     """
     shuffled, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -314,10 +351,12 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's correlation of maps (..., P) patch by patch, -1 to 1, ties sharing their mean rank: (...) float64.
+    """Spearman's correlation of maps (..., P) patch by patch, -1 to 1: (...) float64.
 
-    Of a map with its counterpart from randomised weights: near 1, the map does not come from what was learned. NaN where
-    a map is the same everywhere, or not all finite.
+    Ties share their mean rank.
+
+    Of a map with its counterpart from randomised weights: near 1, the map does not come from what
+    was learned. NaN where a map is the same everywhere, or not all finite.
     """
     centred = [ranks(maps) - (maps.shape[-1] + 1) / 2 for maps in (first, second)]
     product = (centred[0] * centred[1]).sum(-1)

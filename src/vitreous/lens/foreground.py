@@ -1,10 +1,15 @@
-"""Where the subject of an image is, without training and without masks: one map per image, higher meaning more foreground.
+"""Where the subject of an image is, without training and without masks.
 
-    with a direction          blur(G(z(Zw)))           with a class token as well    blur(G(a + z(Zw)))
-    without, class token      blur(G(a))               without either                blur(G(z(border distance)))
+One map per image, higher meaning more foreground.
 
-G is the Gram filter of `lens.maps`, Z and w are those of `lens.direction`, a the logarithm of the class token's attention, z(.)
-standardises over the patches. Everything follows from what `lens.layer_features` shows of each layer.
+    with a direction                      blur(G(z(Zw)))
+    with a direction and a class token    blur(G(a + z(Zw)))
+    with a class token                    blur(G(a))
+    with neither                          blur(G(z(border distance)))
+
+G is the Gram filter of `lens.maps`, Z and w are those of `lens.direction`, a the logarithm of the
+class token's attention, z(.) standardises over the patches. Everything follows from what
+`lens.layer_features` shows of each layer.
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ from vitreous.lens.formulas.maps import (
 from vitreous.lens.layer_features import FEATURES, LayerFeatures, layer_features
 from vitreous.lens.tap import Layouts, trace
 
-# Without a direction: the depths, as shares of all layers, where ViT-Tiny/16 keeps its subject. A guess for other models.
+# Without a direction: the depths, as shares of all layers, where ViT-Tiny/16 keeps its subject. A
+# guess for other models.
 USUAL = {"k": (6 / 12, 9 / 12), "o": (5 / 12, 8 / 12)}
 PAIR = (7 / 12, 9 / 12)
 
@@ -52,12 +58,15 @@ class Foreground:
 def foreground(
     model: nn.Module, images: Any, direction: Direction | None = None, *, class_token: bool = True, batch: int = 16
 ) -> Foreground:
-    """The foreground map of each image, on the model's grid of patches: `result.maps` (B, rows, cols).
+    """The foreground map of each image, on the model's grid of patches.
 
-    images: a tensor (B, C, h, w), normalised for the model, or what `look` takes: a folder, paths, images. direction: of
-    this model, from `find_direction` or `Direction.load`; without one the map is less sure, and `result.rule` says so.
-    class_token=False leaves the class token's attention out. Raises HostError for another model than the direction's, and
-    for one without keys or outputs on a grid; DataError for no images.
+    `result.maps` are (B, rows, cols).
+
+    images: a tensor (B, C, h, w), normalised for the model, or what `look` takes: a folder, paths,
+    images. direction: of this model, from `find_direction` or `Direction.load`; without one the map
+    is less sure, and `result.rule` says so. class_token=False leaves the class token's attention
+    out. Raises HostError for another model than the direction's, and for one without keys or
+    outputs on a grid; DataError for no images.
     """
     if direction is not None:
         direction.check(model)
@@ -72,7 +81,9 @@ def foreground(
 
 @dataclass(frozen=True)
 class References:
-    """What tells the subject from the rest, each (B, P) on `grid`, standardised, or None: see `maps.signed`.
+    """Numbers per patch that tend to be high on the subject, for the signs of maps.
+
+    Each is (B, P) on `grid`, standardised, or None: see `maps.signed`.
 
     rows: the unit, centred rows (B, P, D_f) of the features that they were made from.
     """
@@ -97,7 +108,9 @@ class Batch(Protocol):
 
 
 class BatchReferences:
-    """The references of one batch, for all probes that need them: `add` every layer, then ask for the `result`.
+    """The references of one batch, for all probes that need them.
+
+    `add` every layer, then ask for the `result`.
 
     Features that nothing needs later are let go.
     """
@@ -127,9 +140,12 @@ class BatchReferences:
 
 
 def references(layers: Sequence[LayerFeatures], direction: Direction | None = None, class_token: bool = True) -> References:
-    """The references of a batch from the features of all layers; features that `wanted` does not name may be missing.
+    """The references of a batch from the features of all layers.
 
-    class_token=False leaves the class token's attention out. Raises HostError if the features needed are not there.
+    Features that `wanted` does not name may be missing.
+
+    class_token=False leaves the class token's attention out. Raises HostError if the features
+    needed are not there.
     """
     by_number = {layer.layer: layer for layer in layers}
     features, pair = wanted(len(layers), direction)
@@ -152,7 +168,10 @@ def references(layers: Sequence[LayerFeatures], direction: Direction | None = No
 
 
 def wanted(layers: int, direction: Direction | None = None) -> tuple[tuple[Feature, ...], tuple[int, ...]]:
-    """The features and the layers of class attention that a map needs, of a model with so many layers."""
+    """The features and the layers of class attention that a map needs.
+
+    layers: how many the model has.
+    """
     if direction is not None:
         return direction.features, direction.attention
     middle = [(n + 0.5) / layers for n in range(layers)]
@@ -166,7 +185,10 @@ def wanted(layers: int, direction: Direction | None = None) -> tuple[tuple[Featu
 
 
 def attention_of(layers: Sequence[LayerFeatures], grid: tuple[int, int]) -> Tensor | None:
-    """a (B, P): the mean log attention of the class token over layers, standardised; None where none has a class token."""
+    """a (B, P): the mean log attention of the class token over layers, standardised.
+
+    None where none has a class token.
+    """
     maps = [
         resampled(log_attention(layer.attention), layer.grid, grid)
         for layer in layers
@@ -181,7 +203,10 @@ def grid_of(layer: LayerFeatures, kind: str) -> tuple[int, int] | None:
 
 
 def foreground_of(references: References) -> Foreground:
-    """The foreground maps that follow from the references of a batch; nothing else of the model is needed."""
+    """The foreground maps that follow from the references of a batch.
+
+    Nothing else of the model is needed.
+    """
     parts = {"direction": references.fixed, "class attention": references.attention}
     parts = {name: x for name, x in parts.items() if x is not None}
     rule = " and ".join(parts)

@@ -1,13 +1,16 @@
-"""What each layer shows of a batch on the true grid: features and attention of the patches, from one pass of any model.
+"""What each layer shows of a batch on the true grid, from one pass of any model.
+
+Features and attention of the patches.
 
 Three features stand for a layer, each (B, P, D), patches only, in raster order:
 
     keys     "k"   keys of all heads side by side
-    output   "o"   what the attention adds to the residual stream: the output of the module around it
+    output   "o"   what the attention adds to the residual stream: the output of the module around
+                   it
     tokens   "x"   the residual stream after the block
 
-Which modules those are follows from the names alone: the block is the outermost module around one attention and no other,
-the attention module is the part of the block that the attention lies in.
+Which modules those are follows from the names alone: the block is the outermost module around one
+attention and no other, the attention module is the part of the block that the attention lies in.
 """
 
 from __future__ import annotations
@@ -31,13 +34,16 @@ Key = tuple[str, int]  # name of a module, number of the call under that name
 
 @dataclass
 class LayerFeatures:
-    """One layer and one batch. grid: of attention and keys; token_grid: of output and tokens; None where it is not known.
+    """One layer and one batch. grid: of attention and keys; token_grid: of output and tokens.
 
-    layer counts the attentions in the order of their calls; kind is that of the call, key its name and number.
-    attention (B, H, P): the class token's attention to the patches, or, without one (`has_class` False), the mean
-    attention that each patch receives. stream (B, N, D): all tokens after the block, of all images of the batch, only
-    while `on_layer` runs. merged: tokens were merged or dropped before it, by a graft of ours. Where no token is, features
-    and maps are 0. prefix: how many tokens without a place come first.
+    None where it is not known.
+
+    layer counts the attentions in the order of their calls; kind is that of the call, key its name
+    and number. attention (B, H, P): the class token's attention to the patches, or, without one
+    (`has_class` False), the mean attention that each patch receives. stream (B, N, D): all tokens
+    after the block, of all images of the batch, only while `on_layer` runs. merged: tokens were
+    merged or dropped before it, by a graft of ours. Where no token is, features and maps are 0.
+    prefix: how many tokens without a place come first.
     """
 
     layer: int
@@ -60,7 +66,10 @@ class LayerFeatures:
 
 
 def layer_features(model: nn.Module, images: Tensor, layouts: Layouts | None = None) -> list[LayerFeatures]:
-    """The features of every attention of a pass of images (B, C, h, w). layouts: from `trace`, for several batches."""
+    """The features of every attention of a pass of images (B, C, h, w).
+
+    layouts: from `trace`, for several batches.
+    """
     layouts = trace(model, images) if layouts is None else layouts
     collector = FeatureCollector(layouts, len(images), class_token=has_class_token(model))
     watch(model, images, collector.on_attention, layouts=layouts, on_output=collector.on_output, outputs=collector.outputs)
@@ -68,10 +77,13 @@ def layer_features(model: nn.Module, images: Tensor, layouts: Layouts | None = N
 
 
 class FeatureCollector:
-    """Gathers the features of one pass: `on_attention` and `on_output` are the callbacks of `watch`.
+    """Gathers the features of one pass.
 
-    images: how many of the batch count, from the first on. class_token: as of `has_class_token`. on_layer(features):
-    called when all of a layer is there, to reduce it before the next; `finish` calls it for the rest.
+    `on_attention` and `on_output` are the callbacks of `watch`.
+
+    images: how many of the batch count, from the first on. class_token: as of `has_class_token`.
+    on_layer(features): called when all of a layer is there, to reduce it before the next; `finish`
+    calls it for the rest.
     """
 
     def __init__(
@@ -130,7 +142,10 @@ class FeatureCollector:
             self.finish(layer.layer + 1)
 
     def finish(self, count: int | None = None) -> None:
-        """Call `on_layer` for those of the first `count` layers for which it was not; None: for all."""
+        """Call `on_layer` for those of the first `count` layers for which it was not.
+
+        None: for all.
+        """
         for layer in self.layers[self.complete : count]:
             self.complete += 1
             if self.on_layer is not None:
@@ -138,7 +153,10 @@ class FeatureCollector:
             layer.stream = None
 
     def patches(self, x: Tensor, layout: Layout | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
-        """Features (B, P, D) of a module's output on its layout, or else on that of the first call; None: on no grid."""
+        """Features (B, P, D) of a module's output, and their grid; None: on no grid.
+
+        They lie on the output's layout, or else on that of the first call.
+        """
         layout = layout or self.locator.layout
         if layout is None or layout.grid is None or x.ndim not in (3, 4) or len(layout.queries) > 1:
             return None, None
@@ -155,7 +173,8 @@ class FeatureCollector:
 def modules_around(calls: Sequence[Key], located: Collection[Key]) -> dict[str, tuple[str, Key]]:
     """{module: ("tokens" or "output", the call it belongs to)}: see the head of this file.
 
-    located: (module, number) of outputs that are known to lie on a grid. The block is the outermost of them.
+    located: (module, number) of outputs that are known to lie on a grid. The block is the outermost
+    of them.
     """
     around: dict[str, tuple[str, Key]] = {}
     for call in calls:

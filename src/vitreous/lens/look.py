@@ -1,7 +1,10 @@
-"""`look`: what a model attends to on some images, as numbers and maps, from any `torch.nn.Module`.
+"""`look`: what a model attends to on some images, as numbers and maps.
 
-One traced pass tells where tokens are (once for each size of image). Then each batch is seen in one pass of clean and noisy
-images, in which the probes (`lens.probe`) reduce every attention at once to rows of a table and to maps.
+It takes any `torch.nn.Module`.
+
+One traced pass tells where tokens are (once for each size of image). Then each batch is seen in one
+pass of clean and noisy images, in which the probes (`lens.probe`) reduce every attention at once to
+rows of a table and to maps.
 """
 
 from __future__ import annotations
@@ -56,7 +59,10 @@ class Plan:
 
 @dataclass
 class Findings:
-    """What was found out on the way: it holds for all batches, and each part keeps it for a look that goes on there."""
+    """What a look found out of the model on the way.
+
+    It holds for all batches, and each part keeps it for a look that goes on there.
+    """
 
     layouts: dict[tuple[int, ...], Layouts] = field(default_factory=dict)  # by shape of an image
     choices: dict[str, str] = field(default_factory=dict)  # of the first batch, for all others: `BatchInfo.choices`
@@ -140,25 +146,28 @@ def look(
     loss: Callable[[Any, Any], Tensor] | None = None,
     team: Team = ALONE,
 ) -> Reading:
-    """A reading of any model: indicators, spectra and maps for every attention, head and image.
+    """A reading of any model: measures and maps for every attention, head and image.
 
-    images: a tensor (B, C, h, w), normalised as the model takes it; or paths, PIL images, folders, Samples, which go
-        through the model's pretrained_cfg.
-    masks: a folder of .png masks or a boxes.csv; for tensors an array (B, h, w). With masks every map is scored against
-        them, beside centre, random and area.
+    images: a tensor (B, C, h, w), normalised as the model takes it; or paths, PIL images, folders,
+        Samples, which go through the model's pretrained_cfg.
+    masks: a folder of .png masks or a boxes.csv; for tensors an array (B, h, w). With masks every
+        map is scored against them, beside centre, random and area.
     inputs: how images are prepared, in the words of a pretrained_cfg, in place of the model's own.
     direction: of `find_direction`, for signs and the foreground map.
-    probes: what to measure, as texts ("spectra:scores=false") or objects; "all", and None: every one of `lens/probes` that
-        needs no passes of its own. loss: of (output, labels), for probes that need one.
-    curves: insertion and deletion curves of the maps, and the check by shuffled weights, on so many images.
+    probes: what to measure, as texts ("spectra:scores=false") or objects; "all", and None: every
+        one of `lens/probes` that needs no passes of its own.
+    loss: of (output, labels), for probes that need one.
+    curves: on so many images insertion and deletion curves of maps, and those of shuffled weights.
     noise: deviation on pixels of [0, 1] under which attention is compared; 0 leaves robustness out.
     memory: GiB of working memory beside the model's own.
     out: a folder, written as it goes; an interrupted look goes on there.
-    team: processes that take turns with the parts of `out`; the first one joins them. All must ask alike.
-    console: shows progress. about: what is known of the model: "name", "weights" (pretrained, run, file, random), "classes".
+    team: processes that share the parts of `out`; the first joins them. All must ask alike.
+    console: shows progress.
+    about: what is known of the model: "name", "weights" (pretrained, run, file, random), "classes".
 
-    The model runs in eval mode without gradients; its mode, hooks and the random state are as before afterwards.
-    Raises HostError for a model that shows no attention, DataError for no readable image, SettingError for settings.
+    The model runs in eval mode without gradients; its mode, hooks and the random state are as
+    before afterwards. Raises HostError for a model that shows no attention, DataError for no
+    readable image, SettingError for settings.
     """
     numbers = {"noise": noise, "batch_size": batch_size, "memory": memory, "curves": curves, "seed": seed}
     check_settings(**numbers, limit=1 if limit is None else limit)
@@ -217,9 +226,12 @@ def check_settings(**settings: float) -> None:
 
 
 def share_parts(plan: Plan, findings: Findings, count: int, writer: Writer, team: Team) -> None:
-    """Make the parts that are not there, each by one process of the team; those without a readable image are left out.
+    """Make the parts that are not there, each by one process of the team.
 
-    The first part with images comes first, since what is found out there holds for all others, as in one process.
+    Those without a readable image are left out.
+
+    The first part with images comes first, since what is found out there holds for all others, as
+    in one process.
     """
     own = Findings(notes=dict(findings.notes))
     ranges = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
@@ -243,7 +255,10 @@ def share_parts(plan: Plan, findings: Findings, count: int, writer: Writer, team
 
 
 def all_parts(plan: Plan, findings: Findings, count: int, writer: Writer | None, console: Console | None) -> Sequence[Part]:
-    """Look at images 0 to count - 1, CHUNK by CHUNK; parts that the writer has are not made again."""
+    """Look at images 0 to count - 1, CHUNK by CHUNK.
+
+    Parts that the writer has are not made again.
+    """
     starts = list(range(0, count, CHUNK))
     parts: dict[int, Part] = {}  # those in memory; with a writer, those that wait for an image that can be read
     for number in shown(range(len(starts)), "images", console):
@@ -297,7 +312,7 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
 def look_at_batch(
     plan: Plan, findings: Findings, views: Sequence[View], first: int
 ) -> tuple[Readout, list[metadata.Prediction]]:
-    """One pass of a batch: what all probes read together, and what the model says of each image."""
+    """One pass of a batch: the readout of all probes, and the predictions of the model."""
     images, count = torch.stack([view.pixels for view in views]), len(views)
     like = next((p for p in plan.model.parameters() if p.is_floating_point()), images)
     images = images.to(like.device)
@@ -344,7 +359,10 @@ def with_noise(plan: Plan, images: Tensor, first: int) -> Tensor:
 
 
 def all_curves(plan: Plan, findings: Findings, parts: Sequence[Part], count: int) -> list[dict[str, Any]]:
-    """Insertion and deletion curves of the maps of the first `count` images, and what shuffled weights leave of them."""
+    """Insertion and deletion curves of the maps of the first `count` images.
+
+    And what shuffled weights leave of the maps.
+    """
     probes = [probe for probe in plan.probes if any(component.curves for component in probe.components)]
     if not count or not probes:
         return []

@@ -1,4 +1,4 @@
-"""What a reading says of itself: the model and its weights, layers, components, classes, and what tells it from others."""
+"""What a reading says of itself: model, weights, layers, components, classes, digest."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def of_layer(call: AttentionCall, where: TokenCoordinates) -> dict[str, Any]:
 
 
 def of_image(view: View, number: int, names: Sequence[str] | None, prediction: Prediction) -> dict[str, Any]:
-    """One image: its name and size, what the model says of it, its label and whether it has a mask."""
+    """One image: its name, size, prediction, label, and whether it has a mask."""
     return {
         "image": number,
         "name": view.name,
@@ -89,7 +89,10 @@ def of_image(view: View, number: int, names: Sequence[str] | None, prediction: P
 def of_components(
     part: Part, components: Mapping[str, Component], details: Mapping[str, Mapping[str, str]]
 ) -> list[dict[str, Any]]:
-    """The records of components that there are maps of. details: as of `Readout`; all but the rule are told layer by layer."""
+    """The records of components that there are maps of. details: as of `Readout`.
+
+    All but the rule are told layer by layer.
+    """
     found: dict[str, dict[str, Any]] = {}
     for key in part.maps():
         name, layer = key.split("/")
@@ -103,7 +106,10 @@ def of_components(
 
 
 def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, count: int) -> list[Prediction]:
-    """(class, its probability) for each of the first `count` images; (None, None) where the output is not of classes."""
+    """(class, its probability) for each of the first `count` images.
+
+    (None, None) where the output is not of classes.
+    """
     if not has_classes(model, output):
         return [(None, None)] * count
     probability, best = answer(output)[:count].float().softmax(-1).max(-1)
@@ -112,7 +118,10 @@ def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, coun
 
 
 def fingerprint(model: nn.Module, views: Views, count: int, settings: Mapping[str, Any]) -> str:
-    """A digest of weights, images and settings: an interrupted reading goes on only with the same."""
+    """A digest of weights, images and settings.
+
+    An interrupted reading goes on only with the same.
+    """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(arguments(model)).encode())
     for name, tensor in model.state_dict().items():
@@ -134,7 +143,10 @@ def of_direction(direction: Direction | None) -> str | None:
 
 
 def arguments(model: nn.Module) -> list[Any]:
-    """What a model was built with beside its weights: classes and plain attributes of its modules, and grafts."""
+    """What a model was built with beside its weights.
+
+    Classes and plain attributes of its modules, and grafts.
+    """
     content: list[Any] = [str(record.mechanism) for record in grafts(model)]
     for name, module in model.named_modules():
         plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}

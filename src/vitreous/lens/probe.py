@@ -1,8 +1,11 @@
-"""What is read from a pass: `Probe` (what it measures), `Observer` (of one batch), `Readout` (what came of it).
+"""What is read from a pass: `Probe` and `Observer`, and the records of measures and maps.
 
-A probe is one file of `lens/probes/`, or a class from elsewhere: see `docs/how-to/add-a-probe.md`. `look` runs all of them in
-one pass. `Measure` (a number), `Component` (a map) and `Source` (what rows are of) are the records by which a reading says
-what its columns and maps are; pages, tables and alarms take labels, units and bounds from there.
+A `Probe` says what it measures, its `Observer` follows one batch, a `Readout` is what came of it.
+
+A probe is one file of `lens/probes/`, or a class from elsewhere: see `docs/how-to/add-a-probe.md`.
+`look` runs all of them in one pass. `Measure` (a number), `Component` (a map) and `Source` (what
+rows are of) are the records by which a reading says what its columns and maps are; pages, tables
+and alarms take labels, units and bounds from there.
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ T = TypeVar("T")
 class Measure:
     """A number that a probe gives: a column of the table.
 
-    low, high: the least and the largest possible value; None: no bound. better: which way is desired, if either is.
-    explains: one sentence for the page. short: heading in the table of the command line; "" leaves it out there.
-    A name that ends with "_paper" is a form as published, which pages show only when asked.
+    low, high: the least and the largest possible value; None: no bound. better: which way is
+    desired, if either is. explains: one sentence for the page. short: heading in the table of the
+    command line; "" leaves it out there. A name that ends with "_paper" is a form as published,
+    which pages show only when asked.
     """
 
     name: str
@@ -50,8 +54,9 @@ class Measure:
 class Component(Measure):
     """A kind of map. Maps are called "NAME/LAYER", layer -1 for one of the whole model.
 
-    signed: below zero is the other side; per_head: maps are (B, H, *grid), else (B, *grid). scored: compared with masks;
-    curves: insertion and deletion are made in its order, where they are asked for.
+    signed: below zero is the other side; per_head: maps are (B, H, *grid), else (B, *grid). scored:
+    compared with masks; curves: insertion and deletion are made in its order, where they are asked
+    for.
     """
 
     signed: bool = False
@@ -74,10 +79,13 @@ ATTENTION = Source("attention", "Attention maps", "Measured on the maps that the
 
 @dataclass
 class Rows:
-    """Some rows of the table: values {measure: (images, heads)} of one layer, from image number `first` on.
+    """Some rows of the table, of one layer.
 
-    first: -1: of no single image. together: of all heads together, (images, 1). kind: that of the attention, or
-    "effective". Rows of several probes with the same layer, source and kind become one.
+    values: {measure: (images, heads)}, from image number `first` on.
+
+    first: -1: of no single image. together: of all heads together, (images, 1). kind: that of the
+    attention, or "effective". Rows of several probes with the same layer, source and kind become
+    one.
     """
 
     layer: int
@@ -92,8 +100,9 @@ class Rows:
 class Readout:
     """What a probe read of one batch.
 
-    maps: {"NAME/LAYER": (B, [H,] *grid)}. confidence: {map: (B,)} that its sign is right. details: {map: {"rule": how it was
-    made, ...}}, the same for all images. notes: what was left out, and why, in words.
+    maps: {"NAME/LAYER": (B, [H,] *grid)}. confidence: {map: (B,)} that its sign is right. details:
+    {map: {"rule": how it was made, ...}}, the same for all images. notes: what was left out, and
+    why, in words.
     """
 
     rows: list[Rows] = field(default_factory=list)
@@ -105,10 +114,13 @@ class Readout:
 
 @dataclass
 class BatchInfo:
-    """One batch: images (B, C, h, w) as the model takes them; with `noisy` as many noisy copies follow the `count` images.
+    """One batch: images (B, C, h, w) as the model takes them.
 
-    first: number of the first image. block: numbers that a buffer may hold. choices: what the first batch of a look decided
-    for all others, such as {"u/6": "raw"}; text, kept with the reading. loss: of (output, targets), for probes that need one.
+    With `noisy` as many noisy copies follow the `count` images.
+
+    first: number of the first image. block: numbers that a buffer may hold. choices: what the first
+    batch of a look decided for all others, such as {"u/6": "raw"}; text, kept with the reading.
+    loss: of (output, targets), for probes that need one.
     """
 
     images: Tensor
@@ -129,14 +141,19 @@ class BatchInfo:
         return x[: len(x) // 2] if self.noisy else x
 
     def shared(self, kind: type[T]) -> T:
-        """The one object `kind(batch)` of this batch, for what several probes need and should be computed once."""
+        """The one object `kind(batch)` of this batch.
+
+        For what several probes need and should be computed once.
+        """
         if kind not in self.objects:
             self.objects[kind] = kind(self)
         return self.objects[kind]
 
 
 class Observer:
-    """Follows one batch for a probe, and holds what that needs, nothing longer. Override what is wanted.
+    """Follows one batch for a probe, and holds what that needs, nothing longer.
+
+    Override what is wanted.
 
     `readout` is what it fills. Tensors of a call are valid during the callback alone.
     """
@@ -145,7 +162,10 @@ class Observer:
         self.probe, self.model, self.batch, self.readout = probe, model, batch, Readout()
 
     def on_rows(self, block: RowBlock) -> None:
-        """Some rows of the map of the attention that `on_attention` gets next, in order; all probes share them."""
+        """Some rows of the map of the attention that `on_attention` gets next, in order.
+
+        All probes share them.
+        """
 
     def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
         """One attention, of all images of the batch."""
@@ -163,10 +183,12 @@ class Observer:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Settings):
-    """Something to be read from a pass. Says what it measures; an `observer` follows each batch.
+    """Something to be read from a pass. Says what it measures.
 
-    order: where its measures and maps stand among those of others. passes: it needs passes of its own (`extra`); such
-    probes run only where they are asked for by name.
+    An `observer` follows each batch.
+
+    order: where its measures and maps stand among those of others. passes: it needs passes of its
+    own (`extra`); such probes run only where they are asked for by name.
     """
 
     measures: ClassVar[tuple[Measure, ...]] = ()
@@ -189,10 +211,12 @@ class Probe(Settings):
         return self.observer(self, model, batch)
 
     def extra(self, model: nn.Module, batch: BatchInfo, targets: Sequence[int]) -> Readout:
-        """Passes of its own, after the common one, with `passes`; targets: the label of each image, -1: unknown.
+        """Passes of its own, after the common one, with `passes`.
 
-        The model is in eval mode; gradients are off until the probe turns them on. Both, and the parameters' `grad`, are
-        afterwards as before.
+        targets: the label of each image, -1: unknown.
+
+        The model is in eval mode; gradients are off until the probe turns them on. Both, and the
+        parameters' `grad`, are afterwards as before.
         """
         return Readout()
 
@@ -201,7 +225,9 @@ PROBES = Catalogue("lens/probes", Probe, "probe")
 
 
 def chosen(probes: Sequence[str | Probe] | None, model: nn.Module | None = None) -> list[Probe]:
-    """Probes from text forms or objects, in order; None, and the text "all": those of `lens/probes` without `passes`.
+    """Probes from text forms or objects, in order.
+
+    None, and the text "all": those of `lens/probes` without `passes`.
 
     A dotted name imports a class of another package. model: which they are for.
     Raises UnknownName, and SettingError where two probes give the same measure or map.
@@ -225,7 +251,9 @@ def records(probes: Sequence[Probe], kind: Literal["measures", "components", "so
 
 
 def table(rows: Sequence[Rows], probes: Sequence[Probe]) -> dict[str, np.ndarray]:
-    """{column: (rows,)}: layer, head, image, source, kind, then each measure of these probes as float64.
+    """{column: (rows,)} of some rows, sorted.
+
+    Columns: layer, head, image, source, kind, then each measure of these probes as float64.
 
     Sorted by layer, source, kind, image and head. NaN: not applicable.
     """

@@ -1,16 +1,25 @@
-"""A reading: what `look` returns. Numbers and maps per layer, head and image; a table; a folder.
+"""A reading: what `look` returns. Numbers and maps per layer, head and image; a table.
 
-    reading.json          model, weights, settings, versions, layers, what was refused or skipped, and records of what its
-                          measures, sources, scores and maps ("components") are: labels, units, bounds
-    parts/00000.safetensors, ...   16 images each: their rows of the table, maps, pictures, masks; written whole or not at all
-    table.csv, table.json          the rows of all parts, tidy: layer, head, image, source, kind, one column per measure
-    scores.csv, summary.csv        maps against masks, where there are masks: per image, and means with 95 % intervals
-    curves.json                    insertion and deletion, where they were asked for
+A folder.
 
-Parts are what an interrupted look goes on from; the other files follow from them. Numbers are -1 where a row is of all heads
-(`head`), of no single image (`image`) or of no single layer (`layer`), and NaN where a measure does not apply.
+    reading.json            model, weights, settings, versions, layers, what was refused or skipped,
+                            and records of what its measures, sources, scores and maps
+                            ("components") are: labels, units, bounds
+    parts/00000.safetensors, ...
+                            16 images each: their rows of the table, maps, pictures, masks; written
+                            whole or not at all
+    table.csv, table.json   the rows of all parts, tidy: layer, head, image, source, kind, one
+                            column per measure
+    scores.csv, summary.csv maps against masks, where there are masks: per image, and means with
+                            95 % intervals
+    curves.json             insertion and deletion, where they were asked for
 
-This is format 2. Words stand in a part as positions in a list of words of that part. Format 1 is read as well.
+Parts are what an interrupted look goes on from; the other files follow from them. Numbers are -1
+where a row is of all heads (`head`), of no single image (`image`) or of no single layer (`layer`),
+and NaN where a measure does not apply.
+
+This is format 2. Words stand in a part as positions in a list of words of that part. Format 1 is
+read as well.
 """
 
 from __future__ import annotations
@@ -37,7 +46,8 @@ FORMAT = 2
 CHUNK = 16  # images in a part
 WHOLE = ("layer", "head", "image")  # columns of whole numbers, of which -1 means none in particular
 WORDS = ("source", "kind", "component", "measure")
-# In a part as JSON, in the tensor of bytes "about": of metadata only one key has an order, the images.
+# In a part as JSON, in the tensor of bytes "about": of metadata only one key has an order, the
+# images.
 ABOUT = ("skipped", "findings", "tables")
 OTHERS = ("rows", "scores", "picture", "mask")  # what a part holds beside maps
 Columns = dict[str, np.ndarray]
@@ -45,10 +55,13 @@ Columns = dict[str, np.ndarray]
 
 @dataclass
 class Part:
-    """Up to CHUNK images: tensors by name as the file holds them, and what is known of each image.
+    """Up to CHUNK images of a reading.
 
-    findings: what had been found out of the model by then, for a look that goes on after this part. tables: {"rows" or
-    "scores": {"columns": names in order, "words": {column of text: the words that its numbers are positions of}}}.
+    tensors: by name as the file holds them. images: what is known of each image.
+
+    findings: what had been found out of the model by then, for a look that goes on after this part.
+    tables: {"rows" or "scores": {"columns": names in order, "words": {column of text: the words
+    that its numbers are positions of}}}.
     """
 
     tensors: dict[str, np.ndarray]
@@ -80,12 +93,15 @@ class Part:
 
 
 class Maps(Mapping):
-    """Maps over the image by component and layer: `maps["u1", 6]` is (image, *grid), float32, on that layer's grid.
+    """Maps over the image by component and layer.
 
-    `maps["attention", 6]` is the mean over the heads, `maps["attention", 6, 2]` head 2. Maps of the whole model, such as the
-    foreground, have layer -1: `maps["foreground"]`. `confidence("u1", 6)` is the probability, image by image, that the sign
-    is right (the bright side is the object); below 0.95 take the sign as unknown. Iterates over (component, layer).
-    components: their records, which say whether maps are per head.
+    `maps["u1", 6]` is (image, *grid), float32, on that layer's grid.
+
+    `maps["attention", 6]` is the mean over the heads, `maps["attention", 6, 2]` head 2. Maps of the
+    whole model, such as the foreground, have layer -1: `maps["foreground"]`. `confidence("u1", 6)`
+    is the probability, image by image, that the sign is right (the bright side is the object);
+    below 0.95 take the sign as unknown. Iterates over (component, layer). components: their
+    records, which say whether maps are per head.
     """
 
     def __init__(self, parts: Sequence[Part], components: Sequence[Mapping[str, Any]] = ()):
@@ -149,7 +165,7 @@ class Reading:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """One record per captured attention: name, kind, route, heads, grid, and how its map was verified."""
+        """One record per captured attention: name, kind, route, heads, grid, verification."""
         return self.facts["layers"]
 
     @property
@@ -167,7 +183,10 @@ class Reading:
         return {record["name"]: record for record in self.facts.get("measures", ())}
 
     def table(self) -> Columns:
-        """{column: (rows,)}: layer, head, image (-1: all), source, kind, then one column per measure (NaN: not applicable)."""
+        """{column: (rows,)}: layer, head, image, source, kind, then one column per measure.
+
+        image: -1 for all. NaN: not applicable.
+        """
         table = joined([part.columns("rows") for part in self.parts])
         if not table:
             return table
@@ -176,7 +195,10 @@ class Reading:
         return in_order(table, table["layer"], source, table["kind"] == "effective", table["image"], table["head"])
 
     def scores(self) -> Columns:
-        """{column: (rows,)}: maps against masks: image, component, layer, head, measures; empty without masks."""
+        """{column: (rows,)}: maps against masks: image, component, layer, head, measures.
+
+        Empty without masks.
+        """
         table = joined([part.columns("scores") for part in self.parts])
         return in_order(table, table["image"]) if table else table
 
@@ -189,9 +211,12 @@ class Reading:
         return pandas.DataFrame(self.table())
 
     def save(self, folder: str | Path) -> Path:
-        """Write the folder; it must be new or empty, or hold this very reading (which is then completed).
+        """Write the folder; it must be new or empty, or hold this very reading.
 
-        Each file appears whole or not at all. Raises SettingError for a folder with something else in it.
+        A reading of which parts are there is completed.
+
+        Each file appears whole or not at all. Raises SettingError for a folder with something else
+        in it.
         """
         folder = Path(folder)
         writer = Writer(folder, self.facts["fingerprint"])
@@ -203,10 +228,12 @@ class Reading:
 
 
 class Writer:
-    """Writes a reading part by part. `done`: the numbers of the parts that are there, from an earlier, interrupted call.
+    """Writes a reading part by part.
 
-    fingerprint: of model, images and settings; the folder goes on only with the same one. Nothing is written before the first
-    part, so that a look that fails leaves nothing.
+    `done`: the numbers of the parts that are there, from an earlier, interrupted call.
+
+    fingerprint: of model, images and settings; the folder goes on only with the same one. Nothing
+    is written before the first part, so that a look that fails leaves nothing.
     """
 
     def __init__(self, folder: Path, fingerprint: str):
@@ -238,7 +265,10 @@ class Writer:
         self.done.add(number)
 
     def finish(self, reading: Reading) -> None:
-        """Write what follows from the parts; reading.json comes last, so that a folder with it is complete."""
+        """Write what follows from the parts.
+
+        Reading.json comes last, so that a folder with it is complete.
+        """
         table, scores = reading.table(), reading.scores()
         self.table("table", table)
         self.text("table.json", json.dumps({"columns": without_nan({name: column.tolist() for name, column in table.items()})}))
@@ -274,7 +304,10 @@ class StoredParts(Sequence):
 
 
 def read(folder: str | Path) -> Reading:
-    """The reading in a folder that `Reading.save` or `vitreous look` wrote. Raises DataError if it is not whole."""
+    """The reading in a folder that `Reading.save` or `vitreous look` wrote.
+
+    Raises DataError if it is not whole.
+    """
     folder = Path(folder)
     path = folder / "reading.json"
     try:
@@ -332,13 +365,19 @@ def joined(tables: Sequence[Columns]) -> Columns:
 
 
 def in_order(table: Columns, *values: np.ndarray) -> Columns:
-    """The rows of a table sorted by these values, the first ones first, whatever batches they came from."""
+    """The rows of a table sorted by these values, the first ones first.
+
+    Whatever batches they came from.
+    """
     order = np.lexsort(values[::-1])
     return {name: column[order] for name, column in table.items()}
 
 
 def without_nan(value: Any) -> Any:
-    """A tree of lists and dicts with None, which JSON knows, in place of numbers that are not finite."""
+    """A tree of lists and dicts with None in place of numbers that are not finite.
+
+    JSON knows no other.
+    """
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -347,7 +386,10 @@ def without_nan(value: Any) -> Any:
 
 
 def as_csv(columns: Mapping[str, Any]) -> str:
-    """Columns as CSV text; NaN, and -1 of `head`, `image`, `layer`, are empty; what a spreadsheet would run is quoted."""
+    """Columns as CSV text; NaN, and -1 of `head`, `image`, `layer`, are empty.
+
+    What a spreadsheet would run is quoted.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -357,7 +399,10 @@ def as_csv(columns: Mapping[str, Any]) -> str:
 
 
 def from_csv(text: str) -> Columns:
-    """The columns that `as_csv` wrote: -1 for empty cells of `head`, `image`, `layer`, NaN for other empty ones."""
+    """The columns that `as_csv` wrote.
+
+    -1 for empty cells of `head`, `image`, `layer`, NaN for other empty ones.
+    """
     rows = list(csv.DictReader(io.StringIO(text)))
     found: Columns = {}
     for name in rows[0] if rows else ():

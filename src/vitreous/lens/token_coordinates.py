@@ -1,4 +1,7 @@
-"""Where the tokens of each attention are on the image, also where grafts of ours merged, dropped or inserted tokens."""
+"""Where the tokens of each attention are on the image.
+
+Also where grafts of ours merged, dropped or inserted tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from vitreous.lens.tap.attention_call import AttentionCall
 class TokenCoordinates:
     """Where the tokens of one attention are.
 
-    layer: its number among the attentions of the pass. points: (y, x) in pixels of queries and keys, NaN for tokens
-    without a place; None: unknown, or not of tokens. layout: of the original tokens; None: unknown. assignment, inserted:
-    as in `TokenState`, for a call of our own token grafts. images: how many of the batch count, from the first on.
-    class_token: whether the first token without a place is one.
+    layer: its number among the attentions of the pass. points: (y, x) in pixels of queries and
+    keys, NaN for tokens without a place; None: unknown, or not of tokens. layout: of the original
+    tokens; None: unknown. assignment, inserted: as in `TokenState`, for a call of our own token
+    grafts. images: how many of the batch count, from the first on. class_token: whether the first
+    token without a place is one.
     """
 
     layer: int
@@ -84,7 +88,10 @@ class Locator:
         self.points: Tensor | None = None  # of the latest call whose tokens were not merged
 
     def locate(self, call: AttentionCall) -> TokenCoordinates:
-        """Where the tokens of the next call are. Merged, dropped and inserted tokens go by what our grafts recorded."""
+        """Where the tokens of the next call are.
+
+        Merged, dropped and inserted tokens go by what our grafts recorded.
+        """
         layer, self.count = self.count, self.count + 1
         if self.layout is None and call.layout is not None:
             self.layout = without_last(call.layout, call.inserted)
@@ -102,7 +109,10 @@ class Locator:
         )
 
     def points_of(self, call: AttentionCall) -> Points | None:
-        """(y, x) of queries and keys; a merged token stands at the mean of the places that it speaks for, image by image."""
+        """(y, x) of queries and keys.
+
+        A merged token stands at the mean of the places that it speaks for, image by image.
+        """
         windows, n, m = *call.output.shape[1:4:2], call.v.shape[3]
         if call.assignment is not None:
             if self.points is None or len(self.points) != call.assignment.places or n != m or windows > 1:
@@ -141,7 +151,10 @@ def mean_points(points: Tensor, assignment: Assignment, tokens: int) -> Tensor:
 
 
 def has_class_token(model: nn.Module) -> bool:
-    """Whether the first of tokens without a place is a class token: not where parameters speak of registers alone."""
+    """True if the first of tokens without a place is a class token.
+
+    Not where parameters speak of registers alone.
+    """
     names = [name.rpartition(".")[2].lower() for name, _ in model.named_parameters()]
     return any("cls" in name or "class" in name for name in names) or not any("reg" in name for name in names)
 

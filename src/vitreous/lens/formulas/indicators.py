@@ -1,25 +1,28 @@
-"""The six interpretability indicators of SVDA, as published and corrected, and four of others, as pure functions.
+"""The six interpretability indicators of SVDA, published and corrected; four of others.
 
-Paper: Arampatzakis, Pavlidis, Mitianoudis, Papamarkos, 2026, arXiv 2602.10994 (classification), 2602.11005 (depth).
-*Paper form*: as the public experiments execute it, with natural logarithms and eps = 1e-8. *Corrected form*: what can
-be compared between heads, models and token counts. Which function gives which:
+Paper: Arampatzakis, Pavlidis, Mitianoudis, Papamarkos, 2026, arXiv 2602.10994 (classification),
+2602.11005 (depth). *Paper form*: as the public experiments execute it, with natural logarithms and
+eps = 1e-8. *Corrected form*: what can be compared between heads, models and token counts. Which
+function gives which:
 
-    indicator                paper form                        corrected form
-    spectral entropy         spectral_entropy(sigma)           spectral_entropy(sigma, eps=0)
-    effective rank           effective_rank(sigma)             effective_rank(sigma, eps=0), effective_rank_l1(sigma)
-    spectral sparsity        spectral_sparsity(sigma)          relative_sparsity(sigma)
-    angular alignment        angular_alignment(q, k), of one   the same, over a whole set
-                             noisy image
-    selectivity              selectivity(attention), of one    the same per head over a whole set,
-                             batch, all heads in one           effective_tokens, attention_entropy
-    perturbation robustness  perturbation_robustness           relative_change
+    indicator                paper form                  corrected form
+    spectral entropy         spectral_entropy(sigma)     spectral_entropy(sigma, eps=0)
+    effective rank           effective_rank(sigma)       effective_rank(sigma, eps=0),
+                                                         effective_rank_l1(sigma)
+    spectral sparsity        spectral_sparsity(sigma)    relative_sparsity(sigma)
+    angular alignment        angular_alignment(q, k),    the same, over a whole set
+                             of one noisy image
+    selectivity              selectivity(attention),     the same per head over a whole set,
+                             one batch, heads in one     effective_tokens, attention_entropy
+    perturbation robustness  perturbation_robustness     relative_change
 
-Of others: mean_distance, attention_width (how far a head looks), head_redundancy (how alike the heads of a layer are),
-rank_collapse (how alike the tokens after a layer are).
+Of others: mean_distance, attention_width (how far a head looks), head_redundancy (how alike the
+heads of a layer are), rank_collapse (how alike the tokens after a layer are).
 
-sigma is (..., K), q and k are (B, H, N, K), attention is (B, H, N, N) with rows that sum to one. Spectra give one
-value per head, (...); the others give one per image and head, (B, H), so that sums and counts over batches of images
-make the mean over a set. Half precision is computed in float32, float64 stays.
+sigma is (..., K), q and k are (B, H, N, K), attention is (B, H, N, N) with rows that sum to one.
+Spectra give one value per head, (...); the others give one per image and head, (B, H), so that sums
+and counts over batches of images make the mean over a set. Half precision is computed in float32,
+float64 stays.
 """
 
 from __future__ import annotations
@@ -31,28 +34,36 @@ PAPER_EPS = 1e-8
 
 
 def spectral_entropy(sigma: Tensor, *, eps: float = PAPER_EPS) -> Tensor:
-    """Entropy of the energies sigma_k^2, in nats, 0 to log K: how many axes share the energy. (..., K) -> (...).
+    """Entropy of the energies sigma_k^2, in nats, 0 to log K: how many axes share the energy.
 
-    H = - sum_k p_k log(p_k + eps), p_k = sigma_k^2 / (sum sigma^2 + eps). The paper's eps lets H depend on the scale of
-    small spectra (|sigma| below about 1e-3) and fall short of 0 by about eps; eps=0 is exact and free of scale.
-    A spectrum of zeros has entropy 0.
+    (..., K) -> (...).
+
+    H = - sum_k p_k log(p_k + eps), p_k = sigma_k^2 / (sum sigma^2 + eps). The paper's eps lets H
+    depend on the scale of small spectra (|sigma| below about 1e-3) and fall short of 0 by about
+    eps; eps=0 is exact and free of scale. A spectrum of zeros has entropy 0.
     """
     return _entropy(_wide(sigma).square(), eps)
 
 
 def effective_rank(sigma: Tensor, *, eps: float = PAPER_EPS) -> Tensor:
-    """exp of `spectral_entropy`: the number of axes that share the energy, 1 to K. (..., K) -> (...).
+    """exp of `spectral_entropy`: the number of axes that share the energy, 1 to K.
 
-    The paper averages this over heads and layers (the mean of exponentials). A spectrum of zeros has effective rank 1.
+    (..., K) -> (...).
+
+    The paper averages this over heads and layers (the mean of exponentials). A spectrum of zeros
+    has effective rank 1.
     """
     return spectral_entropy(sigma, eps=eps).exp()
 
 
 def effective_rank_l1(sigma: Tensor) -> Tensor:
-    """Roy and Vetterli's effective rank, 1 to K: as `effective_rank(eps=0)`, but of |sigma| / sum |sigma|.
+    """Roy and Vetterli's effective rank, 1 to K. (..., K) -> (...).
 
-    It weighs magnitudes, not energies, hence is never the smaller of the two. A spectrum of zeros has rank 1.
-    Source: Roy, Vetterli, 2007, "The effective rank: a measure of effective dimensionality", eq. 3 and 4.
+    As `effective_rank(eps=0)`, but of |sigma| / sum |sigma|.
+
+    It weighs magnitudes, not energies, hence is never the smaller of the two. A spectrum of zeros
+    has rank 1. Source: Roy, Vetterli, 2007, "The effective rank: a measure of effective
+    dimensionality", eq. 3 and 4.
     """
     return _entropy(_wide(sigma).abs(), 0.0).exp()
 
@@ -64,16 +75,21 @@ def spectral_sparsity(sigma: Tensor, threshold: float = 1e-3) -> Tensor:
 
 
 def relative_sparsity(sigma: Tensor, threshold: float = 1e-3) -> Tensor:
-    """Share of axes with |sigma_k| <= threshold * max |sigma|, 0 to 1, free of scale; 1 for a spectrum of zeros."""
+    """Share of axes with |sigma_k| <= threshold * max |sigma|, 0 to 1, free of scale.
+
+    1 for a spectrum of zeros.
+    """
     size = _wide(sigma).abs()
     return (size <= threshold * size.amax(dim=-1, keepdim=True)).to(size.dtype).mean(dim=-1)
 
 
 def angular_alignment(q: Tensor, k: Tensor) -> Tensor:
-    """Cosine between a token's own query and key, mean over tokens, -1 to 1. (B, H, N, K) twice -> (B, H).
+    """Cosine between a token's own query and key, mean over tokens, -1 to 1.
 
-    Rows are brought to unit length here, so q and k may be given as projected, without sigma. Rotary embedding turns
-    both alike and changes nothing. A row of zeros counts as cosine 0.
+    (B, H, N, K) twice -> (B, H).
+
+    Rows are brought to unit length here, so q and k may be given as projected, without sigma.
+    Rotary embedding turns both alike and changes nothing. A row of zeros counts as cosine 0.
     """
     q, k = _wide(q), _wide(k)
     lengths = [torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12) for x in (q, k)]
@@ -81,78 +97,107 @@ def angular_alignment(q: Tensor, k: Tensor) -> Tensor:
 
 
 def selectivity(attention: Tensor) -> Tensor:
-    """Gini-Simpson index of the rows, mean over rows: **high is diffuse**, low is selective. (B, H, N, N) -> (B, H).
+    """Gini-Simpson index of the rows, mean over rows: **high is diffuse**, low is selective.
 
-    1 - sum_j A_ij^2 / ((sum_j A_ij)^2 + eps), from 0 (each row on one token) to 1 - 1/N (uniform), the reverse of what
-    the name suggests. The paper's eps lifts the lower end, and the value for a single token, to 1e-8.
+    (B, H, N, N) -> (B, H).
+
+    1 - sum_j A_ij^2 / ((sum_j A_ij)^2 + eps), from 0 (each row on one token) to 1 - 1/N (uniform),
+    the reverse of what the name suggests. The paper's eps lifts the lower end, and the value for a
+    single token, to 1e-8.
     """
     rows = _wide(attention)
     return (1 - rows.square().sum(dim=-1) / (rows.sum(dim=-1).square() + PAPER_EPS)).mean(dim=-1)
 
 
 def effective_tokens(attention: Tensor) -> Tensor:
-    """1 / sum_j A_ij^2, mean over rows: the number of tokens that a row attends to, 1 to N. (B, H, N, N) -> (B, H)."""
+    """1 / sum_j A_ij^2, mean over rows: the number of tokens that a row attends to, 1 to N.
+
+    (B, H, N, N) -> (B, H).
+    """
     return _wide(attention).square().sum(dim=-1).reciprocal().mean(dim=-1)
 
 
 def attention_entropy(attention: Tensor) -> Tensor:
-    """Entropy of the rows, in nats, 0 to log N, mean over rows; 0 log 0 = 0. (B, H, N, N) -> (B, H)."""
+    """Entropy of the rows, in nats, 0 to log N, mean over rows; 0 log 0 = 0.
+
+    (B, H, N, N) -> (B, H).
+    """
     return torch.special.entr(_wide(attention)).sum(dim=-1).mean(dim=-1)
 
 
 def perturbation_robustness(clean: Tensor, noisy: Tensor) -> Tensor:
-    """|A - A'|_F / (H N^2), all heads of a layer together: **low is robust**. (B, H, N, N) twice -> (B).
+    """|A - A'|_F / (H N^2), all heads of a layer together: **low is robust**.
 
-    At the same relative change it shrinks with the number of tokens and of heads: never compare it across those.
-    The paper takes one image.
+    (B, H, N, N) twice -> (B).
+
+    At the same relative change it shrinks with the number of tokens and of heads: never compare it
+    across those. The paper takes one image.
     """
     change = _wide(noisy) - _wide(clean)
     return torch.linalg.vector_norm(change, dim=(-3, -2, -1)) / change[0].numel()
 
 
 def relative_change(clean: Tensor, noisy: Tensor) -> Tensor:
-    """|A - A'|_F / |A|_F per head, 0 = untouched; comparable across token counts. (B, H, N, N) twice -> (B, H)."""
+    """|A - A'|_F / |A|_F per head, 0 = untouched; comparable across token counts.
+
+    (B, H, N, N) twice -> (B, H).
+    """
     clean, noisy = _wide(clean), _wide(noisy)
     return torch.linalg.vector_norm(noisy - clean, dim=(-2, -1)) / torch.linalg.vector_norm(clean, dim=(-2, -1))
 
 
 def distances(queries: Tensor, keys: Tensor) -> Tensor:
-    """Distances (N, M) in pixels between places (y, x), (N, 2) and (M, 2); NaN where either has no place."""
+    """Distances (N, M) in pixels between places (y, x), (N, 2) and (M, 2).
+
+    NaN where either has no place.
+    """
     offset = queries[..., :, None, :] - keys[..., None, :, :]
     return torch.linalg.vector_norm(offset, dim=-1)
 
 
 def mean_distance(attention: Tensor, distance: Tensor) -> Tensor:
-    """How far a row looks, in the units of `distance`, mean over rows: sum_j A_ij d_ij / sum_j A_ij. (B, H, N, M) -> (B, H).
+    """How far a row looks, in the units of `distance`, mean over rows. -> (B, H).
 
-    distance: (N, M), see `distances`; NaN is no place (class token, registers, padding). Sums run over keys with a place, so
-    weight on a class token neither shortens nor lengthens a head's reach; rows without a place, or with all weight on keys
-    without one, are left out; NaN if none is left. A head whose weights fall off as a Gaussian of width s has distance
-    s sqrt(pi / 2). Source: Dosovitskiy et al. 2021, arXiv 2010.11929; what becomes of the class token is our choice.
+    sum_j A_ij d_ij / sum_j A_ij, of attention (B, H, N, M).
+
+    distance: (N, M), see `distances`; NaN is no place (class token, registers, padding). Sums run
+    over keys with a place, so weight on a class token neither shortens nor lengthens a head's
+    reach; rows without a place, or with all weight on keys without one, are left out; NaN if none
+    is left. A head whose weights fall off as a Gaussian of width s has distance s sqrt(pi / 2).
+    Source: Dosovitskiy et al. 2021, arXiv 2010.11929; what becomes of the class token is our
+    choice.
     """
     return _over_places(attention, distance, distance)
 
 
 def attention_width(attention: Tensor, distance: Tensor) -> Tensor:
-    """Width of the Gaussian that looks as far: sqrt(mean square distance / 2), in the units of `distance`. -> (B, H).
+    """Width of the Gaussian that looks as far, in the units of `distance`. -> (B, H).
 
-    The mean over keys and rows as in `mean_distance`, root taken last. A head with weights exp(-d^2 / (2 s^2)) has width s,
-    on a grid as well as in the plane. Squares make it the more sensitive of the two to a little weight far away.
+    sqrt(mean square distance / 2).
+
+    The mean over keys and rows as in `mean_distance`, root taken last. A head with weights exp(-d^2
+    / (2 s^2)) has width s, on a grid as well as in the plane. Squares make it the more sensitive of
+    the two to a little weight far away.
     """
     return (_over_places(attention, distance, distance.square()) / 2).sqrt()
 
 
 def head_gram(attention: Tensor) -> Tensor:
-    """Inner products of the heads' maps, each flattened: (B, H, N, M) -> (B, H, H). Adds up over blocks of rows."""
+    """Inner products of the heads' maps, each flattened: (B, H, N, M) -> (B, H, H).
+
+    Adds up over blocks of rows.
+    """
     flat = _wide(attention).flatten(-2)
     return flat @ flat.mT
 
 
 def head_redundancy(gram: Tensor) -> Tensor:
-    """Mean cosine of a head's map with the other heads' maps, from `head_gram`. (B, H, H) -> (B, H); NaN for one head.
+    """Mean cosine of a head's map with the other heads' maps, from `head_gram`.
 
-    0 to 1 for attention, which has no negative entries: 1 where all heads attend alike, 0 where no two share a token.
-    Uniform heads count as alike.
+    (B, H, H) -> (B, H); NaN for one head.
+
+    0 to 1 for attention, which has no negative entries: 1 where all heads attend alike, 0 where no
+    two share a token. Uniform heads count as alike.
     """
     norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     cosine = gram / norm[..., :, None] / norm[..., None, :]
@@ -161,10 +206,13 @@ def head_redundancy(gram: Tensor) -> Tensor:
 
 
 def rank_collapse(tokens: Tensor) -> Tensor:
-    """|X - 1 mean|_F / |X|_F, 0 to 1: how far tokens are from all being the same one. (B, N, D) -> (B).
+    """|X - 1 mean|_F / |X|_F, 0 to 1: how far tokens are from all being the same one.
 
-    **Low is collapsed**: 0 for equal tokens, 1 for tokens of mean zero. Source: Dong, Cordonnier, Loukas 2021, arXiv
-    2103.03404, who take sqrt(|.|_1 |.|_inf) for both norms; Frobenius (ours) has the mean as its exact minimiser.
+    (B, N, D) -> (B).
+
+    **Low is collapsed**: 0 for equal tokens, 1 for tokens of mean zero. Source: Dong, Cordonnier,
+    Loukas 2021, arXiv 2103.03404, who take sqrt(|.|_1 |.|_inf) for both norms; Frobenius (ours) has
+    the mean as its exact minimiser.
     """
     x = _wide(tokens)
     rest = torch.linalg.vector_norm(x - x.mean(dim=-2, keepdim=True), dim=(-2, -1))
@@ -172,7 +220,10 @@ def rank_collapse(tokens: Tensor) -> Tensor:
 
 
 def _over_places(attention: Tensor, distance: Tensor, value: Tensor) -> Tensor:
-    """Mean of value (N, M) under the rows' weights on keys with a place, over the rows that have such weight."""
+    """Mean of value (N, M) under the rows' weights on keys with a place.
+
+    Over the rows that have such weight.
+    """
     placed = distance.isfinite()
     rows = _wide(attention) * placed
     mass = rows.sum(dim=-1)
@@ -181,7 +232,10 @@ def _over_places(attention: Tensor, distance: Tensor, value: Tensor) -> Tensor:
 
 
 def _entropy(weights: Tensor, eps: float) -> Tensor:
-    """- sum p log(p + eps) over the last axis, p = weights / (sum + eps); 0 log 0 = 0, and p = 0 if all are 0."""
+    """- sum p log(p + eps) over the last axis, p = weights / (sum + eps).
+
+    0 log 0 = 0, and p = 0 if all are 0.
+    """
     total = (weights.sum(dim=-1, keepdim=True) + eps).clamp_min(torch.finfo(weights.dtype).tiny)
     p = weights / total
     return -torch.special.xlogy(p, p + eps).sum(dim=-1)

@@ -1,11 +1,13 @@
-"""Maps over the patches of an image: singular vectors with a sign and how sure it is, artifacts, rollout, Gram filter.
+"""Maps over patches: singular vectors with signs, artifacts, rollout, Gram filter.
 
-Letters: B batch, R rank, H heads, N tokens, P patches in raster order on a grid (rows, cols), D width. Features are those
-of the patches alone, without class or register tokens. Pure functions, in float32 (float64 for float64).
+Letters: B batch, R rank, H heads, N tokens, P patches in raster order on a grid (rows, cols), D
+width. Features are those of the patches alone, without class or register tokens. Pure functions, in
+float32 (float64 for float64).
 
-A singular vector is known up to its sign, and nothing in it tells which side is the object. Three references do, in this
-order of preference, each a number per patch that tends to be high on the object: a *fixed* direction of the features,
-calibrated once for a model (`lens.direction`), the *attention* of the class token, and the *border* distance of the keys.
+A singular vector is known up to its sign, and nothing in it tells which side is the object. Three
+references do, in this order of preference, each a number per patch that tends to be high on the
+object: a *fixed* direction of the features, calibrated once for a model (`lens.direction`), the
+*attention* of the class token, and the *border* distance of the keys.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ HIGH = 4.0  # times the median norm: artifacts of ViT-Tiny/16 have 20 to 45, its
 CONFIDENT = 0.95  # a sign with less confidence is not shown as one
 BLUR = 0.5  # standard deviation, in patches
 
-# Chance that a sign is right: sigmoid(slope |correlation| + agreement [attention agrees] + constant), for the first vector
-# and for later ones. Logistic fits on the ECSSD images of even position, ViT-Tiny/16, ten features: benchmarks/signs.
+# Chance that a sign is right: sigmoid(slope |correlation| + agreement [attention agrees] +
+# constant), for the first vector and for later ones. Logistic fits on the ECSSD images of even
+# position, ViT-Tiny/16, ten features: benchmarks/signs.
 RULES = {
     ("fixed", "attention"): ((5.96, 1.92, -1.48), (5.68, -0.17, 0.15)),
     ("fixed",): ((6.88, 0.0, -0.35), (5.55, 0.0, 0.06)),
@@ -40,12 +43,15 @@ RULES = {
 
 @dataclass(frozen=True)
 class Signed:
-    """Singular vectors with signs: maps (B, R, P); confidence (B, R), 0 to 1, that the high side is the object; the rule.
+    """Singular vectors with signs: maps (B, R, P).
 
-    rule: the names of the references used, joined by "+"; "none" where there was none. Where `confidence` is below
-    CONFIDENT the sign is a guess, and the map is to be shown without one: as its absolute value, or grey around zero.
-    Of sure signs of the first vector under 1 % are wrong; of the second, 1 % on whole photographs and 4 % where the object is
-    off the centre (benchmarks/signs).
+    confidence: (B, R), 0 to 1, that the high side is the object.
+
+    rule: the names of the references used, joined by "+"; "none" where there was none. Where
+    `confidence` is below CONFIDENT the sign is a guess, and the map is to be shown without one: as
+    its absolute value, or grey around zero. Of sure signs of the first vector under 1 % are wrong;
+    of the second, 1 % on whole photographs and 4 % where the object is off the centre
+    (benchmarks/signs).
     """
 
     maps: Tensor
@@ -58,19 +64,23 @@ class Signed:
         return self.confidence >= CONFIDENT
 
 
-# -- singular vectors --------------------------------------------------------------------------------------------------
+# -- singular vectors ------------------------------------------------------------------------------
 
 
 def singular_maps(
     features: Tensor, rank: int = 3, *, rows: str = "auto", sketch: Tensor | None = None
 ) -> tuple[Tensor, Tensor, str]:
-    """Leading left singular vectors of features (B, P, D): maps (B, R, P) of unit norm, s (B, R) descending, and the rows.
+    """Leading left singular vectors of features (B, P, D), as maps (B, R, P).
 
-    rows: "raw" takes the features as they are; "unit" brings every patch to unit length and takes out the mean
-        (`unit_rows`); "auto" takes unit rows where the first raw vector is a spike on few patches of high norm (mean over
-        the images of `spikes` above SPIKE). The answer says which; a caller with many batches decides on the first.
-    sketch: as of `leading_subspace`; None is a fixed one. The sign of a map is as computed: see `signed`.
-    Vectors beyond the true rank, and those of features that are not finite, are zero.
+    Returns maps of unit norm, s (B, R) descending, and the rows that were taken.
+
+    rows: "raw" takes the features as they are; "unit" brings every patch to unit length and takes
+        out the mean (`unit_rows`); "auto" takes unit rows where the first raw vector is a spike on
+        few patches of high norm (mean over the images of `spikes` above SPIKE). The answer says
+        which; a caller with many batches decides on the first.
+    sketch: as of `leading_subspace`; None is a fixed one.
+    The sign of a map is as computed: see `signed`. Vectors beyond the true rank, and those of
+    features that are not finite, are zero.
     """
     if rows not in ROWS:
         raise UnknownName(rows, "rows", ROWS)
@@ -87,7 +97,9 @@ def singular_maps(
 
 
 def spikes(features: Tensor) -> Tensor:
-    """Share (B,) of the energy of the first left singular vector on the FEW patches of highest norm, 0 to 1.
+    """Share (B,) of the first left singular vector's energy on the patches of highest norm.
+
+    On the FEW highest, 0 to 1.
 
     About FEW where the vector is a map of the scene, near 1 where it is a spike on artifact tokens.
     """
@@ -101,10 +113,13 @@ def _spikes(u: Tensor, features: Tensor) -> Tensor:
 
 
 def artifacts(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Artifact tokens of tokens (B, P, D), the residual stream after a block: which (B, P) bool, and all norms (B, P).
+    """Artifact tokens of tokens (B, P, D): which (B, P) bool, and all norms (B, P).
 
-    An artifact has more than HIGH times the median norm of its image. Darcet et al. 2024, arXiv 2309.16588, cut at one
-    norm for all images of a model; the median needs no such number. NaN norms are none.
+    tokens: the residual stream after a block.
+
+    An artifact has more than HIGH times the median norm of its image. Darcet et al. 2024, arXiv
+    2309.16588, cut at one norm for all images of a model; the median needs no such number. NaN
+    norms are none.
     """
     norms = _norms(tokens)
     median = norms.median(dim=1, keepdim=True).values
@@ -115,14 +130,17 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-# -- signs -------------------------------------------------------------------------------------------------------------
+# -- signs -----------------------------------------------------------------------------------------
 
 
 def signed(u: Tensor, *, fixed: Tensor | None = None, attention: Tensor | None = None, border: Tensor | None = None) -> Signed:
-    """Turn vectors u (B, R, P) so that they correlate with the best reference there is, each (B, P) or None.
+    """Turn vectors u (B, R, P) so that they correlate with the best reference there is.
 
-    The first of fixed, attention, border decides. Attention beside a fixed reference adds to the confidence where it
-    agrees. Confidence is 0 where nothing can be known: a vector or reference that is constant or not finite.
+    References are (B, P) or None.
+
+    The first of fixed, attention, border decides. Attention beside a fixed reference adds to the
+    confidence where it agrees. Confidence is 0 where nothing can be known: a vector or reference
+    that is constant or not finite.
     """
     named = {"fixed": fixed, "attention": attention, "border": border}
     names = tuple(name for name, reference in named.items() if reference is not None)
@@ -139,13 +157,19 @@ def signed(u: Tensor, *, fixed: Tensor | None = None, attention: Tensor | None =
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Correlation over the last dimension, -1 to 1, leading ones broadcast; 0 where either is constant or not finite."""
+    """Correlation over the last dimension, -1 to 1, leading ones broadcast.
+
+    0 where either is constant or not finite.
+    """
     product = (standardised(x) * standardised(y)).mean(-1)
     return torch.where(product.isfinite(), product, 0.0).clamp(-1.0, 1.0)
 
 
 def border_distance(keys: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, P): |k_p - mean of k over the patches at the border|, keys (B, P, D) brought to unit length. High on the object."""
+    """(B, P): distance of each key from the mean key of the patches at the border.
+
+    |k_p - mean of k|, of keys (B, P, D) brought to unit length. High on the object.
+    """
     k = normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
     at_border = torch.ones(grid, dtype=torch.bool, device=k.device)
     at_border[1:-1, 1:-1] = False
@@ -153,20 +177,25 @@ def border_distance(keys: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def log_attention(attention: Tensor) -> Tensor:
-    """(B, P), standardised: mean over heads of the logarithm of attention (B, H, P), the class token's to the patches."""
+    """(B, P), standardised: mean over heads of the logarithm of attention (B, H, P).
+
+    attention: the class token's to the patches.
+    """
     floor = torch.finfo(torch.float32).tiny
     return standardised(attention.to(torch.promote_types(attention.dtype, torch.float32)).clamp_min(floor).log().mean(1))
 
 
-# -- rollout -----------------------------------------------------------------------------------------------------------
+# -- rollout ---------------------------------------------------------------------------------------
 
 
 def rollout_step(joint: Tensor | None, blocks: Iterable[tuple[slice, Tensor]], out: Tensor | None = None) -> Tensor:
-    """Attention rollout through one more layer: (0.5 A + 0.5 I) joint, A the mean over heads. Shape (B, N, N).
+    """Attention rollout through one more layer: (0.5 A + 0.5 I) joint, A the mean over heads.
 
-    joint: the rollout so far, None before the first layer. blocks: the rows of the layer's maps as they come, each with
-    the slice of queries that it holds (B, H, n, N). out: where to write, such as the matrix before last; not joint.
-    Abnar and Zuidema 2020, arXiv 2005.00928.
+    Shape (B, N, N).
+
+    joint: the rollout so far, None before the first layer. blocks: the rows of the layer's maps as
+    they come, each with the slice of queries that it holds (B, H, n, N). out: where to write, such
+    as the matrix before last; not joint. Abnar and Zuidema 2020, arXiv 2005.00928.
     """
     for where, rows in blocks:
         mean = rows.mean(1)  # (B, n, N)
@@ -187,15 +216,21 @@ def rollout_step(joint: Tensor | None, blocks: Iterable[tuple[slice, Tensor]], o
 
 
 def rollout_map(joint: Tensor, patches: slice, has_class: bool) -> Tensor:
-    """(B, P): what of the patches reached the class token, token 0, or, without one, all patches on average. Sums to <= 1."""
+    """(B, P): what of the patches reached the class token, token 0. Sums to <= 1.
+
+    Without a class token: all patches on average.
+    """
     return joint[:, 0, patches] if has_class else joint[:, patches, patches].mean(1)
 
 
-# -- filters on the grid -----------------------------------------------------------------------------------------------
+# -- filters on the grid ---------------------------------------------------------------------------
 
 
 def standardised(maps: Tensor) -> Tensor:
-    """Maps (..., P) less their mean, over their standard deviation; zero where they are constant but for rounding."""
+    """Maps (..., P) less their mean, over their standard deviation.
+
+    Zero where they are constant but for rounding.
+    """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     centred = maps - maps.mean(-1, keepdim=True)
     deviation = centred.square().mean(-1, keepdim=True).sqrt()
@@ -204,10 +239,13 @@ def standardised(maps: Tensor) -> Tensor:
 
 
 def gram_filter(features: Sequence[Tensor], seed: Tensor) -> Tensor:
-    """G(s) = sum_f Z_f Z_f^T s / |Z_f|_F^2 of unit, centred rows Z_f (B, P, D_f) and a seed (B, P). Shape (B, P).
+    """G(s) = sum_f Z_f Z_f^T s / |Z_f|_F^2 of a seed s (B, P). Shape (B, P).
 
-    That is sum_i s_i^2 u_i (u_i^T s): all left singular vectors, weighted by their energy. No sign enters, and no
-    decomposition: what comes out is the similarity of each patch to the seed-weighted mean patch.
+    features: unit, centred rows Z_f (B, P, D_f).
+
+    That is sum_i s_i^2 u_i (u_i^T s): all left singular vectors, weighted by their energy. No sign
+    enters, and no decomposition: what comes out is the similarity of each patch to the
+    seed-weighted mean patch.
     """
     total = torch.zeros_like(seed)
     for z in features:
@@ -217,7 +255,10 @@ def gram_filter(features: Sequence[Tensor], seed: Tensor) -> Tensor:
 
 
 def blurred(maps: Tensor, grid: tuple[int, int], sigma: float = BLUR) -> Tensor:
-    """Maps (..., P) through a Gaussian of `sigma` patches on the grid; weights sum to one at the border, too."""
+    """Maps (..., P) through a Gaussian of `sigma` patches on the grid.
+
+    Weights sum to one at the border, too.
+    """
     down, across = (_gaussian(n, sigma).to(maps) for n in grid)
     return (down @ maps.unflatten(-1, grid) @ across.mT).flatten(-2)
 

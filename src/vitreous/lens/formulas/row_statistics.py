@@ -1,6 +1,9 @@
-"""Sums over the rows of an attention map, block by block: `RowStatistics` of one map, `RowChange` between two.
+"""Sums over the rows of an attention map, block by block.
 
-`RowBlock` is some rows of one map, with what several sums share, so that each is computed once per block.
+`RowStatistics` of one map, `RowChange` between two.
+
+`RowBlock` is some rows of one map, with what several sums share, so that each is computed once per
+block.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ Points = tuple[Tensor, Tensor]  # (y, x) of queries (B or 1, W, N, 2) and of key
 
 
 class Distances:
-    """Distances between tokens, in buffers; kept until others are asked for, since the layers of a model ask for the same."""
+    """Distances between tokens, in buffers.
+
+    Kept until others are asked for, since the layers of a model ask for the same.
+    """
 
     def __init__(self):
         self._buffers = Buffers()
@@ -26,9 +32,12 @@ class Distances:
         self._factors: tuple[Tensor, Tensor] | None = None
 
     def between(self, queries: Tensor, keys: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which queries have a place, (..., n) bool, and what to sum keys with, (..., n, 3, M): 1, distance, its square.
+        """Which queries have a place, (..., n) bool, and factors (..., n, 3, M) to sum keys with.
 
-        queries (..., n, 2), keys (..., M, 2): (y, x), NaN for none; keys without a place are summed with 0.
+        The three factors are 1, distance, its square.
+
+        queries (..., n, 2), keys (..., M, 2): (y, x), NaN for none; keys without a place are summed
+        with 0.
         """
         same = self._points is not None and all(map(same_points, self._points, (queries, keys)))
         if not same or self._factors[0].device != device:
@@ -50,9 +59,10 @@ class Distances:
 class RowBlock:
     """The query rows `rows` of one attention's map, valid during the callback that gets it.
 
-    maps: (B, W, H, n, M), float32, of the images that are measured; noisy: of their noisy copies, or None.
-    effective: the weights that multiplied V, where the model changes them behind the softmax. stochastic: rows are
-    distributions. points: where the tokens of the whole map are; None: unknown. buffers, distances: shared by all blocks.
+    maps: (B, W, H, n, M), float32, of the images that are measured; noisy: of their noisy copies,
+    or None. effective: the weights that multiplied V, where the model changes them behind the
+    softmax. stochastic: rows are distributions. points: where the tokens of the whole map are;
+    None: unknown. buffers, distances: shared by all blocks.
     """
 
     rows: slice
@@ -90,7 +100,10 @@ class Sums:
 
 
 class RowStatistics:
-    """Entropy, effective tokens, selectivity, distances and redundancy of one map (B, W, H, N, M), from its blocks."""
+    """Entropy, effective tokens, selectivity, distances and redundancy of one map.
+
+    The map is (B, W, H, N, M); its blocks are added.
+    """
 
     def __init__(self):
         self.sums = Sums()
@@ -116,7 +129,7 @@ class RowStatistics:
             self.sums.add(name, value)
 
     def values(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Measures per image and head {measure: (B, H)}, and of all heads together {measure: (B, 1)}."""
+        """Measures {name: value}, per image and head (B, H), and of all heads together (B, 1)."""
         s = self.sums
         heads, together = {"head_redundancy": indicators.head_redundancy(s["gram"])}, {}
         if self.stochastic:
@@ -163,7 +176,7 @@ class RowChange:
         self.sums.add("squares", block.squares.sum(dim=(1, 3), dtype=torch.float64))
 
     def values(self) -> tuple[Tensor, Tensor]:
-        """|A' - A| / |A| per image and head (B, H), and the paper's form of all heads together (B, 1)."""
+        """|A' - A| / |A| per image and head (B, H), and the paper's form for all heads (B, 1)."""
         change, squares = self.sums["change"], self.sums["squares"]
         return (change / squares).sqrt(), change.sum(dim=1, keepdim=True).sqrt() / self.entries
 

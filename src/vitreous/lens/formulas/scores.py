@@ -1,20 +1,28 @@
-"""Does a map lie on the object? Scores of maps against masks on the patch grid, baselines, and intervals over images.
+"""Does a map lie on the object? Scores against masks, baselines, intervals over images.
 
-Maps are (..., P), P patches in raster order, any real values, higher meaning more foreground; only `energy_inside` cares
-for the sign and size of a value, the others for the order alone (`iou_otsu` for distances). `cover` (..., P) is the share
-of each patch that the mask covers, 0 to 1 (`coverage`), and a patch is foreground if more than half of it is covered.
-Leading dimensions broadcast: maps (B, H, P) go with cover (B, 1, P). Everything is computed in float64.
+Maps are (..., P), P patches in raster order, any real values, higher meaning more foreground; only
+`energy_inside` cares for the sign and size of a value, the others for the order alone (`iou_otsu`
+for distances). `cover` (..., P) is the share of each patch that the mask covers, 0 to 1
+(`coverage`), and a patch is foreground if more than half of it is covered. Leading dimensions
+broadcast: maps (B, H, P) go with cover (B, 1, P). Everything is computed in float64.
 
-    energy_inside       share of the map's positive mass that lies on the object, every patch's mass spread evenly over it
-    auroc               chance that a foreground patch has a higher value than another patch, ties counting one half
-    average_precision   mean over foreground patches of the precision at their own value, ties taken together
-    pointing            1 if the maximum is on the foreground; of several equal maxima the share that is
-    iou_otsu            intersection over union of the foreground and what is above Otsu's threshold of the map
-    iou_best            the same at the threshold that is best for this image: an upper bound, which knows the mask
+    energy_inside       share of the map's positive mass that lies on the object, every patch's mass
+                        spread evenly over it
+    auroc               chance that a foreground patch has a higher value than another patch, ties
+                        counting one half
+    average_precision   mean over foreground patches of the precision at their own value, ties taken
+                        together
+    pointing            1 if the maximum is on the foreground; of several equal maxima the share
+                        that is
+    iou_otsu            intersection over union of the foreground and what is above Otsu's threshold
+                        of the map
+    iou_best            the same at the threshold that is best for this image: an upper bound, which
+                        knows the mask
 
-All run from 0 to 1, 1 being best; `auroc` is 0.5 by chance. A map that is the same everywhere gets what the area gives. An
-image without a foreground patch, or without any other, has no score (NaN), nor has a map that is not all finite.
-Sources: pointing game, Zhang et al. 2016, arXiv 1608.00507; threshold, Otsu 1979, IEEE Trans. SMC 9, 62.
+All run from 0 to 1, 1 being best; `auroc` is 0.5 by chance. A map that is the same everywhere gets
+what the area gives. An image without a foreground patch, or without any other, has no score (NaN),
+nor has a map that is not all finite. Sources: pointing game, Zhang et al. 2016, arXiv 1608.00507;
+threshold, Otsu 1979, IEEE Trans. SMC 9, 62.
 """
 
 from __future__ import annotations
@@ -34,14 +42,17 @@ KEYS = ("component", "layer", "head")
 COVERED = 0.5  # a patch is foreground if more than this share of it is
 Columns = dict[str, np.ndarray]
 
-# -- masks on the grid -------------------------------------------------------------------------------------------------
+# -- masks on the grid -----------------------------------------------------------------------------
 
 
 def coverage(mask: Tensor | np.ndarray, grid: tuple[int, int]) -> Tensor:
-    """Share of each patch that a mask covers, by exact area, 0 to 1. mask (..., h, w), grid (rows, cols) -> (..., P).
+    """Share of each patch that a mask covers, by exact area, 0 to 1.
 
-    mask: as the model sees the image, after resizing and cropping. bool; uint8, foreground above 127, or above 0 where
-    it holds only 0 and 1; or float shares of pixels, 0 to 1. Patches need not be whole pixels.
+    mask (..., h, w), grid (rows, cols) -> (..., P).
+
+    mask: as the model sees the image, after resizing and cropping. bool; uint8, foreground above
+    127, or above 0 where it holds only 0 and 1; or float shares of pixels, 0 to 1. Patches need not
+    be whole pixels.
     """
     mask = torch.as_tensor(mask)
     rows, cols = grid
@@ -64,7 +75,10 @@ def coverage(mask: Tensor | np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 
 def scorable(cover: Tensor) -> Tensor:
-    """Which images have both a foreground patch and another one, so that their maps have scores. (..., P) -> (...) bool."""
+    """Which images have both a foreground patch and another one. (..., P) -> (...) bool.
+
+    So that their maps have scores.
+    """
     inside = cover > COVERED
     return inside.any(-1) & ~inside.all(-1)
 
@@ -78,17 +92,23 @@ def _overlap(pixels: int, patches: int) -> Tensor:
     return (end - start).clamp_min(0) * patches / pixels
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 def scores(maps: Tensor, cover: Tensor) -> dict[str, Tensor]:
-    """Every measure of every map: {measure: (...)} float64. maps (..., P), cover (..., P), broadcast against each other."""
+    """Every measure of every map: {measure: (...)} float64.
+
+    maps (..., P) and cover (..., P) broadcast against each other.
+    """
     functions = (energy_inside, auroc, average_precision, pointing, iou_otsu, iou_best)
     return {name: function(maps, cover) for name, function in zip(MEASURES, functions, strict=True)}
 
 
 def energy_inside(maps: Tensor, cover: Tensor) -> Tensor:
-    """Share of the positive mass on the object, to be read beside the area; without any positive value it is the area."""
+    """Share of the positive mass on the object, to be read beside the area.
+
+    Without any positive value it is the area.
+    """
     maps, cover, inside = _prepared(maps, cover)
     mass = maps.clamp_min(0)
     mass = mass / mass.amax(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)  # else tiny masses vanish in sums
@@ -97,7 +117,10 @@ def energy_inside(maps: Tensor, cover: Tensor) -> Tensor:
 
 
 def auroc(maps: Tensor, cover: Tensor) -> Tensor:
-    """Area under the receiver operating characteristic of foreground patches against the others: Mann-Whitney's U."""
+    """Area under the receiver operating characteristic of foreground against other patches.
+
+    Mann-Whitney's U.
+    """
     maps, _, inside = _prepared(maps, cover)
     ones = inside.double().sum(-1)
     u = (ranks(maps) * inside).sum(-1) - ones * (ones + 1) / 2
@@ -105,21 +128,30 @@ def auroc(maps: Tensor, cover: Tensor) -> Tensor:
 
 
 def average_precision(maps: Tensor, cover: Tensor) -> Tensor:
-    """Sum over the distinct thresholds of precision times gain in recall; a map in random order gets about the area."""
+    """Sum over the distinct thresholds of precision times gain in recall.
+
+    A map in random order gets about the area.
+    """
     maps, _, inside = _prepared(maps, cover)
     hits, chosen = _above(maps, inside)
     return _scored((hits / chosen * inside).sum(-1) / inside.sum(-1).clamp_min(1), maps, inside)
 
 
 def pointing(maps: Tensor, cover: Tensor) -> Tensor:
-    """Pointing game on patches: does the maximum fall on the foreground? Share of the equal maxima that do."""
+    """Pointing game on patches: does the maximum fall on the foreground?
+
+    Share of the equal maxima that do.
+    """
     maps, _, inside = _prepared(maps, cover)
     top = maps == maps.amax(-1, keepdim=True)
     return _scored((top & inside).sum(-1).double() / top.sum(-1), maps, inside)
 
 
 def iou_otsu(maps: Tensor, cover: Tensor) -> Tensor:
-    """Intersection over union of the foreground and the patches above Otsu's threshold, found without bins."""
+    """Intersection over union of the foreground and what is above Otsu's threshold.
+
+    The threshold is exact: see `otsu`.
+    """
     maps, _, inside = _prepared(maps, cover)
     above = maps > otsu(maps)[..., None]
     above |= (maps == maps[..., :1]).all(-1, keepdim=True)  # nothing to part: all of it
@@ -128,7 +160,10 @@ def iou_otsu(maps: Tensor, cover: Tensor) -> Tensor:
 
 
 def iou_best(maps: Tensor, cover: Tensor) -> Tensor:
-    """Highest intersection over union of the foreground and the patches from any one value of the map upwards."""
+    """Highest intersection over union of the foreground and a thresholded map.
+
+    Patches from any one value of the map upwards.
+    """
     maps, _, inside = _prepared(maps, cover)
     hits, chosen = _above(maps, inside)
     union = chosen + inside.sum(-1, keepdim=True) - hits
@@ -136,9 +171,12 @@ def iou_best(maps: Tensor, cover: Tensor) -> Tensor:
 
 
 def otsu(maps: Tensor) -> Tensor:
-    """Otsu's threshold of each map, exact: the highest value of its lower class. (..., P) -> (...).
+    """Otsu's threshold of each map, exact: the highest value of its lower class.
 
-    It parts the values so that the variance between the means of the two classes is greatest; the lowest such threshold.
+    (..., P) -> (...).
+
+    It parts the values so that the variance between the means of the two classes is greatest; the
+    lowest such threshold.
     """
     ordered, _ = maps.double().sort(dim=-1)
     low, high = ordered[..., :1], ordered[..., -1:]
@@ -154,7 +192,10 @@ def otsu(maps: Tensor) -> Tensor:
 
 
 def ranks(maps: Tensor) -> Tensor:
-    """Rank of each value in its map, 1 to P, equal values sharing their mean rank. (..., P) -> (..., P) float64."""
+    """Rank of each value in its map, 1 to P, equal values sharing their mean rank.
+
+    (..., P) -> (..., P) float64.
+    """
     maps = maps.contiguous()
     ordered, _ = maps.sort(dim=-1)
     below, upto = torch.searchsorted(ordered, maps), torch.searchsorted(ordered, maps, right=True)
@@ -174,7 +215,7 @@ def _prepared(maps: Tensor, cover: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _above(maps: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each patch: how many foreground patches, and how many patches, have its value or a higher one (..., P)."""
+    """Of each patch: how many foreground patches, and patches, are at least as high (..., P)."""
     ordered, order = maps.sort(dim=-1)
     below = torch.searchsorted(ordered, maps)
     hits = inside.gather(-1, order).double().flip(-1).cumsum(-1).flip(-1)  # from each place upwards
@@ -187,14 +228,17 @@ def _scored(values: Tensor, maps: Tensor, inside: Tensor) -> Tensor:
     return torch.where(fit, values, torch.nan)
 
 
-# -- baselines ---------------------------------------------------------------------------------------------------------
+# -- baselines -------------------------------------------------------------------------------------
 
 
 def baselines(grid: tuple[int, int], images: Iterable[int], seed: int = 0) -> dict[str, Tensor]:
-    """Maps that look at no image: {"centre", "random", "area": (B, P)} for the images of these numbers.
+    """Maps that look at no image, for the images of these numbers.
 
-    centre: `centre_prior`. random: uniform, drawn by `seed` and an image's number alone, whatever the batches. area: the
-    same everywhere, so that `energy_inside` is the share of the area; its AUROC is 0.5.
+    {"centre", "random", "area": (B, P)}.
+
+    centre: `centre_prior`. random: uniform, drawn by `seed` and an image's number alone, whatever
+    the batches. area: the same everywhere, so that `energy_inside` is the share of the area; its
+    AUROC is 0.5.
     """
     images, patches = list(images), grid[0] * grid[1]
     noise = [np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, image])).random(patches) for image in images]
@@ -204,28 +248,37 @@ def baselines(grid: tuple[int, int], images: Iterable[int], seed: int = 0) -> di
 
 
 def centre_prior(grid: tuple[int, int], sigma: float = 0.25) -> Tensor:
-    """exp(-r^2 / (2 sigma^2)), (P,), r from the image's centre with both sides as one long: an ellipse if not square."""
+    """exp(-r^2 / (2 sigma^2)), (P,), r from the image's centre.
+
+    Both sides count as one long: an ellipse if not square.
+    """
     y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5 for n in grid)
     return torch.exp(-(y[:, None].square() + x.square()) / (2 * sigma**2)).flatten()
 
 
-# -- intervals and summaries -------------------------------------------------------------------------------------------
+# -- intervals and summaries -----------------------------------------------------------------------
 
 
 def summary(table: Mapping[str, Sequence], draws: int = 2000, seed: int = 0) -> Columns:
-    """Mean and interval over images: columns component, layer, head, measure, mean, low, high, images.
+    """Mean and interval over images.
 
-    table: columns image, component, layer, head and any of MEASURES, one row per map, as in scores.csv. images counts
-    those that have a value. Rows come in the order of first appearance, measures in that of MEASURES.
+    Columns component, layer, head, measure, mean, low, high, images.
+
+    table: columns image, component, layer, head and any of MEASURES, one row per map, as in
+    scores.csv. images counts those that have a value. Rows come in the order of first appearance,
+    measures in that of MEASURES.
     """
     return _summed(table, None, draws, seed)
 
 
 def against(table: Mapping[str, Sequence], baseline: str, draws: int = 2000, seed: int = 0) -> Columns:
-    """Paired differences to a component: the columns of `summary` with mean, low and high of the difference.
+    """Paired differences to a component: the columns of `summary`.
 
-    table: as in `summary`, with rows of the component `baseline` for the same images; of its layer where it has rows for
-    that layer (grids differ), else of layer -1. Raises DataError where a map's image has no such row.
+    mean, low and high are those of the difference.
+
+    table: as in `summary`, with rows of the component `baseline` for the same images; of its layer
+    where it has rows for that layer (grids differ), else of layer -1. Raises DataError where a
+    map's image has no such row.
     """
     columns, number = _columns(table), {}
     for row in np.flatnonzero(columns["component"] == baseline):
@@ -252,7 +305,10 @@ def _columns(table: Mapping[str, Sequence]) -> Columns:
 
 
 def _summed(table: Mapping[str, Sequence], other: dict[int, int] | None, draws: int, seed: int) -> Columns:
-    """Summary of the table's rows, or of the differences of the rows in `other` to the rows that it names."""
+    """Summary of the table's rows, or of differences between them.
+
+    other: {row: the row that is taken off it}, or None.
+    """
     columns = _columns(table)
     measures = [name for name in MEASURES if name in columns]
     values = np.stack([columns[name].astype(np.float64) for name in measures], axis=1)  # (rows, measures)

@@ -1,16 +1,20 @@
-"""Spectra of a head from three sources: a learned one, that of its weights, that of its scores on an image.
+"""Spectra of a head from three sources: learned, of its weights, of its scores.
 
     learned   what the attention gives as its `learned_spectrum()`: sigma (H, K) of SVDA
-    weight    singular values of [W_Q b_Q]^T [W_K b_K]: the bilinear form between two tokens that the head has learned
-    score     singular values of scale Q K^T on an image, rotary embedding included; masks and biases are not part of it
+    weight    singular values of [W_Q b_Q]^T [W_K b_K]: the bilinear form between two tokens that
+              the head has learned
+    score     singular values of scale Q K^T on an image, rotary embedding included; masks and
+              biases are not part of it
 
-The scale of a score is known where a fused kernel was told; elsewhere queries are taken as they enter the product. The
-corrected indicators are free of scale, so this concerns the paper's forms alone.
+The scale of a score is known where a fused kernel was told; elsewhere queries are taken as they
+enter the product. The corrected indicators are free of scale, so this concerns the paper's forms
+alone.
 
-Weights are found by name: one linear layer each, or a fused one with the rows q | k | v (k | v, q | k), heads one after the
-other. They are those of the map that a layer is (`layers.linear.affine`), adapters included. What lies between such a layer
-and the product is read off their energies in the pass (`Energies`): equal in every channel, nothing; equal in every head, a
-rotation; else a norm, a pooling or another order of rows, and then a fused layer of an unknown class is refused.
+Weights are found by name: one linear layer each, or a fused one with the rows q | k | v (k | v, q |
+k), heads one after the other. They are those of the map that a layer is (`layers.linear.affine`),
+adapters included. What lies between such a layer and the product is read off their energies in the
+pass (`Energies`): equal in every channel, nothing; equal in every head, a rotation; else a norm, a
+pooling or another order of rows, and then a fused layer of an unknown class is refused.
 """
 
 from __future__ import annotations
@@ -61,8 +65,9 @@ NOTES = {
 class Spectrum:
     """Singular values of one source, or why there are none.
 
-    values: float64; learned, weight (H, K); score (B, W, H, min(N, M, K)). Learned ones may be negative, in any order.
-    note: why values is None, or what the spectrum leaves out; "" for neither.
+    values: float64; learned, weight (H, K); score (B, W, H, min(N, M, K)). Learned ones may be
+    negative, in any order. note: why values is None, or what the spectrum leaves out; "" for
+    neither.
     """
 
     source: str
@@ -70,7 +75,10 @@ class Spectrum:
     note: str = ""
 
     def indicators(self) -> dict[str, Tensor]:
-        """{column: (...)} of every spectral indicator in paper and corrected form; {} without values."""
+        """{column: (...)} of every spectral indicator in paper and corrected form.
+
+        {} without values.
+        """
         return {} if self.values is None else {name: act(self.values) for name, act in INDICATORS.items()}
 
 
@@ -78,7 +86,8 @@ class Spectrum:
 class Energies:
     """Sums of squares over images and tokens, from one pass.
 
-    q, k: (H, K) of the call. layers: {name of a child of the module that made the call: (channels,) of its output}.
+    q, k: (H, K) of the call. layers: {name of a child of the module that made the call: (channels,)
+    of its output}.
     """
 
     q: Tensor
@@ -95,7 +104,9 @@ def learned(module: nn.Module, heads: int) -> Spectrum:
 
 
 def score(q: Tensor, k: Tensor, scale: float | None = None) -> Spectrum:
-    """Of scale q k^T, scale 1 if unknown: q (B, W, H, N, K), k (B, W, H, M, K). No N x M matrix is made.
+    """Of scale q k^T, scale 1 if unknown: q (B, W, H, N, K), k (B, W, H, M, K).
+
+    No N x M matrix is made.
 
     Values below 1e-8 of the largest are rounding, as they would be after a kernel in float32.
     """
@@ -106,7 +117,8 @@ def score(q: Tensor, k: Tensor, scale: float | None = None) -> Spectrum:
 def weight(module: nn.Module, heads: int, width: int, energies: Energies | None = None) -> Spectrum:
     """Of [W_Q b_Q]^T [W_K b_K] per head, exact: two QRs and one K x K SVD in float64.
 
-    heads, width: H and K of the call. energies: of the call and the layers before it; None if they were not seen.
+    heads, width: H and K of the call. energies: of the call and the layers before it; None if they
+    were not seen.
     """
     try:
         projection = _projection(module, heads, width)
@@ -123,7 +135,10 @@ def weight(module: nn.Module, heads: int, width: int, energies: Energies | None 
 
 @dataclass(frozen=True)
 class _Projection:
-    """[W b] of queries and keys, (H, K, D + 1) each, float64; where they are among the children, and if that is certain."""
+    """[W b] of queries and keys, (H, K, D + 1) each, float64.
+
+    Where they are among the children, and if that is certain.
+    """
 
     q: Tensor
     k: Tensor
@@ -142,7 +157,10 @@ def _projection(module: nn.Module, heads: int, width: int) -> _Projection | None
 
 
 def _known(module: nn.Module) -> tuple | None:
-    """Classes whose order of rows is known: timm's plain, rotary and EVA attention, ours, and PyTorch's own."""
+    """Query and key weights of classes whose order of rows is known.
+
+    timm's plain, rotary and EVA attention, ours, and PyTorch's own.
+    """
     if isinstance(module, Attention) or type(module) in HOSTS:
         return *query_key_weights(module), query_key_parts(module), True
     if isinstance(module, nn.MultiheadAttention):
@@ -153,7 +171,10 @@ def _known(module: nn.Module) -> tuple | None:
 
 
 def _named(module: nn.Module) -> Iterator[tuple]:
-    """Linear layers under the names of PARTS. Two layers say which is which; so do biases that stand beside a fused one."""
+    """Linear layers under the names of PARTS. Two layers say which is which.
+
+    So do biases that stand beside a fused one.
+    """
     for parts in PARTS:
         layers = [getattr(module, name, None) for name, _, _ in parts]
         if not all(acts_as_linear(layer) for layer in layers):
@@ -172,7 +193,10 @@ def _named(module: nn.Module) -> Iterator[tuple]:
 
 
 def _rows(weight: Tensor, bias: Tensor | None, heads: int, width: int) -> Tensor | None:
-    """[W b] (H, K, D + 1) in float64; heads that share a projection (grouped queries) get it repeated."""
+    """[W b] (H, K, D + 1) in float64.
+
+    Heads that share a projection (grouped queries) get it repeated.
+    """
     weight = weight.detach().double()
     if len(weight) % width or (heads * width) % len(weight):
         return None
@@ -199,7 +223,10 @@ def _between(projection: _Projection, energies: Energies | None) -> str:
 
 
 def _heads(part: Tensor, call: Tensor) -> Tensor:
-    """Energies of a layer's channels as (H, K) of the call; heads that share keys get them repeated."""
+    """Energies of a layer's channels as (H, K) of the call.
+
+    Heads that share keys get them repeated.
+    """
     by_head = part.double().unflatten(0, (-1, call.shape[1]))
     return by_head.repeat_interleave(len(call) // len(by_head), dim=0)
 

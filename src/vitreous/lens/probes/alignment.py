@@ -44,7 +44,9 @@ class AlignmentObserver(Observer):
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment(Probe):
-    """Cosine of a token's own query and key, before a learned spectrum comes in; nothing where that cannot be told.
+    """Cosine of a token's own query and key, before a learned spectrum comes in.
+
+    Nothing where that cannot be told.
 
     Only where queries and keys are the same tokens. The paper's form is that of the noisy image.
     """
@@ -60,7 +62,9 @@ class Alignment(Probe):
 
 
 def without_spectrum(q: Tensor, sigma: Tensor) -> Tensor | None:
-    """Queries (B, W, H, N, K) before a spectrum (H, K) was multiplied on unit rows; None if what is left is not of one length.
+    """Queries (B, W, H, N, K) before a spectrum (H, K) was multiplied on unit rows.
+
+    None if what is left is not of one length.
 
     A rotation after the spectrum, or a zero in it, leaves other lengths: then there is no way back.
     """

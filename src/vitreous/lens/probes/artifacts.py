@@ -1,4 +1,7 @@
-"""Artifact tokens: patches whose token has become outstandingly long, and holds no picture of its place."""
+"""Artifact tokens: patches whose token is outstandingly long.
+
+Such a token holds no picture of its place.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ class ArtifactsObserver(Observer):
 
 @dataclass(frozen=True, kw_only=True)
 class Artifacts(Probe):
-    """Tokens of more than four times the median norm, of the residual stream behind a layer. Darcet et al. 2024."""
+    """Tokens of more than four times the median norm, of the residual stream behind a layer.
+
+    Darcet et al. 2024.
+    """
 
     order: ClassVar[int] = 110
     observer: ClassVar[type[Observer]] = ArtifactsObserver

@@ -1,4 +1,7 @@
-"""What the rows of each attention map say: how many tokens a query attends to, how far away, and how alike heads are."""
+"""Statistics of the rows of each attention map.
+
+How many tokens a query attends to, how far away, and how alike heads are.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,13 @@ class RowsObserver(Observer):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRows(Probe):
-    """Entropy, effective tokens, selectivity, distance, width and redundancy of each map, head by head.
+    """Entropy, effective tokens, selectivity, distance, width, redundancy of each map.
 
-    Formulas: `lens.formulas.indicators`. Windows and rows count evenly; rows that are masked out altogether do not count.
-    Where the model changes the weights between softmax and values, those have rows of kind "effective".
+    Head by head.
+
+    Formulas: `lens.formulas.indicators`. Windows and rows count evenly; rows that are masked out
+    altogether do not count. Where the model changes the weights between softmax and values, those
+    have rows of kind "effective".
     """
 
     order: ClassVar[int] = 10

@@ -1,4 +1,7 @@
-"""What modules expose of themselves (`layers.exposed.Exposed`): learned masks, connections, chosen tokens, single numbers."""
+"""What modules expose of themselves through `layers.exposed.Exposed`.
+
+Learned masks, connections, chosen tokens, single numbers.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +52,13 @@ class ExposedObserver(Observer):
 
 @dataclass(frozen=True, kw_only=True)
 class Exposed(Probe):
-    """A measure for each exposed number, a map for each exposed mask, connectivity or choice of tokens of the model.
+    """A measure for each exposed number; a map for each exposed mask, pairs or choice.
 
-    Numbers come with the first image, as means by head, or of all where they do not come by heads. Of pairs of tokens the
-    map has the mean over queries and heads; of chosen tokens it has 1 where they are. What the model exposes belongs to the
-    attention with the nearest name.
+    Those of the model at hand.
+
+    Numbers come with the first image, as means by head, or of all where they do not come by heads.
+    Of pairs of tokens the map has the mean over queries and heads; of chosen tokens it has 1 where
+    they are. What the model exposes belongs to the attention with the nearest name.
     """
 
     order: ClassVar[int] = 120

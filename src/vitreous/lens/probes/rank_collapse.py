@@ -20,7 +20,10 @@ class CollapseObserver(Observer):
 
 @dataclass(frozen=True, kw_only=True)
 class RankCollapse(Probe):
-    """|X - 1 mean| / |X| of all tokens X of the residual stream behind a layer. Dong et al. 2021, arXiv 2103.03404."""
+    """|X - 1 mean| / |X| of all tokens X of the residual stream behind a layer.
+
+    Dong et al. 2021, arXiv 2103.03404.
+    """
 
     order: ClassVar[int] = 40
     observer: ClassVar[type[Observer]] = CollapseObserver

@@ -35,7 +35,10 @@ NAMES = ("perturbation_robustness", "perturbation_robustness_paper")
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness(Probe):
-    """|A' - A| / |A| of the map A of an image and A' of its noisy copy; nothing in batches without noisy copies."""
+    """|A' - A| / |A| of the map A of an image and A' of its noisy copy.
+
+    Nothing in batches without noisy copies.
+    """
 
     order: ClassVar[int] = 30
     observer: ClassVar[type[Observer]] = ChangeObserver

@@ -39,7 +39,9 @@ class RolloutObserver(Observer):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Probe):
-    """Attention rollout: the product of 0.5 A + 0.5 I over the layers. Abnar and Zuidema 2020, arXiv 2005.00928.
+    """Attention rollout: the product of 0.5 A + 0.5 I over the layers.
+
+    Abnar and Zuidema 2020, arXiv 2005.00928.
 
     It ends where tokens change in number, attend in windows, or are more than 1100.
     """

@@ -1,4 +1,7 @@
-"""Spectra of each head: of the scores on an image, of the weights, and those that a spectral attention learned."""
+"""Spectra of each head: of the scores, of the weights, and learned ones.
+
+Learned spectra are those of a spectral attention.
+"""
 
 from __future__ import annotations
 
@@ -71,10 +74,13 @@ class SpectraObserver(Observer):
 
 @dataclass(frozen=True, kw_only=True)
 class Spectra(Probe):
-    """Entropy, effective rank and sparsity of the spectra of `lens.formulas.spectra`, in paper and corrected form.
+    """Entropy, effective rank and sparsity of spectra, in paper and corrected form.
 
-    Rows of weights and of learned spectra come with image 0 alone, of no single image. Settings: scores=false leaves out
-    the spectra of the scores, which take most of the time; weights=false the other ones.
+    The spectra are those of `lens.formulas.spectra`.
+
+    Rows of weights and of learned spectra come with image 0 alone, of no single image. Settings:
+    scores=false leaves out the spectra of the scores, which take most of the time; weights=false
+    the other ones.
     """
 
     order: ClassVar[int] = 50
@@ -100,7 +106,10 @@ class Spectra(Probe):
     weights: bool = True
 
     def outputs(self, model: nn.Module, batch: BatchInfo) -> Iterable[str]:
-        """Layers that may be a projection of an attention: their energies tell what lies between weights and scores."""
+        """Layers that may be a projection of an attention.
+
+        Their energies tell what lies between weights and scores.
+        """
         if batch.first or not self.weights:
             return ()
         return (name for name, _ in model.named_modules() if name.rpartition(".")[2] in spectra.NAMES)
