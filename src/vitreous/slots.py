@@ -16,11 +16,12 @@ from torch import nn
 
 from vitreous.base.errors import GraftError, HostError, SettingError
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
-from vitreous.hosts.attention import Attention
+from vitreous.hosts.attention import Attention, reads_around
 from vitreous.hosts.block import STATIONS, Block, check_halves
 from vitreous.hosts.host import class_names, host_of
 from vitreous.hosts.read_out import read_tokens
 from vitreous.hosts.stream_ends import Embed, StreamEnd
+from vitreous.layers.linear import Linear
 
 Changes = dict[str, Any]
 
@@ -131,6 +132,46 @@ def plain_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
 def attentions(model: nn.Module) -> list[nn.Module | None]:
     """The attention of every block, in order; None where a block has none of its own."""
     return [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
+
+
+def adapt_linears(
+    model: nn.Module, layer: int, names: Iterable[str], make: Callable[[nn.Linear], Linear], mechanism: str
+) -> Changes:
+    """Changes that put `make(linear)`, which adopts it (`Linear.of`), in the place of linear layers of `blocks.layer`.
+
+    A name is that of a child ("qkv", "proj", "fc1", ...), and means what `Host.linears_called` says. An attention that reads
+    its layer's weight and never calls the layer is adopted, too. Raises HostError, GraftError.
+    """
+    host, changes = host_of(model), {}
+    for name in names:
+        paths = host.linears_called(name, layer)
+        if not paths:
+            raise HostError(
+                f"blocks.{layer} has no linear layer {name!r}. Expected one of {', '.join(host.linears(layer))}. Give such "
+                f"names for {mechanism}, or use another host."
+            )
+        for path in paths:
+            owner, _, child = path.rpartition(".")
+            if reads_around(attention := model.get_submodule(owner), child):
+                changes[owner] = Attention.of(attention)  # first: the new layer has to come to stand in it
+            changes[path] = make(plain_linear(model, path, mechanism))
+    return changes
+
+
+def plain_linear(model: nn.Module, path: str, mechanism: str) -> nn.Linear:
+    """The linear layer at a path, if it is one that a mechanism may take over; else HostError or GraftError."""
+    linear = model.get_submodule(path)
+    if type(linear) in (nn.Linear, Linear):
+        return linear
+    if isinstance(linear, Linear):
+        raise GraftError(
+            f"{path} already holds {type(linear).__name__}, which overrides the layer; {mechanism} would undo it. Expected a "
+            "plain linear layer. Take the other graft out first (vitreous.ungraft), or choose other layers."
+        )
+    raise HostError(
+        f"{path} is a {class_names([type(linear)])}. Expected {class_names([nn.Linear])} itself, since a subclass may compute "
+        f"something else. {mechanism} cannot be grafted there; choose other layers."
+    )
 
 
 def block_of(model: nn.Module, layer: int, cls: type[Block]) -> Block:

@@ -111,10 +111,10 @@ class Attention(nn.Module):
 
     def packed(self, x: Tensor) -> Tensor:
         """Queries, keys and values as the one product leaves them, (B, N, 3, H, K); `qkv` is not None."""
-        if getattr(self, "q_bias", None) is None:
+        if not has_biases_beside(self):
             out = self.qkv(x)
         else:
-            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # EVA keeps three biases beside a bias-free linear
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
             # One kernel for product and bias, as the host; only where nothing but the weight makes the product.
             at_once = not self.qkv_bias_separate and type(self.qkv) is nn.Linear
             out = F.linear(x, self.qkv.weight, bias) if at_once else self.qkv(x) + bias
@@ -186,22 +186,27 @@ def query_key_weights(attention: nn.Module) -> tuple[Tensor, Tensor | None, Tens
     """
     if attention.qkv is None:
         return *affine(attention.q_proj), *affine(attention.k_proj)
-    beside = getattr(attention, "q_bias", None) is not None
-    if reads_around_its_linear(attention):
+    if reads_around(attention, "qkv"):
         weight, bias = attention.qkv.weight, None  # timm's own forward reads it around whatever stands there
     else:
         weight, bias = affine(attention.qkv)
     w_q, w_k, _ = weight.chunk(3)
     b_q, b_k, _ = (None, None, None) if bias is None else bias.chunk(3)
-    if beside:
+    if has_biases_beside(attention):
         b_q = attention.q_bias if b_q is None else attention.q_bias + b_q
         b_k = attention.k_bias if b_k is None else attention.k_bias + b_k
     return w_q, b_q, w_k, b_k
 
 
-def reads_around_its_linear(attention: nn.Module) -> bool:
-    """True for the host's attention whose forward takes `qkv.weight` and never calls `qkv`; ours calls what stands there."""
-    return type(attention) is EvaAttention and attention.q_bias is not None and not attention.qkv_bias_separate
+def has_biases_beside(attention: nn.Module) -> bool:
+    """True if the output of `qkv` is not yet queries and keys: EVA keeps three biases beside a bias-free linear."""
+    return getattr(attention, "q_bias", None) is not None
+
+
+def reads_around(attention: nn.Module, child: str) -> bool:
+    """True if the host's forward takes the weight of this child and never calls it; ours calls what stands there."""
+    fused_eva = child == "qkv" and type(attention) is EvaAttention
+    return fused_eva and has_biases_beside(attention) and not attention.qkv_bias_separate
 
 
 def query_key_parts(attention: nn.Module) -> tuple[tuple[str, int, int], tuple[str, int, int]]:

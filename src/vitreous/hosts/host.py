@@ -21,6 +21,7 @@ from vitreous.hosts.vit import WALKS, ViT
 from vitreous.layers.stream import Assignment, Stream, opened, reduce, take
 
 FAMILIES = (ViT(), EvaViT())
+SEPARATE = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc1": ("fc1_g", "fc1_x")}
 
 # word: the error where a mechanism requires it and the model does not offer it. The fields are filled by `Host.require`.
 CAPABILITIES: dict[str, str] = {
@@ -120,6 +121,15 @@ class Host:
                 name = inner.rpartition(".")[2]
                 linears[inner if name in linears else name] = f"{path}.{inner}"
         return linears
+
+    def linears_called(self, name: str, block: int) -> tuple[str, ...]:
+        """Dotted paths of all linear layers of a block whose child's name is this; none if there are none.
+
+        "qkv" and "fc1" mean the separate layers where a host has those instead of one.
+        """
+        paths = self.linears(block).values()
+        by_name = (tuple(p for p in paths if p.rpartition(".")[2] in names) for names in ((name,), SEPARATE.get(name, ())))
+        return next(filter(None, by_name), ())
 
     def require(self, words: Iterable[str], mechanism: str) -> None:
         """Raise HostError with the sentence of the first of `CAPABILITIES` that is missing here.

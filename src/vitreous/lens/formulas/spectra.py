@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.base.errors import HostError
-from vitreous.hosts.attention import HOSTS, Attention, query_key_parts, query_key_weights
+from vitreous.hosts.attention import HOSTS, Attention, has_biases_beside, query_key_parts, query_key_weights
 from vitreous.layers.linear import acts_as_linear, affine
 from vitreous.layers.spectral import product_singular_values
 from vitreous.lens.formulas import indicators
@@ -126,7 +126,8 @@ def weight(module: nn.Module, heads: int, width: int, energies: Energies | None 
         return Spectrum("weight", None, f"a query or key layer of {_class(module)} is no affine map that can be measured")
     if projection is None:
         return Spectrum("weight", None, f"no query and key weights of {heads} x {width} rows, by name, in {_class(module)}")
-    between = _between(projection, energies)
+    # a bias that stands beside its layer is not in the energies of the layer's output
+    between = _between(projection, None if has_biases_beside(module) else energies)
     if not projection.certain and between in ("changed", "unseen"):
         fused = next(name for name, _, count in projection.parts if count > 1)
         return Spectrum("weight", None, f"the order of the rows of {_class(module)}.{fused} could not be confirmed")
