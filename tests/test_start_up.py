@@ -17,10 +17,10 @@ import pytest
 import timm
 
 import vitreous
-from vitreous.base.after_import import after_import
+from vitreous.base.after_import import after_import, late_names
 from vitreous.base.entry import PACKAGE, item_files, read_entry
 from vitreous.base.text_form import written
-from vitreous.commands.cli import PIPE_CLOSED
+from vitreous.commands.cli import COMMANDS, PIPE_CLOSED
 from vitreous.commands.list import SHELVES, networks
 from vitreous.lens.probe import PROBES
 from vitreous.mechanism import MECHANISMS
@@ -51,6 +51,41 @@ print(code, *sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)
     mistake = words in ("trian", "list svdaa")
     assert done.stderr.splitlines()[-1] == ("2" if mistake else "0")
     assert mistake or done.stdout
+
+
+MISTYPED = ("train cutouts --epochz 3", "study", "resume run --lr 3", "bench vit --rounds x", "look", "export run --to x")
+
+
+def test_help_and_usage_errors_of_every_command_import_neither_torch_nor_timm():
+    code = f"""
+import contextlib, io, sys
+from vitreous.commands.cli import main
+for words in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        code = main(words.split())
+    print(code, *sorted(set({HEAVY}) & set(sys.modules)))
+"""
+    done = python(code, *(f"{name} --help" for name in COMMANDS), *MISTYPED)
+    assert done.stdout.split("\n") == ["0"] * len(COMMANDS) + ["2"] * len(MISTYPED) + [""], done.stderr
+
+
+@pytest.mark.parametrize("package", ["vitreous.train", "vitreous.bench"])
+def test_names_of_a_package_that_are_imported_late(package):
+    """They are no names of modules in the package: an import of such a module would take the name's place."""
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name).__name__ == name
+        assert importlib.util.find_spec(f"{package}.{name}") is None
+    assert not hasattr(module, "nothing")
+
+
+def test_a_late_name_is_imported_when_it_is_used():
+    get = late_names("some.package", {"json": ("loads",), "no_such_module": ("other",)})
+    assert get("loads") is json.loads
+    with pytest.raises(ModuleNotFoundError):
+        get("other")
+    with pytest.raises(AttributeError, match=r"module 'some\.package' has no attribute 'nothing'"):
+        get("nothing")
 
 
 def test_import_vitreous_imports_nothing_and_what_it_puts_off_works():

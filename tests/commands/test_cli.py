@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, where it writes, and that mistakes cost nothing."""
 
+import dataclasses
 import inspect
 import os
 import re
@@ -17,7 +18,8 @@ from vitreous.base.text_form import settings
 from vitreous.commands.cli import COMMANDS, command_class, main, overview
 from vitreous.commands.train import Train
 from vitreous.mechanism import mechanism_class
-from vitreous.train import load, save
+from vitreous.train import TrainSettings, load, save
+from vitreous.train.options import Usual, flag
 from vitreous.train.records.run_folder import read_metrics
 
 NETWORK = "--model-kwargs patch_size=4 depth=2 embed_dim=24 num_heads=2"
@@ -139,6 +141,14 @@ def test_version_and_help(capsys):
     for words in ("", "--help"):
         assert call(words) == 0
         assert "vitreous" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train", "study"])
+def test_help_of_training_shows_first_the_ten_settings_that_most_people_set(name, capsys):
+    assert call(f"{name} --help") == 0
+    flags = re.findall(r"^│ (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert flags[:10] == [flag(field.name) for field in dataclasses.fields(Usual)]
+    assert len(flags) == len(set(flags)) == len(dataclasses.fields(TrainSettings)) - 1 + (name == "study")  # but DATA; --arm
 
 
 @pytest.mark.parametrize("name", COMMANDS)

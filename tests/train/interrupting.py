@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import resource
 import signal
@@ -19,11 +18,11 @@ import safetensors.torch
 import torch
 
 from vitreous.models import model_folder
+from vitreous.train import run as ENTRY
 from vitreous.train.engine import loop, resume, step
 from vitreous.train.engine.prepare import prepare
 from vitreous.train.records.run_folder import Run, read_metrics
 
-ENTRY = importlib.import_module("vitreous.train.train")  # the package has a function of that name
 NAN = float("nan")
 TIMED = ("seconds", "images_per_second")
 APART = ("run.json", "summary.md", "metrics.jsonl", "report.html")  # with times in them

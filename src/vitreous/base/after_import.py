@@ -1,10 +1,11 @@
-"""Run something as soon as another package is imported, without importing it."""
+"""Imports that are put off: names that are imported when used, and what follows an import."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -41,3 +42,19 @@ def after_import(name: str, action: Callable[[], Any]) -> None:
         action()
     else:
         sys.meta_path.insert(0, ImportWatch(name, action))
+
+
+def late_names(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose public names are imported when first used.
+
+    homes: {module: its names}. No name may be that of a module of the package, which an import of
+    it would put in the name's place.
+    """
+
+    def get(name: str) -> Any:
+        home = next((module for module, names in homes.items() if name in names), None)
+        if home is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(home), name)
+
+    return get

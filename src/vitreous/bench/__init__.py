@@ -1,14 +1,20 @@
-"""Speed that can be believed.
+"""Speed that can be believed. Names are imported when first used.
 
-run.py         `bench`: models in turns, cell by cell, into a folder; what it is told: settings.py
-arms.py        what is timed: a model as named, in one mode, on one batch
-timing.py      rounds of calls in turns; ratios and medians with intervals
-memory.py      peak memory; operations.py: arithmetic, counted
+run.py               `bench`: models in turns, cell by cell; its settings.py and options.py
+arms.py              what is timed: a model as named, in one mode, on one batch
+timing.py            rounds of calls in turns; ratios and medians with intervals
+memory.py            peak memory; operation_count.py: arithmetic, counted
 """
 
-from vitreous.bench.operations import Operations, operations
-from vitreous.bench.run import bench
-from vitreous.bench.settings import BenchSettings
-from vitreous.bench.timing import Ratio, interval, ratio, rounds
+from vitreous.base.after_import import late_names
 
 __all__ = ["BenchSettings", "Operations", "Ratio", "bench", "interval", "operations", "ratio", "rounds"]
+__getattr__ = late_names(
+    __name__,
+    {
+        "vitreous.bench.operation_count": ("Operations", "operations"),
+        "vitreous.bench.run": ("bench",),
+        "vitreous.bench.settings": ("BenchSettings",),
+        "vitreous.bench.timing": ("Ratio", "interval", "ratio", "rounds"),
+    },
+)

@@ -25,7 +25,7 @@ from vitreous.base.errors import SettingError, VitreousError
 from vitreous.base.files import writable, write_text
 from vitreous.bench.arms import Arm, Cell, own_size
 from vitreous.bench.memory import OUT, Residents, allocated, out_of_memory
-from vitreous.bench.operations import operations
+from vitreous.bench.operation_count import operations
 from vitreous.bench.settings import BenchSettings
 from vitreous.bench.timing import interval, ratio, rounds
 from vitreous.grafting import check, grafts

@@ -1,4 +1,4 @@
-"""What `vitreous bench` is told: one frozen record, which is its command line as well."""
+"""Settings of a bench: one frozen record of all options, checked."""
 
 from __future__ import annotations
 
@@ -6,48 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import SettingError
 from vitreous.bench.arms import Arm, Cell
+from vitreous.bench.options import Comparison
 from vitreous.bench.timing import ENOUGH
 from vitreous.mechanism import parse
 from vitreous.models import model_folder
 from vitreous.models.create import check_name
-from vitreous.train.settings import Repeated, flag, key_values
+from vitreous.train.options import flag
+from vitreous.train.settings import key_values
 
 COMPILED = 8  # models at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What is compared, and where."""
-
-    graft: Repeated = ()
-    """A mechanism to put into MODEL, such as svda:scale=one,layers=6-11. See `vitreous list`."""
-    against: tuple[str, ...] = ()
-    """Other models to compare with: names of timm's, or model folders. Grafts are compared with the plain model anyway."""
-    mode: tuple[Literal["inference", "training"], ...] = ("inference",)
-    """inference: a forward pass. training: forward, loss with grafts' penalties, backward, AdamW."""
-    batch: tuple[int, ...] = (16,)
-    """Images per call, one or several numbers."""
-    image_size: tuple[int, ...] = ()
-    """Pixels a side, one or several (default: the model's own)."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16: the forward pass under autocast."""
-    compile: bool = False
-    """Compile every model with torch.compile."""
-    rounds: int = 60
-    """Rounds of one call per model, 16 or more. The interval narrows with their square root."""
-    model_kwargs: tuple[str, ...] = ()
-    """MODEL's own arguments: name=value ..., such as depth=6."""
-    foreign: bool = False
-    """Import mechanisms of other packages, package.module.Class, that a folder names. This runs their code."""
-    device: str = "auto"
-    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
-    out: str | None = None
-    """Folder for bench.json and report.html, new or empty (default: the next free bench/NAME)."""
 
 
 @dataclass(frozen=True)

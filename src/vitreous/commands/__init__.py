@@ -2,9 +2,10 @@
 underscore, but for `cli.py`.
 
 A command's file holds its settings, its help and its `run`. Only what the settings need is imported
-at its top; the rest, torch and timm among it, in `run`: help and a mistyped option come at once,
-and `vitreous --help` imports no command at all. Files with a leading underscore do the work of a
-command where no other part of the library does it.
+at its top, and packages whose names are imported when first used; the rest, torch and timm among
+it, in `run`: help and a mistyped option come at once, and `vitreous --help` imports no command at
+all. Files with a leading underscore do the work of a command where no other part of the library
+does it.
 """
 
 from __future__ import annotations

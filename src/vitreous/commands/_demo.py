@@ -31,8 +31,8 @@ from vitreous.models.create import read_weights
 from vitreous.report.page import write as write_report
 from vitreous.train.engine.loader import loader
 from vitreous.train.records.run_folder import choose_folder, read_metrics, read_table
+from vitreous.train.run import train
 from vitreous.train.settings import TrainSettings
-from vitreous.train.train import train
 
 ARMS = {"plain": (), "SVDA": ("svda",), "SVD-ViT": ("spc",)}
 NETWORK = ("patch_size=4", "embed_dim=64", "depth=4", "num_heads=4", "mlp_ratio=2.0")

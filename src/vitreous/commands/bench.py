@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar
 from rich.console import Console
 from tyro import conf
 
-from vitreous.bench.settings import BenchSettings, Comparison
+from vitreous import bench
+from vitreous.bench.options import Comparison
 from vitreous.commands import Command
 
 
@@ -33,14 +34,12 @@ class Bench(Command):
     ]
     comparison: conf.OmitArgPrefixes[Comparison] = field(default_factory=Comparison)
 
-    def settings(self) -> BenchSettings:
+    def settings(self) -> bench.BenchSettings:
         """One record of all.
 
         Raises UnknownName, DataError or SettingError for what is wrong without building a model.
         """
-        return BenchSettings(self.model, **vars(self.comparison))
+        return bench.BenchSettings(self.model, **vars(self.comparison))
 
     def run(self) -> None:
-        from vitreous.bench.run import bench
-
-        bench(self.settings(), Console())
+        bench.bench(self.settings(), Console())

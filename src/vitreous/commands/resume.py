@@ -14,7 +14,7 @@ from vitreous.commands import Command
 from vitreous.commands._arguments import RunFolder
 from vitreous.commands.study import report_study
 from vitreous.commands.train import report_run
-from vitreous.train.settings import Images, Network, Optimisation, Repeated, Running, flag
+from vitreous.train.options import Images, Network, Optimisation, Repeated, Running, Usual, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Resume(Command):
 
         Raises SettingError for a setting of training that a begun run keeps.
         """
-        kept = {flag(field.name) for group in (Images, Network, Optimisation, Running) for field in fields(group)}
+        kept = {flag(field.name) for group in (Usual, Images, Network, Optimisation, Running) for field in fields(group)}
         kept -= {flag(field.name) for field in fields(Changed)}
         for word in words:
             if (name := word.partition("=")[0]) in kept:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from tyro import conf
 
 from vitreous.commands.train import Train, report_runs
-from vitreous.train.settings import Repeated, Running
+from vitreous.train.options import Repeated, Running
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from typing import Annotated, ClassVar
 
 from tyro import conf
 
+from vitreous import train
 from vitreous.commands import Command
-from vitreous.train.settings import Images, Network, Optimisation, Running, TrainSettings
+from vitreous.train.options import Images, Network, Optimisation, Running, Usual
 
 DataText = Annotated[
     conf.Positional[str],
@@ -38,23 +39,22 @@ class Train(Command):
     together: ClassVar[bool] = True
 
     data: DataText
+    usual: conf.OmitArgPrefixes[Usual] = field(default_factory=Usual)
     images: conf.OmitArgPrefixes[Images] = field(default_factory=Images)
     network: conf.OmitArgPrefixes[Network] = field(default_factory=Network)
     optimisation: conf.OmitArgPrefixes[Optimisation] = field(default_factory=Optimisation)
     running: conf.OmitArgPrefixes[Running] = field(default_factory=Running)
 
-    def settings(self) -> TrainSettings:
+    def settings(self) -> train.TrainSettings:
         """One record of all.
 
         Raises UnknownName or SettingError for what can be seen to be wrong without data or model.
         """
-        groups = (self.images, self.network, self.optimisation, self.running)
-        return TrainSettings(self.data, **{name: value for group in groups for name, value in vars(group).items()})
+        groups = (self.usual, self.images, self.network, self.optimisation, self.running)
+        return train.TrainSettings(self.data, **{name: value for group in groups for name, value in vars(group).items()})
 
     def run(self) -> None:
-        from vitreous.train.train import train
-
-        report_run(train(self.settings()))
+        report_run(train.train(self.settings()))
 
 
 def report_run(folder: Path) -> None:

@@ -1,7 +1,13 @@
-"""Training: settings, the loop, and models on disk."""
+"""Training: settings, the loop, and models on disk. Names are imported when first used."""
 
-from vitreous.models.model_folder import load, save
-from vitreous.train.settings import TrainSettings
-from vitreous.train.train import train
+from vitreous.base.after_import import late_names
 
 __all__ = ["TrainSettings", "load", "save", "train"]
+__getattr__ = late_names(
+    __name__,
+    {
+        "vitreous.models.model_folder": ("load", "save"),
+        "vitreous.train.settings": ("TrainSettings",),
+        "vitreous.train.run": ("train",),
+    },
+)

@@ -24,8 +24,8 @@ from vitreous.train.records import reproducibility, summary
 from vitreous.train.records.progress_display import speaker
 from vitreous.train.records.run_folder import Run, read_metrics, read_rows
 from vitreous.train.records.trackers import TRACKERS
+from vitreous.train.run import train_once
 from vitreous.train.settings import TrainSettings
-from vitreous.train.train import train_once
 
 
 def resume(folder: str | Path, allow_changes: bool = False, console: Console | None = None, **changed: Any) -> Path:

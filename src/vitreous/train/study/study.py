@@ -40,9 +40,9 @@ from vitreous.train.engine.state import writing
 from vitreous.train.records import reproducibility
 from vitreous.train.records.progress_display import speaker
 from vitreous.train.records.run_folder import STUDY, taken
+from vitreous.train.run import train_once
 from vitreous.train.settings import TrainSettings
 from vitreous.train.study import compare_arms
-from vitreous.train.train import train_once
 
 FORMAT = 1
 OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run

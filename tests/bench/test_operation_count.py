@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitreous import graft
-from vitreous.bench.operations import operations
+from vitreous.bench.operation_count import operations
 
 
 def test_a_product_is_what_a_loop_counts():
