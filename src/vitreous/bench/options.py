@@ -15,11 +15,11 @@ class Comparison:
     graft: Repeated = ()
     """A mechanism to put into MODEL, such as svda:scale=one,layers=6-11. See `vitreous list`."""
     against: tuple[str, ...] = ()
-    """Other models to compare with: names of timm's, or model folders. Grafts are compared with the
-    plain model anyway."""
+    """Other models to compare with: names of timm's, or model folders.
+    Grafts are compared with the plain model anyway."""
     mode: tuple[Literal["inference", "training"], ...] = ("inference",)
-    """inference: a forward pass. training: forward, loss with penalties of grafts, backward,
-    AdamW."""
+    """inference: a forward pass.
+    training: forward, loss with grafts' penalties, backward, AdamW."""
     batch: tuple[int, ...] = (16,)
     """Images per call, one or several numbers."""
     image_size: tuple[int, ...] = ()
@@ -33,8 +33,8 @@ class Comparison:
     model_kwargs: tuple[str, ...] = ()
     """MODEL's own arguments: name=value ..., such as depth=6."""
     foreign: bool = False
-    """Import mechanisms of other packages, package.module.Class, that a folder names. This runs
-    their code."""
+    """Import mechanisms of other packages, package.module.Class, that a folder names.
+    This runs their code."""
     device: str = "auto"
     """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
     out: str | None = None

@@ -23,8 +23,10 @@ class Bench(Command):
 
     examples:
       vitreous bench vit_tiny_patch16_224 --graft svda --batch 1 16
-      vitreous bench vit_small_patch16_224 --graft spc:after=11 --mode inference training --image-size 224 384
-      vitreous bench runs/photos --against vit_tiny_patch16_224 deit3_small_patch16_224 --device cuda --compile --dtype bf16
+      vitreous bench vit_small_patch16_224 --graft spc:after=11 --mode inference training
+          --image-size 224 384
+      vitreous bench runs/photos --against vit_tiny_patch16_224 deit3_small_patch16_224
+          --device cuda --compile --dtype bf16
     """
 
     usage: ClassVar[str] = "MODEL"

@@ -23,11 +23,12 @@ class Exporting:
     out: str
     """File to write (timm: folder); it must be new, and appears whole or not at all."""
     images: tuple[str, ...] = ()
-    """Images, folders or archives, of which the first 16 are compared as well, beside seeded noise."""
+    """Images, folders or archives, of which the first 16 are compared, beside seeded noise."""
     tolerance: float = 1e-4
     """Largest difference of a logit that counts as the same."""
     weights: str | None = None
-    """For a name of timm's: take the weights in this .safetensors file (or .pth, read without running code)."""
+    """For a name of timm's: take the weights in this .safetensors file
+    (or .pth, read without running code)."""
     foreign: bool = False
     """Import mechanisms of other packages that a folder names. This runs their code."""
     json: bool = False
@@ -39,7 +40,7 @@ class Export(Command):
     """A model as a file that runs without Vitreous, proved to compute the same.
 
 
-      onnx          one file for onnxruntime and others; class names and how to prepare images are inside
+      onnx          one file for onnxruntime and others, with class names and how to prepare images
       torch-export  one .pt2 file for torch.export.load
       timm          a folder for timm.create_model("local-dir:..."), mechanisms taken out
 

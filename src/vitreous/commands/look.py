@@ -16,14 +16,17 @@ class Looking:
     """What is looked at, and how closely."""
 
     masks: str | None = None
-    """Folder of .png masks of the images' names, or a boxes.csv: maps are then scored against them."""
+    """Folder of .png masks of the images' names, or a boxes.csv:
+    maps are then scored against them."""
     direction: str | None = None
-    """File of `vitreous calibrate` (default: foreground.safetensors in the model's folder, if it is there)."""
+    """File of `vitreous calibrate`
+    (default: foreground.safetensors in the model's folder, if it is there)."""
     curves: int | None = None
-    """Insertion and deletion curves of the maps on so many images (default: 2, or 0 for models of more than ten million
-    parameters, for which they take minutes)."""
+    """Insertion and deletion curves of the maps on so many images
+    (default: 2, or 0 beyond ten million parameters, where they take minutes)."""
     noise: float = 0.01
-    """Deviation of the noise on pixels of [0, 1] under which attention is compared; 0: leave robustness out."""
+    """Deviation of the noise on pixels of [0, 1] under which attention is compared;
+    0: leave robustness out."""
     batch_size: int = 8
     """Images per forward pass."""
     memory: float = 1.0

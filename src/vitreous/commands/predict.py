@@ -24,7 +24,8 @@ class Predicting:
     batch_size: int = 16
     """Images per forward pass."""
     weights: str | None = None
-    """For a name of timm's: take the weights in this .safetensors file (or .pth, read without running code)."""
+    """For a name of timm's: take the weights in this .safetensors file
+    (or .pth, read without running code)."""
     foreign: bool = False
     """Import mechanisms of other packages that a folder names. This runs their code."""
     device: str = "auto"

@@ -28,11 +28,13 @@ class Changed:
     save_every: int | None = None
     """Updates after which the state is saved."""
     rollbacks: int | None = None
-    """How often it may go back to the last good state after a step that is not finite, and leave that step out."""
+    """How often it may go back to the last good state after a step that is not finite,
+    and leave that step out."""
     rollback_lr: float | None = None
     """Factor on the learning rate after each such return."""
     tracker: Repeated = ()
-    """Who is told the numbers of every epoch (default: as before, but for code of other packages, to be named again)."""
+    """Who gets the numbers of every epoch
+    (default: as before, but for code of other packages, to be named again)."""
 
 
 @dataclass(frozen=True, kw_only=True)

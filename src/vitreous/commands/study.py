@@ -17,7 +17,8 @@ class Arms:
     """What is compared."""
 
     arm: Repeated = ()
-    """The grafts of an arm, with spaces between, or plain for none; the first arm is what the others are compared with."""
+    """The grafts of an arm, with spaces between, or plain for none.
+    The others are compared with the first arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Study(Train):
     compared with. Given again, the command goes on where it was stopped.
 
     example:
-      vitreous study photos/ --arm plain --arm svda:scale=sqrt --arm "svda spc:after=11" --seeds 3 --pretrained --recipe auto
+      vitreous study photos/ --arm plain --arm svda:scale=sqrt --arm "svda spc:after=11"
+          --seeds 3 --pretrained --recipe auto
     """
 
     usage: ClassVar[str] = "DATA"

@@ -30,9 +30,10 @@ class Train(Command):
 
     examples:
       vitreous train cutouts --model-kwargs patch_size=4 --graft svda --epochs 3
-      vitreous train fashion-mnist:PATH --model scratch_vit_patch4_28 --graft svda --opt adam --lr 3e-4
-          --sched none --epochs 100
-      vitreous train photos/ --pretrained --graft svda:start=import,layers=10-11 --freeze blocks.0-9 --lr 2e-5
+      vitreous train fashion-mnist:PATH --model scratch_vit_patch4_28 --graft svda
+          --opt adam --lr 3e-4 --sched none --epochs 100
+      vitreous train photos/ --pretrained --graft svda:start=import,layers=10-11
+          --freeze blocks.0-9 --lr 2e-5
     """
 
     usage: ClassVar[str] = "DATA"
