@@ -9,7 +9,8 @@ from collections.abc import Container
 import numpy as np
 
 from vitreous.base.errors import DataError
-from vitreous.data.decoding import Source, decode_mask
+from vitreous.data.decoding import Source
+from vitreous.data.masks import decode_mask
 from vitreous.data.problems import Report, raised
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, both ends included
@@ -81,16 +82,19 @@ def read_boxes(raw: bytes, files: Container[str], report: Report = raised, *, ot
     return boxes
 
 
-def foreground_mask(foreground: ObjectBoxes, name: str, width: int, height: int) -> np.ndarray:
-    """The (height, width) bool mask of an image, from its mask file or its boxes."""
+def foreground_mask(foreground: ObjectBoxes, name: str, width: int, height: int) -> tuple[np.ndarray, str]:
+    """The (height, width) bool mask of an image, from its mask file or its boxes.
+
+    Beside it how the file was read, as `decode_mask` says; empty for boxes.
+    """
     if isinstance(foreground, tuple):
-        mask = decode_mask(foreground[1], foreground[0])
+        mask, note = decode_mask(foreground[1], foreground[0])
         if mask.shape != (height, width):
             raise DataError(
                 f"Found the mask {foreground[0]!r} of {mask.shape[1]} x {mask.shape[0]} pixels; expected "
                 f"{width} x {height} as its image. Make both the same size."
             )
-        return mask
+        return mask, note
     mask = np.zeros((height, width), bool)
     for x0, y0, x1, y1 in foreground:
         if x1 >= width or y1 >= height:
@@ -99,4 +103,4 @@ def foreground_mask(foreground: ObjectBoxes, name: str, width: int, height: int)
                 "expected a box inside the image. Mend its line in boxes.csv."
             )
         mask[y0 : y1 + 1, x0 : x1 + 1] = True
-    return mask
+    return mask, ""

@@ -16,19 +16,23 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import PurePosixPath
 
-from PIL import Image
-
-from vitreous.data.decoding import BROKEN, Source, Unreadable, contents, converted, decode, opened
+from vitreous.data.decoding import (
+    BROKEN,
+    ORIENTATION,
+    Source,
+    Unreadable,
+    contents,
+    converted,
+    opened,
+    remarks,
+    unreadable,
+)
 from vitreous.data.problems import cell, shown
 
 THREADS = 16  # at most; each holds one image
 SLICE = 1024  # files handed to the threads at once, after which progress is said
-ORIENTATION = 0x0112  # EXIF: 2 to 8 are turned or mirrored, 5 to 8 exchange the sides
 COLUMNS = ["file", "class", "split", "reason"]
-JPEG, TIFF, PPM = (".jpg", ".jpeg"), (".tif", ".tiff"), (".ppm", ".pgm")
-SUFFIXES = {"JPEG": JPEG, "MPO": JPEG, "TIFF": TIFF, "PPM": PPM}  # of the other formats, their name
 Progress = Callable[[int, int], None]  # (done, of)
 
 
@@ -99,27 +103,8 @@ def examined(source: Source, name: str, channels: int, pixels: bool) -> Examined
             return Examined("", notes, size[::-1] if image.getexif().get(ORIENTATION, 1) > 4 else size, digest)
     except Unreadable as error:
         return Examined(error.reason, contents=digest)
-    except BROKEN:
-        try:
-            decode(raw, name, channels)  # says what is wrong in the words of `decode`
-        except Unreadable as error:
-            return Examined(error.reason, contents=digest)
-        return Examined("", contents=digest)
-
-
-def remarks(image: Image.Image, name: str) -> tuple[str, ...]:
-    """What `decode` will do to an opened image beside decoding, in words to count by."""
-    suffix, kind = PurePosixPath(name).suffix.lower(), image.format or ""
-    checks = {
-        "animated, first frame taken": kind != "MPO" and getattr(image, "n_frames", 1) > 1,
-        "CMYK, converted": image.mode == "CMYK",
-        "16 bits, upper 8 kept": image.mode.startswith("I;16"),
-        "palette, converted": image.mode in ("P", "PA"),
-        "transparent, alpha dropped": image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info,
-        "turned as EXIF says": image.getexif().get(ORIENTATION, 1) in range(2, 9),
-        f"{kind} under another suffix": suffix not in SUFFIXES.get(kind, (f".{kind.lower()}",)),
-    }
-    return tuple(name for name, true in checks.items() if true)
+    except BROKEN as error:
+        return Examined(unreadable(name, error).reason, contents=digest)
 
 
 def lines(quarantined: Iterable[Quarantined], counts: Counter[tuple[str, str]]) -> list[str]:

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vitreous.base.errors import DataError
 from vitreous.data.object_boxes import ObjectBoxes, foreground_mask
 from vitreous.data.problems import listed
@@ -84,9 +82,10 @@ def check_data(spec: str, *, outside: bool = False, progress: Progress | None = 
     problems += [Problem("unreadable", name, one.reason) for name, one in seen.items() if one.reason]
     problems += copies(listing, seen)
     problems += classes(listing, readable)
-    for name in readable:
-        if name in listing.foregrounds:
-            problems += foreground(listing.foregrounds[name], name, seen[name].size)
+    masks = [check_foreground(listing.foregrounds[n], n, seen[n].size) for n in readable if n in listing.foregrounds]
+    problems += [result for result in masks if isinstance(result, Problem)]
+    notes = Counter(note for one in seen.values() for note in one.notes)
+    notes.update(result for result in masks if result and not isinstance(result, Problem))
     counts: dict[str, dict[str, int]] = {}
     for (part, label), count in sorted(listing.counts().items()):
         counts.setdefault(part, {})[label] = count
@@ -95,7 +94,7 @@ def check_data(spec: str, *, outside: bool = False, progress: Progress | None = 
         name=listing.name,
         counts=counts,
         sizes=[sizes[0], sizes[len(sizes) // 2], sizes[-1]] if sizes else [],
-        notes=dict(sorted(Counter(note for one in seen.values() for note in one.notes).items())),
+        notes=dict(sorted(notes.items())),
         masks=len(listing.foregrounds),
         problems=problems,
     )
@@ -162,15 +161,14 @@ def classes(listing: Listing, readable: list[str]) -> Iterator[Problem]:
             yield Problem("class", min(names), f"differs in case or spaces alone from {listed(sorted(names)[1:])}")
 
 
-def foreground(known: ObjectBoxes, name: str, size: tuple[int, int]) -> Iterator[Problem]:
-    """A mask that cannot be read, has another size than its image or marks nothing, and a box
-    outside its image.
+def check_foreground(foreground: ObjectBoxes, name: str, size: tuple[int, int]) -> Problem | str:
+    """How a mask was read; or what is wrong with it, or with the boxes of an image.
+
+    Wrong: it cannot be read, has another size than its image, leaves it, or marks nothing.
     """
-    kind = "mask" if isinstance(known, tuple) else "box"
+    kind, file = ("mask", foreground[0]) if isinstance(foreground, tuple) else ("box", name)
     try:
-        mask: np.ndarray = foreground_mask(known, name, *size)
+        mask, note = foreground_mask(foreground, name, *size)
     except DataError as error:
-        yield Problem(kind, known[0] if isinstance(known, tuple) else name, str(error))
-        return
-    if not mask.any():
-        yield Problem(kind, known[0] if isinstance(known, tuple) else name, "marks no pixel as foreground")
+        return Problem(kind, file, str(error))
+    return note if mask.any() else Problem(kind, file, "marks no pixel as foreground")

@@ -103,7 +103,7 @@ class FileSamples(Samples):
         if foreground is None:
             return None
         width, height = self.image(i).size
-        return foreground_mask(foreground, self.names[i], width, height)
+        return foreground_mask(foreground, self.names[i], width, height)[0]
 
     def subset(self, indices: Indices) -> FileSamples:
         names, sources = [self.names[i] for i in indices], [self.sources[i] for i in indices]
