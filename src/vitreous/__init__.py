@@ -15,6 +15,8 @@ from vitreous.base.after_import import after_import
 
 if TYPE_CHECKING:
     from vitreous.grafting import Graft, Removal, calibrate, check, graft, grafts, new_parameters, no_weight_decay, ungraft
+    from vitreous.hosts.host import embed, finish, host_of, run
+    from vitreous.hosts.stream_ends import collect_terms
     from vitreous.lens.direction import Direction, find_direction
     from vitreous.lens.foreground import foreground
     from vitreous.lens.look import look
@@ -31,21 +33,28 @@ __all__ = [
     "calibrate",
     "catalogue",
     "check",
+    "collect_terms",
+    "embed",
     "find_direction",
+    "finish",
     "foreground",
     "graft",
     "grafts",
+    "host_of",
     "look",
     "new_parameters",
     "no_weight_decay",
     "parse",
     "read",
+    "run",
     "ungraft",
 ]
 HOMES = {  # where each name stands; the imports for type checkers above say the same
     "vitreous.grafting": (
         "Graft", "Removal", "calibrate", "check", "graft", "grafts", "new_parameters", "no_weight_decay", "ungraft",
     ),
+    "vitreous.hosts.host": ("embed", "finish", "host_of", "run"),
+    "vitreous.hosts.stream_ends": ("collect_terms",),
     "vitreous.lens.direction": ("Direction", "find_direction"),
     "vitreous.lens.foreground": ("foreground",),
     "vitreous.lens.look": ("look",),

@@ -33,6 +33,7 @@ from vitreous.train.records.run_folder import read_metrics, read_rows
 DATA = "cutouts:train=41,test=40,size=16"
 RECIPE = f"train {DATA} --model-kwargs {' '.join(SMALL)} --batch-size 16 --epochs 2 --lr 2e-3 --device cpu"
 WITH_PENALTIES = f"{RECIPE} --graft svda --clip-grad 1 --model-ema 0.9 --aug pad"
+WITH_TERMS = WITH_PENALTIES.replace("--graft svda", "--graft svda --graft train.terms.Sizes")
 LONG = f"{WITH_PENALTIES} --epochs 8 --save-every 2"
 WITHOUT = f"{RECIPE} --graft svda:orthogonality=0,entropy=0 --clip-grad 1 --model-ema 0.9 --mixup 0.3 --cutmix 0.5"
 
@@ -95,20 +96,20 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("more", ["--accumulate 3", "--checkpointing"])
 def test_one_process_in_parts_or_with_checkpointing_takes_the_same_steps(alone, tmp_path, more):
     folder = tmp_path / "run"
-    assert main([*WITH_PENALTIES.split(), *more.split(), "--out", str(folder)]) == 0
-    alike(folder, alone(WITH_PENALTIES))
+    assert main([*WITH_TERMS.split(), *more.split(), "--out", str(folder)]) == 0
+    alike(folder, alone(WITH_TERMS))
 
 
 @pytest.mark.forks
 def test_two_processes_equal_one_with_penalties_and_an_uneven_last_batch(alone, tmp_path, capfd):
     """41 images: the last batch of nine is cut into four and five; the penalties are those of one process."""
-    folder, one = tmp_path / "run", alone(WITH_PENALTIES)
+    folder, one = tmp_path / "run", alone(WITH_TERMS)
     capfd.readouterr()
-    done(f"{WITH_PENALTIES} --out {folder}")
+    done(f"{WITH_TERMS} --out {folder}")
     alike(folder, one)
     assert capfd.readouterr().out.count("epoch 2/2") == 1
     assert json.loads((folder / "run.json").read_text())["processes"] == 2
-    assert "svda_orthogonality" in read_metrics(folder)[-1]["losses"]
+    assert {"svda_orthogonality", "size"} < read_metrics(folder)[-1]["losses"].keys()
 
 
 @pytest.mark.forks
@@ -124,7 +125,7 @@ def test_five_processes_have_fewer_images_than_processes_in_the_last_batch(alone
 
     By SGD: where a gradient is nearly zero, AdamW's first steps make much of the rounding of five sums.
     """
-    words, folder = f"{WITH_PENALTIES} --batch-size 8 --epochs 1 --accumulate 2 --opt sgd --lr 0.1", tmp_path / "run"
+    words, folder = f"{WITH_TERMS} --batch-size 8 --epochs 1 --accumulate 2 --opt sgd --lr 0.1", tmp_path / "run"
     done(f"{words} --out {folder}", size=5)
     alike(folder, alone(words))
 

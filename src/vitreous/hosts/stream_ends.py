@@ -125,19 +125,20 @@ class StreamEnd(nn.Module):
 
 @contextmanager
 def collect_terms(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within it, the penalties of activations (`TokenState.terms`) of each pass of this thread: {name: mean over images}.
+    """Within it, the penalties of activations (`TokenState.terms`): {name: mean over images}, summed over passes.
 
-    They are read where the stream ends, by a temporary hook, so a checkpointed block that runs twice counts once.
+    Of passes of this thread that have gradients. They are read where the stream ends, by a temporary hook, so a checkpointed
+    block that runs twice counts once. A compiled model has none: what is compiled would keep the first hook.
     """
     means: dict[str, Tensor] = {}
     thread = threading.get_ident()
 
     def collect(module: nn.Module, args: tuple) -> None:
-        if threading.get_ident() == thread:
+        if torch.is_grad_enabled() and threading.get_ident() == thread:
             for name, value in opened(args[0])[1].terms:
-                means[name] = means.get(name, 0) + value.mean()
+                means[name] = means.get(name, 0) + value.float().mean()
 
-    ends = [module for module in model.modules() if isinstance(module, StreamEnd)]
+    ends = [] if hasattr(model, "_orig_mod") else [module for module in model.modules() if isinstance(module, StreamEnd)]
     handles = [module.register_forward_pre_hook(collect) for module in ends]
     try:
         yield means

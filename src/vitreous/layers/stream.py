@@ -121,7 +121,7 @@ class TokenState:
     @property
     def empty(self) -> bool:
         """True if there is nothing to hand on: a plain tensor of tokens says the same."""
-        return self.plain and self.grid is None and self.context is None and not self.terms
+        return self.plain and self.grid is None and self.context is None and len(self.terms) == 0
 
 
 PLAIN = TokenState()

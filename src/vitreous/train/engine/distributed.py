@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vitreous import grafting
 from vitreous.base.errors import SettingError
+from vitreous.hosts.stream_ends import collect_terms
 from vitreous.tasks import Batch, Objective, Task
 from vitreous.train.engine.session import Session
 from vitreous.train.engine.state import random_states, set_random_states
@@ -27,6 +28,7 @@ class StepModule(nn.Module):
     """The forward pass of a step: a batch to its losses, and with the last part of it the
     penalties. No other code does it.
 
+    Penalties of activations (`TokenState.terms`) are means over images, and so among the losses.
     Both in one forward pass, so that DistributedDataParallel sees every parameter that will get a
     gradient.
     """
@@ -36,8 +38,9 @@ class StepModule(nn.Module):
         self.objective, self.autocast = objective, autocast
 
     def forward(self, batch: Batch, progress: float, last: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        with self.autocast():
+        with self.autocast(), collect_terms(self.objective.model) as terms:
             losses = self.objective.losses(batch, progress)
+        losses = losses | {name: losses.get(name, 0) + value for name, value in terms.items()}
         return losses, grafting.penalties(self.objective.model) if last else {}
 
 
