@@ -31,14 +31,13 @@ _NAMES = {
         abs neg negative positive sin cos tan atan erf erfc erfinv reciprocal ceil floor round trunc frac clamp clip clamp_min
         clamp_max nan_to_num masked_fill index_fill cumsum cumprod logcumsumexp tril triu logit i0 sinc renorm
         to type type_as float double half bfloat16 cuda cpu contiguous clone detach requires_grad data alias to_copy pin_memory
-        conj resolve_conj real imag angle""",
+        conj resolve_conj real imag angle expand expand_as broadcast_to""",
     view_rules.view: """
         permute transpose swapaxes swapdims movedim moveaxis t T mT H mH adjoint narrow select slice unbind split
         split_with_sizes unsafe_split chunk unsafe_chunk tensor_split hsplit vsplit dsplit diagonal masked_select take rot90
         pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle""",
     view_rules.fold: """reshape view view_as reshape_as flatten unflatten ravel squeeze unsqueeze unsafe_view atleast_2d
         atleast_3d""",
-    view_rules.expand: "expand expand_as broadcast_to",
     view_rules.roll: "roll flip fliplr flipud",
     view_rules.repeat: "repeat tile repeat_interleave",
     view_rules.pick: "getitem",

@@ -13,7 +13,7 @@ axis, which for an attention map is the query's, on either side of the product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,10 +98,10 @@ def to_cpu(value: Any) -> Any:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def thin(part: Tensor) -> Tensor:
-    """A part with axes of stride 0 cut to length 1."""
-    for axis, step in enumerate(part.stride()):
-        if step == 0 and part.shape[axis] > 1:
+def thin(part: Tensor, axes: Iterable[int] | None = None) -> Tensor:
+    """A part with axes of stride 0 cut to length 1; axes: these alone."""
+    for axis in range(part.ndim) if axes is None else axes:
+        if part.stride(axis) == 0 and part.shape[axis] > 1:
             part = part.narrow(axis, 0, 1)
     return part
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -95,7 +96,7 @@ def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note
     grids = [snap(places, size) for places in (query, key)]
     absent = query[..., 0].isnan().all(0)
     prefix = int(absent.long().cumprod(0).sum())
-    sizes = {kind: _product(n for axis in factors for n, k in axis if k == kind) for kind in "WH"}
+    sizes = {kind: math.prod(n for axis in factors for n, k in axis if k == kind) for kind in "WH"}
     return Layout(
         size, query[..., :2].clone(), key[..., :2].clone(), grids[0][0], grids[1][0], prefix, sizes["W"], sizes["H"], factors,
         note, grids[0][1], grids[1][1],
@@ -118,14 +119,6 @@ def _differs(places: Tensor, axis: int) -> bool:
     points = places[..., :2]
     low, high = points.nan_to_num(nan=torch.inf).amin(axis), points.nan_to_num(nan=-torch.inf).amax(axis)
     return bool((high - low > CLOSE).any())
-
-
-def _product(values) -> int:
-    """Product of the values; 1 of none."""
-    total = 1
-    for value in values:
-        total *= value
-    return total
 
 
 def _tokens(places: Tensor) -> Tensor:

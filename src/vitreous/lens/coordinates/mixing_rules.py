@@ -90,14 +90,7 @@ def _channels(parts: Parts, axis: int, groups: int = 1) -> Parts:
     if groups == 1 or all(part.stride(axis) == 0 for part in parts):
         return mean_over(parts, axis)
     split = tuple(part.unflatten(axis, (groups, -1)) for part in parts)
-    return tuple(part.squeeze(axis) for part in broadcast(mean_over(split, axis), _shape_with_one(split[0], axis)))
-
-
-def _shape_with_one(part: Tensor, axis: int) -> list[int]:
-    """A part's shape with length 1 along an axis."""
-    shape = list(part.shape)
-    shape[axis] = 1
-    return shape
+    return tuple(part.squeeze(axis) for part in mean_over(split, axis))
 
 
 def _spatial(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vitreous.lens.coordinates.field import (
     CoordinateField,
     TensorOp,
+    broadcast,
     equal_parts,
     mean_over,
     parts_of_set,
@@ -30,7 +31,7 @@ from vitreous.lens.coordinates.field import (
 
 
 def keep(op: TensorOp) -> CoordinateField | None:
-    """Elementwise with one tensor, normalisation, activation, softmax, cast, copy."""
+    """Elementwise with one tensor, normalisation, activation, softmax, cast, copy, expand."""
     return op.source and op.source.map_parts(lambda part: thin(part).expand(shape_of(op.out)))
 
 
@@ -79,8 +80,7 @@ def refold(part: Tensor, shape: Sequence[int]) -> Tensor:
     for olds, news in blocks(part.shape, shape):
         # a constant group of axes is one element before, and is expanded again after
         if all(part.shape[axis] == 1 or part.stride(axis) == 0 for axis in olds):
-            for axis in olds:
-                part = part.narrow(axis, 0, 1)
+            part = thin(part, olds)
             for axis in news:
                 small[axis] = 1
     return part.reshape(small).expand(tuple(shape))
@@ -92,11 +92,6 @@ def fold(op: TensorOp) -> CoordinateField | None:
     if field is None or field.sets[0][0].numel() != op.out.numel():
         return None
     return field.map_parts(lambda part: refold(part, shape))
-
-
-def expand(op: TensorOp) -> CoordinateField | None:
-    """expand, expand_as, broadcast_to."""
-    return op.source and op.source.map_parts(lambda part: part.expand(shape_of(op.out)))
 
 
 def roll(op: TensorOp) -> CoordinateField | None:
@@ -139,10 +134,7 @@ def pick(op: TensorOp) -> CoordinateField | None:
         # slices and integers make a view, which keeps stride 0 by itself
         if not any(isinstance(item, Tensor | list) for item in items) or any(item is Ellipsis for item in items):
             return part[index]
-        for axis in range(used, part.ndim):
-            if part.stride(axis) == 0 and part.shape[axis] > 1:
-                part = part.narrow(axis, 0, 1)
-        return part[index].expand(shape)
+        return thin(part, range(used, part.ndim))[index].expand(shape)
 
     return field.map_parts(change)
 
@@ -239,9 +231,7 @@ def glu(op: TensorOp) -> CoordinateField | None:
     """glu: half of the axis gates the other half; the mean place of both."""
     dim = op.arguments("input", "dim").get("dim", -1)
     shape = shape_of(op.out)
-    return op.source and CoordinateField(
-        tuple(tuple(p.expand(shape) for p in mean_over(parts, dim)) for parts in op.source.sets)
-    )
+    return op.source and CoordinateField(tuple(broadcast(mean_over(parts, dim), shape) for parts in op.source.sets))
 
 
 def complex_view(op: TensorOp) -> CoordinateField | None:
@@ -265,13 +255,10 @@ def pad(op: TensorOp) -> CoordinateField | None:
     shape = shape_of(op.out)
 
     def change(part: Tensor) -> Tensor:
-        for axis in range(part.ndim):
-            # pad counts pairs of sides from the last axis
-            back = 2 * (part.ndim - 1 - axis)
-            if part.stride(axis) == 0 and part.shape[axis] > 1 and not any(sides[back : back + 2]):
-                part = part.narrow(axis, 0, 1)
+        # pad counts pairs of sides from the last axis
+        padded = [axis for axis in range(part.ndim) if any(sides[2 * (part.ndim - 1 - axis) :][:2])]
         # NaN: constant padding has no place
-        return F.pad(part, sides, value=torch.nan).expand(shape)
+        return F.pad(thin(part, set(range(part.ndim)) - set(padded)), sides, value=torch.nan).expand(shape)
 
     return field.map_parts(change)
 
@@ -289,7 +276,7 @@ def patches(op: TensorOp) -> CoordinateField | None:
     settings = {name: arguments.get(name, 1) for name in ("dilation", "stride")}
 
     def change(part: Tensor) -> Tensor:
-        slim = part.narrow(-3, 0, 1) if part.stride(-3) == 0 else part
+        slim = thin(part, (-3,))
         # padded with NaN here, as F.unfold itself pads with 0, which would be a place
         wide = F.pad(slim, (padding[1], padding[1], padding[0], padding[0]), value=torch.nan)
         windows = F.unfold(wide, arguments["kernel_size"], **settings).unflatten(-2, (slim.shape[-3], -1))

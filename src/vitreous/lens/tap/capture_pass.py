@@ -19,7 +19,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,21 +181,12 @@ def attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
                 yield from tensors(value)
 
 
-@contextmanager
-def force_eager() -> Iterator[None]:
-    """Compiled code runs uncompiled while the body runs.
+def force_eager() -> AbstractContextManager[Any]:
+    """A context in which compiled code runs uncompiled.
 
     For the whole process, as torch.compiler has it.
     """
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
-        yield
-
-
-@contextmanager
-def outside_tap(device: torch.device) -> Iterator[None]:
-    """Computations of the lens: not intercepted, and in the precision that they name."""
-    with torch._C.DisableTorchFunction(), torch.autocast(device.type, enabled=False):
-        yield
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class Tap(TorchFunctionMode):
@@ -257,8 +248,8 @@ class Tap(TorchFunctionMode):
                 result = AttentionOp("softmax", q, k, result.v, result.output, weighted_sum=result)
         if isinstance(result, AttentionOp):
             result.heads = self.heads
-            # checks run in float32 under the autocast of any caller
-            with outside_tap(result.output.device):
+            # checks are not intercepted, and run in float32 under the autocast of any caller
+            with torch._C.DisableTorchFunction(), torch.autocast(result.output.device.type, enabled=False):
                 self.receiver.attention(self.stack, result)
         elif result is not None:
             self.receiver.refuse(self.stack.path, result)

@@ -199,9 +199,8 @@ class DataFlow:
 
         into: the tensor itself, if it may be x (in-place calls).
         """
-        overwritten = into is x and role.original is None
-        original = role.original if role.original is not None or role.overwritten or overwritten else x
-        return replace(role, axes=axes, original=original, overwritten=role.overwritten or overwritten, mixed=True, **fields)
+        overwritten = role.overwritten or (into is x and role.original is None)
+        return replace(move_role(role, x, axes, into), overwritten=overwritten, mixed=True, **fields)
 
     def propagate(
         self, sources: list, name: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any
@@ -314,8 +313,8 @@ def view_axes(
     yield from repeat(None)
 
 
-def move_role(role: Scores | Weights, x: Tensor, axes: Axes | None, y: Tensor) -> Scores | Weights:
-    """The role of y, which has the values of x in other places."""
+def move_role(role: Scores | Weights, x: Tensor, axes: Axes | None, y: Tensor | None) -> Scores | Weights:
+    """The role of y, which has the values of x in other places; y: None if it is not x."""
     if isinstance(role, Scores):
         return replace(role, axes=axes)
     return replace(role, axes=axes, original=role.original if role.original is not None or role.overwritten or y is x else x)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitreous.hosts.stream_ends import Opening
 from vitreous.layers.stream import Stream
 from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer
+from vitreous.lens.coordinates.field import thin
 from vitreous.lens.coordinates.layout import Layout, channel, layout
 from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, OperandView, Receiver, guess_factors
 from vitreous.lens.tap.module_stack import ModuleStack
@@ -94,7 +95,7 @@ class Tracer(Receiver):
         places = self.coordinates.of(side[0])
         if places is None:
             return torch.full((count, 1, 4), math.nan)
-        places = side[1](narrow_constant_axes(places))
+        places = side[1](thin(places, range(places.ndim - 1)))
         return places.expand(*places.shape[:-3], count, *places.shape[-2:])
 
     def share(self, call_layout: Layout) -> Layout:
@@ -133,7 +134,7 @@ class Tracer(Receiver):
         places = self.coordinates.of(output)
         if places is None or len(output) != 1:
             return None
-        places = narrow_constant_axes(places)
+        places = thin(places, range(places.ndim - 1))
         # the axes of places are those along which coordinates differ; the one left holds features
         varying = [axis for axis in range(1, output.ndim) if places.shape[axis] > 1]
         if len(varying) != output.ndim - 2 or varying[-1] - varying[0] != len(varying) - 1:
@@ -145,11 +146,3 @@ class Tracer(Receiver):
         if key not in self.layouts_by_places:
             self.layouts_by_places[key] = layout(places, None, self.coordinates.size)
         return self.layouts_by_places[key]
-
-
-def narrow_constant_axes(places: Tensor) -> Tensor:
-    """Coordinates (..., 4) with size 1 in place of axes along which they are constant."""
-    for axis in range(places.ndim - 1):
-        if places.stride(axis) == 0:
-            places = places.narrow(axis, 0, 1)
-    return places
