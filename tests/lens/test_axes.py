@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitreous.lens.tap.axes import Axes, contraction, on_meta
+from vitreous.lens.coordinates.contraction import contraction
+from vitreous.lens.tap.axes import Axes, on_meta
 
 SHAPE = (2, 6, 5, 7)
 CHAINS = {

@@ -11,7 +11,6 @@ a rule lose the coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.lens.coordinates import mixing_rules, view_rules
-from vitreous.lens.coordinates.field import CoordinateField, Parts, TensorOp, thin, variance
+from vitreous.lens.coordinates.field import CoordinateField, Parts, TensorOp, tensors, thin, variance
 
 _NAMES = {
     view_rules.keep: """
@@ -68,8 +67,7 @@ _NAMES = {
     mixing_rules.sample: "grid_sample",
     mixing_rules.fold: "fold",
     mixing_rules.linear: "linear",
-    mixing_rules.matmul: "matmul rmatmul mm bmm mv baddbmm addmm addmv",
-    mixing_rules.einsum: "einsum",
+    mixing_rules.multiply: "matmul rmatmul mm bmm mv baddbmm addmm addmv einsum",
     mixing_rules.attend: "scaled_dot_product_attention",
     mixing_rules.merge: "scatter_add scatter_reduce index_add index_reduce",
 }
@@ -111,9 +109,8 @@ class CoordinateTracer:
         self.fields: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.lost_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> name of the call that lost its coordinates
         self.varying: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that another image, or chance, would change
-        self.chosen_by: WeakIdKeyDictionary = (
-            WeakIdKeyDictionary()
-        )  # tensor -> name of the call that took tokens by such an index
+        # tensor -> name of the call that took tokens by such an index
+        self.chosen_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
         # float64: second moments of pixel coordinates lose the variance in float32
         y = (torch.arange(self.size[0], dtype=torch.float64, device="cpu") + 0.5)[:, None]
         x = (torch.arange(self.size[1], dtype=torch.float64, device="cpu") + 0.5)[None]
@@ -127,9 +124,9 @@ class CoordinateTracer:
         To be called after it, with torch functions switched off.
         """
         name, kwargs = plain_name(func), kwargs or {}
-        inputs = list(_tensors((*args, *kwargs.values())))
+        inputs = tensors((*args, *kwargs.values()))
         # `x[i] = y` returns nothing, and changes its first argument
-        results = [args[0]] if name == "setitem" else list(_tensors((out,)))
+        results = [args[0]] if name == "setitem" else tensors(out)
         outputs = [tensor for tensor in results if tensor.is_floating_point() or tensor.is_complex()]
         has_place = any(tensor in self.fields for tensor in inputs)
         varying = has_place or name in _RANDOM or any(tensor in self.varying or tensor in self.lost_by for tensor in inputs)
@@ -199,11 +196,9 @@ class CoordinateTracer:
         if lost_by is not None:
             return f"{lost_by} lost the places"
         chosen_by = next((self.chosen_by[tensor] for tensor in tensors if tensor in self.chosen_by), None)
-        return (
-            ""
-            if chosen_by is None
-            else f"{chosen_by} chose tokens by their values or by chance: other images have other places"
-        )
+        if chosen_by is not None:
+            return f"{chosen_by} chose tokens by their values or by chance: other images have other places"
+        return ""
 
 
 def _stacked(parts: Parts, shape: tuple[int, ...]) -> Tensor:
@@ -212,12 +207,3 @@ def _stacked(parts: Parts, shape: tuple[int, ...]) -> Tensor:
     # from the second moment, which mixing rules average like y and x
     width = variance((y, x, moment, mass))
     return torch.stack(torch.broadcast_tensors(y, x, width, mass), dim=-1).expand(*shape, 4)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors among values, also inside tuples and lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(value)

@@ -88,6 +88,23 @@ class TensorOp:
         return self.out_of_place(**kwargs | {next(iter(kwargs)): part})
 
 
+def tensors(value: Any) -> list[Tensor]:
+    """Tensors in an argument or a result, also inside lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    result = []
+    for item in value:
+        if isinstance(item, Tensor):
+            result.append(item)
+        elif isinstance(item, (list, tuple, dict)):
+            result += tensors(item)
+    return result
+
+
 def to_cpu(value: Any) -> Any:
     """Index tensors on the CPU, where parts are kept, also inside a tuple or list."""
     if isinstance(value, Tensor):

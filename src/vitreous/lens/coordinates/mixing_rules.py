@@ -7,13 +7,13 @@ along the contracted axis: a linear layer its row's, attention its query's. A ru
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitreous.lens.coordinates.contraction import Labels, labelled
 from vitreous.lens.coordinates.field import (
     CoordinateField,
     Parts,
@@ -266,24 +266,24 @@ def fold(op: TensorOp) -> CoordinateField | None:
 # --- products -------------------------------------------------------------------------------------
 
 
-def contract(op: TensorOp, operands: Sequence[tuple[Tensor, str]], out: str) -> CoordinateField | None:
-    """Places of a product of one or two tensors whose axes have letters, as in einsum.
+def contract(op: TensorOp, operands: Sequence[tuple[Tensor, Labels]], out: Labels) -> CoordinateField | None:
+    """Places of a product of one or two tensors whose axes have labels, as in einsum.
 
-    Letters that are not in `out` are summed. Sets that do not vary along a summed axis give the
+    Labels that are not in `out` are summed. Sets that do not vary along a summed axis give the
     place: one, or two (rows and columns of scores). A single place beside many says nothing and is
     left out, unless it is no place at all (a class token's query). If all vary: the mean, of what a
     factor without places does not multiply by 0 (a matrix that selects or merges tokens).
     """
     fixed, loose, own, shape = [], [], [], shape_of(op.out)
-    for i, (tensor, letters) in enumerate(operands):
+    for i, (tensor, labels) in enumerate(operands):
         field = op.field(tensor)
-        others = "".join(text for j, (_, text) in enumerate(operands) if j != i)
-        # letters of the output that this operand alone has
-        own += [out.index(letter) for letter in letters if letter in out and letter not in others]
+        others = {label for j, (_, theirs) in enumerate(operands) if j != i for label in theirs}
+        # labels of the output that this operand alone has
+        own += [out.index(label) for label in labels if label in out and label not in others]
         for parts in field.sets if field else ():
-            steady = all(is_constant_along(parts, axis) for axis, letter in enumerate(letters) if letter not in out)
+            steady = all(is_constant_along(parts, axis) for axis, label in enumerate(labels) if label not in out)
             # an operand that is at one place along the sum gives its own place
-            (fixed if steady else loose).append(broadcast(_aligned(parts, letters, out), shape))
+            (fixed if steady else loose).append(broadcast(_aligned(parts, labels, out), shape))
     if fixed:
         # an operand that is nowhere in particular, as a pooled one, does not place the rows
         informative = [parts for parts in fixed if not is_constant(parts) or parts[0].isnan().all()]
@@ -293,36 +293,38 @@ def contract(op: TensorOp, operands: Sequence[tuple[Tensor, str]], out: str) -> 
     by_place = sorted(operands, key=lambda operand: op.field(operand[0]) is None)
     if len(operands) > 1 and op.field(by_place[1][0]) is None and bool((by_place[1][0] == 0).any()):
         # zeros of the other factor select tokens: only what they let through counts
-        (tensor, letters), (mask, its_letters) = by_place
-        return CoordinateField((_masked_mean(op.field(tensor).sets[0], letters, to_cpu(mask) != 0, its_letters, out),))
+        (tensor, labels), (mask, its_labels) = by_place
+        return CoordinateField((_masked_mean(op.field(tensor).sets[0], labels, to_cpu(mask) != 0, its_labels, out),))
     both_have_places = all(op.field(tensor) is not None for tensor, _ in operands)
     return CoordinateField(
         (loose[0],), both_have_places and all(is_constant_along(parts, axis) for parts in loose for axis in own)
     )
 
 
-def _masked_mean(parts: Parts, letters: str, mask: Tensor, its_letters: str, out: str) -> Parts:
-    """Means over summed letters of the elements that a second operand does not multiply by 0."""
-    shape = parts[0].shape
-    gone = [letter not in out for letter in letters]
-    slim = tuple(thin(part) for part in parts)
-    small_shape = [max(part.shape[axis] for part in slim) if not gone[axis] else shape[axis] for axis in range(len(shape))]
-    sizes = dict(zip(its_letters, mask.shape, strict=True)) | dict(zip(letters, shape, strict=True))
+def _masked_mean(parts: Parts, labels: Labels, mask: Tensor, its_labels: Labels, out: Labels) -> Parts:
+    """Means over summed labels of the elements that a second operand does not multiply by 0."""
+    shape, slim = parts[0].shape, tuple(thin(part) for part in parts)
+    widths = [max(part.shape[axis] for part in slim) for axis in range(len(shape))]
+    small_shape = [width if label in out else n for width, label, n in zip(widths, labels, shape, strict=True)]
+    sizes = dict(zip(its_labels, mask.shape, strict=True)) | dict(zip(labels, shape, strict=True))
+    # torch.einsum takes numbers in place of letters
+    numbers = {label: i for i, label in enumerate(sorted(sizes, key=str))}
+    axes = [[numbers[label] for label in of] for of in (labels, its_labels, out)]
     means = average(
         tuple(part.expand(small_shape) for part in slim),
-        lambda part: torch.einsum(f"{letters},{its_letters}->{out}", part, mask.to(part.dtype)),
+        lambda part: torch.einsum(part, axes[0], mask.to(part.dtype), axes[1], axes[2]),
     )
-    return broadcast(means, [sizes[letter] for letter in out])
+    return broadcast(means, [sizes[label] for label in out])
 
 
-def _aligned(parts: Parts, letters: str, out: str) -> Parts:
-    """Parts averaged over letters that are not in `out`, with the axes of `out`.
+def _aligned(parts: Parts, labels: Labels, out: Labels) -> Parts:
+    """Parts averaged over labels that are not in `out`, with the axes of `out`.
 
     Axes have length 1 where the parts have none.
     """
-    gone = [axis for axis, letter in enumerate(letters) if letter not in out]
-    order = [letters.index(letter) for letter in out if letter in letters] + gone
-    index = (*(slice(None) if letter in letters else None for letter in out), *(0 for _ in gone))
+    gone = [axis for axis, label in enumerate(labels) if label not in out]
+    order = [labels.index(label) for label in out if label in labels] + gone
+    index = (*(slice(None) if label in labels else None for label in out), *(0 for _ in gone))
     return tuple(part.permute(order)[index] for part in mean_over(parts, gone))
 
 
@@ -332,42 +334,10 @@ def linear(op: TensorOp, axis: int = -1) -> CoordinateField | None:
     return op.source and CoordinateField(tuple(broadcast(mean_over(parts, axis), shape) for parts in op.source.sets))
 
 
-def matmul(op: TensorOp) -> CoordinateField | None:
-    """matmul, bmm, baddbmm and the like."""
-    tensors = [value for value in (*op.args, *op.kwargs.values()) if isinstance(value, Tensor)]
-    a, b = tensors[1:3] if op.name in ("baddbmm", "addmm", "addmv") else tensors[:2]
-    # `a.__rmatmul__(b)` is b @ a
-    if op.name == "rmatmul":
-        a, b = b, a
-    batch = string.ascii_uppercase[: max(a.ndim, b.ndim, 2) - 2]
-    left = batch[len(batch) - max(a.ndim - 2, 0) :] + ("mk" if a.ndim > 1 else "k")
-    right = batch[len(batch) - max(b.ndim - 2, 0) :] + ("kn" if b.ndim > 1 else "k")
-    out = batch + "m" * (a.ndim > 1) + "n" * (b.ndim > 1)
-    return contract(op, [(a, left), (b, right)], out)
-
-
-def einsum(op: TensorOp) -> CoordinateField | None:
-    """einsum of one or two tensors, with or without an ellipsis."""
-    text, *tensors = op.args
-    tensors = list(tensors[0]) if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
-    if not isinstance(text, str) or len(tensors) > 2:
-        return None
-    inputs, _, out = text.replace(" ", "").partition("->")
-    sides = inputs.split(",")
-    lead = max(tensor.ndim - len(side.replace("...", "")) for side, tensor in zip(sides, tensors, strict=True))
-    # letters for the axes of the ellipsis
-    free = [letter for letter in string.ascii_letters if letter not in inputs][:lead]
-    if "->" not in text:
-        once = sorted(letter for letter in set(inputs) - set(",.") if inputs.count(letter) == 1)
-        out = "..." * ("..." in inputs) + "".join(once)
-    filled_in = []
-    for side, tensor in zip(sides, tensors, strict=True):
-        extra = tensor.ndim - len(side.replace("...", ""))
-        filled_in.append(side.replace("...", "".join(free[lead - extra :])))
-    # a repeated letter is a diagonal, which the rule does not follow
-    if any(len(set(side)) < len(side) for side in filled_in):
-        return None
-    return contract(op, list(zip(tensors, filled_in, strict=True)), out.replace("...", "".join(free)))
+def multiply(op: TensorOp) -> CoordinateField | None:
+    """matmul, bmm, baddbmm and the like; einsum of one or two tensors."""
+    operands, out = labelled(op.name, op.args, op.kwargs)
+    return contract(op, operands, out) if len(operands) in (1, 2) else None
 
 
 def attend(op: TensorOp) -> CoordinateField | None:

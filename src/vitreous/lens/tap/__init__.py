@@ -9,22 +9,13 @@ module_stack.py     `ModuleStack`: which module runs now, and the state of its t
 attention_op.py     `AttentionOp`: an intercepted attention; the fused route
 softmax.py          `DataFlow`: the written-out route: product, softmax, product with V
 dataflow.py         roles that tensors have on this route: `Scores`, `Weights`, `WeightedSum`
-axes.py             `Contraction`, and `Axes` followed through views
+axes.py             `Axes` followed through views
 tracer.py           `Tracer`: shapes, coordinates and kinds of every call, from one image
 capture.py          `Capture`: arranges every attention, checks it, and calls the callback
 attention_call.py   `AttentionCall`: what the callback gets
 tensor_set.py       `TensorSet`: which tensors are known, without holding them
 """
 
-from vitreous.lens.tap.capture_pass import (
-    AttentionCall,
-    Layout,
-    Layouts,
-    PassResult,
-    Refusal,
-    Traced,
-    trace,
-    watch,
-)
+from vitreous.lens.tap.capture_pass import AttentionCall, Layouts, Refusal, trace, watch
 
-__all__ = ["AttentionCall", "Layout", "Layouts", "PassResult", "Refusal", "Traced", "trace", "watch"]
+__all__ = ["AttentionCall", "Layouts", "Refusal", "trace", "watch"]

@@ -1,8 +1,4 @@
-"""Axes of tensors: contractions in labels, and axes followed through views.
-
-`Contraction` gives matmul, einsum and their kin one form. `Axes` says where each entry of a tensor
-stood in an earlier one, after any chain of views.
-"""
+"""`Axes`: where each entry of a tensor stood in an earlier one, after any chain of views."""
 
 from __future__ import annotations
 
@@ -14,76 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Label = int | str
+from vitreous.lens.coordinates.contraction import Label
+
 Digit = tuple[int, int | None]  # size, stride in the flat index of the first tensor; 0: repeated; None: new, not from there
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """out = sum over the labels that only a and b have; one label per axis.
-
-    Axes with equal labels are one axis (or one of them has size 1). batch: labels that count as
-    leading axes even where one operand lacks them (broadcasting of matmul).
-    """
-
-    a: Tensor
-    b: Tensor
-    labels_a: tuple[Label, ...]
-    labels_b: tuple[Label, ...]
-    labels_out: tuple[Label, ...]
-    batch: frozenset[Label] = frozenset()
-
-
-MATMULS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "addmm"}
-OPERAND_NAMES = ("input", "batch1", "mat1", "other", "tensor2", "batch2", "mat2")  # operands by keyword, in order
-
-
-def contraction(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Contraction | None:
-    """The call as a contraction of two tensors, or None if it is none, or of another form."""
-    if name == "einsum":
-        return einsum_contraction(args)
-    if name not in MATMULS:
-        return None
-    operands = [*args, *(kwargs[key] for key in OPERAND_NAMES if key in kwargs)]
-    operands = [x for x in operands if isinstance(x, Tensor)]
-    # the first argument is added to the product and is no operand
-    if name in ("baddbmm", "addmm"):
-        operands = operands[1:]
-    if len(operands) != 2 or min(x.ndim for x in operands) < 2:
-        return None
-    a, b = reversed(operands) if name == "__rmatmul__" else operands
-    lead = tuple(range(max(a.ndim, b.ndim) - 2))
-    # leading axes are numbered from the right end, as broadcasting aligns them
-    own = [lead[len(lead) - (x.ndim - 2) :] for x in (a, b)]
-    return Contraction(a, b, (*own[0], "n", "c"), (*own[1], "c", "m"), (*lead, "n", "m"), frozenset(lead))
-
-
-def einsum_contraction(args: Sequence[Any]) -> Contraction | None:
-    """The contraction of an einsum of two operands without diagonals, else None."""
-    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
-    if not isinstance(args[0], str) or len(operands) != 2:
-        return None
-    left, _, right = args[0].replace(" ", "").partition("->")
-    inputs = left.split(",")
-    labels = [expand_ellipsis(term, x.ndim) for term, x in zip(inputs, operands, strict=True)]
-    if "->" in args[0]:
-        longest = max(sum(isinstance(label, int) for label in own) for own in labels)
-        out = expand_ellipsis(right, len(right.replace("...", "")) + (longest if "..." in right else 0))
-    else:
-        every = [label for own in labels for label in own]
-        # without "->" the output has the ellipsis first, then letters that occur once, in order
-        out = tuple(sorted({label for label in every if isinstance(label, int)}, reverse=True))
-        out += tuple(sorted(label for label in every if isinstance(label, str) and every.count(label) == 1))
-    if any(len(set(own)) < len(own) for own in (*labels, out)):
-        return None  # a diagonal
-    return Contraction(operands[0], operands[1], *labels, out, frozenset(label for label in out if isinstance(label, int)))
-
-
-def expand_ellipsis(term: str, ndim: int) -> tuple[Label, ...]:
-    """Letters of one operand, with "..." as numbers that count from its right."""
-    before, dots, after = term.partition("...")
-    count = ndim - len(before) - len(after)
-    return (*before, *(range(count - 1, -1, -1) if dots else ()), *after)
 
 
 def arrange(x: Tensor, labels: Sequence[Label], wanted: Sequence[Label], sizes: dict[Label, int]) -> Tensor:

@@ -31,18 +31,16 @@ from torch.overrides import TorchFunctionMode
 
 from vitreous.base.errors import DataError, HostError, NotReached
 from vitreous.hosts.stream_ends import Opening
-from vitreous.lens.coordinates.layout import Layout
+from vitreous.lens.coordinates.field import tensors
 from vitreous.lens.preserve_state import preserve_state
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.tap.attention_op import AttentionOp, Receiver, Refusal, fused_attention
 from vitreous.lens.tap.capture import Capture
 from vitreous.lens.tap.dataflow import WeightedSum
 from vitreous.lens.tap.module_stack import ModuleStack, OnOutput
-from vitreous.lens.tap.softmax import STARTS, DataFlow, tensors
+from vitreous.lens.tap.softmax import STARTS, DataFlow
 from vitreous.lens.tap.tensor_set import TensorSet
-from vitreous.lens.tap.tracer import Layouts, Traced, Tracer
-
-__all__ = ["AttentionCall", "Layout", "Layouts", "PassResult", "Refusal", "Traced", "trace", "watch"]
+from vitreous.lens.tap.tracer import Layouts, Tracer
 
 NAMESPACES = {"aten", "prim", "prims", "profiler", "torchvision"}  # operators that hide no attention
 # Nearly every call of a pass is of one of these; a test of types is cheap.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitreous.lens.tap.axes import Axes, Contraction, Label, flat_steps, unravel
+from vitreous.lens.coordinates.contraction import Contraction, Label
+from vitreous.lens.tap.axes import Axes, flat_steps, unravel
 
 POWERS = {"exp", "exp2", "special_exp2"}
 DIVISIONS = {"div", "true_divide", "truediv", "rtruediv", "rdiv", "itruediv", "mul", "rmul", "imul"}

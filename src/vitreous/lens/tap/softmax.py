@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitreous.lens.tap.axes import MATMULS, Axes, Contraction, Label, arrange, contraction, on_meta
+from vitreous.lens.coordinates.contraction import MATMULS, Contraction, Label, contraction
+from vitreous.lens.coordinates.field import tensors
+from vitreous.lens.tap.axes import Axes, arrange, on_meta
 from vitreous.lens.tap.dataflow import Scores, Softmax, SoftmaxRecord, WeightedSum, Weights, make_product, recover_probabilities
 from vitreous.lens.tap.module_stack import ModuleStack
 
@@ -26,7 +28,9 @@ SOFTMAXES = {
     "softmax", "_softmax", "special_softmax", "_safe_softmax", "softmin", "gumbel_softmax", "log_softmax", "_log_softmax",
     "special_log_softmax",
 }  # fmt: skip
-STARTS = SOFTMAXES | MATMULS | {"einsum"}  # calls that may give a role to a tensor without one among its inputs
+STARTS = (
+    SOFTMAXES | MATMULS | {"__matmul__", "__rmatmul__", "einsum"}
+)  # calls that may give a role to a tensor without one among its inputs
 VIEWS = {
     "view", "reshape", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "flatten", "unflatten", "squeeze",
     "unsqueeze", "t", "T", "mT", "H", "mH", "expand", "expand_as", "view_as", "reshape_as", "select", "narrow", "__getitem__",
@@ -44,23 +48,6 @@ MOVES = {
     "scatter_", "topk", "sort", "roll", "flip", "repeat", "repeat_interleave", "tile", "as_strided", "unfold", "index_put",
     "index_put_", "masked_select", "constant_pad_nd", "__getitem__",
 }  # fmt: skip
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """Tensors in an argument or a result, also inside lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    result = []
-    for item in value:
-        if isinstance(item, Tensor):
-            result.append(item)
-        elif isinstance(item, (list, tuple, dict)):
-            result += tensors(item)
-    return result
 
 
 class DataFlow:
