@@ -15,7 +15,7 @@ from vitreous import calibrate, graft
 from vitreous.base.errors import HostError
 from vitreous.hosts.attention import query_key_weights
 from vitreous.layers.linear import Linear
-from vitreous.lens.direction import Direction, facts, sample_of
+from vitreous.lens.direction import Direction, identity, sample_of
 from vitreous.lens.formulas import spectra
 from vitreous.lens.layer_features import layer_features
 from vitreous.lens.look import look
@@ -155,7 +155,7 @@ def test_a_direction_belongs_to_the_model_with_its_adapter(way):
     model = adapted(way)
     for layer, other in zip(layer_features(model, pictures()), layer_features(merged(way), pictures()), strict=True):
         torch.testing.assert_close(layer.keys, other.keys, atol=1e-5, rtol=1e-5)
-    direction = Direction((), (), (), 8, (4, 4), model=facts(model), sample=sample_of(model))
+    direction = Direction((), (), (), 8, (4, 4), model=identity(model), sample=sample_of(model))
     direction.check(copy.deepcopy(model).float())
     with pytest.raises(HostError, match="whose weights are others"):
         direction.check(silenced(model))

@@ -556,11 +556,11 @@ def test_another_look_into_the_same_folder_is_refused_and_loses_nothing(tmp_path
 
 def planted(model, sign: float = 1.0):
     """A direction of this model along its first key and output."""
-    from vitreous.lens.direction import Direction, facts, sample_of
+    from vitreous.lens.direction import Direction, identity, sample_of
 
     w = torch.zeros(24)
     w[3] = sign
-    return Direction(((1, "k"), (2, "o")), (w, w), (1,), 9, GRID, {}, facts(model), sample_of(model))
+    return Direction(((1, "k"), (2, "o")), (w, w), (1,), 9, GRID, {}, identity(model), sample_of(model))
 
 
 def test_a_direction_signs_the_maps_and_makes_the_foreground(tmp_path):

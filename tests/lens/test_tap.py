@@ -375,7 +375,7 @@ def test_only_the_named_ends_are_told_of_and_nothing_else_changes():
 
 def test_calls_with_the_same_places_share_one_layout():
     layouts = trace(vit(), images())
-    found = [layouts.get((f"blocks.{i}.attn", 0)) for i in range(3)]
+    found = [layouts.calls[f"blocks.{i}.attn", 0].layout for i in range(3)]
     assert found[0] is not None
     assert found[1] is found[0]
     assert found[2] is found[0]
@@ -388,7 +388,7 @@ def test_calls_with_other_places_do_not_share():
     model.blocks[1].register_forward_pre_hook(lambda module, args: (args[0][:, :9],))
     model.blocks[2].register_forward_pre_hook(lambda module, args: (args[0].flip(1),))
     layouts = trace(model, images())
-    first, half, turned, last = (layouts.get((f"blocks.{i}.attn", 0)) for i in range(4))
+    first, half, turned, last = (layouts.calls[f"blocks.{i}.attn", 0].layout for i in range(4))
     assert first.queries.shape[1] == 17
     torch.testing.assert_close(half.queries, first.queries[:, :9], equal_nan=True)
     torch.testing.assert_close(turned.queries, half.queries.flip(1), equal_nan=True)

@@ -25,7 +25,7 @@ class BatchPass:
 
     `outputs` names the modules that `on_output` waits for.
 
-    told(call, coordinates): called after the observers for every attention.
+    on_located(call, coordinates): called after the observers for every attention.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class BatchPass:
         model: nn.Module,
         probes: Sequence[Probe],
         batch: BatchInfo,
-        told: Callable[[AttentionCall, TokenCoordinates], None] | None = None,
+        on_located: Callable[[AttentionCall, TokenCoordinates], None] | None = None,
     ):
-        self.batch, self.told = batch, told
+        self.batch, self.on_located = batch, on_located
         self.observers = [probe.start(model, batch) for probe in probes]
         self.wanted = [set(probe.outputs(model, batch)) for probe in probes]
         self.by_rows, self.by_layer = (
@@ -68,8 +68,8 @@ class BatchPass:
                 observer.on_attention(call, where)
         if self.collector is not None:
             self.collector.on_attention(call, where)
-        if self.told is not None:
-            self.told(call, where)
+        if self.on_located is not None:
+            self.on_located(call, where)
 
     def blocks(self, call: AttentionCall, where: TokenCoordinates) -> Iterator[RowBlock]:
         """The rows of the map in blocks of the size that the batch allows.

@@ -40,6 +40,7 @@ from vitreous.data.views import Views
 from vitreous.layers.linear import Linear
 from vitreous.layers.spectral import unit_rows
 from vitreous.lens.formulas.maps import correlation, log_attention, standardised
+from vitreous.lens.formulas.scores import centre_prior
 from vitreous.lens.layer_features import FEATURES, LayerFeatures, layer_features
 from vitreous.lens.tap import trace
 
@@ -97,25 +98,25 @@ class Direction:
 
         It has the same shapes and, nearly, the same weights.
         """
-        found, sample = facts(model), sample_of(model)
-        if found["digest"] != self.model.get("digest"):
+        here, sample = identity(model), sample_of(model)
+        if here["digest"] != self.model.get("digest"):
             reason = "whose parameters have other names or shapes"
         elif (change := difference(sample, self.sample)) > CHANGED:
             reason = f"whose weights are others, by {change:.0%}"
         else:
             return
         raise HostError(
-            f"Found a {found['class']} with {found['parameters']:,} parameters, {reason}. Expected the "
+            f"Found a {here['class']} with {here['parameters']:,} parameters, {reason}. Expected the "
             f"{self.model.get('class')} with {self.model.get('parameters', 0):,} parameters that this direction was calibrated "
             "on. Calibrate this model: vitreous calibrate MODEL PHOTOS."
         )
 
     def save(self, path: str | Path) -> None:
         """Write a small .safetensors file: the vectors, and everything else as metadata."""
-        kept = {name: value for name, value in asdict(self).items() if name not in ("vectors", "sample")}
+        fields = {name: value for name, value in asdict(self).items() if name not in ("vectors", "sample")}
         tensors = {f"vectors/{i}": w.detach().cpu().float().contiguous() for i, w in enumerate(self.vectors)}
         tensors["sample"] = self.sample.detach().cpu().float().contiguous()
-        metadata = {"vitreous": json.dumps({"direction": FORMAT, **kept}, sort_keys=True)}
+        metadata = {"vitreous": json.dumps({"direction": FORMAT, **fields}, sort_keys=True)}
         write(Path(path), lambda part: safetensors.torch.save_file(tensors, part, metadata=metadata))
 
     @classmethod
@@ -124,14 +125,14 @@ class Direction:
         advice = "Make one with: vitreous calibrate MODEL PHOTOS --out FILE."
         try:
             with safe_open(path, "pt") as file:
-                kept = json.loads((file.metadata() or {}).get("vitreous", "{}"))
-                if kept.pop("direction", None) != FORMAT:
+                fields = json.loads((file.metadata() or {}).get("vitreous", "{}"))
+                if fields.pop("direction", None) != FORMAT:
                     raise ValueError("it holds something else")
-                vectors = tuple(file.get_tensor(f"vectors/{i}") for i in range(len(kept["features"])))
+                vectors = tuple(file.get_tensor(f"vectors/{i}") for i in range(len(fields["features"])))
                 sample = file.get_tensor("sample")
-            kept["features"] = tuple((int(layer), str(kind)) for layer, kind in kept["features"])
-            kept["attention"], kept["grid"] = tuple(kept["attention"]), tuple(kept["grid"])
-            return cls(vectors=vectors, sample=sample, **kept)
+            fields["features"] = tuple((int(layer), str(kind)) for layer, kind in fields["features"])
+            fields["attention"], fields["grid"] = tuple(fields["attention"]), tuple(fields["grid"])
+            return cls(vectors=vectors, sample=sample, **fields)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise DataError(
@@ -143,7 +144,7 @@ class Direction:
 # -- which model -----------------------------------------------------------------------------------
 
 
-def facts(model: nn.Module) -> dict[str, Any]:
+def identity(model: nn.Module) -> dict[str, Any]:
     """Class, number of parameters, and a digest of their names and shapes.
 
     The same in any precision and on any device.
@@ -240,9 +241,7 @@ def centre_bump(grid: tuple[int, int], at: tuple[float, float] = (0.5, 0.5), sig
 
     Lengths are in sides of the image.
     """
-    y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in grid)
-    square = (y[:, None] - at[0]).square() + (x[None] - at[1]).square()
-    return standardised(torch.exp(-square / (2 * sigma**2)).flatten()).float()
+    return standardised(centre_prior(grid, sigma, at)).float()
 
 
 def corners(images: Tensor, first: int) -> Tensor:
@@ -366,7 +365,7 @@ class Scan:
             photographs=self.photographs,
             grid=self.features[best].grid,
             strength={name: round(value, 4) for name, value in sorted(named.items())},
-            model=facts(model),
+            model=identity(model),
             sample=sample_of(model),
         )
 

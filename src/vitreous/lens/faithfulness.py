@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from vitreous.base.errors import DataError, SettingError
 from vitreous.base.statistics import bootstrap
+from vitreous.lens.formulas.maps import gaussian
 from vitreous.lens.formulas.scores import ranks
 from vitreous.lens.preserve_state import preserve_state
 
@@ -128,9 +129,9 @@ def curves(
             values.view(-1)[part] = judge(torch.where(mask, images[at], empty[at]), image)
 
     low, high = (end.view(-1, 1, 1).expand(*shape[:2], 1) for end in (emptied, judge.clean))
-    found = torch.cat([low, values[:, :, 0], high], -1), torch.cat([high, values[:, :, 1], low], -1)
-    known = several.isfinite().all(-1, keepdim=True).cpu()
-    insertion, deletion = (torch.where(known, value, torch.nan).reshape(*maps.shape[:-1], -1) for value in found)
+    both = torch.cat([low, values[:, :, 0], high], -1), torch.cat([high, values[:, :, 1], low], -1)
+    finite = several.isfinite().all(-1, keepdim=True).cpu()
+    insertion, deletion = (torch.where(finite, value, torch.nan).reshape(*maps.shape[:-1], -1) for value in both)
     return Curves(counts.double() / patches, insertion, deletion, judge.followed, fill)
 
 
@@ -140,22 +141,22 @@ def random_maps(grid: tuple[int, int], numbers: Iterable[int], orders: int = 2, 
     They are drawn by seed and number alone.
     """
     patches = grid[0] * grid[1]
-    drawn = [[_stream(seed, 1, turn, number).random(patches) for turn in range(orders)] for number in numbers]
-    return torch.from_numpy(np.array(drawn, np.float64).reshape(-1, orders, patches))
+    values = [[_stream(seed, 1, turn, number).random(patches) for turn in range(orders)] for number in numbers]
+    return torch.from_numpy(np.array(values, np.float64).reshape(-1, orders, patches))
 
 
-def compare(found: Curves, base: Curves, draws: int = 2000, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+def compare(ours: Curves, base: Curves, draws: int = 2000, seed: int = 0) -> dict[str, tuple[float, float, float]]:
     """How much better than other orders, in area, with 95 % intervals.
 
     Returns {name: (mean over images, low, high)}.
 
-    found: (B, F). base: (B, M, F) of the same images, the mean over M counts: of `random_maps`, or
+    ours: (B, F). base: (B, M, F) of the same images, the mean over M counts: of `random_maps`, or
     of the centre prior. "insertion": ours minus theirs. "deletion": theirs minus ours.
     "difference": their sum. All are 0 where ours is as good, and at most 1, 1 and 2; an interval
     that holds 0 shows nothing.
     """
-    insertion = found.insertion_area - base.insertion_area.mean(-1)
-    deletion = base.deletion_area.mean(-1) - found.deletion_area
+    insertion = ours.insertion_area - base.insertion_area.mean(-1)
+    deletion = base.deletion_area.mean(-1) - ours.deletion_area
     differences = {"insertion": insertion, "deletion": deletion, "difference": insertion + deletion}
     return {name: bootstrap(value, draws=draws, seed=seed) for name, value in differences.items()}
 
@@ -173,10 +174,10 @@ def record(curves: Curves, random: Curves, centre: Curves | None = None, *, draw
         "random_insertion": random.insertion.flatten(0, 1).nanmean(0),
         "random_deletion": random.deletion.flatten(0, 1).nanmean(0),
     }
-    compared = compare(curves, random, draws, seed)
+    differences = compare(curves, random, draws, seed)
     if centre is not None:
         base = replace(centre, insertion=centre.insertion[:, None], deletion=centre.deletion[:, None])
-        compared["centre"] = compare(curves, base, draws, seed)["difference"]
+        differences["centre"] = compare(curves, base, draws, seed)["difference"]
     return {
         "followed": curves.followed,
         "fill": curves.fill,
@@ -184,10 +185,10 @@ def record(curves: Curves, random: Curves, centre: Curves | None = None, *, draw
         **{name: value.tolist() for name, value in lists.items()},
         "insertion_area": curves.insertion_area.nanmean().item(),
         "deletion_area": curves.deletion_area.nanmean().item(),
-        "insertion_difference": list(compared["insertion"]),
-        "deletion_difference": list(compared["deletion"]),
-        "difference": list(compared["difference"]),
-        **({"difference_to_centre": list(compared["centre"])} if centre is not None else {}),
+        "insertion_difference": list(differences["insertion"]),
+        "deletion_difference": list(differences["deletion"]),
+        "difference": list(differences["difference"]),
+        **({"difference_to_centre": list(differences["centre"])} if centre is not None else {}),
     }
 
 
@@ -224,15 +225,8 @@ def filled(images: Tensor, fill: str) -> Tensor:
     """
     if fill == "mean":
         return images.mean((-2, -1), keepdim=True).expand_as(images)
-    down, across = (_blur(side).to(images) for side in images.shape[-2:])
+    down, across = (gaussian(side, BLUR * side).to(images) for side in images.shape[-2:])
     return down @ images @ across.mT
-
-
-def _blur(side: int) -> Tensor:
-    """Gaussian weights (side, side); rows sum to one, so that borders keep their brightness."""
-    place = torch.arange(side, dtype=torch.float64)
-    weights = torch.exp(-(place[:, None] - place).square() / (2 * (BLUR * side) ** 2))
-    return weights / weights.sum(1, keepdim=True)
 
 
 def _stream(seed: int, use: int, turn: int, number: int) -> np.random.Generator:
@@ -360,5 +354,5 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     """
     centred = [ranks(maps) - (maps.shape[-1] + 1) / 2 for maps in (first, second)]
     product = (centred[0] * centred[1]).sum(-1)
-    found = product / (centred[0].square().sum(-1) * centred[1].square().sum(-1)).sqrt()
-    return torch.where(first.isfinite().all(-1) & second.isfinite().all(-1), found, torch.nan)
+    correlation = product / (centred[0].square().sum(-1) * centred[1].square().sum(-1)).sqrt()
+    return torch.where(first.isfinite().all(-1) & second.isfinite().all(-1), correlation, torch.nan)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ from vitreous.lens.formulas.maps import (
     standardised,
 )
 from vitreous.lens.layer_features import FEATURES, LayerFeatures, layer_features
-from vitreous.lens.tap import Layouts, trace
+from vitreous.lens.probe import BatchInfo
+from vitreous.lens.tap import trace
 
 # Without a direction: the depths, as shares of all layers, where ViT-Tiny/16 keeps its subject. A
 # guess for other models.
@@ -100,13 +101,6 @@ class References:
         return {name: x if x is None else resampled(x, self.grid, grid) for name, x in parts.items()}
 
 
-class Batch(Protocol):
-    """What `BatchReferences` needs of a batch that is looked at (`probe.BatchInfo`)."""
-
-    layouts: Layouts
-    direction: Direction | None
-
-
 class BatchReferences:
     """The references of one batch, for all probes that need them.
 
@@ -115,7 +109,7 @@ class BatchReferences:
     Features that nothing needs later are let go.
     """
 
-    def __init__(self, batch: Batch):
+    def __init__(self, batch: BatchInfo):
         self.direction = batch.direction
         self.needed = set(wanted(len(batch.layouts.calls), self.direction)[0])
         self.layers: dict[int, LayerFeatures] = {}

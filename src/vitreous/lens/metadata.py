@@ -26,11 +26,11 @@ Prediction = tuple[str | None, float | None]  # a class and its probability; Non
 WARNING = "Random weights: these maps say nothing about a trained model."
 
 
-def of_model(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Title, model, versions. given: "name" and "weights", where the caller knows them."""
+def of_model(model: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Title, model, versions. about: "name" and "weights", where the caller knows them."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    name = given.get("name") or config.get("architecture") or type(model).__name__
-    weights = given.get("weights", "given")
+    name = about.get("name") or config.get("architecture") or type(model).__name__
+    weights = about.get("weights", "given")
     return {
         "title": name,
         "model": {
@@ -93,16 +93,16 @@ def of_components(
 
     All but the rule are told layer by layer.
     """
-    found: dict[str, dict[str, Any]] = {}
+    present: dict[str, dict[str, Any]] = {}
     for key in part.maps():
         name, layer = key.split("/")
-        record = found.setdefault(name, asdict(components[name]))
+        record = present.setdefault(name, asdict(components[name]))
         for detail, text in details.get(key, {}).items():
             if detail == "rule":
                 record["rule"] = text
             else:
                 record.setdefault(detail, {})[layer] = text
-    return [found[name] for name in components if name in found]
+    return [present[name] for name in components if name in present]
 
 
 def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, count: int) -> list[Prediction]:

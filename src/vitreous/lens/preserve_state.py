@@ -17,7 +17,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 
     Random state: of torch, numpy and Python, for models that draw from those.
     """
-    modules, drawn = list(model.modules()), (random.getstate(), np.random.get_state())
+    modules, random_states = list(model.modules()), (random.getstate(), np.random.get_state())
     modes = [module.training for module in modules]
     devices = {p.device for module in modules for p in module._parameters.values() if p is not None and p.is_cuda}
     try:
@@ -29,5 +29,5 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         for module, mode in zip(modules, modes, strict=True):
             if module.training != mode:
                 module.training = mode
-        random.setstate(drawn[0])
-        np.random.set_state(drawn[1])
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])

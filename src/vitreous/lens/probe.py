@@ -160,6 +160,10 @@ class Observer:
 
     def __init__(self, probe: Probe, model: nn.Module, batch: BatchInfo):
         self.probe, self.model, self.batch, self.readout = probe, model, batch, Readout()
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Set up what the batch needs, before the pass."""
 
     def on_rows(self, block: RowBlock) -> None:
         """Some rows of the map of the attention that `on_attention` gets next, in order.
@@ -179,6 +183,31 @@ class Observer:
     def finish(self) -> Readout:
         """What came of it, when the pass is over."""
         return self.readout
+
+
+class RowObserver(Observer):
+    """Sums over the rows of each map, and of the effective map where the model has one.
+
+    sums: a class with `add(block)` and `values()`: {measure: value} per image and head (B, H), and
+    {measure: value} of all heads together (B, 1), which effective maps leave out.
+    """
+
+    sums: ClassVar[type]
+
+    def initialise(self) -> None:
+        self.by_map: dict[bool, Any] = {}  # whether it is the effective map
+
+    def on_rows(self, block: RowBlock) -> None:
+        self.by_map.setdefault(block.effective, self.sums()).add(block)
+
+    def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
+        for effective, sums in self.by_map.items():
+            heads, together = sums.values()
+            kind, first = "effective" if effective else call.kind, self.batch.first
+            self.readout.rows.append(Rows(where.layer, "attention", kind, heads, first))
+            if not effective:
+                self.readout.rows.append(Rows(where.layer, "attention", kind, together, first, together=True))
+        self.by_map = {}
 
 
 @dataclass(frozen=True, kw_only=True)

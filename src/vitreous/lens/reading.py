@@ -404,16 +404,16 @@ def from_csv(text: str) -> Columns:
     -1 for empty cells of `head`, `image`, `layer`, NaN for other empty ones.
     """
     rows = list(csv.DictReader(io.StringIO(text)))
-    found: Columns = {}
+    columns: Columns = {}
     for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
         if name in WHOLE:
-            found[name] = np.array([int(value or -1) for value in values])
+            columns[name] = np.array([int(value or -1) for value in values])
         elif name in WORDS:
-            found[name] = np.array(values)
+            columns[name] = np.array(values)
         else:
-            found[name] = np.array([float(value or "nan") for value in values])
-    return found
+            columns[name] = np.array([float(value or "nan") for value in values])
+    return columns
 
 
 def cells(name: str, values: list[Any]) -> list[Any]:

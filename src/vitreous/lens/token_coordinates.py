@@ -138,12 +138,12 @@ def mean_points(points: Tensor, assignment: Assignment, tokens: int) -> Tensor:
 
     points (N0, 2) of the original tokens. NaN where a token stands for none.
     """
-    known = points.isfinite().all(dim=-1)
+    has_place = points.isfinite().all(dim=-1)
     if assignment.weights is not None:
-        weights = assignment.weights.to(points) * known
+        weights = assignment.weights.to(points) * has_place
         return ((weights @ points.nan_to_num()) / weights.sum(-1, keepdim=True))[:, None]
     index = assignment.index.to(points.device)
-    image, place = ((index >= 0) & known).nonzero(as_tuple=True)
+    image, place = ((index >= 0) & has_place).nonzero(as_tuple=True)
     target = image * tokens + index[image, place]
     total = points.new_zeros(len(index) * tokens, 2).index_add(0, target, points[place])
     count = torch.bincount(target, minlength=len(index) * tokens)

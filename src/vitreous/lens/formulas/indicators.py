@@ -224,10 +224,10 @@ def _over_places(attention: Tensor, distance: Tensor, value: Tensor) -> Tensor:
 
     Over the rows that have such weight.
     """
-    placed = distance.isfinite()
-    rows = _wide(attention) * placed
+    has_place = distance.isfinite()
+    rows = _wide(attention) * has_place
     mass = rows.sum(dim=-1)
-    mean = (rows * torch.where(placed, value, 0.0)).sum(dim=-1) / mass
+    mean = (rows * torch.where(has_place, value, 0.0)).sum(dim=-1) / mass
     return torch.where(mass > 0, mean, torch.nan).nanmean(dim=-1)
 
 

@@ -255,15 +255,13 @@ def gram_filter(features: Sequence[Tensor], seed: Tensor) -> Tensor:
 
 
 def blurred(maps: Tensor, grid: tuple[int, int], sigma: float = BLUR) -> Tensor:
-    """Maps (..., P) through a Gaussian of `sigma` patches on the grid.
-
-    Weights sum to one at the border, too.
-    """
-    down, across = (_gaussian(n, sigma).to(maps) for n in grid)
+    """Maps (..., P) through a Gaussian of `sigma` patches on the grid."""
+    down, across = (gaussian(n, sigma).to(maps) for n in grid)
     return (down @ maps.unflatten(-1, grid) @ across.mT).flatten(-2)
 
 
-def _gaussian(n: int, sigma: float) -> Tensor:
+def gaussian(n: int, sigma: float) -> Tensor:
+    """Gaussian weights (n, n) between places on a line; rows sum to one, also at its ends."""
     place = torch.arange(n, dtype=torch.float64)
     weights = torch.exp(-(place[:, None] - place).square() / (2 * sigma**2))
     return weights / weights.sum(1, keepdim=True)

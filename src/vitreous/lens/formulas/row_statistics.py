@@ -175,10 +175,11 @@ class RowChange:
         self.sums.add("change", torch.linalg.vector_norm(scratch, dim=(-2, -1)).square_().sum(dim=1))
         self.sums.add("squares", block.squares.sum(dim=(1, 3), dtype=torch.float64))
 
-    def values(self) -> tuple[Tensor, Tensor]:
+    def values(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """|A' - A| / |A| per image and head (B, H), and the paper's form for all heads (B, 1)."""
         change, squares = self.sums["change"], self.sums["squares"]
-        return (change / squares).sqrt(), change.sum(dim=1, keepdim=True).sqrt() / self.entries
+        together = change.sum(dim=1, keepdim=True).sqrt() / self.entries
+        return {"perturbation_robustness": (change / squares).sqrt()}, {"perturbation_robustness_paper": together}
 
 
 def same_points(a: Tensor, b: Tensor) -> bool:

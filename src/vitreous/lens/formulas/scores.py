@@ -185,9 +185,9 @@ def otsu(maps: Tensor) -> Tensor:
     total, rest = unit.cumsum(-1), unit.shape[-1] - count
     means = total / count, (total[..., -1:] - total) / rest.clamp_min(1)
     between = count * rest * (means[0] - means[1]).square()
-    parted = torch.ones_like(between, dtype=torch.bool)
-    parted[..., :-1] = ordered[..., 1:] > ordered[..., :-1]  # equal values stay together
-    best = torch.where(parted, between, -1.0).argmax(-1, keepdim=True)
+    ends_here = torch.ones_like(between, dtype=torch.bool)
+    ends_here[..., :-1] = ordered[..., 1:] > ordered[..., :-1]  # equal values stay together
+    best = torch.where(ends_here, between, -1.0).argmax(-1, keepdim=True)
     return ordered.gather(-1, best)[..., 0]
 
 
@@ -247,12 +247,12 @@ def baselines(grid: tuple[int, int], images: Iterable[int], seed: int = 0) -> di
     return dict(zip(BASELINES, (centre, random, torch.ones_like(random)), strict=True))
 
 
-def centre_prior(grid: tuple[int, int], sigma: float = 0.25) -> Tensor:
+def centre_prior(grid: tuple[int, int], sigma: float = 0.25, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """exp(-r^2 / (2 sigma^2)), (P,), r from the image's centre.
 
-    Both sides count as one long: an ellipse if not square.
+    Both sides count as one long: an ellipse if not square. at: another centre (y, x), in sides.
     """
-    y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5 for n in grid)
+    y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n - middle for n, middle in zip(grid, at, strict=True))
     return torch.exp(-(y[:, None].square() + x.square()) / (2 * sigma**2)).flatten()
 
 

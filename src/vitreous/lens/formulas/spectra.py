@@ -149,29 +149,29 @@ class _Projection:
 
 def _projection(module: nn.Module, heads: int, width: int) -> _Projection | None:
     """Query and key weights of a module, None if no naming that is known fits it."""
-    known = _known(module)
-    for w_q, b_q, w_k, b_k, parts, certain in [known] if known else _named(module):
+    candidates = _of_class(module) or _by_name(module)
+    for w_q, b_q, w_k, b_k, parts, certain in candidates:
         q, k = _rows(w_q, b_q, heads, width), _rows(w_k, b_k, heads, width)
         if q is not None and k is not None:
             return _Projection(q, k, parts, certain)
     return None
 
 
-def _known(module: nn.Module) -> tuple | None:
+def _of_class(module: nn.Module) -> list[tuple]:
     """Query and key weights of classes whose order of rows is known.
 
     timm's plain, rotary and EVA attention, ours, and PyTorch's own.
     """
     if isinstance(module, Attention) or type(module) in HOSTS:
-        return *query_key_weights(module), query_key_parts(module), True
+        return [(*query_key_weights(module), query_key_parts(module), True)]
     if isinstance(module, nn.MultiheadAttention):
         w = (module.q_proj_weight, module.k_proj_weight) if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
         b = (None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-        return w[0], b[0], w[1], b[1], (), True
-    return None
+        return [(w[0], b[0], w[1], b[1], (), True)]
+    return []
 
 
-def _named(module: nn.Module) -> Iterator[tuple]:
+def _by_name(module: nn.Module) -> Iterator[tuple]:
     """Linear layers under the names of PARTS. Two layers say which is which.
 
     So do biases that stand beside a fused one.

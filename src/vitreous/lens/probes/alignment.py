@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from vitreous.lens.token_coordinates import TokenCoordinates
 
 
 class AlignmentObserver(Observer):
-    def __init__(self, *given: Any):
-        super().__init__(*given)
+    def initialise(self) -> None:
         self.turned: list[str] = []  # modules whose learned spectrum cannot be taken off
         self.modules = dict(self.model.named_modules())
 

@@ -6,30 +6,14 @@ How many tokens a query attends to, how far away, and how alike heads are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from vitreous.lens.formulas.row_statistics import RowBlock, RowStatistics
-from vitreous.lens.probe import Measure, Observer, Probe, Rows
-from vitreous.lens.tap.attention_call import AttentionCall
-from vitreous.lens.token_coordinates import TokenCoordinates
+from vitreous.lens.formulas.row_statistics import RowStatistics
+from vitreous.lens.probe import Measure, Observer, Probe, RowObserver
 
 
-class RowsObserver(Observer):
-    def __init__(self, *given: Any):
-        super().__init__(*given)
-        self.statistics: dict[bool, RowStatistics] = {}  # of the map, and of the effective one
-
-    def on_rows(self, block: RowBlock) -> None:
-        self.statistics.setdefault(block.effective, RowStatistics()).add(block)
-
-    def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
-        rows, first = self.readout.rows, self.batch.first
-        for effective, statistics in self.statistics.items():
-            heads, together = statistics.values()
-            rows.append(Rows(where.layer, "attention", "effective" if effective else call.kind, heads, first))
-            if not effective:
-                rows.append(Rows(where.layer, "attention", call.kind, together, first, together=True))
-        self.statistics = {}
+class RowsObserver(RowObserver):
+    sums = RowStatistics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,7 @@ from vitreous.lens.token_coordinates import TokenCoordinates
 
 
 class ExposedObserver(Observer):
-    def __init__(self, *given: Any):
-        super().__init__(*given)
+    def initialise(self) -> None:
         self.values = {name: module for name, module in self.model.named_modules() if isinstance(module, Value)}
         self.outputs: dict[str, Tensor] = {}
         self.calls: list[tuple[str, str, int, int, TokenCoordinates]] = []  # name, kind, heads, keys, where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,8 +16,7 @@ TOKENS = 1100  # up to which rollout is followed: its cost grows with their cube
 
 
 class RolloutObserver(Observer):
-    def __init__(self, *given: Any):
-        super().__init__(*given)
+    def initialise(self) -> None:
         self.joint: Tensor | None = None  # the product so far, (B, N, N)
         self.spare: Tensor | None = None
 

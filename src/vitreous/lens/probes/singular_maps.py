@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,8 +22,7 @@ KEYS = "Left singular vector of the keys, brought to unit length and centred, po
 
 
 class VectorsObserver(Observer):
-    def __init__(self, *given: Any):
-        super().__init__(*given)
+    def initialise(self) -> None:
         self.references = self.batch.shared(BatchReferences)
         self.vectors: dict[str, tuple[Tensor, tuple[int, ...]]] = {}  # {"u/6": (B, R, P) unsigned, grid}
 

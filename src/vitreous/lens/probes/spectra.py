@@ -21,8 +21,7 @@ PAPER = "As published; not comparable between token counts."
 
 
 class SpectraObserver(Observer):
-    def __init__(self, *given: Any):
-        super().__init__(*given)
+    def initialise(self) -> None:
         self.modules = dict(self.model.named_modules())
         self.energies: dict[str, dict[str, Tensor]] = {}  # {module: {child: energies of its output}}
         self.seen: set[str] = set()  # modules of which a call was seen

@@ -47,10 +47,6 @@ class Layouts:
     outputs: dict[Key, Layout] = field(default_factory=dict)
     earlier_tensors: TensorSet = field(default_factory=TensorSet, repr=False)  # tensors of earlier passes
 
-    def get(self, key: Key) -> Layout | None:
-        """The layout of a call; None: unknown."""
-        return self.calls[key].layout if key in self.calls else None
-
 
 class Tracer(Receiver):
     """Records shapes and layouts of every attention, and layouts of module outputs."""
