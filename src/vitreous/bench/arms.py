@@ -26,9 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Arm:
-    """A model as named: a name of timm's, with random weights, or a model folder.
-
-    With grafts put in, or taken out.
+    """A model folder, or a name of timm's with random weights; grafts are put in or taken out.
 
     plain: take out the grafts that the folder brings.
     """
@@ -43,9 +41,8 @@ class Arm:
     def build(self, size: int | None = None) -> nn.Module:
         """The model for square images of `size` pixels (its own size if None), on the CPU.
 
-        The same at every call.
-
-        Raises VitreousError for a name, folder, argument, size or graft that does not fit.
+        Its weights are the same at every call. Raises VitreousError for a name, folder, argument,
+        size or graft that does not fit.
         """
         arguments, pixels = key_values(self.model_kwargs), size and (size, size)
         with torch.random.fork_rng(devices=[]):
@@ -68,8 +65,10 @@ def own_size(model: nn.Module) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison: mode "inference", a forward pass, or "training": forward, loss, grafts'
-    penalties, backward, AdamW.
+    """One comparison: a mode, a batch and an image size.
+
+    mode: "inference", a forward pass, or "training": forward, loss, grafts' penalties, backward,
+    AdamW.
     """
 
     mode: str
@@ -83,10 +82,10 @@ class Cell:
         return f"{self.mode}, batch {self.batch}, {self.size} px"
 
     def act(self, model: nn.Module) -> Callable[[], object]:
-        """What is timed of this model, which is moved to the device and mode. Compilation happens
-        at the first call.
+        """What is timed of this model, which is moved to the device and mode.
 
-        Raises SettingError for training without a classifier.
+        Compilation happens at the first call. Raises SettingError for training without a
+        classifier.
         """
         channels = get_model_input_config(model)["input_size"][0]
         generator = torch.Generator().manual_seed(0)

@@ -30,8 +30,9 @@ OUT = "out of memory"
 
 
 def allocated(build: Callable[[], Callable[[], object]], device: str) -> tuple[Callable[[], object], float]:
-    """(what `build` gives, MiB allocated on the GPU at most by it and two calls of it, weights
-    included).
+    """(what `build` returns, peak MiB on the GPU while it is built and called twice).
+
+    Weights are included.
     """
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -51,8 +52,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Residents:
-    """Peak resident memory, arm by arm, of processes beside this one: `with Residents() as
-    residents: residents.peak(...)`.
+    """Peak resident memory, arm by arm, each measured in a process beside this one.
+
+    `with Residents() as residents: residents.peak(...)`.
     """
 
     def __enter__(self) -> Residents:
@@ -71,10 +73,9 @@ class Residents:
             self.process.wait()
 
     def peak(self, arm: Arm, cell: Cell) -> float | str:
-        """MiB that a process of its own held at most while the arm was built and called twice,
-        above what it held before.
+        """Peak MiB of a process that builds the arm and calls it twice, above its start.
 
-        Or in words why there is no number: memory ran out, or this system does not tell (Linux
+        Or in words why there is no number: memory ran out, or this system does not report it (Linux
         does). Compiled models are not measured: what the compiler holds cannot be told from what
         the model needs.
         """
@@ -82,31 +83,30 @@ class Residents:
             return "not measured on this system"
         if cell.compile:
             return "not measured for compiled models"
-        try:
+        with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"arm": asdict(arm), "cell": asdict(cell)}) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            return "not measured: the process beside ended"
-        for line in self.process.stdout:
-            if line.startswith('{"peak": '):
-                return json.loads(line)["peak"]
+            for line in self.process.stdout:
+                if line.startswith('{"peak": '):  # a network may print lines of its own
+                    return json.loads(line)["peak"]
         return "not measured: the process beside ended"
 
 
 def serve(threads: int) -> None:
     """Answer every line of standard input by one of standard output, from a fork."""
     for line in sys.stdin:
-        asked = json.loads(line)
-        arm = asked["arm"] | {name: tuple(asked["arm"][name]) for name in ("grafts", "model_kwargs")}
+        request = json.loads(line)
+        arm = request["arm"] | {name: tuple(request["arm"][name]) for name in ("grafts", "model_kwargs")}
         child = os.fork()
         if not child:
             torch.set_num_threads(threads)
-            answer(resident(Arm(**arm), Cell(**asked["cell"])))
-            os._exit(0)
+            answer(resident(Arm(**arm), Cell(**request["cell"])))
+            os._exit(0)  # without the clean-up at exit, which is the parent's
         _, status = os.waitpid(child, 0)
         if status:
             code = os.waitstatus_to_exitcode(status)
-            answer(OUT if code == -signal.SIGKILL else f"not measured: the process ended with {code}")  # Linux kills the greedy
+            # where memory runs out, Linux kills the process that asks for most
+            answer(OUT if code == -signal.SIGKILL else f"not measured: the process ended with {code}")
 
 
 def answer(peak: float | str) -> None:
@@ -118,13 +118,13 @@ def resident(arm: Arm, cell: Cell) -> float | str:
     """MiB at most above the start, in this process; or why not."""
     try:
         settle(cell)
-        before = held("VmRSS")
+        before = resident_bytes("VmRSS")
         act = cell.act(arm.build(cell.size))
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # what building took for a moment is not what running needs
         for _ in range(CALLS):
             act()
-        return (held("VmHWM") - before) / MIB
+        return (resident_bytes("VmHWM") - before) / MIB
     except Exception as error:
         return OUT if out_of_memory(error) else f"not measured: {type(error).__name__}: {str(error)[:200]}"
 
@@ -143,8 +143,8 @@ def settle(cell: Cell) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def held(kind: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
+def resident_bytes(kind: str) -> int:
+    """Resident memory of this process in bytes: VmRSS now, VmHWM at most."""
     return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(kind))
 
 

@@ -14,26 +14,15 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 QUIET = ("prim", "prims", "profiler")  # namespaces that compute nothing
-UNKNOWN = {
-    "_cdist_forward",
-    "_cdist_backward",
-    "_trilinear",
-    "addbmm",
-    "geqrf",
-    "ormqr",
-    "cholesky_inverse",
-    "triangular_solve",
-    "_thnn_fused_lstm_cell",
-    "_thnn_fused_gru_cell",
-    "_cudnn_rnn",
-}  # products and decompositions that nothing here counts
+UNKNOWN = {  # products and decompositions that nothing here counts
+    "_cdist_forward", "_cdist_backward", "_trilinear", "addbmm", "geqrf", "ormqr", "cholesky_inverse", "triangular_solve",
+    "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "_cudnn_rnn",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations.
-
-    An addition and a multiplication count one each, so a multiply-add two.
+    """Floating-point operations; a multiply-add counts two.
 
     by_kind: {operator: operations}, whose sum is total. uncounted: products, decompositions,
     transforms and operators of other libraries that ran, but have no formula: where there are any,
@@ -51,7 +40,7 @@ def operations(act: Callable[[], object]) -> Operations:
     Counted are products of matrices, convolutions, attention in every form, Fourier transforms and
     decompositions; not sums, element-wise functions, softmax and norms. Attention costs two
     products forward and four backward, fused or written out: that a fused kernel makes its scores a
-    second time is its own affair. Iterations cost what the text books give them (Golub and Van Loan
+    second time is not counted. Iterations cost what the text books give them (Golub and Van Loan
     2013, Matrix Computations, 4th ed., 4.2, 5.2, 8.3, 8.6; Fourier transforms 5 n log2 n).
     """
     with Counter() as counter:
@@ -60,10 +49,7 @@ def operations(act: Callable[[], object]) -> Operations:
 
 
 class Counter(TorchDispatchMode):
-    """Counts operations by torch's formulas for products and convolutions.
-
-    What torch lacks or counts otherwise is counted by the formulas below.
-    """
+    """Counts operations by torch's formulas, or those below where torch's are missing or off."""
 
     def __init__(self):
         super().__init__()
@@ -131,10 +117,7 @@ def svd(out, x, full_matrices=False, *rest, **options) -> int:
 
 
 def qr(out, x, mode="reduced", **options) -> int:
-    """Householder: R, reflector by reflector.
-
-    As much again for a thin Q, more for a square one.
-    """
+    """Householder: R by reflectors, as much again for a thin Q, more for a square one."""
     *batch, m, n = x
     small = min(m, n)
     r = 4 * m * n * small - 2 * (m + n) * small**2 + 4 * small**3 / 3
@@ -158,10 +141,7 @@ def triangular(out, a, b, **options) -> int:
 
 
 def solve_twice(out, *operands, **options) -> int:
-    """Two triangular solves with a factor of n x n that is there.
-
-    Out (..., n, right-hand sides).
-    """
+    """Two triangular solves with an n x n factor; the solution is (..., n, right-hand sides)."""
     solution = out if isinstance(out[0], int) else out[0]
     return 2 * math.prod(solution) * solution[-2]
 

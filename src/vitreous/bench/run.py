@@ -1,14 +1,11 @@
-"""`vitreous bench`: models in turns, cell by cell, into a folder.
-
-It gets bench.json and report.html.
-"""
+"""`vitreous bench`: models in turns, cell by cell, into bench.json and report.html."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,9 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from timm.models import get_model_input_config
-from torch import nn
 
 from vitreous.base.environment import command_line, machine, versions
-from vitreous.base.errors import SettingError, VitreousError
+from vitreous.base.errors import SettingError, VitreousError, brief
 from vitreous.base.files import writable, write_text
 from vitreous.bench.arms import Arm, Cell, own_size
 from vitreous.bench.memory import OUT, Residents, allocated, out_of_memory
@@ -83,9 +79,7 @@ def bench(settings: BenchSettings, console: Console | None = None) -> Path:
 
 
 def probe(arm: Arm, size: int, modes: Sequence[str]) -> None:
-    """Build the arm once, and see that every graft is reached and every mode possible; raises
-    VitreousError if not.
-    """
+    """Build the arm once; raises VitreousError where a graft is not reached, or a mode fails."""
     model = arm.build(size)
     for mode in modes:
         Cell(mode, 1, size).act(model)
@@ -97,12 +91,9 @@ def probe(arm: Arm, size: int, modes: Sequence[str]) -> None:
 def measure(
     arms: Sequence[Arm], cell: Cell, count: int, residents: Residents | None, progress: Callable[[int, int], None]
 ) -> list[dict[str, Any]]:
-    """A row for each arm: seconds of every round, peak memory, operations.
-
-    Failed says why there is nothing.
-    """
+    """A row for each arm: seconds of every round, peak memory, operations; failed: why not."""
     rows, acts = [], {}
-    torch.compiler.reset()  # what was compiled for other cells counts against a limit, beyond which nothing is compiled
+    torch.compiler.reset()  # torch compiles only so many forms, those for other cells among them
     for arm in arms:
         row = {"mode": cell.mode, "batch": cell.batch, "image_size": cell.size, "arm": arm.name, "failed": None}
         rows.append(row)
@@ -140,31 +131,19 @@ def measure(
 
 
 def prepared(arm: Arm, cell: Cell, row: dict[str, Any]) -> Callable[[], object]:
-    """What is timed of the arm.
+    """What is timed of the arm; parameters, operations and memory on a GPU go into the row."""
+    counted = operations(replace(cell, compile=False).act(arm.build(cell.size)))
+    row |= {"operations": counted.total, "by_kind": counted.by_kind, "uncounted": list(counted.uncounted)}
 
-    Its parameters, operations and memory on a GPU are written into the row.
-    """
-    counted = operations(Cell(**{**asdict(cell), "compile": False}).act(arm.build(cell.size)))
-
-    def build() -> Callable[[], object]:
+    def build() -> Callable[[], object]:  # a model that was not run before, so that all its memory is counted
         model = arm.build(cell.size)
-        row["parameters"] = parameters(model)
+        row["parameters"] = sum(p.numel() for p in model.parameters())
         return cell.act(model)
 
-    row |= {"operations": counted.total, "by_kind": counted.by_kind, "uncounted": list(counted.uncounted)}
     if torch.device(cell.device).type != "cuda":
         return build()
     act, row["peak_mib"] = allocated(build, cell.device)
     return act
-
-
-def brief(error: Exception) -> str:
-    """The kind of an error and its first line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200].rstrip('.')}"
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -191,16 +170,14 @@ def table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]], cell
         if row["failed"]:
             sheet.add_row(escape(row["arm"]), escape(row["failed"]))
             continue
-        entry = by_base.get(row["arm"])
-        words = f"{entry['median']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]" if entry else ""
-        peak = row["peak_mib"]
+        entry, peak = by_base.get(row["arm"]), row["peak_mib"]
         sheet.add_row(
             escape(row["arm"]),
             f"{1000 * row['latency']['median']:.4g}",
             f"{row['images_per_second']:.4g}",
             "–" if isinstance(peak, str) else f"{peak:.0f}",
             ("over " if row["uncounted"] else "") + f"{row['operations'] / 1e9:.3f}",
-            escape(words),
+            f"{entry['median']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]" if entry else "",
             entry["verdict"] if entry else "",
         )
     return sheet

@@ -1,4 +1,4 @@
-"""Time things against each other in turns, and say how sure the ratio is."""
+"""Calls timed in turns: seconds per round, and their ratio with an interval."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from vitreous.base.errors import SettingError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-ENOUGH = 16  # rounds, eight pairs: all on one side of the true median in 1 of 128 cases, where seven are in 1 of 64
+ENOUGH = 16  # rounds, eight pairs, which lie on one side of the true median in 1 of 128 cases
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """In words: "no difference" if the intervals cover 1, else "faster" (below 1) or "slower";
-        or "too few rounds".
-        """
+        """faster (below 1), slower, no difference (the interval covers 1), or too few rounds."""
         if self.rounds < ENOUGH:
             return "too few rounds"
         return "faster" if self.surely[1] < 1 else "slower" if self.surely[0] > 1 else "no difference"
@@ -67,7 +65,7 @@ def rounds(
     keep_freed_memory()
     enabled = gc.isenabled()
     gc.collect()
-    gc.freeze()  # what is there before the rounds needs no second look: collecting between them costs nearly nothing
+    gc.freeze()  # collecting between the rounds then looks at what they made alone
     gc.disable()
     try:
         for number in range(-warmup, count):
@@ -89,11 +87,9 @@ def rounds(
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed, as a process with one model does sooner or later.
 
-    Elsewhere nothing happens.
-
-    By default it gives the top of the heap back, and how often depends on the sizes that all arms
-    ask for: among three variants of a ViT-Ti at batch 16 up to 40,000 page faults a forward were
-    found, a sixth of its time, and alone none.
+    Without glibc nothing happens. By default it gives the top of the heap back, and how often
+    depends on the sizes that all arms ask for: among three variants of a ViT-Ti at batch 16 up to
+    40,000 page faults a forward were found, a sixth of its time, and alone none.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -103,9 +99,7 @@ def keep_freed_memory() -> None:
 
 
 def order(names: Sequence[str], number: int) -> list[str]:
-    """The order of the arms in a round: a row of a Williams square.
-
-    In every second round the row before, reversed.
+    """The order of the arms in a round: a row of a Williams square, every other time reversed.
 
     Over 2k rounds of k arms each arm takes each place equally often, and comes after each other arm
     equally often. Two arms go A B B A, so that within a pair of rounds each follows itself once:
@@ -136,9 +130,7 @@ def cuda_seconds(device: str | torch.device, act: Callable[[], object]) -> float
 
 
 def ratio(ours: Sequence[float], base: Sequence[float], draws: int = 2000, seed: int = 0) -> Ratio:
-    """ours / base, paired round by round: seconds (n,) of both, n at least 2.
-
-    As `rounds` gives them.
+    """ours / base, paired round by round: seconds (n,) of both from `rounds`, n at least 2.
 
     A round and the next, which ran in the reverse order, give one value (the geometric mean of
     their two ratios), and `interval` the median over these values. Raises SettingError.
@@ -157,13 +149,13 @@ def ratio(ours: Sequence[float], base: Sequence[float], draws: int = 2000, seed:
 
 
 def interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, ...]:
-    """Median of values (n,) in the order they were measured, its 95 % and its 99 % bootstrap
-    interval: five numbers.
+    """Median of values (n,), its 95 % and its 99 % bootstrap interval: five numbers.
 
-    Values that follow each other may be alike, and then tell less than their number says. The
-    intervals are stretched by the square root of 1 + 2 sum_k (1 - k / (K + 1)) r_k, if that is
-    above 1, with r_k the correlation at lag k of the signs of value - median, K = n^(1/3): the
-    factor by which the variance of a median grows (Bartlett's weights, Newey and West 1987).
+    The values come in the order in which they were measured. Values that follow each other may be
+    alike, and then tell less than their number says. The intervals are stretched by the square root
+    of 1 + 2 sum_k (1 - k / (K + 1)) r_k, if that is above 1, with r_k the correlation at lag k of
+    the signs of value - median, K = n^(1/3): the factor by which the variance of a median grows
+    (Bartlett's weights, Newey and West 1987).
     """
     values = np.asarray(values, np.float64)
     count, median = len(values), np.median(values)
