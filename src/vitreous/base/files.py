@@ -35,13 +35,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """In the body, errors of writing to a folder or file become a SettingError."""
+def writable(folder: Path, advice: str = "Mend --out.") -> Iterator[None]:
+    """In the body, errors of writing to a folder or file become a SettingError.
+
+    advice: the last part of its text, what to do.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise SettingError(f"Cannot write {folder} ({why}). Expected a place to write to, with space. Mend --out.") from error
+        why = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        raise SettingError(f"Cannot write {folder} ({why}). Expected a place to write to, with space. {advice}") from error
 
 
 def free_folder(parent: Path, name: str) -> Path:

@@ -31,9 +31,13 @@ class Metric:
         """What a value is multiplied by where it is shown."""
         return 100 if self.unit == "%" else 1
 
+    def number(self, value: float, sign: str = "") -> str:
+        """A value as it is shown, without its unit; sign: "+" for differences."""
+        return f"{self.scale * value:{sign}.{2 if self.unit == '%' else 4}f}"
+
     def text(self, value: float) -> str:
         """A value with its unit, such as "83.25 %"."""
-        return f"{self.scale * value:.{2 if self.unit == '%' else 4}f} {self.unit}".rstrip()
+        return f"{self.number(value)} {self.unit}".rstrip()
 
 
 CLASSIFICATION = (Metric("accuracy", "%", "higher", "accuracy"), Metric("loss", "nats", "lower", "loss"))

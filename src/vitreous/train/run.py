@@ -25,30 +25,25 @@ from vitreous.train.settings import TrainSettings
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> Path:
-    """Train for each seed; returns the run folder (with several seeds: the one around their
-    folders).
+    """Train for each seed; returns the run folder, that around them for several seeds.
 
     Raises VitreousError before anything is written if data, model or settings do not fit. Ctrl-C
     and SIGTERM end it after the step, with the state saved: as KeyboardInterrupt, and
     SystemExit(143).
     """
     with connected(settings.torch_device()) as team:
-        return train_seeds(settings, team.console(console or Console()), team)
-
-
-def train_seeds(settings: TrainSettings, console: Console, team: Team) -> Path:
-    """`train`, by a team of processes."""
-    arm = "+".join(parse(text, foreign=True).name for text in settings.graft) or "plain"
-    name = f"{Path(settings.data.partition(':')[0]).stem}-{arm}"
-    folder = team.first_does(lambda: choose_folder(settings.out, name))
-    if settings.seeds == 1:
-        train_once(settings, folder, console, team=team)
-        return folder
-    seeds, opening = range(settings.seed, settings.seed + settings.seeds), OpenOnce()
-    for seed in seeds:
-        train_once(replace(settings, seed=seed, seeds=1), folder / f"seed-{seed}", console, seeds, team, opening)
-    if team.first:
-        summary.write_seeds(folder, [folder / f"seed-{seed}" for seed in seeds])
+        console = team.console(console or Console())
+        arm = "+".join(parse(text, foreign=True).name for text in settings.graft) or "plain"
+        name = f"{Path(settings.data.partition(':')[0]).stem}-{arm}"
+        folder = team.first_does(lambda: choose_folder(settings.out, name))
+        if settings.seeds == 1:
+            train_once(settings, folder, console, team=team)
+            return folder
+        seeds, opening = range(settings.seed, settings.seed + settings.seeds), OpenOnce()
+        for seed in seeds:
+            train_once(replace(settings, seed=seed, seeds=1), folder / f"seed-{seed}", console, seeds, team, opening)
+        if team.first:
+            summary.write_seeds(folder, [folder / f"seed-{seed}" for seed in seeds])
     return folder
 
 
@@ -60,8 +55,9 @@ def train_once(
     team: Team = ALONE,
     opening: Callable[..., Data] = open_data,
 ) -> None:
-    """One run with one seed, into a folder; seeds: of all runs that it is one of; opening: as
-    `prepare` takes it.
+    """One run with one seed, into a folder.
+
+    seeds: those of all runs that it is one of. opening: as `prepare` takes it.
     """
     say = speaker(console)
     fetch(settings, team)
@@ -87,6 +83,6 @@ def begin(session: Session, run: Run, seeds: range) -> None:
         raise taken(run.folder)
     with writing(run.folder):
         run.table("manifest.csv", reproducibility.COLUMNS, reproducibility.manifest(session.data))
-        asked = {"data": session.settings.data} | asdict(session.settings)
+        settings = {"data": session.settings.data} | asdict(session.settings)
         write_quarantine(session, run)
-        run.start(settings=asked, seeds=[seeds.start, seeds.stop] if seeds else None, **run_metadata(session))
+        run.start(settings=settings, seeds=[seeds.start, seeds.stop] if seeds else None, **run_metadata(session))

@@ -23,7 +23,7 @@ def watched(names: Iterable[str]) -> str:
     return next(name for name in (HELD_OUT, "val", "test") if name in there)
 
 
-def kept(lines: Sequence[Line], patience: int | None, metric: Metric) -> Line:
+def epoch_to_keep(lines: Sequence[Line], patience: int | None, metric: Metric) -> Line:
     """The epoch whose weights are kept, of one or more."""
     if patience is None:
         return lines[-1]
@@ -33,7 +33,11 @@ def kept(lines: Sequence[Line], patience: int | None, metric: Metric) -> Line:
 
 def exhausted(lines: Sequence[Line], patience: int | None, metric: Metric) -> bool:
     """True if so many epochs have gone by without a better one."""
-    return bool(lines) and patience is not None and lines[-1]["epoch"] - kept(lines, patience, metric)["epoch"] >= patience
+    return (
+        bool(lines)
+        and patience is not None
+        and lines[-1]["epoch"] - epoch_to_keep(lines, patience, metric)["epoch"] >= patience
+    )
 
 
 def finished(lines: Sequence[Line], epochs: int, patience: int | None, metric: Metric) -> bool:
@@ -45,7 +49,7 @@ def why(lines: Sequence[Line], epochs: int, patience: int | None, metric: Metric
     """What the numbers of a run stand for and why it stopped, for people."""
     if patience is None:
         return f"{metric.label.capitalize()} is of the last epoch; none was picked by its score."
-    name, best = watched(lines[0]["tests"]), kept(lines, patience, metric)["epoch"]
+    name, best = watched(lines[0]["tests"]), epoch_to_keep(lines, patience, metric)["epoch"]
     text = f"The model is of epoch {best}, the best on `{name}`, and so are its predictions."
     if exhausted(lines, patience, metric):
         last = lines[-1]["epoch"]

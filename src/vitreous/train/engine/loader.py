@@ -23,13 +23,7 @@ from vitreous.data.decoding import Unreadable
 from vitreous.data.preprocess import Preprocess
 from vitreous.data.timeouts import DriveGone
 from vitreous.train.engine.signals import held_back, leave_to_parent
-from vitreous.train.engine.workers import (
-    child_signals_as_they_are,
-    kill,
-    kill_at_exit,
-    tells_of_a_death,
-    worker_killed,
-)
+from vitreous.train.engine.workers import child_signals_as_they_are, kill, kill_at_exit, tells_of_a_death, worker_killed
 
 ORDER, FLIP, AUGMENT, DRAW = range(4)  # what a draw is for: first part of its key
 NO_DRIVE = "the drive does not answer"

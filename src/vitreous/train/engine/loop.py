@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitreous.base.errors import HostError, NotReached
 from vitreous.base.processes import naming_the_lost
-from vitreous.grafting import new_parameters
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
 from vitreous.lens.reading import read as read_reading
@@ -43,7 +42,7 @@ def go_on(session: Session, run: Run, console: Console) -> None:
         if not session.progress.updates:
             collect_weights(session)
             read(session, run, 0)
-        while not finished(session, run):
+        while not session.team.first_does(lambda: run.finished(settings, metric)):
             try:
                 train_epoch(session, run, stopping, shown)
             except NotFinite as error:
@@ -55,15 +54,6 @@ def go_on(session: Session, run: Run, console: Console) -> None:
             say(early_stopping.why(read_metrics(run.folder), settings.epochs, settings.patience, metric))
     if session.team.first:
         run.states.clear()
-
-
-def finished(session: Session, run: Run) -> bool:
-    """Whether nothing is left to train, by the metrics that the first process wrote."""
-    return session.team.first_does(
-        lambda: early_stopping.finished(
-            read_metrics(run.folder), session.settings.epochs, session.settings.patience, session.task.metrics[0]
-        )
-    )
 
 
 def train_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -> None:
@@ -85,12 +75,10 @@ def steps(session: Session, run: Run) -> Iterator[None]:
     """The steps of what is left of a pass over the training images, one taken at each `next`."""
     progress = session.progress
     session.train.set_epoch(progress.epoch, progress.step)
-    learning = {name: p for name, p in session.parameters.items() if p.requires_grad}
-    watched = [name for name in new_parameters(session.model) if name in learning]
     started = time.perf_counter()
     for batch in session.train:
         if progress.updates + 1 not in progress.left_out:
-            take_step(session, run, batch, learning, watched)
+            take_step(session, run, batch)
         progress.updates += 1
         progress.lr = set_rate(session)
         progress.step += 1
@@ -99,18 +87,15 @@ def steps(session: Session, run: Run) -> Iterator[None]:
         yield
 
 
-def take_step(
-    session: Session, run: Run, batch: tuple[Tensor, Tensor], learning: dict[str, nn.Parameter], watched: list[str]
-) -> None:
+def take_step(session: Session, run: Run, batch: tuple[Tensor, Tensor]) -> None:
     """One update, unless a loss or gradient is not finite.
 
-    Then NotFinite is raised, and batch and state are in the run folder.
-
-    batch: images and target as they are loaded. learning, watched: as `Step` takes them.
+    Then NotFinite is raised, and batch and state are in the run folder. batch: images and target as
+    they are loaded.
     """
     before, progress = random_states(session.device), session.progress
     images, target = (tensor.to(session.device) for tensor in batch)
-    step = Step(session, images, target, learning, watched)
+    step = Step(session, images, target)
     try:
         losses = session.update.step(session.optimizer, step.gradients, step.norm, step.clip)
     except ValueNotFinite as error:
@@ -163,7 +148,7 @@ def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -
         metrics |= watch(session, run, progress.epoch)
         stopping.end()
         lines = [*read_metrics(run.folder), metrics]
-        if early_stopping.kept(lines, session.settings.patience, session.task.metrics[0]) is metrics:
+        if early_stopping.epoch_to_keep(lines, session.settings.patience, session.task.metrics[0]) is metrics:
             model_folder.save(session.tested.model, run.folder, classes=session.data.classes, inputs=session.inputs.config())
             save_objective(session.tested, run.folder)
             write_predictions(run, session, outcomes)
@@ -254,14 +239,21 @@ def roll_back(session: Session, run: Run, error: NotFinite, say: Callable[[str],
     left_out = [*session.progress.left_out, error.update]
     if error.update is None or len(left_out) > session.settings.rollbacks or len(left_out) >= len(session.train):
         session.team.fail(error)
-    restore(session, session.team.first_does(lambda: run.states.load(say)))
-    run.states.latest = session.progress.updates  # a newer one was damaged, and will be written again
+    return_to(session, run, session.team.first_does(lambda: run.states.load(say)))
     session.progress.left_out = left_out
     set_rate(session)
     if session.team.first:
-        run.rewind(session.progress.epoch, begun=session.progress.updates > 0)
         session.trackers.back_to(session.progress.epoch)
     if not session.progress.updates:
         collect_weights(session)
         read(session, run, 0)
     say(f"{error} Went back to the state after {session.progress.updates} updates; update {error.update} is left out.")
+
+
+def return_to(session: Session, run: Run, state: dict[str, Any] | None) -> None:
+    """Put session and folder into a saved state; None: into that before training."""
+    if state is not None:
+        restore(session, state)
+        run.states.latest = session.progress.updates  # a newer one was damaged, and will be written again
+    if session.team.first:
+        run.rewind(session.progress.epoch, begun=session.progress.updates > 0)

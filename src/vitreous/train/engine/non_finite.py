@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,8 @@ from vitreous.train.engine.distributed import StepModule
 from vitreous.train.engine.loader import rejoined
 from vitreous.train.engine.session import Session, own_name
 from vitreous.train.engine.sharding import put_together
-from vitreous.train.engine.state import (
-    capture,
-    random_states,
-    read_state,
-    restore,
-    set_random_states,
-    write_state,
-    writing,
-)
-from vitreous.train.engine.step import draw_batch, set_schedules, step_losses
+from vitreous.train.engine.state import capture, random_states, read_state, restore, set_random_states, write_state, writing
+from vitreous.train.engine.step import draw_batch, gradient_norm, set_schedules, step_losses
 
 NAME = "not-finite.safetensors"
 Loaded = tuple[Tensor, Tensor]  # images and target of a batch, before anything is drawn
@@ -116,7 +109,6 @@ def first_in_step(session: Session, batch: Batch) -> str | None:
     Else the first whose gradient is not.
     """
     objective, start = session.objective.train(), random_states(session.device)
-    learning = {name: p for name, p in session.parameters.items() if p.requires_grad}
 
     def examined_gradients() -> Losses:
         objective.zero_grad(set_to_none=True)
@@ -131,7 +123,7 @@ def first_in_step(session: Session, batch: Batch) -> str | None:
             losses.total.backward()
         if gradients:
             raise Origin(f"the gradient that comes out of {gradients[0]}")
-        norms = {name: p.grad.norm() for name, p in learning.items() if p.grad is not None}
+        norms = {name: p.grad.norm() for name, p in session.learning.items() if p.grad is not None}
         for name, norm in norms.items():
             if not finite(norm):
                 raise Origin(f"the gradient of {name}")
@@ -139,13 +131,9 @@ def first_in_step(session: Session, batch: Batch) -> str | None:
             raise Origin(f"the norm of all gradients, the largest of {max(norms, key=norms.get)}")
         return losses
 
-    def norm(tensors: list[Tensor] | None = None) -> Tensor:
-        if tensors is None:
-            tensors = [p.grad for p in learning.values() if p.grad is not None]
-        return nn.utils.get_total_norm(tensors)
-
     try:
-        session.update.step(NoStep(learning.values(), lr=0.0), examined_gradients, norm, clip=lambda: None)
+        optimizer = NoStep(session.learning.values(), lr=0.0)
+        session.update.step(optimizer, examined_gradients, partial(gradient_norm, session), clip=lambda: None)
     except Origin as origin:
         return str(origin)
     return None

@@ -63,20 +63,21 @@ def prepare(
     there = len(grafts(model))
     graft(model, *(parse(text, foreign=True) for text in settings.graft))
 
-    def batches(images, size, **options):
-        common = {"seed": settings.seed, "workers": settings.workers, "strict": settings.strict}
-        return loader(images, inputs, size, **common, **options)
+    batches = partial(loader, inputs=inputs, seed=settings.seed, workers=settings.workers, strict=settings.strict)
+
+    def first_batch(images: Samples, **options: Any) -> tuple[Tensor, Tensor]:
+        return next(iter(batches(spaced(images, SAMPLE), batch_size=SAMPLE, **options)))
 
     options = {"aug": settings.aug, "views": None if type(task).views is Task.views else task.views}
-    train = batches(data.train, settings.batch_size, shuffle=True, even=task.pairs_images, team=team, **options)
-    tests = {name: batches(images, 2 * settings.batch_size, team=team) for name, images in data.tests.items()}
-    sample, target = (part.to(device) for part in next(iter(batches(spaced(data.tests["test"], SAMPLE), SAMPLE))))
+    train = batches(data.train, batch_size=settings.batch_size, shuffle=True, even=task.pairs_images, team=team, **options)
+    tests = {name: batches(images, batch_size=2 * settings.batch_size, team=team) for name, images in data.tests.items()}
+    sample, target = (part.to(device) for part in first_batch(data.tests["test"]))
     images = sample
     if options["views"]:
-        images, target = (part.to(device) for part in next(iter(batches(spaced(data.train, SAMPLE), SAMPLE, **options))))
+        images, target = (part.to(device) for part in first_batch(data.train, **options))
     model.to(device)
     for record in grafts(model)[there:]:
-        record.mechanism.calibrate(model, next(iter(batches(spaced(data.train, SAMPLE), SAMPLE)))[0].to(device))
+        record.mechanism.calibrate(model, first_batch(data.train)[0].to(device))
     set_checkpointing(model, settings)
     objective = task.build(model, data).to(device)
     learning = choose_trainable(model, settings.train, settings.freeze, objective.learns())

@@ -12,69 +12,75 @@ import torch
 from rich.console import Console
 
 from vitreous.base.errors import DataError
+from vitreous.base.files import read_json
 from vitreous.base.processes import ALONE, Team, connected
 from vitreous.data import Data, OpenOnce, open_data
-from vitreous.models import model_folder
-from vitreous.train.engine import early_stopping, non_finite
+from vitreous.train.engine import non_finite
 from vitreous.train.engine.lock import locked
-from vitreous.train.engine.loop import go_on
+from vitreous.train.engine.loop import go_on, return_to
 from vitreous.train.engine.prepare import fetch, prepare, run_metadata
-from vitreous.train.engine.state import restore
 from vitreous.train.records import reproducibility, summary
 from vitreous.train.records.progress_display import speaker
-from vitreous.train.records.run_folder import Run, read_metrics, read_rows
+from vitreous.train.records.run_folder import Run, read_rows
 from vitreous.train.records.trackers import TRACKERS
 from vitreous.train.run import train_once
 from vitreous.train.settings import TrainSettings
 
 
 def resume(folder: str | Path, allow_changes: bool = False, console: Console | None = None, **changed: Any) -> Path:
-    """Go on with an interrupted run (or several seeds of one) so that it ends as if it had not
-    been; returns the folder.
+    """Go on with an interrupted run, or several seeds of one, to the end it would have had.
 
-    allow_changes: go on though settings, data, grafts or versions have changed. changed: other
-    values for settings that do not bear on a step: workers, save_every, rollbacks, rollback_lr,
-    tracker.
+    Returns the folder. allow_changes: go on though settings, data, grafts or versions have changed.
+    changed: other values for settings that do not bear on a step: workers, save_every, rollbacks,
+    rollback_lr, tracker.
 
     Raises DataError if there is no run, SettingError with the differences if something has changed.
     """
-    with connected(recorded_device(Path(folder))) as team:
-        return resume_seeds(Path(folder), allow_changes, team.console(console or Console()), changed, team)
-
-
-def resume_seeds(folder: Path, allow_changes: bool, console: Console, changed: dict[str, Any], team: Team) -> Path:
-    """`resume`, by a team of processes."""
-    if (folder / "run.json").is_file():
-        resume_once(folder, allow_changes, console, changed, team)
-        return folder
-    record = model_folder.read_json(begun(folder)[0])
-    seeds = range(*(record.get("seeds") or (0, 0)))
+    folder, record = Path(folder), first_record(Path(folder))
     settings = recorded_settings(record, changed)
-    runs, opening = [folder / f"seed-{seed}" for seed in seeds], OpenOnce()
-    for seed, path in zip(seeds, runs, strict=True):
-        if team.first_does((path / "run.json").is_file):
-            resume_once(path, allow_changes, console, changed, team, opening)
-        else:
-            train_once(replace(settings, seed=seed), path, console, seeds, team, opening)
-    if team.first:
-        summary.write_seeds(folder, runs)
+    with connected(settings.torch_device()) as team:
+        console = team.console(console or Console())
+        if (folder / "run.json").is_file():
+            resume_once(folder, allow_changes, console, changed, team)
+            return folder
+        seeds = range(*(record.get("seeds") or (0, 0)))
+        runs, opening = [folder / f"seed-{seed}" for seed in seeds], OpenOnce()
+        for seed, path in zip(seeds, runs, strict=True):
+            train_or_resume(replace(settings, seed=seed), path, console, team, opening, changed, allow_changes, seeds)
+        if team.first:
+            summary.write_seeds(folder, runs)
     return folder
 
 
-def begun(folder: Path) -> list[Path]:
-    """The run.json of the run in a folder, or those of several seeds in it.
+def train_or_resume(
+    settings: TrainSettings,
+    folder: Path,
+    console: Console,
+    team: Team,
+    opening: OpenOnce,
+    changed: dict[str, Any],
+    allow_changes: bool = False,
+    seeds: range = range(0),
+) -> None:
+    """One of several runs: from its start, from where it was stopped, or nothing if finished.
+
+    changed, allow_changes: as `resume` takes them. seeds: as `train_once` takes them.
+    """
+    if team.first_does((folder / "run.json").is_file):
+        resume_once(folder, allow_changes, console, changed, team, opening)
+    else:
+        train_once(settings, folder, console, seeds, team, opening)
+
+
+def first_record(folder: Path) -> dict[str, Any]:
+    """run.json of the run in a folder, or of the first of several seeds in it.
 
     Raises DataError if there is none.
     """
-    records = [path for path in [folder / "run.json", *sorted(folder.glob("seed-*/run.json"))] if path.is_file()]
-    if not records:
+    paths = [path for path in [folder / "run.json", *sorted(folder.glob("seed-*/run.json"))] if path.is_file()]
+    if not paths:
         raise no_run(folder)
-    return records
-
-
-def recorded_device(folder: Path) -> torch.device:
-    """Where the run in a folder, or the first of several seeds in it, was told to be."""
-    return recorded_settings(model_folder.read_json(begun(folder)[0]), {}).torch_device()
+    return read_json(paths[0])
 
 
 def resume_once(
@@ -94,9 +100,10 @@ def resume_once(
         with team.together():
             if team.first:
                 locks.enter_context(locked(folder, say))
-        record = model_folder.read_json(folder / "run.json")
+        record = read_json(folder / "run.json")
         settings = recorded_settings(record, changed)
-        if team.first_does(lambda: already_finished(run, settings)):
+        metric = settings.parsed_task().metrics[0]
+        if team.first_does(lambda: not run.states.paths() and run.finished(settings, metric)):
             say(f"The run in {folder} is finished.")
             return
         torch.set_num_threads(record["machine"]["threads"])  # sums in the same order
@@ -109,22 +116,12 @@ def resume_once(
                 reproducibility.refuse(
                     reproducibility.since(record, state, session, run_metadata(session), rows), allow_changes, say
                 )
-        if state is not None:
-            restore(session, state)
-            run.states.latest = session.progress.updates
-        if team.first:
-            run.rewind(session.progress.epoch, begun=session.progress.updates > 0)
+        return_to(session, run, state)
         say(
             f"Goes on with {folder} after {session.progress.updates} updates, "
             f"in epoch {session.progress.epoch} of {settings.epochs}."
         )
         go_on(session, run, console)
-
-
-def already_finished(run: Run, settings: TrainSettings) -> bool:
-    return not run.states.paths() and early_stopping.finished(
-        read_metrics(run.folder), settings.epochs, settings.patience, settings.parsed_task().metrics[0]
-    )
 
 
 def replay(folder: str | Path, console: Console | None = None) -> str | None:
@@ -135,7 +132,7 @@ def replay(folder: str | Path, console: Console | None = None) -> str | None:
     folder, console = Path(folder), console or Console()
     if not (folder / "run.json").is_file():
         raise no_run(folder)
-    record = model_folder.read_json(folder / "run.json")
+    record = read_json(folder / "run.json")
     torch.set_num_threads(record["machine"]["threads"])
     alone = {"shard": False, "tracker": ()}  # the record is of whole weights, and nobody is told
     session = prepare(recorded_settings(record, alone), console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from vitreous.base.processes import ALONE, Team
 from vitreous.data import Data, Samples
 from vitreous.data.preprocess import Preprocess
+from vitreous.grafting import new_parameters
 from vitreous.tasks import Objective, Task
 from vitreous.train.engine.loader import Loader
 from vitreous.train.records.trackers import Trackers
@@ -101,25 +103,28 @@ class Session:
 
     @property
     def tested(self) -> Objective:
-        """The objective that is tested and whose model is read and saved: the averaged one, if
-        there is one.
-        """
+        """The objective that is tested and whose model is read and saved, its weights whole."""
         return self.whole or self.averaged
 
     @property
     def averaged(self) -> Objective:
-        """The moving average where one is kept, else the objective that learns; its weights may be
-        spread.
-        """
+        """The moving average, if there is one, else the objective that learns; maybe spread."""
         return self.objective if self.ema is None else self.ema.module
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters: those of the model by their names in it, then the objective's own as
-        objective.NAME.
-        """
-        named = dict(self.objective.named_parameters())
-        return {own_name(name): parameter for name, parameter in named.items()}
+        """All parameters by `own_name`: those of the model, then the objective's own."""
+        return {own_name(name): parameter for name, parameter in self.objective.named_parameters()}
+
+    @cached_property
+    def learning(self) -> dict[str, nn.Parameter]:
+        """Those of `parameters` that learn, which `prepare` has settled."""
+        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+
+    @cached_property
+    def watched(self) -> list[str]:
+        """Names of the learning parameters of grafts, whose gradient norms are recorded."""
+        return [name for name in new_parameters(self.model) if name in self.learning]
 
     @property
     def fraction_done(self) -> float:
@@ -131,8 +136,5 @@ class Session:
 
 
 def own_name(name: str) -> str:
-    """The name of a parameter or module of an objective, for people.
-
-    What is in the model has its name there.
-    """
+    """A parameter's or module's name for people: NAME in the model, else objective.NAME."""
     return name.removeprefix("model.") if name.startswith("model.") else f"objective.{name}"

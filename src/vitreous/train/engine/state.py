@@ -16,7 +16,7 @@ import json
 import os
 import random
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vitreous.base.errors import DataError, SettingError, VitreousError
-from vitreous.base.files import write
+from vitreous.base.files import writable, write
 from vitreous.tasks import Objective
 from vitreous.train.engine.session import Means, Progress, Session, own_name
 from vitreous.train.engine.sharding import gathered, spread, spread_state, whole
@@ -153,12 +153,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
     """
     name, keys, *rest = np.random.get_state()
     own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*of_device(device))
-    return {
-        "torch": torch.get_rng_state(),
-        "device": own,
-        "numpy": [name, keys.tolist(), *rest],
-        "python": random.getstate(),
-    }
+    return {"torch": torch.get_rng_state(), "device": own, "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
@@ -348,17 +343,9 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {unpack(key, tensors): unpack(item, tensors) for key, item in inner}
 
 
-@contextmanager
-def writing(folder: Path):
-    """Turn the errors of a full disk or an unwritable folder into one that says so."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise SettingError(
-            f"Cannot write in {folder}: {reason}. Expected a place with room to write. What was whole is kept: make room, then "
-            f"`vitreous resume {folder}`."
-        ) from error
+def writing(folder: Path) -> AbstractContextManager:
+    """`writable` for a run folder, in which a run that could not write goes on later."""
+    return writable(folder, f"What was whole is kept: make room, then `vitreous resume {folder}`.")
 
 
 def sync_folder(folder: Path) -> None:

@@ -53,16 +53,14 @@ def set_schedules(module: nn.Module, progress: float) -> None:
 
 
 class Step:
-    """One step of this process: what an `Update` is handed. `norms` and `count`, images of all
-    processes, are recorded.
+    """One step of this process; an `Update` is handed its methods.
 
-    images, target: this process's part of a batch as it is loaded. learning: the parameters that
-    learn, by name. watched: those whose gradient norms are recorded.
+    images, target: this process's part of a batch as it is loaded. Afterwards `norms`, of
+    gradients, and `count`, images of all processes, are recorded.
     """
 
-    def __init__(self, session: Session, images: Tensor, target: Tensor, learning: dict[str, nn.Parameter], watched: list[str]):
-        self.session, self.learning, self.watched = session, learning, watched
-        self.images = len(images)
+    def __init__(self, session: Session, images: Tensor, target: Tensor):
+        self.session, self.images = session, len(images)
         self.count = session.team.count(self.images)
         if not self.count:
             with session.team.together():
@@ -93,24 +91,26 @@ class Step:
         total = self.norm()
         if not torch.isfinite(losses.total + total):
             raise ValueNotFinite(losses.by_name | {"gradient norm": total})
-        gradients = {name: self.learning[name].grad for name in self.watched}
+        gradients = {name: session.learning[name].grad for name in session.watched}
         norms = {name: whole(gradient.norm()) for name, gradient in gradients.items() if gradient is not None}
         self.norms = {"total": total} | norms
         return losses
 
     def norm(self, tensors: list[Tensor] | None = None) -> Tensor:
-        """The norm over all processes of the gradients that learn.
-
-        Or of tensors that are spread as these are.
-        """
-        if tensors is None:
-            tensors = [p.grad for p in self.learning.values() if p.grad is not None]
-        return whole(nn.utils.get_total_norm(tensors))
+        """`gradient_norm` of this step."""
+        return gradient_norm(self.session, tensors)
 
     def clip(self) -> None:
         """Bring the gradients to the norm of --clip-grad, if given."""
         if (most := self.session.settings.clip_grad) is not None:
-            nn.utils.clip_grads_with_norm_(self.learning.values(), most, self.norms["total"])
+            nn.utils.clip_grads_with_norm_(self.session.learning.values(), most, self.norms["total"])
+
+
+def gradient_norm(session: Session, tensors: list[Tensor] | None = None) -> Tensor:
+    """The norm over all processes of the gradients, or of tensors that are spread as they are."""
+    if tensors is None:
+        tensors = [p.grad for p in session.learning.values() if p.grad is not None]
+    return whole(nn.utils.get_total_norm(tensors))
 
 
 def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Losses:

@@ -73,7 +73,7 @@ def alarms(history: Sequence[Indicators]) -> list[Alarm]:
     History: oldest first.
     """
     new = []
-    for kind, (indicator, is_alarming) in ALARM_KINDS.items():
+    for kind, (indicator, is_alarming, text) in ALARM_KINDS.items():
         for layer in history[-1][indicator]:
             calm: list[float] = []
             before, rings, rang = 0.0, False, False
@@ -86,24 +86,28 @@ def alarms(history: Sequence[Indicators]) -> list[Alarm]:
                 if not rings:
                     calm.append(value)
             if rings and not rang:
-                new.append(alarm(kind, layer, history[-1][indicator][layer], before))
+                value = history[-1][indicator][layer]
+                sentence = f"{kind} in layer {layer}: {text.format(value=value, before=before, tokens=exp(value))}"
+                new.append({"alarm": kind, "layer": int(layer), "value": value, "before": before, "text": sentence})
     return new
 
 
-def alarm(kind: str, layer: str, value: float, before: float) -> Alarm:
-    """One alarm, with its sentence."""
-    change = {
-        "rank collapse": f"its tokens differ by {value:.3f} of their length, before {before:.3f}",
-        "entropy collapse": f"attention of {value:.2f} nats ({exp(value):.1f} tokens), before {before:.2f} nats",
-        "entropy spike": f"attention {value:.3f} nats from uniform, before {before:.3f}",
-    }[kind]
-    return {"alarm": kind, "layer": int(layer), "value": value, "before": before, "text": f"{kind} in layer {layer}: {change}"}
-
-
-ALARM_KINDS = {
-    "rank collapse": ("rank_collapse", lambda value, before: value < FLAT_RANK and value < FALLEN * before),
-    "entropy collapse": ("attention_entropy", lambda value, before: value < SHARP and value < FALLEN * before),
-    "entropy spike": ("below_uniform", lambda value, before: before >= SELECTIVE and value < EVENED * before),
+ALARM_KINDS = {  # {kind: (indicator, whether a value is alarming after those before, what has changed)}
+    "rank collapse": (
+        "rank_collapse",
+        lambda value, before: value < FLAT_RANK and value < FALLEN * before,
+        "its tokens differ by {value:.3f} of their length, before {before:.3f}",
+    ),
+    "entropy collapse": (
+        "attention_entropy",
+        lambda value, before: value < SHARP and value < FALLEN * before,
+        "attention of {value:.2f} nats ({tokens:.1f} tokens), before {before:.2f} nats",
+    ),
+    "entropy spike": (
+        "below_uniform",
+        lambda value, before: before >= SELECTIVE and value < EVENED * before,
+        "attention {value:.3f} nats from uniform, before {before:.3f}",
+    ),
 }
 
 

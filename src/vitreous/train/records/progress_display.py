@@ -28,7 +28,7 @@ class Shown:
     """
 
     def __init__(self, console: Console, epochs: int, metric: Metric):
-        self.console, self.epochs, self.metric = console, epochs, metric
+        self.console, self.epochs, self.metric, self.say = console, epochs, metric, speaker(console)
         self.bar = Progress(console=console)
         self.table: Table | None = None
         self.live = Live(console=console, get_renderable=self.render, refresh_per_second=4) if console.is_terminal else None
@@ -69,11 +69,6 @@ class Shown:
             self.table.add_column(name, justify="right")
         for row in rows:
             self.table.add_row(*row)
-
-    @property
-    def say(self) -> partial:
-        """`console.print` for plain sentences."""
-        return speaker(self.console)
 
 
 def speaker(console: Console) -> partial:

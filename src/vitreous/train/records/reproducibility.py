@@ -75,17 +75,15 @@ def since(
     record: its run.json. state: its last one, if any. metadata: `run_metadata` of now. rows: its
     manifest.
     """
+    now = metadata | {"versions": versions()} | machine()
+    before = {"processes": 1} | record | record["machine"]
+    names = ["data", "model", "device", "task", "processes", "versions", "platform", "processor", "cuda"]
+    if "task" in record:
+        before["task"], now["task"] = ({"fixed": one["task"].get("fixed")} for one in (record, metadata))
+    else:  # a run of an older version
+        names.remove("task")
     differences = between_manifests(rows, manifest(session.data))
-    for name in ("data", "model", "device"):
-        differences += between({name: record.get(name)}, {name: metadata[name]})
-    if "task" in record:  # runs of older versions have none
-        differences += between({"task": {"fixed": record["task"].get("fixed")}}, {"task": {"fixed": metadata["task"]["fixed"]}})
-    processes = {"processes": record.get("processes", 1)}
-    differences += between(processes, {"processes": metadata["processes"]})
-    differences += between({"versions": record.get("versions")}, {"versions": versions()})
-    present = machine()
-    for name in ("platform", "processor", "cuda"):
-        differences += between({name: record["machine"].get(name)}, {name: present[name]})
+    differences += between({name: before.get(name) for name in names}, {name: now[name] for name in names})
     if state is not None:
         differences += between(bearing(state["settings"]), bearing(record["settings"]))
     return differences

@@ -30,7 +30,10 @@ from typing import Any
 from vitreous.base.environment import command_line, machine, versions
 from vitreous.base.errors import SettingError
 from vitreous.base.files import free_folder, write_text
+from vitreous.base.metrics import Metric
+from vitreous.train.engine import early_stopping
 from vitreous.train.engine.state import States
+from vitreous.train.settings import TrainSettings
 
 FORMAT = 1
 STUDY = "study.json"  # what makes the folder around some runs a study (`train.study`)
@@ -72,10 +75,10 @@ class Run:
                 f"Cannot make the run folder {folder}: {error}. Expected a place to write. Choose another --out."
             ) from error
 
-    def start(self, **facts: Any) -> None:
-        """Write run.json: what is known before training."""
+    def start(self, **metadata: Any) -> None:
+        """Write run.json before training: metadata, time, command, versions and machine."""
         record = {"format": FORMAT, "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line()}
-        self.text("run.json", json.dumps(record | facts | {"versions": versions(), "machine": machine()}, indent=2) + "\n")
+        self.text("run.json", json.dumps(record | metadata | {"versions": versions(), "machine": machine()}, indent=2) + "\n")
 
     def rewind(self, epoch: int, begun: bool) -> None:
         """Remove what belongs to `epoch` and later ones, which will be made again; all of it if
@@ -101,6 +104,10 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
 
+    def finished(self, settings: TrainSettings, metric: Metric) -> bool:
+        """Whether nothing is left to train, by the epochs in metrics.jsonl."""
+        return early_stopping.finished(read_metrics(self.folder), settings.epochs, settings.patience, metric)
+
     def reading(self, epoch: int) -> Path:
         """The folder of the reading after an epoch; 0 is before training."""
         return self.folder / "readings" / f"epoch-{epoch:03d}"
@@ -123,8 +130,12 @@ def to_resume(folder: Path) -> Path:
 
     The run folder, or the one around it of several seeds, or of a study.
     """
-    several = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("seeds")
-    return folder.parent if several or (folder.parent / STUDY).is_file() else folder
+    return folder.parent if read_record(folder).get("seeds") or (folder.parent / STUDY).is_file() else folder
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The run.json of a run folder."""
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ Made from the files of the run folder alone.
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from vitreous.base.metrics import Metric, metrics_of
 from vitreous.base.statistics import of_mean
 from vitreous.train.engine import early_stopping
 from vitreous.train.records import alarms
-from vitreous.train.records.run_folder import read_metrics
+from vitreous.train.records.run_folder import read_metrics, read_record
 
 FILES = """\
 - `metrics.jsonl`: one line per epoch; `readings/`: what it looked at, by epoch; `predictions.csv`: every test image
@@ -48,11 +47,11 @@ def warnings(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 def write(folder: Path) -> None:
     """Write summary.md of a run from its run.json and metrics.jsonl."""
-    run, epochs = json.loads((folder / "run.json").read_text(encoding="utf-8")), read_metrics(folder)
+    run, epochs = read_record(folder), read_metrics(folder)
     settings, model, metric = run["settings"], run["model"], metrics_of(run)[0]
     patient = settings.get("patience")
     spaced = {round(1 + i * (len(epochs) - 1) / 9) for i in range(10)}
-    shown = sorted(spaced | {1, len(epochs), early_stopping.kept(epochs, patient, metric)["epoch"]})
+    shown = sorted(spaced | {1, len(epochs), early_stopping.epoch_to_keep(epochs, patient, metric)["epoch"]})
     done = early_stopping.finished(epochs, settings["epochs"], patient, metric)
     going_on = f"vitreous resume {shlex.quote(str(folder))}"
     text = [
@@ -89,22 +88,22 @@ def write_seeds(folder: Path, runs: list[Path]) -> None:
     The mean has a 95 % interval.
     """
     outcomes, metric = [outcome(run) for run in runs], run_metrics(runs[0])[0]
-    names, digits = list(outcomes[0]), 2 if metric.unit == "%" else 4
-    scores = {name: [metric.scale * tests[name][metric.name] for tests in outcomes] for name in names}
-    ends = {name: of_mean(scores[name]) for name in names}
+    names = list(outcomes[0])
+    scores = {name: [tests[name][metric.name] for tests in outcomes] for name in names}
 
     def row(title: str, cell: Callable[[str], str]) -> list[str]:
         return [title, *map(cell, names)]
 
+    def interval(name: str) -> str:
+        low, high = of_mean(scores[name])
+        return f"{metric.number(low)} to {metric.text(high)}"
+
     rows = [
         row("run", lambda name: f"{metric.label}: {name}"),
-        *(row(run.name, lambda name, i=i: f"{scores[name][i]:.{digits}f} {metric.unit}") for i, run in enumerate(runs)),
-        row("mean", lambda name: f"{statistics.mean(scores[name]):.{digits}f} {metric.unit}"),
-        row(
-            "95 % interval of the mean",
-            lambda name: f"{ends[name][0]:.{digits}f} to {ends[name][1]:.{digits}f} {metric.unit}",
-        ),
-        row("standard deviation", lambda name: f"{statistics.stdev(scores[name]):.{digits}f}"),
+        *(row(run.name, lambda name, i=i: metric.text(scores[name][i])) for i, run in enumerate(runs)),
+        row("mean", lambda name: metric.text(statistics.mean(scores[name]))),
+        row("95 % interval of the mean", interval),
+        row("standard deviation", lambda name: metric.number(statistics.stdev(scores[name]))),
     ]
     text = [
         f"# {len(runs)} seeds\n",
@@ -117,13 +116,13 @@ def write_seeds(folder: Path, runs: list[Path]) -> None:
 
 def outcome(folder: Path) -> dict[str, dict[str, float]]:
     """Scores by test set of the epoch whose weights a run keeps."""
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return early_stopping.kept(read_metrics(folder), run["settings"].get("patience"), metrics_of(run)[0])["tests"]
+    run = read_record(folder)
+    return early_stopping.epoch_to_keep(read_metrics(folder), run["settings"].get("patience"), metrics_of(run)[0])["tests"]
 
 
 def run_metrics(folder: Path) -> tuple[Metric, ...]:
     """The metrics of the run in a folder, by its run.json."""
-    return metrics_of(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    return metrics_of(read_record(folder))
 
 
 def table(rows: list[list[str]]) -> str:

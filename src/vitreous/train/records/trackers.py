@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from vitreous.base.errors import SettingError, UnknownName, VitreousError
+from vitreous.base.errors import SettingError, UnknownName, VitreousError, brief
 
 
 class Tracker(Protocol):
@@ -88,7 +88,7 @@ def make(name: str) -> Tracker:
         tracker = getattr(importlib.import_module(module), cls)()
     except Exception as error:  # whatever its module and class may raise
         raise SettingError(
-            f"Found --tracker {name}, which cannot be made ({type(error).__name__}: {error}). Expected package.module.Class of "
+            f"Found --tracker {name}, which cannot be made ({brief(error)}). Expected package.module.Class of "
             "an installed package, made without arguments. Check the name."
         ) from error
     lacking = [method for method in ("start", "log", "finish") if not callable(getattr(tracker, method, None))]
@@ -140,7 +140,7 @@ class Trackers:
                 getattr(tracker, method)(*arguments)
             except Exception as error:  # whatever a service that is no part of the training may raise
                 del self.trackers[name]
-                self.say(f"The tracker {name} failed ({type(error).__name__}: {error}); it is told nothing more.")
+                self.say(f"The tracker {name} failed ({brief(error)}); it is told nothing more.")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

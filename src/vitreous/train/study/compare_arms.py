@@ -139,7 +139,7 @@ def tables(results: dict[str, Any]) -> list[str]:
             cells = [name, metric.text(arm["mean"]), span(metric, arm["interval"], signed=False)]
             if difference := result["differences"].get(name):
                 by_seed, by_image = (span(metric, difference[interval]) for interval in BY)
-                cells += [signed(metric, difference["mean"]), by_seed, by_image, verdict(difference, metric)]
+                cells += [metric.number(difference["mean"], "+"), by_seed, by_image, verdict(difference, metric)]
             else:
                 cells += [""] * 4
             rows.append([*cells, f"{results['cost'][name]['mean']:.2f}"])
@@ -164,11 +164,6 @@ def unit(metric: Metric) -> str:
     return "points" if metric.unit == "%" else metric.unit
 
 
-def signed(metric: Metric, value: float) -> str:
-    """A difference as it is shown, without its unit."""
-    return f"{metric.scale * value:+.{2 if metric.unit == '%' else 4}f}"
-
-
 def span(metric: Metric, ends: Sequence[float] | None, signed: bool = True) -> str:
     """An interval as it is shown; empty where there is none.
 
@@ -176,6 +171,5 @@ def span(metric: Metric, ends: Sequence[float] | None, signed: bool = True) -> s
     """
     if ends is None:
         return ""
-    digits = 2 if metric.unit == "%" else 4
-    low, high = (f"{metric.scale * value:{'+' if signed else ''}.{digits}f}" for value in ends)
+    low, high = (metric.number(value, "+" if signed else "") for value in ends)
     return f"{low} to {high}" + ("" if signed else f" {metric.unit}")

@@ -26,16 +26,15 @@ from rich.console import Console
 
 from vitreous.base.environment import command_line
 from vitreous.base.errors import DataError, SettingError
-from vitreous.base.files import write_text
+from vitreous.base.files import read_json, write_text
 from vitreous.base.metrics import Metric
 from vitreous.base.processes import Team, connected
 from vitreous.data import OpenOnce
 from vitreous.grafting import graft
 from vitreous.mechanism import parse
-from vitreous.models import model_folder
 from vitreous.train.engine.lock import locked
 from vitreous.train.engine.prepare import data_and_model
-from vitreous.train.engine.resume import recorded_settings, resume_once
+from vitreous.train.engine.resume import recorded_settings, train_or_resume
 from vitreous.train.engine.state import writing
 from vitreous.train.records import reproducibility
 from vitreous.train.records.progress_display import speaker
@@ -78,11 +77,12 @@ def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], cons
                     if not (folder / STUDY).is_file():
                         save(folder, {"format": FORMAT, "command": command_line()} | asked)
         runs = run_folders(folder, asked)
+        free = {name: getattr(settings, name) for name in reproducibility.FREE if name not in OWN}
         for k, seed in enumerate(asked["seeds"]):
             for name, some in grafts.items():
                 say(f"\nArm {name}, seed {seed}")
                 own = replace(settings, graft=some, seed=seed, seeds=1, out=None)
-                train_or_go_on(own, runs[name][k], console, team, opening)
+                train_or_resume(own, runs[name][k], console, team, opening, free)
         if team.first:
             conclude(folder, settings.data, runs, say)
     return folder
@@ -101,18 +101,18 @@ def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable
     title = f"# {' against '.join(runs)} on {data}\n" if len(runs) == 2 else f"# {len(runs)} arms on {data}\n"
     listed = [f"- {name}: " + ", ".join(f"`{run.name}`" for run in some) for name, some in runs.items()]
     with writing(folder):
-        save(folder, model_folder.read_json(folder / STUDY) | {"results": results})
+        save(folder, read_json(folder / STUDY) | {"results": results})
         write_text(folder / "summary.md", "\n".join([title, *compare_arms.tables(results), *listed, ""]))
     metric = Metric(**results["metric"])
     for test, outcome in results["tests"].items():
         for name, difference in outcome["differences"].items():
-            size = f"{compare_arms.signed(metric, difference['mean'])} {compare_arms.unit(metric)}"
+            size = f"{metric.number(difference['mean'], '+')} {compare_arms.unit(metric)}"
             say(f"{test}: {name}: {compare_arms.verdict(difference, metric)}, {size} to {results['first']}")
 
 
 def again(folder: Path, console: Console | None = None) -> Path:
     """Go on with the study in a folder. Raises DataError if its record cannot be read."""
-    record = model_folder.read_json(folder / STUDY)
+    record = read_json(folder / STUDY)
     try:
         settings = recorded_settings(record, {})
         seeds, arms = record["seeds"], [arm["name"] for arm in record["arms"]]
@@ -191,7 +191,7 @@ def other(folder: Path, asked: dict[str, Any]) -> list[str] | None:
     """
     if not (folder / STUDY).is_file():
         return None
-    record = model_folder.read_json(folder / STUDY)
+    record = read_json(folder / STUDY)
 
     def compared(study: dict[str, Any]) -> dict[str, Any]:
         settings = study.get("settings")
@@ -208,16 +208,7 @@ def run_folders(folder: Path, asked: dict[str, Any]) -> dict[str, list[Path]]:
 
 def first_runs(folder: Path) -> list[Path]:
     """The run of each arm with the first seed, to be shown side by side."""
-    return [runs[0] for runs in run_folders(folder, model_folder.read_json(folder / STUDY)).values()]
-
-
-def train_or_go_on(settings: TrainSettings, folder: Path, console: Console, team: Team, opening: OpenOnce) -> None:
-    """One run: from its start, from where it was stopped, or nothing where it is finished."""
-    if team.first_does((folder / "run.json").is_file):
-        free = {name: getattr(settings, name) for name in reproducibility.FREE if name not in OWN}
-        resume_once(folder, False, console, free, team, opening)
-    else:
-        train_once(settings, folder, console, team=team, opening=opening)
+    return [runs[0] for runs in run_folders(folder, read_json(folder / STUDY)).values()]
 
 
 def save(folder: Path, record: dict[str, Any]) -> None:
