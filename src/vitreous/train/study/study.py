@@ -39,7 +39,6 @@ from vitreous.train.engine.state import writing
 from vitreous.train.records import reproducibility
 from vitreous.train.records.progress_display import speaker
 from vitreous.train.records.run_folder import STUDY, taken
-from vitreous.train.run import train_once
 from vitreous.train.settings import TrainSettings
 from vitreous.train.study import compare_arms
 
