@@ -1,0 +1,207 @@
+"""What the two studies of the papers share: one training per (data, arm, seed), one result file each, and their tables.
+
+An arm is a network with mechanisms; a set of data brings its own network and recipe. A result file is written whole, or not
+at all, so that a study that was cut off goes on where it was. It holds the command, the commit, versions, machine, wall
+time, accuracy per test set, and what the trained model attends to on scenes with masks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from vitreous.base.environment import machine, versions
+from vitreous.data import Cutouts
+from vitreous.data.preprocess import Preprocess
+from vitreous.lens.look import look
+from vitreous.models import model_folder
+from vitreous.train import TrainSettings, train
+from vitreous.train.records.run_folder import read_metrics, read_table
+
+HERE = Path(__file__).parent
+LOOKED_AT = 128  # test scenes with masks
+INDICATORS = ("attention_entropy", "effective_tokens", "spectral_entropy", "effective_rank", "angular_alignment")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of building the network: grafts, and the network's own arguments beside those of the data's recipe."""
+
+    graft: tuple[str, ...] = ()
+    model_kwargs: tuple[str, ...] = ()
+    what: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Data with the network and recipe of all arms, and the seeds of the final tables."""
+
+    recipe: Mapping[str, object]
+    seeds: tuple[int, ...]
+    floor: float  # accuracy below which a run is broken: never learned, or read the wrong labels
+    from_data: bool = False  # the recipe's data is a path below the folder of data
+    model_kwargs: tuple[str, ...] = field(default=())
+
+
+NETWORK = ("patch_size=4", "embed_dim=64", "depth=4", "num_heads=4", "mlp_ratio=2.0")
+DEMO = {"data": "cutouts", "epochs": 5, "lr": 2e-3, "warmup_epochs": 0.5, "clip_grad": 1.0}
+# The follow-up's experiments, but for the number of images and epochs: post-norm, no positions, Adam, constant rate.
+SCRATCH = {"opt": "adam", "lr": 3e-4, "sched": "none", "weight_decay": 0.0, "batch_size": 64}
+FASHION = SCRATCH | {"data": "fashion-mnist", "model": "scratch_vit_patch4_28", "epochs": 3, "limit": 20_000}
+PROTOCOLS = {
+    # Seeds 0 to 4 were seen while settings were chosen; these were not.
+    "cutouts": Protocol(DEMO, tuple(range(11, 21)), 0.5, model_kwargs=NETWORK),
+    "fashion-mnist": Protocol(FASHION, (42, 43, 44), 0.4, from_data=True),
+    "fashion-mnist-full": Protocol(FASHION | {"epochs": 100, "limit": None}, (42, 43, 44), 0.8, from_data=True),
+}
+
+
+def run_one(folder: Path, name: str, arm_name: str, arm: Arm, seed: int, data: Path | None) -> None:
+    """Train this arm on this data with this seed, look at it, and write its result file."""
+    protocol = PROTOCOLS[name]
+    recipe = dict(protocol.recipe)
+    if protocol.from_data:
+        recipe["data"] = str(data / str(recipe["data"]))
+    torch.set_num_threads(1)
+    begun = time.perf_counter()
+    work = Path(tempfile.mkdtemp(prefix="study-"))
+    try:
+        settings = TrainSettings(
+            **recipe,
+            model_kwargs=(*protocol.model_kwargs, *arm.model_kwargs),
+            graft=arm.graft,
+            seed=seed,
+            out=str(work / "run"),
+        )
+        run = train(settings, Console(quiet=True))
+        metrics = read_metrics(run)
+        result = {
+            "data": name,
+            "arm": arm_name,
+            "seed": seed,
+            "graft": list(arm.graft),
+            "model_kwargs": list(settings.model_kwargs),
+            "command": f"python {folder.relative_to(HERE.parent)}/run.py {name} --arm {arm_name} --seed {seed}",
+            "accuracy": accuracies(run),
+            "epochs": [{"tests": epoch["tests"], "seconds": epoch["seconds"]} for epoch in metrics],
+            "parameters": sum(parameter.numel() for parameter in model_folder.load(run).parameters()),
+        }
+        broken = [part for part, share in result["accuracy"].items() if part == "test" and share < protocol.floor]
+        if broken:
+            result["broken"] = f"accuracy below {protocol.floor}"
+        if name == "cutouts":
+            result["looking"] = looked_at(run, seed)
+        result |= {
+            "train_seconds": round(sum(epoch["seconds"] for epoch in metrics), 1),
+            "wall_seconds": round(time.perf_counter() - begun, 1),
+            "commit": commit(),
+            "versions": versions(),
+            "machine": machine(),
+        }
+        write_result(result_path(folder, name, arm_name, seed), result)
+    finally:
+        shutil.rmtree(work)
+
+
+def accuracies(run: Path) -> dict[str, float]:
+    """{test set: share of images that were recognised}, in the last epoch."""
+    right: dict[str, list[bool]] = {}
+    for line in read_table(run / "predictions.csv"):
+        right.setdefault(line["set"], []).append(line["label"] == line["predicted"])
+    return {part: float(np.mean(values)) for part, values in right.items()}
+
+
+def looked_at(run: Path, seed: int) -> dict[str, dict[str, float]]:
+    """What the model attends to on made scenes with masks, backgrounds usual and swapped.
+
+    {"usual" | "swapped": {"measure, layer": mean over images}}: the class token's attention, all heads averaged, against
+    the mask: share of its energy inside (beside the area), AUROC, pointing game. Then the indicators, means over heads.
+    """
+    inputs = Preprocess(**json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["inputs"])
+    found = {}
+    for name, split in (("usual", "test"), ("swapped", "swapped")):
+        scenes = Cutouts(LOOKED_AT, split=split, seed=seed)
+        reading = look(model_folder.load(run), scenes, inputs=inputs.config(), seed=seed)
+        summary, values = reading.facts["summary"], {}
+        for i, measure in enumerate(summary["measure"]):
+            component, layer, head = summary["component"][i], int(summary["layer"][i]), int(summary["head"][i])
+            if component in ("attention", "area") and head == -1 and measure in ("energy_inside", "auroc", "pointing"):
+                values[f"{component} {measure}, {layer}"] = float(summary["mean"][i])
+        table = reading.table()
+        for measure in INDICATORS:
+            for source in ("attention", "learned"):
+                for layer in np.unique(table["layer"]):
+                    rows = (table["source"] == source) & (table["layer"] == layer) & np.isfinite(table[measure])
+                    if rows.any():
+                        values[f"{source} {measure}, {layer}"] = float(table[measure][rows].mean())
+        found[name] = {key: round(value, 5) for key, value in values.items()}
+    return found
+
+
+def commit() -> str:
+    """Of this checkout, with a plus sign where files differ from it."""
+    here = ["git", "-C", str(HERE)]
+    name = subprocess.run([*here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run([*here, "status", "--porcelain", "../src"], capture_output=True, text=True, check=True).stdout
+    return name + "+" * bool(changed)
+
+
+def result_path(folder: Path, name: str, arm: str, seed: int) -> Path:
+    return folder / name / f"{arm}-{seed}.json"
+
+
+def write_result(path: Path, result: Mapping[str, object]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def results(folder: Path, name: str) -> dict[str, dict[int, dict]]:
+    """{arm: {seed: result}} of what is stored; broken runs are left out."""
+    found: dict[str, dict[int, dict]] = {}
+    for path in sorted((folder / name).glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "broken" not in result:
+            found.setdefault(result["arm"], {})[result["seed"]] = result
+    return found
+
+
+def main(folder: Path, arms: Mapping[str, Arm], words: Iterable[str]) -> None:
+    """`run.py DATA [--arm ARM ...] [--seed SEED ...] [--data FOLDER]`: what is stored already is not done again.
+
+    Seed by seed, so that a study that is cut off has the same seeds in every arm.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(description="Train what is missing of the study.")
+    parser.add_argument("protocol", choices=PROTOCOLS)
+    parser.add_argument("--arm", nargs="+", choices=arms, default=list(arms))
+    parser.add_argument("--seed", nargs="+", type=int)
+    parser.add_argument("--data", type=Path, help="the folder that holds fashion-mnist and the others")
+    asked = parser.parse_args(list(words))
+    protocol = PROTOCOLS[asked.protocol]
+    if protocol.from_data and asked.data is None:
+        parser.error(f"{asked.protocol} needs --data, the folder that holds {protocol.recipe['data']}")
+    left = [
+        (seed, arm)
+        for seed in asked.seed or protocol.seeds
+        for arm in asked.arm
+        if not result_path(folder, asked.protocol, arm, seed).exists()
+    ]
+    for i, (seed, arm) in enumerate(left, 1):
+        if result_path(folder, asked.protocol, arm, seed).exists():
+            continue  # another process has done it meanwhile
+        print(f"{i} of {len(left)}: {asked.protocol}, {arm}, seed {seed}", file=sys.stderr, flush=True)
+        run_one(folder, asked.protocol, arm, arms[arm], seed, asked.data)

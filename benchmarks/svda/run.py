@@ -1,0 +1,33 @@
+"""SVDA against plain attention: what do the operator, its scale, its start and its penalties cost or win?
+
+    python benchmarks/svda/run.py cutouts                          10 arms, 10 seeds, about a minute each on one core
+    python benchmarks/svda/run.py fashion-mnist --data DATA        the follow-up's network, 20,000 images, 3 epochs, 3 seeds
+    python benchmarks/svda/run.py fashion-mnist-full --data DATA   60,000 images, 100 epochs: hours on a GPU
+
+One file per run in `cutouts/`, `fashion-mnist/`; the tables are made by `python benchmarks/study_tables.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from study import Arm, main  # noqa: E402
+
+ARMS = {
+    "plain": Arm(what="the host's own attention"),
+    "qk-norm": Arm(model_kwargs=("qk_norm=True",), what="plain with timm's LayerNorm of queries and keys"),
+    "paper": Arm(("svda",), what="SVDA as published: scale 1/sqrt(K), both penalties at 1e-3"),
+    "paper-no-entropy": Arm(("svda:entropy=0.0",), what="as published, without the entropy penalty"),
+    "one": Arm(("svda:scale=one",), what="SVDA, scale 1"),
+    "sqrt": Arm(("svda:scale=sqrt",), what="SVDA, scale sqrt(K)"),
+    "sqrt-no-entropy": Arm(("svda:scale=sqrt,entropy=0.0",), what="scale sqrt(K), without the entropy penalty"),
+    "sqrt-no-penalty": Arm(("svda:scale=sqrt,entropy=0.0,orthogonality=0.0",), what="scale sqrt(K), without penalties"),
+    "learned": Arm(("svda:scale=learned",), what="SVDA, one learned scale per head, from sqrt(K)"),
+    "learned-no-entropy": Arm(("svda:scale=learned,entropy=0.0",), what="learned scale, without the entropy penalty"),
+}
+
+if __name__ == "__main__":
+    main(HERE, ARMS, sys.argv[1:])
