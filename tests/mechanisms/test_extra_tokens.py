@@ -43,6 +43,21 @@ def test_registers_are_not_read():
     assert (grafted - by_hand).abs().max() < 1e-12
 
 
+def test_after_a_block_they_have_not_been_through_it():
+    model = vit()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    x = model.blocks[0](model._pos_embed(model.patch_embed(images)))
+    graft(model, ExtraTokens(after=1))
+    learned = model.blocks[0].after[0].learned
+    grafted = model(images)
+    ungraft(model)
+    x = model.norm(model.blocks[1](torch.cat([x, learned.expand(2, -1, -1)], dim=1)))
+    by_hand = model.head(torch.cat([x[:, :1], x[:, 17:]], dim=1).mean(1))
+    assert (grafted - by_hand).abs().max() < 1e-12
+    with pytest.raises(SettingError, match="2 blocks"):
+        graft(model, ExtraTokens(after=3))
+
+
 def test_registers_work_where_the_head_cannot_read_and_class_tokens_are_refused_there():
     model = vit(global_pool="max")
     graft(model, ExtraTokens(kind="register"))

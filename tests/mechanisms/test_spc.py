@@ -10,7 +10,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch.nn import functional as F
 
-from vitreous import SPC, check, graft, ungraft
+from vitreous import SPC, ExtraTokens, check, graft, ungraft
 from vitreous.base.errors import HostError, SettingError
 from vitreous.layers.stream import TokenState
 from vitreous.mechanisms.tokens.spc import Components, learned_sketch, mixing
@@ -128,6 +128,45 @@ def test_gated_starts_as_the_identity_and_learns(after):
     assert (gate.grad.abs().sum(1) > 0).all()
     gate.data.fill_(0.1)
     assert (model(images) - before).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("basis", ["svd", "random", "trailing"])
+def test_squared_loadings_are_a_weighted_mean_without_a_sign(basis):
+    """t_i = sum_j u_ji^2 x_j: scipy's SVD as the oracle; a flip of any u_i changes nothing, so no sign rule is needed."""
+    x = tokens()
+    squared = made(x, loadings="squared", basis=basis)
+    for sign in ("class", "sum"):
+        assert torch.equal(squared, made(x, loadings="squared", basis=basis, sign=sign))
+    shifted = made(x + 1, loadings="squared", basis=basis) if basis == "random" else None
+    assert shifted is None or (shifted - squared - 1).abs().max() < 1e-9  # weights that sum to 1
+    if basis == "svd":
+        for b in range(2):
+            u = scipy.linalg.svd(x[b].numpy(), full_matrices=False)[0][:, :4]
+            assert np.abs(squared[b].numpy() - (u**2).T @ x[b].numpy()).max() < 1e-6
+
+
+@pytest.mark.parametrize("loadings", ["signed", "squared"])
+def test_learned_tokens_start_as_extra_tokens_and_take_in_components_by_a_gate(loadings):
+    model = vit()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    graft(model, ExtraTokens(after=2))
+    plain = model(images)
+    ungraft(model)
+    graft(model, SPC(after=2, loadings=loadings, read="learned"))
+    step = model.blocks[1].after[0]
+    assert torch.equal(model(images), plain)
+    model(images).square().sum().backward()
+    assert min(step.gate.grad.abs().max(), step.learned.grad.abs().max()) > 0
+    torch.nn.init.normal_(step.gate, generator=torch.Generator().manual_seed(1))
+    opened, gate, learned = model(images), step.gate.detach().clone(), step.learned.detach().clone()
+    ungraft(model)
+    x = model.blocks[:2](model._pos_embed(model.patch_embed(images)))
+    content = made(x, loadings=loadings)
+    content = (content - content.mean(-1, keepdim=True)) / (content.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    x = model.norm(model.blocks[2](torch.cat([x, learned + gate * content], dim=1)))
+    by_hand = model.head(torch.cat([x[:, :1], x[:, 17:]], dim=1).mean(1))
+    assert (opened - by_hand).abs().max() < 1e-9
+    assert (opened - plain).abs().max() > 1e-3
 
 
 def test_ssva_starts_as_the_leading_components_and_mixes():

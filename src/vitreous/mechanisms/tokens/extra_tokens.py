@@ -16,7 +16,7 @@ from vitreous.mechanism import Mechanism
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraTokens(Mechanism):
-    """Learned tokens before the first block: class tokens that are read out, or registers.
+    """Learned tokens, by default before the first block: class tokens that are read out, or registers.
 
     Registers are not read out.
 
@@ -24,17 +24,19 @@ class ExtraTokens(Mechanism):
         SPC tokens); registers after Darcet et al. 2024, arXiv 2309.16588.
     Differs: they stand behind the patches instead of before; without position they are a set, so order means nothing.
     At start: changes the output.
-    Cost: `tokens` more tokens in every block; tokens * D parameters.
-    Settings: kind: class | register. tokens: how many. seed: of their start, N(0, 0.02^2).
+    Cost: `tokens` more tokens in every block behind them; tokens * D parameters.
+    Settings: kind: class | register. tokens: how many. after: blocks that have run (0: before the first). seed: of their
+        start, N(0, 0.02^2).
     Raises: HostError on rotary hosts and, for kind=class, where the head cannot read tokens; SettingError.
     """
 
     paper: ClassVar[str] = "Murata, Hotta 2026, arXiv 2602.02765; Darcet et al. 2024, arXiv 2309.16588"
     no_decay: ClassVar[tuple[str, ...]] = ("learned",)
-    examples: ClassVar[tuple[str, ...]] = ("extra_tokens:kind=register,tokens=2",)
+    examples: ClassVar[tuple[str, ...]] = ("extra_tokens:kind=register,tokens=2", "extra_tokens:after=2")
 
     kind: Literal["class", "register"] = "class"
     tokens: int = 4
+    after: int = 0
     seed: int = 0
 
     def __post_init__(self):
@@ -49,7 +51,8 @@ class ExtraTokens(Mechanism):
     def changes(self, model: nn.Module) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed)
         start = 0.02 * torch.randn(1, self.tokens, slots.width(model), generator=generator)
-        return slots.add_step(model, 0, "before", Learned(start, read_out=self.kind == "class"))
+        place = (slots.block_count(model, self.after) - 1, "after") if self.after else (0, "before")
+        return slots.add_step(model, *place, Learned(start, read_out=self.kind == "class"))
 
 
 class Learned(nn.Module):

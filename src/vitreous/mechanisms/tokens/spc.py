@@ -37,17 +37,20 @@ class SPC(Mechanism):
         learned (ID-RSVD, at most one power step, else its gradient vanishes). ssva: mix. sign: a vector weighs the tokens
         that resemble the token mean | the class token positively, or its entries sum to 0 or more. gradient: detach |
         through.
-        rows: raw | unit (vectors of unit, centred rows: without artifact spikes). read: mean | gated (no token is
-        inserted; the SPC tokens are added to what the head reads, through gates that start at 0).
+        rows: raw | unit (vectors of unit, centred rows: without artifact spikes). loadings: signed (u_i) | squared (u_i^2,
+        which sum to 1 and have no sign: token i is a weighted mean of the tokens). read: mean | gated (no token is
+        inserted; the SPC tokens are added to what the head reads, through gates that start at 0) | learned (a learned
+        token is inserted for each, to which the layer-normed SPC token is added through a gate that starts at 0; ours).
     Raises: HostError on rotary hosts and where the head cannot read tokens; SettingError.
     """
 
     paper: ClassVar[str] = "Murata, Hotta 2026, arXiv 2602.02765"
-    no_decay: ClassVar[tuple[str, ...]] = ("gate", "mix")
+    no_decay: ClassVar[tuple[str, ...]] = ("gate", "mix", "learned")
     examples: ClassVar[tuple[str, ...]] = (
         "spc:after=2,ssva=true",
         "spc:after=2,read=gated",
         "spc:after=2,tokens=2,sketch=4+1+true,rows=unit,sign=class",
+        "spc:after=2,loadings=squared,read=learned",
     )
 
     after: int | None = None
@@ -59,7 +62,8 @@ class SPC(Mechanism):
     sign: Literal["mean", "class", "sum"] = "mean"
     gradient: Literal["detach", "through"] = "detach"
     rows: Literal["raw", "unit"] = "raw"
-    read: Literal["mean", "gated"] = "mean"
+    loadings: Literal["signed", "squared"] = "signed"
+    read: Literal["mean", "gated", "learned"] = "mean"
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,8 +112,10 @@ class Components(nn.Module):
         self.choice = skip_init(nn.Linear, width, m * n) if settings.ssva else None
         self.mix = nn.Parameter(torch.zeros(m)) if settings.ssva else None
         self.sketch = skip_init(nn.Linear, width, n + oversample, bias=False) if learned else None
-        self.gate = nn.Parameter(torch.zeros(m, width)) if settings.read == "gated" else None
+        self.gate = nn.Parameter(torch.zeros(m, width)) if settings.read != "mean" else None
         generator = torch.Generator().manual_seed(0)
+        # The same start as `extra_tokens`, so that the two differ in the SPC tokens alone.
+        self.learned = nn.Parameter(0.02 * torch.randn(m, width, generator=generator)) if settings.read == "learned" else None
         with torch.no_grad():
             if self.choice is not None:  # peaked at its own component, so that mixing starts selective
                 self.choice.weight.zero_()
@@ -122,6 +128,9 @@ class Components(nn.Module):
         made = self.spc_tokens(tokens)  # (B, tokens, D)
         if self.gate is None:
             return insert(x, state, made, read_out=True)
+        if self.learned is not None:
+            content = F.layer_norm(made, made.shape[-1:]).to(x.dtype)
+            return insert(x, state, self.learned + self.gate * content, read_out=True)
         # Component tokens are about sqrt(M) times as long as the tokens they are made of; the gate
         # works on usual length.
         added = (self.gate * made.to(x.dtype)).sum(1, keepdim=True) / tokens.shape[1] ** 0.5  # (B, 1, D)
@@ -138,7 +147,9 @@ class Components(nn.Module):
             if settings.basis == "mean":
                 made = wide.mean(1, keepdim=True).expand(-1, self.taken, -1)
             else:
-                made = self.basis(wide).transpose(1, 2) @ wide  # U^T X
+                weights = self.basis(wide)
+                weights = weights.square() if settings.loadings == "squared" else weights
+                made = weights.transpose(1, 2) @ wide  # U^T X
             if self.choice is None:
                 return made
             weights = mixing(self.choice, self.mix, wide[:, 0] if self.heads[0] == 0 else wide.mean(1), self.taken)

@@ -1,0 +1,38 @@
+"""SVD-ViT's tokens against what costs as much: do singular vectors of the patch features add anything as tokens?
+
+    python benchmarks/svd_vit/run.py cutouts       14 arms, 10 seeds, a minute or two each on one core
+
+Plain is stored with the study of SVDA. SPC joins after block 3 of 4, the paper's place (one before the last); what is
+compared with it joins there too, where the name says `late`.
+One file per run in `cutouts/`; the tables are made by `python benchmarks/study_tables.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from study import Arm, main  # noqa: E402
+
+GATED = "spc:after=3,loadings=squared,read=learned"
+ARMS = {
+    "cls-5": Arm(("extra_tokens",), what="four learned class tokens more, before the first block (the paper's CLS=5)"),
+    "spc": Arm(("spc:after=3",), what="SPC as published: U^T X, four tokens"),
+    "cls-5-late": Arm(("extra_tokens:after=3",), what="four learned class tokens more, where SPC's tokens join"),
+    "gated": Arm((GATED,), what="learned tokens + gate * LN(sum_j u_ij^2 x_j), ours"),
+    "gated-random": Arm((f"{GATED},basis=random",), what="the same along random directions"),
+    "gated-mean": Arm((f"{GATED},basis=mean",), what="the same with the token mean"),
+    "spc-squared": Arm(("spc:after=3,loadings=squared",), what="SPC with squared loadings"),
+    "spc-random": Arm(("spc:after=3,basis=random",), what="SPC's control: random directions"),
+    "spc-trailing": Arm(("spc:after=3,basis=trailing",), what="SPC's control: trailing singular vectors"),
+    "spc-mean": Arm(("spc:after=3,basis=mean",), what="SPC's control: the token mean"),
+    "registers": Arm(("extra_tokens:kind=register",), what="four registers, before the first block"),
+    "spc-ssva": Arm(("spc:after=3,ssva=true",), what="SPC with SSVA"),
+    "spc-id-rsvd": Arm(("spc:after=3,sketch=8+1+true",), what="SPC with ID-RSVD, one power step"),
+    "spc-all": Arm(("spc:after=3,ssva=true,sketch=8+1+true",), what="SPC with SSVA and ID-RSVD"),
+}
+
+if __name__ == "__main__":
+    main(HERE, ARMS, sys.argv[1:])
