@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from lens import whole_maps
 from vitreous.lens.formulas import indicators as lens
 
 EPS = 1e-8
@@ -63,18 +64,18 @@ def test_attention_equals_loops():
                 size += squares
             total += change
             close(lens.angular_alignment(q, k)[at], cosine)
-            close(lens.selectivity(a)[at], gini)
-            close(lens.effective_tokens(a)[at], tokens)
-            close(lens.attention_entropy(a)[at], entropy)
-            close(lens.relative_change(a, b)[at], math.sqrt(change / size))
-        close(lens.perturbation_robustness(a, b)[image], math.sqrt(total) / (3 * N * N))
+            close(whole_maps.selectivity(a)[at], gini)
+            close(whole_maps.effective_tokens(a)[at], tokens)
+            close(whole_maps.attention_entropy(a)[at], entropy)
+            close(whole_maps.relative_change(a, b)[at], math.sqrt(change / size))
+        close(whole_maps.perturbation_robustness(a, b)[image], math.sqrt(total) / (3 * N * N))
 
 
 def test_reach_redundancy_and_collapse_equal_loops():
     a = random(2, 3, N, N + 2).softmax(dim=-1)
     queries, keys = 10 * random(N, 2, seed=1), 10 * random(N + 2, 2, seed=2)
     queries[0], keys[1], keys[4, 0] = torch.nan, torch.nan, torch.nan  # no place
-    far = lens.distances(queries, keys)
+    far = whole_maps.distances(queries, keys)
     there = [j for j in range(N + 2) if j not in (1, 4)]
     for image in range(2):
         maps = [a[image, head].flatten().tolist() for head in range(3)]
@@ -86,14 +87,14 @@ def test_reach_redundancy_and_collapse_equal_loops():
                 offsets = {j: math.dist(queries[i].tolist(), keys[j].tolist()) for j in there}
                 steps.append(sum(row[j] * offsets[j] for j in there) / mass)
                 squares.append(sum(row[j] * offsets[j] ** 2 for j in there) / mass)
-            close(lens.mean_distance(a, far)[image, head], sum(steps) / (N - 1))
-            close(lens.attention_width(a, far)[image, head], math.sqrt(sum(squares) / (N - 1) / 2))
+            close(whole_maps.mean_distance(a, far)[image, head], sum(steps) / (N - 1))
+            close(whole_maps.attention_width(a, far)[image, head], math.sqrt(sum(squares) / (N - 1) / 2))
             cosines = [
                 sum(x * y for x, y in zip(maps[head], other, strict=True)) / math.hypot(*maps[head]) / math.hypot(*other)
                 for at, other in enumerate(maps)
                 if at != head
             ]
-            close(lens.head_redundancy(lens.head_gram(a))[image, head], sum(cosines) / 2)
+            close(lens.head_redundancy(whole_maps.head_gram(a))[image, head], sum(cosines) / 2)
     tokens = random(2, N, 4) + 1
     for image in range(2):
         columns = [tokens[image, :, d].tolist() for d in range(4)]
@@ -127,25 +128,29 @@ def test_planted_low_rank_spectrum(rank):
 
 def test_uniform_attention():
     a = torch.full((2, 3, N, N), 1 / N, dtype=torch.float64)
-    close(lens.selectivity(a), 1 - 1 / N / (1 + EPS))
-    close(lens.effective_tokens(a), N)
-    close(lens.attention_entropy(a), math.log(N))
+    close(whole_maps.selectivity(a), 1 - 1 / N / (1 + EPS))
+    close(whole_maps.effective_tokens(a), N)
+    close(whole_maps.attention_entropy(a), math.log(N))
 
 
 @pytest.mark.parametrize("target", [torch.arange(N), torch.full((N,), 2)], ids=["identity", "one token for all"])
 def test_one_hot_attention(target):
     a = F.one_hot(target, N).double().expand(2, 3, N, N)
-    close(lens.selectivity(a), 1 - 1 / (1 + EPS))
-    close(lens.effective_tokens(a), 1.0)
-    close(lens.attention_entropy(a), 0.0)
+    close(whole_maps.selectivity(a), 1 - 1 / (1 + EPS))
+    close(whole_maps.effective_tokens(a), 1.0)
+    close(whole_maps.attention_entropy(a), 0.0)
 
 
 def test_two_attentions():
     eye = torch.eye(N, dtype=torch.float64).expand(2, 3, N, N)
     cyclic = eye.roll(1, dims=-1)  # every row moves its weight of one: |dA|_F^2 = 2 N, |A|_F^2 = N per head
-    close(lens.relative_change(eye, cyclic), math.sqrt(2))
-    close(lens.perturbation_robustness(eye, cyclic), math.sqrt(2 * 3 * N) / (3 * N * N))
-    assert lens.relative_change(eye, eye).count_nonzero() == lens.perturbation_robustness(eye, eye).count_nonzero() == 0
+    close(whole_maps.relative_change(eye, cyclic), math.sqrt(2))
+    close(whole_maps.perturbation_robustness(eye, cyclic), math.sqrt(2 * 3 * N) / (3 * N * N))
+    assert (
+        whole_maps.relative_change(eye, eye).count_nonzero()
+        == whole_maps.perturbation_robustness(eye, eye).count_nonzero()
+        == 0
+    )
 
 
 def test_alignment_of_equal_opposite_and_orthogonal_rows():
@@ -159,29 +164,29 @@ def test_alignment_of_equal_opposite_and_orthogonal_rows():
 def test_a_gaussian_head_returns_its_width():
     """Weights exp(-d^2 / (2 s^2)) from the middle of a grid of pitch 16 that is large against s."""
     axis = torch.arange(-30, 31, dtype=torch.float64) * 16
-    far = lens.distances(torch.zeros(1, 2), torch.cartesian_prod(axis, axis))
+    far = whole_maps.distances(torch.zeros(1, 2), torch.cartesian_prod(axis, axis))
     for width in (16.0, 40.0, 90.0):
         a = (-far.square() / (2 * width**2)).softmax(dim=-1)[None, None]
-        close(lens.attention_width(a, far), width, atol=1e-3 * width)
-        close(lens.mean_distance(a, far), width * math.sqrt(math.pi / 2), atol=0.05 * width)  # 4 % at one pitch
+        close(whole_maps.attention_width(a, far), width, atol=1e-3 * width)
+        close(whole_maps.mean_distance(a, far), width * math.sqrt(math.pi / 2), atol=0.05 * width)  # 4 % at one pitch
 
 
 def test_distance_of_uniform_and_identity():
     places = torch.stack([torch.zeros(N), 16 * torch.arange(N)], dim=-1).double()
-    far = lens.distances(places, places)
-    close(lens.mean_distance(torch.full((1, 1, N, N), 1 / N).double(), far), 16 * (N**2 - 1) / (3 * N))
+    far = whole_maps.distances(places, places)
+    close(whole_maps.mean_distance(torch.full((1, 1, N, N), 1 / N).double(), far), 16 * (N**2 - 1) / (3 * N))
     eye = torch.eye(N, dtype=torch.float64)[None, None]
-    assert lens.mean_distance(eye, far).item() == lens.attention_width(eye, far).item() == 0
-    assert lens.mean_distance(eye, torch.full((N, N), torch.nan)).isnan().all()
+    assert whole_maps.mean_distance(eye, far).item() == whole_maps.attention_width(eye, far).item() == 0
+    assert whole_maps.mean_distance(eye, torch.full((N, N), torch.nan)).isnan().all()
 
 
 def test_redundancy_of_equal_disjoint_and_single_heads():
     eye = torch.eye(N, dtype=torch.float64)
-    close(lens.head_redundancy(lens.head_gram(eye.expand(1, 4, N, N))), 1.0)
-    close(lens.head_redundancy(lens.head_gram(torch.stack([eye, eye.roll(1, 0), eye.roll(2, 0)])[None])), 0.0)
-    assert lens.head_redundancy(lens.head_gram(eye[None, None])).isnan().all()
+    close(lens.head_redundancy(whole_maps.head_gram(eye.expand(1, 4, N, N))), 1.0)
+    close(lens.head_redundancy(whole_maps.head_gram(torch.stack([eye, eye.roll(1, 0), eye.roll(2, 0)])[None])), 0.0)
+    assert lens.head_redundancy(whole_maps.head_gram(eye[None, None])).isnan().all()
     a = random(1, 3, 9, 5).softmax(dim=-1)
-    close(lens.head_gram(a[:, :, :4]) + lens.head_gram(a[:, :, 4:]), lens.head_gram(a))
+    close(whole_maps.head_gram(a[:, :, :4]) + whole_maps.head_gram(a[:, :, 4:]), whole_maps.head_gram(a))
 
 
 def test_collapse_of_equal_and_of_opposite_tokens():
@@ -210,9 +215,9 @@ def test_paper_entropy_depends_on_the_scale_of_small_spectra_and_the_exact_one_d
 
 def test_single_token_and_rows_of_zeros():
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    close(lens.selectivity(one), EPS, atol=1e-15)
-    close(lens.effective_tokens(one), 1.0)
-    close(lens.attention_entropy(one), 0.0)
+    close(whole_maps.selectivity(one), EPS, atol=1e-15)
+    close(whole_maps.effective_tokens(one), 1.0)
+    close(whole_maps.attention_entropy(one), 0.0)
     close(lens.angular_alignment(torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 4)), 0.0)
 
 
@@ -244,8 +249,8 @@ def test_ranges(seed, n, sharpness):
     assert (ranks <= lens.effective_rank_l1(sigma) + 1e-9).all()  # energies are the more peaked distribution
     assert (lens.effective_rank_l1(sigma) <= n + 1e-9).all()
     a = (sharpness * random(1, 2, n, n, seed=seed)).softmax(dim=-1)
-    assert ((lens.selectivity(a) > 0) & (lens.selectivity(a) <= 1 - 1 / n + 2 * EPS)).all()
-    assert ((lens.effective_tokens(a) > 1 - 1e-9) & (lens.effective_tokens(a) < n + 1e-9)).all()
-    assert ((lens.attention_entropy(a) >= 0) & (lens.attention_entropy(a) <= math.log(n) + 1e-9)).all()
+    assert ((whole_maps.selectivity(a) > 0) & (whole_maps.selectivity(a) <= 1 - 1 / n + 2 * EPS)).all()
+    assert ((whole_maps.effective_tokens(a) > 1 - 1e-9) & (whole_maps.effective_tokens(a) < n + 1e-9)).all()
+    assert ((whole_maps.attention_entropy(a) >= 0) & (whole_maps.attention_entropy(a) <= math.log(n) + 1e-9)).all()
     row = a[:, :, :1]  # of one row, exp(entropy) is never below 1 / sum A^2
-    assert (lens.attention_entropy(row).exp() >= lens.effective_tokens(row) - 1e-9).all()
+    assert (whole_maps.attention_entropy(row).exp() >= whole_maps.effective_tokens(row) - 1e-9).all()

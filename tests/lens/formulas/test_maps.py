@@ -75,12 +75,17 @@ def test_vectors_that_do_not_exist_are_zero():
     assert (maps.singular_maps(flat, 3, rows="raw")[0] == 0).all()
 
 
+def first_spikes(x):
+    """`spikes` of the first left singular vector of x."""
+    return maps.spikes(maps.leading_subspace(x, 1, power=maps.POWER).U[:, :, 0], x)
+
+
 def test_rows_become_unit_where_the_raw_vector_is_a_spike():
     x = with_spectrum((9.0, 5.0, 2.5))
     assert maps.singular_maps(x)[2] == "raw"
-    assert (maps.spikes(x) < 0.4).all()
+    assert (first_spikes(x) < 0.4).all()
     x[:, 17] = 100 * x[:, 17] / x[:, 17].norm(dim=-1, keepdim=True)
-    assert (maps.spikes(x) > 0.99).all()
+    assert (first_spikes(x) > 0.99).all()
     found, _, said = maps.singular_maps(x)
     assert said == "unit"
     torch.testing.assert_close(found, maps.singular_maps(x, rows="unit")[0])
@@ -93,7 +98,7 @@ def test_spikes_are_the_energy_on_the_few_patches_of_highest_norm():
     for b in range(len(x)):
         u = np.linalg.svd(x[b].numpy())[0][:, 0]
         high = np.argsort(-np.linalg.norm(x[b].numpy(), axis=1))[:few]
-        assert maps.spikes(x)[b].item() == pytest.approx((u[high] ** 2).sum(), abs=1e-3)
+        assert first_spikes(x)[b].item() == pytest.approx((u[high] ** 2).sum(), abs=1e-3)
 
 
 def test_unknown_rows_are_refused():

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from vitreous.base.errors import DataError
-from vitreous.base.statistics import bootstrap, paired
+from vitreous.base.statistics import bootstrap
 from vitreous.lens.formulas import scores as lens
 from vitreous.lens.formulas.scores import MEASURES, coverage, scores
 
@@ -209,7 +209,6 @@ def test_images_without_foreground_or_background_have_no_score():
     maps[3, 7], maps[4, 7] = torch.nan, torch.inf
     cover = square().repeat(5, 1)
     cover[0], cover[1] = 0, 1
-    assert lens.scorable(cover).tolist() == [False, False, True, True, True]
     for name, value in scores(maps, cover).items():
         assert value.isnan().tolist() == [True, True, False, True, True], name
 
@@ -293,21 +292,3 @@ def test_summary():
     for first, second in zip(sorted(lines(again)), sorted(lines(found)), strict=True):
         assert first[:4] == second[:4]
         assert first[4:] == pytest.approx(second[4:])
-
-
-def test_differences_to_a_baseline():
-    found = lens.against(table(), "centre")
-    assert len(found["mean"]) == 6
-    for component, layer, head, measure, mean, low, high, _ in lines(found):
-        theirs = chosen(table(), "centre", 3 if layer == 3 else -1, -1, measure)
-        assert (mean, low, high) == pytest.approx(paired(chosen(table(), component, layer, head, measure), theirs))
-
-
-def test_differences_need_their_baseline():
-    with pytest.raises(DataError, match=r"Found no rows of 'center' among .*'centre'.* expected"):
-        lens.against(table(), "center")
-    short = {name: [v for i, v in enumerate(column) if i != 4] for name, column in table().items()}  # image 0 at layer -1
-    with pytest.raises(DataError, match="image 0 at layer 7"):
-        lens.against(short, "centre")
-    only = {name: column[3:5] for name, column in table().items()}
-    assert lens.against(only, "centre")["mean"].size == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lens import whole_maps
 from lens.passes import NUMBERS, measured
 from vitreous.base.errors import DataError, NotReached, SettingError
 from vitreous.layers.stream import Assignment
@@ -95,22 +96,22 @@ def test_blocks_give_what_the_whole_map_gives(block):
     call = shown(batch=4, layout=grid())
     table = measured(call, noisy=True, block=block)
     clean, noisy = call.maps[:2, 0], call.maps[2:, 0]
-    far = indicators.distances(call.layout.queries[0], call.layout.keys[0])
+    far = whole_maps.distances(call.layout.queries[0], call.layout.keys[0])
     wanted = {
-        "attention_entropy": indicators.attention_entropy(clean),
-        "effective_tokens": indicators.effective_tokens(clean),
-        "selectivity": indicators.selectivity(clean),
-        "mean_distance": indicators.mean_distance(clean, far),
-        "attention_width": indicators.attention_width(clean, far),
+        "attention_entropy": whole_maps.attention_entropy(clean),
+        "effective_tokens": whole_maps.effective_tokens(clean),
+        "selectivity": whole_maps.selectivity(clean),
+        "mean_distance": whole_maps.mean_distance(clean, far),
+        "attention_width": whole_maps.attention_width(clean, far),
         "angular_alignment": indicators.angular_alignment(call.q[:2, 0], call.k[:2, 0]),
         "angular_alignment_paper": indicators.angular_alignment(call.q[2:, 0], call.k[2:, 0]),
-        "head_redundancy": indicators.head_redundancy(indicators.head_gram(clean)),
-        "perturbation_robustness": indicators.relative_change(clean, noisy),
+        "head_redundancy": indicators.head_redundancy(whole_maps.head_gram(clean)),
+        "perturbation_robustness": whole_maps.relative_change(clean, noisy),
     }
     for name, value in wanted.items():
         close(column(table, name), value)
-    close(column(table, "selectivity_paper", together=True)[:, 0], indicators.selectivity(clean).mean(dim=1))
-    paper = indicators.perturbation_robustness(clean, noisy)
+    close(column(table, "selectivity_paper", together=True)[:, 0], whole_maps.selectivity(clean).mean(dim=1))
+    paper = whole_maps.perturbation_robustness(clean, noisy)
     close(column(table, "perturbation_robustness_paper", together=True)[:, 0], paper)
 
 
@@ -119,8 +120,8 @@ def test_no_more_rows_are_asked_for_than_the_buffers_hold():
     call = of_maps(maps)
     table = measured(call, block=5000)
     assert set(call.sizes) == {5000 // (2 * 3 * 40)}
-    close(column(table, "attention_entropy"), indicators.attention_entropy(maps[:, 0]))
-    close(column(table, "head_redundancy"), indicators.head_redundancy(indicators.head_gram(maps[:, 0])))
+    close(column(table, "attention_entropy"), whole_maps.attention_entropy(maps[:, 0]))
+    close(column(table, "head_redundancy"), indicators.head_redundancy(whole_maps.head_gram(maps[:, 0])))
 
 
 # -- closed forms: every measure of planted attention ------------------------------------------------------------------
@@ -255,14 +256,14 @@ def test_a_planted_gaussian_head_returns_its_width(width, prefix):
     """Queries in the middle of a grid that is large against the width, with weight on prefix tokens that have no place."""
     places = grid(prefix, side=41)
     queries = grid(0, side=41).queries.unflatten(1, (41, 41))[:, 18:23, 18:23].flatten(1, 2)
-    far = indicators.distances(queries[0], places.keys[0])
+    far = whole_maps.distances(queries[0], places.keys[0])
     scores = torch.where(far.isnan(), 2.0, -far.square() / (2 * width**2))
     maps = scores.softmax(dim=-1).expand(1, 1, 2, -1, -1)
     call = of_maps(maps, layout=SimpleNamespace(queries=queries, keys=places.keys))
     table = measured(call)
     close(column(table, "attention_width"), width, 1e-4)
     close(column(table, "mean_distance"), width * np.sqrt(np.pi / 2), 0.03)  # a sum on a grid is not quite the integral
-    close(indicators.attention_width(maps[0], far), width, 1e-4)
+    close(whole_maps.attention_width(maps[0], far), width, 1e-4)
 
 
 def test_rank_collapse_of_planted_tokens():
@@ -287,7 +288,7 @@ def test_windows_count_evenly():
         close(column(together, name), column(apart, name).unflatten(0, (2, 3)).mean(dim=1))
     for name in ("spectral_entropy", "effective_rank_l1"):
         close(column(together, name, "score"), column(apart, name, "score").unflatten(0, (2, 3)).mean(dim=1))
-    gram = indicators.head_gram(call.maps.transpose(1, 2).flatten(2, 3))
+    gram = whole_maps.head_gram(call.maps.transpose(1, 2).flatten(2, 3))
     close(column(together, "head_redundancy"), indicators.head_redundancy(gram))
 
 
@@ -326,8 +327,8 @@ def test_effective_maps_have_rows_of_their_own():
     call = shown(layout=grid())
     call.altered, call.stochastic = call.maps - 0.5 * call.maps.roll(1, dims=2), False
     table = measured(call)
-    close(column(table, "attention_entropy"), indicators.attention_entropy(call.maps[:, 0]))
-    gram = indicators.head_gram(call.altered[:, 0])
+    close(column(table, "attention_entropy"), whole_maps.attention_entropy(call.maps[:, 0]))
+    gram = whole_maps.head_gram(call.altered[:, 0])
     close(column(table, "head_redundancy", kind="effective"), indicators.head_redundancy(gram))
     for name in ("attention_entropy", "selectivity", "mean_distance", "angular_alignment"):
         assert column(table, name, kind="effective").isnan().all()

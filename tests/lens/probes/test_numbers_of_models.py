@@ -12,6 +12,7 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from lens import whole_maps
 from lens.passes import seen as seen_by_probes
 from vitreous import SPC, SVDA, EViT, TokenMerging, graft
 from vitreous.base.errors import DataError
@@ -76,22 +77,22 @@ def places(prefix):
 
 def compare(table, layer, q, k, maps, prefix):
     """One layer of the table with q, k, maps (6, H, N, ..) of three images and their noisy versions."""
-    clean, noisy, far = maps[:3], maps[3:], indicators.distances(places(prefix), places(prefix))
+    clean, noisy, far = maps[:3], maps[3:], whole_maps.distances(places(prefix), places(prefix))
     wanted = {
-        "attention_entropy": indicators.attention_entropy(clean),
-        "effective_tokens": indicators.effective_tokens(clean),
-        "selectivity": indicators.selectivity(clean),
-        "mean_distance": indicators.mean_distance(clean, far),
-        "attention_width": indicators.attention_width(clean, far),
-        "head_redundancy": indicators.head_redundancy(indicators.head_gram(clean)),
+        "attention_entropy": whole_maps.attention_entropy(clean),
+        "effective_tokens": whole_maps.effective_tokens(clean),
+        "selectivity": whole_maps.selectivity(clean),
+        "mean_distance": whole_maps.mean_distance(clean, far),
+        "attention_width": whole_maps.attention_width(clean, far),
+        "head_redundancy": indicators.head_redundancy(whole_maps.head_gram(clean)),
         "angular_alignment": indicators.angular_alignment(q, k)[:3],
         "angular_alignment_paper": indicators.angular_alignment(q, k)[3:],
-        "perturbation_robustness": indicators.relative_change(clean, noisy),
+        "perturbation_robustness": whole_maps.relative_change(clean, noisy),
     }
     for name, value in wanted.items():
         close(column(table, name, layer), value, 1e-3)
     close(column(table, "selectivity_paper", layer, together=True)[:, 0], wanted["selectivity"].mean(dim=1))
-    paper = indicators.perturbation_robustness(clean, noisy)
+    paper = whole_maps.perturbation_robustness(clean, noisy)
     torch.testing.assert_close(
         column(table, "perturbation_robustness_paper", layer, together=True)[:, 0], paper.double(), rtol=1e-3, atol=1e-7
     )
@@ -274,7 +275,7 @@ def test_merged_tokens_stand_at_the_mean_of_their_places(mechanism):
             spoken_for = [places(1)[j] for j in range(1, 17) if source[image, j] == token]
             if spoken_for:
                 means[token] = torch.stack(spoken_for).mean(dim=0)
-        wanted = indicators.mean_distance(maps[image], indicators.distances(means, means))[0]
+        wanted = whole_maps.mean_distance(maps[image], whole_maps.distances(means, means))[0]
         close(column(table, "mean_distance", 1)[image], wanted)
 
 

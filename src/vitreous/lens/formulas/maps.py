@@ -87,7 +87,7 @@ def singular_maps(
     if rows != "unit":
         space = leading_subspace(features, rank, power=POWER, sketch=sketch)
         if rows == "auto":
-            rows = "unit" if bool(_spikes(space.U[:, :, 0], features).mean() > SPIKE) else "raw"
+            rows = "unit" if bool(spikes(space.U[:, :, 0], features).mean() > SPIKE) else "raw"
     if rows == "unit":
         z = unit_rows(features)
         alike = torch.linalg.vector_norm(z, dim=(1, 2)) <= 8 * torch.finfo(z.dtype).eps * z.shape[1] ** 0.5
@@ -96,17 +96,12 @@ def singular_maps(
     return space.U.mT, space.S, rows
 
 
-def spikes(features: Tensor) -> Tensor:
-    """Share (B,) of the first left singular vector's energy on the patches of highest norm.
+def spikes(u: Tensor, features: Tensor) -> Tensor:
+    """Share (B,) of the energy of u (B, P) on the FEW patches of highest norm, 0 to 1.
 
-    On the FEW highest, 0 to 1.
-
-    About FEW where the vector is a map of the scene, near 1 where it is a spike on artifact tokens.
+    u: the first left singular vector of the features (B, P, D). About FEW where it is a map of the
+    scene, near 1 where it is a spike on artifact tokens.
     """
-    return _spikes(leading_subspace(features, 1, power=POWER).U[:, :, 0], features)
-
-
-def _spikes(u: Tensor, features: Tensor) -> Tensor:
     few = max(1, round(FEW * u.shape[1]))
     highest = _norms(features).topk(few, dim=1).indices
     return u.square().gather(1, highest).sum(1)

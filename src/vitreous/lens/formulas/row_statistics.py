@@ -102,7 +102,22 @@ class Sums:
 class RowStatistics:
     """Entropy, effective tokens, selectivity, distances and redundancy of one map.
 
-    The map is (B, W, H, N, M); its blocks are added.
+    The map A is (B, W, H, N, M); its blocks are added. Means are over rows i, those that are masked
+    out altogether left out:
+
+        attention_entropy    - sum_j A_ij log A_ij, in nats, 0 to log M; 0 log 0 = 0
+        effective_tokens     1 / sum_j A_ij^2, 1 to M
+        selectivity          1 - sum_j A_ij^2 / (1 + eps), the Gini-Simpson index: **high is
+                             diffuse**, low is selective, the reverse of what the name suggests; the
+                             paper's form takes all heads of a batch in one
+        mean_distance        sum_j A_ij d_ij / sum_j A_ij, in pixels. Sums run over keys with a
+                             place, so weight on a class token neither shortens nor lengthens a
+                             head's reach; rows without a place, or with all weight on keys without
+                             one, are left out. Source: Dosovitskiy et al. 2021, arXiv 2010.11929;
+                             what becomes of the class token is our choice
+        attention_width      sqrt(mean square distance / 2), root taken last: s for a head with
+                             weights exp(-d^2 / (2 s^2)), whose distance is s sqrt(pi / 2)
+        head_redundancy      from the inner products of the heads' maps: `indicators`
     """
 
     def __init__(self):
@@ -161,7 +176,12 @@ class RowStatistics:
 
 
 class RowChange:
-    """How far a map moves when its image is made noisy, from blocks that hold both."""
+    """How far a map A moves to A' when its image is made noisy, from blocks that hold both.
+
+    perturbation_robustness: |A' - A|_F / |A|_F per head, 0 is untouched; comparable across token
+    counts. Paper's form: |A' - A|_F / (H N^2), all heads of a layer together; at the same relative
+    change it shrinks with the number of tokens and of heads. **Low is robust.**
+    """
 
     def __init__(self):
         self.sums = Sums()

@@ -74,15 +74,6 @@ def coverage(mask: Tensor | np.ndarray, grid: tuple[int, int]) -> Tensor:
     return share.clamp(0, 1).flatten(-2)
 
 
-def scorable(cover: Tensor) -> Tensor:
-    """Which images have both a foreground patch and another one. (..., P) -> (...) bool.
-
-    So that their maps have scores.
-    """
-    inside = cover > COVERED
-    return inside.any(-1) & ~inside.all(-1)
-
-
 def _overlap(pixels: int, patches: int) -> Tensor:
     """Share of patch i that pixel j fills, along one side (patches, pixels); rows sum to one."""
     edges = torch.arange(patches + 1, dtype=torch.float64) * pixels / patches
@@ -268,59 +259,17 @@ def summary(table: Mapping[str, Sequence], draws: int = 2000, seed: int = 0) -> 
     scores.csv. images counts those that have a value. Rows come in the order of first appearance,
     measures in that of MEASURES.
     """
-    return _summed(table, None, draws, seed)
-
-
-def against(table: Mapping[str, Sequence], baseline: str, draws: int = 2000, seed: int = 0) -> Columns:
-    """Paired differences to a component: the columns of `summary`.
-
-    mean, low and high are those of the difference.
-
-    table: as in `summary`, with rows of the component `baseline` for the same images; of its layer
-    where it has rows for that layer (grids differ), else of layer -1. Raises DataError where a
-    map's image has no such row.
-    """
-    columns, number = _columns(table), {}
-    for row in np.flatnonzero(columns["component"] == baseline):
-        number[int(columns["layer"][row]), int(columns["image"][row])] = row
-    if not number:
-        raise DataError(
-            f"Found no rows of {baseline!r} among {sorted(set(columns['component']))}; expected a component to compare "
-            "with. Name one of these."
-        )
-    other = {}
-    for row in np.flatnonzero(columns["component"] != baseline):
-        layer, image = int(columns["layer"][row]), int(columns["image"][row])
-        other[row] = number.get((layer, image), number.get((-1, image)))
-        if other[row] is None:
-            raise DataError(
-                f"Found no row of {baseline!r} for image {image} at layer {layer} or -1; expected one for each image. "
-                "Score the baseline on the same images."
-            )
-    return _summed(table, other, draws, seed)
-
-
-def _columns(table: Mapping[str, Sequence]) -> Columns:
-    return {name: np.asarray(column) for name, column in table.items()}
-
-
-def _summed(table: Mapping[str, Sequence], other: dict[int, int] | None, draws: int, seed: int) -> Columns:
-    """Summary of the table's rows, or of differences between them.
-
-    other: {row: the row that is taken off it}, or None.
-    """
-    columns = _columns(table)
+    columns = {name: np.asarray(column) for name, column in table.items()}
     measures = [name for name in MEASURES if name in columns]
     values = np.stack([columns[name].astype(np.float64) for name in measures], axis=1)  # (rows, measures)
     groups: dict[tuple, list[int]] = {}
-    for row in range(len(values)) if other is None else other:
+    for row in range(len(values)):
         groups.setdefault(tuple(columns[key][row].item() for key in KEYS), []).append(row)
     lines = []
     for key, rows in groups.items():
         rows = sorted(rows, key=lambda row: columns["image"][row])  # one draw for all components: the same images
-        part = values[rows] - (0 if other is None else values[[other[row] for row in rows]])
-        mean, low, high = bootstrap(part, draws=draws, seed=seed)
-        images = (~np.isnan(part)).sum(0)
+        mean, low, high = bootstrap(values[rows], draws=draws, seed=seed)
+        images = (~np.isnan(values[rows])).sum(0)
         lines += [(*key, measure, mean[i], low[i], high[i], images[i]) for i, measure in enumerate(measures)]
     names = (*KEYS, "measure", "mean", "low", "high", "images")
     return {name: np.array([line[i] for line in lines]) for i, name in enumerate(names)}

@@ -22,7 +22,7 @@ class AttentionRows(Probe):
 
     Head by head.
 
-    Formulas: `lens.formulas.indicators`. Windows and rows count evenly; rows that are masked out
+    Formulas: `formulas.row_statistics`. Windows and rows count evenly; rows that are masked out
     altogether do not count. Where the model changes the weights between softmax and values, those
     have rows of kind "effective".
     """
