@@ -111,6 +111,14 @@ def test_back_to_the_picture():
 # -- assignments -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_patches_that_stay_and_what_becomes_of_the_others(fused):
+    step = Assignment.keeping(torch.tensor([[3, 0], [1, 2]]), 4, prefix=1, fused=fused)
+    gone = 3 if fused else -1
+    assert step.index.tolist() == [[0, 2, gone, gone, 1], [0, gone, 1, 2, gone]]
+    assert (step.tokens, step.dropped) == (3 + fused, not fused)
+
+
 def assignment(n: int, places: int, hard: bool, seed: int, images: int = 2) -> Assignment:
     """Of places to n tokens, each of which stands for one place at least; soft: each place gives to all tokens."""
     generator = torch.Generator().manual_seed(seed)

@@ -195,12 +195,8 @@ def embed(model: nn.Module, images: Tensor, *, keep: Tensor | None = None, conte
                 f"Found keep of shape {tuple(keep.shape)}. Expected ({x.shape[0]}, n): indices of patches for each image. Give "
                 "one row per image."
             )
-        first = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
-        index = torch.full(x.shape[:2], -1, device=x.device).scatter(1, first, first)
-        places = torch.arange(prefix, prefix + keep.shape[1], device=x.device).expand_as(keep)
         rope = host.family.keep_rope(model, x, rope, keep)
-        index = index.scatter(1, prefix + keep, places)
-        step = Assignment(index=index, tokens=prefix + keep.shape[1], dropped=True)
+        step = Assignment.keeping(keep, x.shape[1] - prefix, prefix)
         entering = torch.cat([x[:, :prefix], take(x[:, prefix:], keep)], dim=1)
         x, state = reduce(x, state, step, tokens=entering)
     return Stream(x, replace(state, prefix=prefix, rope=rope, context=context))

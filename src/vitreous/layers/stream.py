@@ -27,6 +27,19 @@ class Assignment:
     tokens: int | None = None
     dropped: bool = False
 
+    @classmethod
+    def keeping(cls, top: Tensor, patches: int, prefix: int, *, fused: bool = False) -> Assignment:
+        """The prefix tokens stay, and of the patches those of index top (B, m), in that order.
+
+        The others have no token, or, fused, one together behind them.
+        """
+        b, count = top.shape
+        rest = prefix + count
+        place = torch.arange(rest, device=top.device).expand(b, -1)
+        others = torch.full((b, patches), rest if fused else -1, device=top.device)
+        index = torch.cat([place[:, :prefix], others.scatter(1, top, place[:, prefix:])], dim=1)  # (B, prefix + patches)
+        return cls(index=index, tokens=rest + fused, dropped=not fused)
+
     @property
     def places(self) -> int:
         """N, the number of original tokens."""

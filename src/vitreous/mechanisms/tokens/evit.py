@@ -105,17 +105,8 @@ class Reorganize(nn.Module):
         if self.settings.fuse:
             others = scores.scatter(1, top, 0.0).to(x.dtype)
             parts.append((others[:, None] @ patches).to(x.dtype))
-        step, tokens = self.assignment(top, n), torch.cat(parts, dim=1)
-        return reduce(x, state, step, self.sizes(state.sizes, top), tokens=tokens)
-
-    def assignment(self, top: Tensor, n: int) -> Assignment:
-        """Where the tokens are after patches `top` (B, count) of n stayed, the others in the fused one or nowhere."""
-        b, count = top.shape
-        first = torch.arange(self.prefix, device=top.device).expand(b, -1)
-        place = torch.arange(self.prefix, self.prefix + count, device=top.device).expand(b, -1)
-        others = torch.full((b, n), self.prefix + count if self.settings.fuse else -1, device=top.device)
-        index = torch.cat([first, others.scatter(1, top, place)], dim=1)  # (B, prefix + n)
-        return Assignment(index=index, tokens=self.prefix + count + self.settings.fuse, dropped=not self.settings.fuse)
+        step = Assignment.keeping(top, n, self.prefix, fused=self.settings.fuse)
+        return reduce(x, state, step, self.sizes(state.sizes, top), tokens=torch.cat(parts, dim=1))
 
     def sizes(self, before: Tensor | None, top: Tensor) -> Tensor | None:
         """Sizes after patches `top` stayed, where tokens have sizes; the fused token counts as one."""
