@@ -19,6 +19,7 @@ from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention, reads_around
 from vitreous.hosts.block import STATIONS, Block, check_halves
 from vitreous.hosts.host import class_names, host_of
+from vitreous.hosts.mixer import Mixer
 from vitreous.hosts.read_out import read_tokens
 from vitreous.hosts.stream_ends import Embed, StreamEnd
 from vitreous.layers.linear import Linear
@@ -106,8 +107,8 @@ def token_schedule(model: nn.Module, keep_macs: float, price: Callable[[int], fl
     return schedule(n - bisect_left(range(n), True, key=lambda gone: share(n - gone) <= keep_macs))
 
 
-def plain_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
-    """The attention at `blocks.layer.attn`, if it is one that a mechanism may take over; else HostError or GraftError."""
+def own_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
+    """The attention at `blocks.layer.attn`, of any class, if the block has one and no other graft holds it."""
     block, path = model.blocks[layer], f"blocks.{layer}.attn"
     attention = getattr(block, "attn", None)
     if attention is None:
@@ -115,18 +116,69 @@ def plain_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
             f"{path} does not exist: blocks.{layer} is a {type(block).__name__} without an attention module of its own. "
             f"Expected one of {class_names(ATTENTIONS)}. {mechanism} cannot be grafted into this model."
         )
-    if type(attention) is Attention or type(attention) in ATTENTIONS:
-        return attention
-    if isinstance(attention, Attention):
-        raise GraftError(
-            f"{path} already holds {type(attention).__name__}, which overrides attention itself; {mechanism} would undo "
-            "it. Expected plain attention. Take the other graft out first (vitreous.ungraft), or choose other layers."
+    if isinstance(attention, Mixer) or (isinstance(attention, Attention) and type(attention) is not Attention):
+        reason = (
+            f"a mixer in the place of attention; {mechanism} would find no queries and keys, or undo it"
+            if isinstance(attention, Mixer)
+            else f"which overrides attention itself; {mechanism} would undo it"
         )
+        raise GraftError(
+            f"{path} already holds {type(attention).__name__}, {reason}. Expected plain attention. Take the other graft out "
+            "first (vitreous.ungraft), or choose other layers."
+        )
+    return attention
+
+
+def plain_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
+    """The attention at `blocks.layer.attn`, if it is one that a mechanism may take over; else HostError or GraftError."""
+    attention = own_attention(model, layer, mechanism)
     kind = type(attention)
+    if kind is Attention or kind in ATTENTIONS:
+        return attention
     raise HostError(
-        f"{path} is a {kind.__module__}.{kind.__name__}. Expected one of {class_names(ATTENTIONS)} (matched by class, since "
-        f"others of the same name work differently). {mechanism} cannot be grafted into this model."
+        f"blocks.{layer}.attn is a {kind.__module__}.{kind.__name__}. Expected one of {class_names(ATTENTIONS)} (matched by "
+        f"class, since others of the same name work differently). {mechanism} cannot be grafted into this model."
     )
+
+
+def displaced_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:
+    """The attention at `blocks.layer.attn`, of any class, if a mixer may take its place (`Mixer.instead_of`).
+
+    The mixer gets its state through `open_stream`. Raises HostError where a block has no attention
+    or cannot hand it the state, GraftError where another graft holds it or reads its queries and keys.
+    """
+    block, path = model.blocks[layer], f"blocks.{layer}.attn"
+    attention = own_attention(model, layer, mechanism)
+    check_halves(block, f"blocks.{layer}")
+    steps = block.steps("between") if isinstance(block, Block) else ()
+    lost = [f"{type(step).__name__} behind it, which reads its queries and keys" for step in steps] + [
+        f"{change.path} of {record.mechanism}"
+        for record in getattr(model, "grafts", ())
+        for change in record.changes
+        if change.path.startswith(f"{path}.")
+    ]
+    if lost:
+        raise GraftError(
+            f"{path} belongs together with {lost[0]}; {mechanism} would take it away. Expected attention that no other graft "
+            "uses. Take the other graft out first (vitreous.ungraft), or choose other layers."
+        )
+    return attention
+
+
+def check_still_read(model: nn.Module, layers: Iterable[int], mechanism: str) -> None:
+    """Raise HostError if class tokens are read, but mixers in `layers` would leave none of them a view of the patches.
+
+    For mixers that give the prefix nothing; all images would get the same answer.
+    """
+    mixing = {
+        i for i, attention in enumerate(attentions(model)) if getattr(type(attention), "mix_tokens", 0) is Mixer.mix_tokens
+    }
+    if not read_tokens(model)[1] and len(mixing.union(layers)) == depth(model):
+        raise HostError(
+            f"The head of this model reads class tokens, and with {mechanism} no block would let them see the patches. "
+            "Expected one block with attention, or a head that pools over patches. Choose fewer layers, or call "
+            "model.reset_classifier(classes, 'avg') before grafting."
+        )
 
 
 def attentions(model: nn.Module) -> list[nn.Module | None]:

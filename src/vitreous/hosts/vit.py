@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention
 from vitreous.hosts.block import halves_of
+from vitreous.hosts.mixer import Mixer
 from vitreous.hosts.read_out import read_tokens
 from vitreous.hosts.stream_ends import Embed
 
@@ -35,7 +36,9 @@ class ViT:
             for word, offered in {
                 "insert": self.tokens_change,
                 "remove": self.tokens_change,
-                "attention": any(isinstance(attn, (Attention, *ATTENTIONS)) for attn in attentions),
+                "attention": any(
+                    isinstance(attn, (Attention, Mixer, *ATTENTIONS)) for attn in attentions
+                ),  # a mixer is refused by name
                 "halves": any(map(halves_of, model.blocks)),
                 "linear": any(isinstance(module, nn.Linear) for module in model.blocks.modules()),
                 "grid": isinstance(model.patch_embed, Embed) or type(model.patch_embed) is PatchEmbed,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.base.errors import DataError, NotReached
+from vitreous.hosts.mixer import mixers_in
 from vitreous.lens.formulas.row_statistics import Distances, RowBlock
 from vitreous.lens.layer_features import FeatureCollector, LayerFeatures
 from vitreous.lens.preserve_state import preserve_state
@@ -42,7 +43,7 @@ class BatchPass:
             [observer for observer in self.observers if getattr(type(observer), name) is not getattr(Observer, name)]
             for name in ("on_rows", "on_layer")
         )
-        options = {"class_token": batch.class_token, "on_layer": self.on_layer}
+        options = {"class_token": batch.class_token, "mixers": mixers_in(model), "on_layer": self.on_layer}
         self.collector = FeatureCollector(batch.layouts, batch.count, **options) if self.by_layer else None
         self.outputs = set().union(*self.wanted, self.collector.outputs if self.collector else ())
         self.locator = Locator(batch.count, batch.class_token)

@@ -15,12 +15,13 @@ attention and no other, the attention module is the part of the block that the a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from vitreous.hosts.mixer import mixers_in
 from vitreous.hosts.stream_ends import Opening
 from vitreous.layers.stream import Stream
 from vitreous.lens.coordinates.layout import Layout
@@ -71,7 +72,7 @@ def layer_features(model: nn.Module, images: Tensor, layouts: Layouts | None = N
     layouts: from `trace`, for several batches.
     """
     layouts = trace(model, images) if layouts is None else layouts
-    collector = FeatureCollector(layouts, len(images), class_token=has_class_token(model))
+    collector = FeatureCollector(layouts, len(images), class_token=has_class_token(model), mixers=mixers_in(model))
     watch(model, images, collector.on_attention, layouts=layouts, on_output=collector.on_output, outputs=collector.outputs)
     return collector.layers
 
@@ -82,6 +83,7 @@ class FeatureCollector:
     `on_attention` and `on_output` are the callbacks of `watch`.
 
     images: how many of the batch count, from the first on. class_token: as of `has_class_token`.
+    mixers: names of modules that stand where attention was.
     on_layer(features): called when all of a layer is there, to reduce it before the next; `finish`
     calls it for the rest.
     """
@@ -92,12 +94,13 @@ class FeatureCollector:
         images: int,
         *,
         class_token: bool = True,
+        mixers: Iterable[str] = (),
         on_layer: Callable[[LayerFeatures], None] | None = None,
     ):
         self.layouts, self.images, self.on_layer = layouts, images, on_layer
         self.locator = Locator(images, class_token)
         self.complete = 0  # layers that on_layer was called for
-        self.outputs = modules_around(list(layouts.calls), layouts.outputs)
+        self.outputs = modules_around(list(layouts.calls), layouts.outputs, mixers)
         self.layers: list[LayerFeatures] = []
 
     def on_attention(self, call: AttentionCall, where: TokenCoordinates | None = None) -> None:
@@ -170,17 +173,18 @@ class FeatureCollector:
         return layout.picture(x.mT[:, :, None]).flatten(-2).mT.nan_to_num(), layout.grid
 
 
-def modules_around(calls: Sequence[Key], located: Collection[Key]) -> dict[str, tuple[str, Key]]:
+def modules_around(calls: Sequence[Key], located: Collection[Key], mixers: Iterable[str] = ()) -> dict[str, tuple[str, Key]]:
     """{module: ("tokens" or "output", the call it belongs to)}: see the head of this file.
 
     located: (module, number) of outputs that are known to lie on a grid. The block is the outermost
-    of them.
+    of them. mixers: what stands in the place of attention, and counts as such here.
     """
     around: dict[str, tuple[str, Key]] = {}
+    centres = [*(name for name, _ in calls), *mixers]
     for call in calls:
         own = call[0].split(".")
         names = [".".join(own[:n]) for n in range(1, len(own) + 1)]
-        alone = [name for name in names if sum(f"{other}.".startswith(f"{name}.") for other, _ in calls) == 1]
+        alone = [name for name in names if sum(f"{other}.".startswith(f"{name}.") for other in centres) == 1]
         first = next((i for i, name in enumerate(alone) if (name, 0) in located), len(alone))
         for kind, name in zip(("tokens", "output"), alone[first:], strict=False):
             around[name] = (kind, call)

@@ -181,7 +181,7 @@ def look(
     about = about or {}
     names = about.get("classes") or class_names(model)
     plan = Plan(model, views, chosen(probes, model), direction, noise, seed, batch_size, memory, names, loss)
-    findings = Findings(notes={metadata.WARNING: None} if about.get("weights") == "random" else {})
+    findings = Findings(notes=dict.fromkeys(metadata.notes(model, about)))
     settings = {"noise": noise, "seed": seed, "curves": curves, "limit": limit}
     settings["direction"] = metadata.of_direction(direction)
     if probes is not None:

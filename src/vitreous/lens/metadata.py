@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitreous.data.views import View, Views
 from vitreous.grafting import grafts
+from vitreous.hosts.mixer import mixers_in
 from vitreous.lens.direction import Direction
 from vitreous.lens.faithfulness import answer, has_classes
 from vitreous.lens.probe import Component
@@ -43,6 +44,17 @@ def of_model(model: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
         "random_weights": weights == "random",
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def notes(model: nn.Module, given: Mapping[str, Any]) -> list[str]:
+    """What is known before any image is seen: random weights, blocks without attention."""
+    lines = [WARNING] if given.get("weights") == "random" else []
+    if mixers := [f"{name} ({type(module).__name__})" for name, module in mixers_in(model).items()]:
+        lines.append(
+            f"No attention in {', '.join(mixers)}: tokens are mixed in another way there, and nothing is read of it. Layers "
+            "count the attentions that are left."
+        )
+    return lines
 
 
 def of_layer(call: AttentionCall, where: TokenCoordinates) -> dict[str, Any]:

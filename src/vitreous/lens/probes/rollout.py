@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar
 
 from torch import Tensor
 
+from vitreous.hosts.mixer import Mixer
 from vitreous.lens.formulas.maps import rollout_map, rollout_step
 from vitreous.lens.probe import Component, Observer, Probe
 from vitreous.lens.tap.attention_call import AttentionCall
@@ -19,6 +21,9 @@ class RolloutObserver(Observer):
     def initialise(self) -> None:
         self.joint: Tensor | None = None  # the product so far, (B, N, N)
         self.spare: Tensor | None = None
+        # behind another mixer the product of attentions is not the way of the tokens
+        before = takewhile(lambda item: not isinstance(item[1], Mixer), self.model.named_modules())
+        self.before_mixers = {name for name, _ in before}
 
     def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
         if where.layout is None:
@@ -26,6 +31,7 @@ class RolloutObserver(Observer):
         tokens, keys = call.output.shape[3], call.v.shape[3]
         unbroken = self.joint.shape[-1] == tokens if self.joint is not None else where.layer == 0
         square = tokens == keys and call.output.shape[1] == 1 and call.stochastic and not where.recorded
+        unbroken &= call.name in self.before_mixers
         if not unbroken or not square or tokens > TOKENS or where.layout.grid is None:
             self.joint = None
             return
@@ -42,7 +48,8 @@ class Rollout(Probe):
 
     Abnar and Zuidema 2020, arXiv 2005.00928.
 
-    It ends where tokens change in number, attend in windows, or are more than 1100.
+    It ends where tokens change in number, attend in windows, or are more than 1100, and at a block
+    with a mixer in place of attention.
     """
 
     order: ClassVar[int] = 70

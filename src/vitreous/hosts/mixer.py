@@ -1,0 +1,81 @@
+"""A module in the place of attention that moves information between places in another way."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vitreous.base.errors import MaskError
+from vitreous.layers.stream import PLAIN, TokenState, restore
+
+M = TypeVar("M", bound="Mixer")
+
+
+class Mixer(nn.Module):
+    """Base of token mixers without attention. A subclass defines `mix`, or `mix_tokens`.
+
+    Each group of tokens (a channel with tokens of its own) is a picture of its own. Merged tokens:
+    every place is mixed with the token that stands for it, and a token gets the mean of what its
+    places got. Inserted tokens get nothing, and with `mix` neither do those of the prefix: their
+    residual passes.
+    """
+
+    wants_state = True  # blocks of ours then hand in the state of the stream
+
+    @classmethod
+    def instead_of(cls: type[M], attention: nn.Module) -> M:
+        """A mixer with nothing of the attention but its mode and its hooks, which stay shared as in `adopt`.
+
+        Hooks on the state dict are left out: they are about parameters that leave with it. No
+        `__init__` of a subclass runs.
+        """
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        hooks = {key: value for key, value in vars(attention).items() if "_hook" in key and "state_dict" not in key}
+        vars(new).update(hooks, training=attention.training)
+        return new
+
+    def mix(self, patches: Tensor) -> Tensor:
+        """(B, *grid, D) -> (B, *grid, D), such as (B, H, W, D)."""
+        raise TypeError(f"{type(self).__name__} does not say how it mixes: define mix(self, patches).")
+
+    def mix_tokens(self, tokens: Tensor, state: TokenState) -> Tensor:
+        """One token per place, prefix first: (B, N, D) -> (B, N, D)."""
+        prefix, patches = tokens[:, : state.prefix], tokens[:, state.prefix :]
+        y = self.mix(patches.reshape(-1, *state.grid, patches.shape[-1])).reshape(patches.shape)
+        return torch.cat([torch.zeros_like(prefix, dtype=y.dtype), y], dim=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        state: TokenState = PLAIN,
+    ) -> Tensor:
+        """Present tokens (B, n, D) -> (B, n, D). rope: not used, since the places are in the grid.
+
+        Raises MaskError for a mask, and where a place has no token or is not known.
+        """
+        name = type(self).__name__
+        # beside sizes the mask is our own, of merged tokens; the mean over places stands for it
+        if is_causal or (attn_mask is not None and state.sizes is None):
+            mask = "is_causal=True" if is_causal else f"attn_mask of shape {tuple(attn_mask.shape)}"
+            raise MaskError(f"Found {mask}, but {name} has no scores to mask. Expected none. Call the model without a mask.")
+        if state.grid is None or state.dropped:
+            lost = "whose places are not known" if state.grid is None else "while some places have no token"
+            raise MaskError(
+                f"Found {x.shape[1]} tokens {lost}, but {name} mixes whole pictures. Expected a token for each place. Switch "
+                "off what drops patches before it (patch_drop_rate, evit:fuse=false), or mix in earlier blocks."
+            )
+        original, inserted = restore(x, state)
+        y = self.mix_tokens(original, state).to(x.dtype)  # (B, N, D)
+        y = y if state.assignment is None else state.assignment.gather(y)
+        return torch.cat([y, torch.zeros_like(inserted)], dim=1)
+
+
+def mixers_in(model: nn.Module) -> dict[str, Mixer]:
+    """{dotted path: mixer}, in the order of the model's modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Mixer)}
