@@ -34,7 +34,7 @@ def lines(*accuracies, names=("test",)):
 )
 def test_when_to_stop_and_what_to_keep(accuracies, patient, best, done):
     found = lines(*accuracies)
-    assert early_stopping.epoch_to_keep(found, patient, ACCURACY)["epoch"] == best
+    assert early_stopping.to_keep(found, patient, ACCURACY)["epoch"] == best
     assert early_stopping.exhausted(found, patient, ACCURACY) == done
     assert early_stopping.finished(found, 9, patient, ACCURACY) == done
     assert early_stopping.finished(found, len(found), patient, ACCURACY)
@@ -43,7 +43,7 @@ def test_when_to_stop_and_what_to_keep(accuracies, patient, best, done):
 def test_lower_is_better_where_the_metric_says_so():
     error = Metric("accuracy", "px", "lower", "error")
     found = lines(0.5, 0.4, 0.4, 0.6)
-    assert early_stopping.epoch_to_keep(found, 2, error)["epoch"] == 2
+    assert early_stopping.to_keep(found, 2, error)["epoch"] == 2
     assert early_stopping.exhausted(found, 2, error)
     assert "no better error on `test` for 2 epochs" in early_stopping.why(found, 9, 2, error)
 

@@ -21,9 +21,7 @@ from vitreous.train.settings import TrainSettings
 def choose_trainable(
     model: nn.Module, train: str = "all", freeze: tuple[str, ...] = (), paths: Iterable[str] | None = None
 ) -> int:
-    """Set `requires_grad` of every parameter as `train` and `freeze` say.
-
-    Returns how many numbers learn.
+    """Set `requires_grad` of every parameter as asked; returns how many numbers learn.
 
     train: all | new (what the grafts brought) | new+head (and the classifier). freeze: paths such
     as blocks.0-9. paths: what a task trains, in place of all. Raises UnknownName for a path that no
@@ -48,10 +46,7 @@ def choose_trainable(
 
 
 def frozen(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
-    """Names of the parameters at or under the paths.
-
-    A part may be a range, as in blocks.0-9, both ends included.
-    """
+    """Names of the parameters at or under the paths; blocks.0-9 is a range with both its ends."""
     names = set()
     for pattern in patterns:
         paths = [""]
@@ -73,11 +68,10 @@ def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
-    """timm's groups of what learns; biases, norms, and what the host and its grafts exempt go
-    without weight decay.
+    """timm's groups of the parameters that learn, with and without weight decay.
 
-    layer_decay: the learning rate of a layer is multiplied by it once for each layer between it and
-    the head.
+    Without are biases, norms, and what the host and its grafts exempt. layer_decay: the learning
+    rate of a layer is multiplied by it once for each layer between it and the head.
     """
     exempt = no_weight_decay(model)
     if layer_decay is None:
@@ -86,9 +80,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
 
 
 def make_optimizer(objective: Objective, settings: TrainSettings) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over `parameter_groups` of the model.
+    """timm's optimizer of that name over `parameter_groups`.
 
-    The objective's own parameters count as its head.
+    The objective's own parameters have the full learning rate, as the head has.
     """
     groups = parameter_groups(objective.model, settings.weight_decay, settings.layer_decay)
     own = nn.ModuleDict({name: child for name, child in objective.named_children() if name != "model"})
@@ -98,12 +92,11 @@ def make_optimizer(objective: Objective, settings: TrainSettings) -> torch.optim
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> Scheduler:
-    """timm's schedule over epochs of `steps` updates; call `step_update(updates)` after each
-    update.
-    """
+    """timm's schedule over epochs of `steps` updates; call `step_update(updates)` after each."""
     return create_scheduler_v2(
         optimizer,
-        "constant" if settings.sched == "none" else settings.sched,  # unlike none, it knows warm-up and layer decay
+        # timm's own "none" would leave out warm-up and layer decay
+        "constant" if settings.sched == "none" else settings.sched,
         decay_epochs=max(1, settings.epochs // 3) if settings.sched == "step" else None,
         num_epochs=settings.epochs - settings.warmup_epochs,
         warmup_prefix=True,  # the schedule begins where the warm-up ends, without a jump

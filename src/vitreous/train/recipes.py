@@ -1,24 +1,28 @@
 """Recipes: published values for the settings that are not set, and their sources.
 
-    finetune-small    trained weights, fewer than 10,000 training images: the gentle part of what is published
-    finetune-large    trained weights, more images: with mixup, cutmix, RandAugment and averaged weights
+    finetune-small    trained weights, fewer than 10,000 training images: the gentler values
+    finetune-large    trained weights, more images: mixup, cutmix, RandAugment, averaged weights
     scratch           no trained weights: DeiT's
-    auto              one of the three, by whether there are trained weights and by the number of training images
+    auto              one of the three, by trained weights or not and the number of training images
     none              the plain defaults
 
-What is given always wins. Sources:
+A setting of the user's always wins. Sources:
 
-    MAE       He et al. 2022, arXiv 2111.06377, table 9, and FINETUNE.md of its code: AdamW, 5e-4 per 256 images with layer
-              decay 0.65 (ViT-B), 1e-3 with 0.75 (ViT-L), weight decay 0.05, drop path 0.1, smoothing 0.1, mixup 0.8,
-              cutmix 1.0, RandAugment 9 and 0.5, cosine with a warm-up
-    BEiT      Bao et al. 2022, arXiv 2106.08254, and its code: layer decay 0.65 (base) and 0.75 (large), weight decay 0.05
-    DeiT      Touvron et al. 2021, arXiv 2012.12877, table 9: 5e-4 per 512 images, 5 of 300 epochs of warm-up, drop path 0.1,
-              smoothing 0.1, mixup 0.8, cutmix 1.0, RandAugment 9 and 0.5
-    DeiT III  Touvron et al. 2022, arXiv 2204.07118, and its commands: fine-tuning for 20 epochs, mixup and cutmix as above
+    MAE       He et al. 2022, arXiv 2111.06377, table 9, and FINETUNE.md of its code: AdamW, 5e-4
+              per 256 images with layer decay 0.65 (ViT-B), 1e-3 with 0.75 (ViT-L), weight decay
+              0.05, drop path 0.1, smoothing 0.1, mixup 0.8, cutmix 1.0, RandAugment 9 and 0.5,
+              cosine with a warm-up
+    BEiT      Bao et al. 2022, arXiv 2106.08254, and its code: layer decay 0.65 (base) and 0.75
+              (large), weight decay 0.05
+    DeiT      Touvron et al. 2021, arXiv 2012.12877, table 9: 5e-4 per 512 images, 5 of 300 epochs
+              of warm-up, drop path 0.1, smoothing 0.1, mixup 0.8, cutmix 1.0, RandAugment 9 and 0.5
+    DeiT III  Touvron et al. 2022, arXiv 2204.07118, and its commands: fine-tuning for 20 epochs,
+              mixup and cutmix as above
     ViT       Dosovitskiy et al. 2021, arXiv 2010.11929, appendix B: gradients clipped at norm 1
     transfer  Kornblith et al. 2019, arXiv 1805.08974: small sets with random crops and flips alone
     RSB       Wightman et al. 2021, arXiv 2110.00476: a schedule of 100 epochs (A3)
-    timm      its train script: a rate for 256 images, times sqrt(batch / 256) for Adam and its kin; averages of decay 0.9998
+    timm      its train script: a rate for 256 images, times sqrt(batch / 256) for Adam and its kin;
+              averages of decay 0.9998
 
 Ours are the border of 10,000 images (most sets of the transfer literature lie below it, CIFAR-10
 and ImageNet above), 30 epochs for small sets, and a warm-up over a tenth of the epochs. The
@@ -41,7 +45,9 @@ PLAIN = {
     "epochs": 10, "lr": 5e-4, "warmup_epochs": 0.0, "layer_decay": None, "drop_path": 0.0, "clip_grad": None,
     "smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "model_ema": None, "aug": "none",
 }  # fmt: skip
-Values = dict[str, tuple[Any, str]]  # {setting: (value, its source)}; lr for BASE images, warmup_epochs as part of the epochs
+# {setting: (value, its source)}; in a recipe lr is for BASE images, warmup_epochs a part of the
+# epochs
+Values = dict[str, tuple[Any, str]]
 COMMON: Values = {
     "warmup_epochs": (0.1, "a tenth of the epochs"),
     "drop_path": (0.1, "MAE, DeiT"),
@@ -78,7 +84,7 @@ def scaled_by_root(opt: str) -> bool:
 def choose(loaded: bool, images: int) -> tuple[str, str]:
     """The recipe for a run, and why, in words.
 
-    With or without trained weights, on so many training images.
+    loaded: whether the network has trained weights. images: in training.
     """
     if not loaded:
         return "scratch", "no trained weights"
@@ -89,11 +95,9 @@ def choose(loaded: bool, images: int) -> tuple[str, str]:
 
 
 def resolve(mapping: Mapping[str, Any], name: str) -> Values:
-    """{setting: (value, its source)} of a recipe, or of none.
+    """{setting: (value, its source)}: the user's, else the recipe's, else the plain default.
 
-    What `mapping` has not None there, else the recipe's, else plain.
-
-    mapping: settings by name, batch_size among them.
+    mapping: settings by name, None where the user has none, batch_size among them.
     """
     recipe, values = RECIPES.get(name, {}), {}
     for setting, plain in PLAIN.items():  # epochs come first, on which the warm-up depends
@@ -107,10 +111,7 @@ def resolve(mapping: Mapping[str, Any], name: str) -> Values:
 
 
 def scaled(setting: str, value: Any, source: str, batch_size: int, values: Values) -> tuple[Any, str]:
-    """A recipe's value for this run.
-
-    The rate for the batch by timm's rule, the warm-up for the epochs.
-    """
+    """A recipe's value for this run: the rate by timm's rule for its batch, warm-up in epochs."""
     if setting == "lr":
         rate = float(f"{value * (batch_size / BASE) ** 0.5:.3g}")
         return rate, f"{source}, {value:g} x sqrt({batch_size} / {BASE})"

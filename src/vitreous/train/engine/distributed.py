@@ -1,6 +1,4 @@
-"""`StepModule`, what a step runs, and how processes join it.
-
-torch's DistributedDataParallel around it, and its switches.
+"""`StepModule`, the forward pass of a step, and torch's DistributedDataParallel around it.
 
 With --shard, processes are joined by `fully_shard` instead (`engine/sharding.py`).
 """
@@ -25,8 +23,7 @@ from vitreous.train.settings import TrainSettings
 
 
 class StepModule(nn.Module):
-    """The forward pass of a step: a batch to its losses, and with the last part of it the
-    penalties. No other code does it.
+    """The forward pass of a step: a batch to its losses, with its last part to penalties too.
 
     Penalties of activations (`TokenState.terms`) are means over images, and so among the losses.
     Both in one forward pass, so that DistributedDataParallel sees every parameter that will get a
@@ -47,24 +44,23 @@ class StepModule(nn.Module):
 def join_processes(session: Session, batch: Batch) -> nn.Module:
     """The `StepModule` of a session, its processes joined.
 
-    Batch: a drawn one, to see which parameters get a gradient.
+    batch: a drawn one, to see which parameters get a gradient.
     """
     alone = StepModule(session.objective, session.autocast)
     if session.team.size == 1 or session.settings.shard:
         return alone
+    # also the moving average, of which DistributedDataParallel does not know
     for objective in (session.objective, session.ema.module) if session.ema else (session.objective,):
         session.team.same([*objective.parameters(), *objective.buffers()])
     device_ids = [session.device] if session.device.type == "cuda" else None
+    # to look for unused parameters costs a walk through the graph in every step: only where needed
     return DistributedDataParallel(alone, device_ids=device_ids, find_unused_parameters=not all_reached(alone, batch))
 
 
 def all_reached(module: StepModule, batch: Batch) -> bool:
-    """Whether every parameter that learns gets a gradient in a step.
-
-    Random states are put back.
-    """
+    """Whether every parameter that learns gets a gradient in a step; draws nothing."""
     device = next(iter(batch.values())).device
-    before = random_states(device)
+    before = random_states(device)  # with them put back, several processes train as one does
     losses, penalties = module(batch, 0.0, True)
     learning = [p for p in module.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(sum([*losses.values(), *penalties.values()]), learning, allow_unused=True)
@@ -79,7 +75,7 @@ def joining(module: nn.Module, last: bool) -> Iterator[None]:
         with module.no_sync():
             yield
         return
-    if isinstance(module, StepModule) and isinstance(module.objective.model, FSDPModule):
+    if isinstance(module, StepModule) and isinstance(module.objective.model, FSDPModule):  # --shard
         module.objective.model.set_requires_gradient_sync(last)
     yield
 

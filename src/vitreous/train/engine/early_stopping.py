@@ -1,6 +1,4 @@
-"""Stopping early, and which epoch's weights a run keeps.
-
-All of it follows from the lines of metrics.jsonl.
+"""Stopping early, and which epoch's weights a run keeps, by the lines of metrics.jsonl.
 
 Without --patience it is the last epoch; with it, the first with the best value of the task's first
 metric on the set that is watched.
@@ -23,21 +21,18 @@ def watched(names: Iterable[str]) -> str:
     return next(name for name in (HELD_OUT, "val", "test") if name in there)
 
 
-def epoch_to_keep(lines: Sequence[Line], patience: int | None, metric: Metric) -> Line:
+def to_keep(lines: Sequence[Line], patience: int | None, metric: Metric) -> Line:
     """The epoch whose weights are kept, of one or more."""
     if patience is None:
         return lines[-1]
     name = watched(lines[0]["tests"])
-    return max(lines, key=lambda line: metric.sign * line["tests"][name][metric.name])  # the first of equals
+    # `max` takes the first of equals, so that an equally good later epoch does not extend patience
+    return max(lines, key=lambda line: metric.sign * line["tests"][name][metric.name])
 
 
 def exhausted(lines: Sequence[Line], patience: int | None, metric: Metric) -> bool:
     """True if so many epochs have gone by without a better one."""
-    return (
-        bool(lines)
-        and patience is not None
-        and lines[-1]["epoch"] - epoch_to_keep(lines, patience, metric)["epoch"] >= patience
-    )
+    return bool(lines) and patience is not None and lines[-1]["epoch"] - to_keep(lines, patience, metric)["epoch"] >= patience
 
 
 def finished(lines: Sequence[Line], epochs: int, patience: int | None, metric: Metric) -> bool:
@@ -49,7 +44,7 @@ def why(lines: Sequence[Line], epochs: int, patience: int | None, metric: Metric
     """What the numbers of a run stand for and why it stopped, for people."""
     if patience is None:
         return f"{metric.label.capitalize()} is of the last epoch; none was picked by its score."
-    name, best = watched(lines[0]["tests"]), epoch_to_keep(lines, patience, metric)["epoch"]
+    name, best = watched(lines[0]["tests"]), to_keep(lines, patience, metric)["epoch"]
     text = f"The model is of epoch {best}, the best on `{name}`, and so are its predictions."
     if exhausted(lines, patience, metric):
         last = lines[-1]["epoch"]

@@ -1,7 +1,4 @@
-"""Batches of samples: their order, their parts per process, and `Loader`.
-
-Samples are in memory or decoded by worker processes.
-"""
+"""Batches of samples, in memory or decoded by worker processes: `Order`, `cut`, `Loader`."""
 
 from __future__ import annotations
 
@@ -83,15 +80,13 @@ def rejoined(parts: Sequence[Tensor]) -> Tensor:
 def drawn_from(*key: int) -> Iterator[None]:
     """Seed the global states that torchvision and timm draw from, by the key alone.
 
-    torch's on the CPU, Python's, NumPy's.
-
-    They are put back afterwards, so that nothing else depends on which process augments an image,
-    or when.
+    These are torch's on the CPU, Python's and NumPy's. They are put back afterwards, so that
+    nothing else depends on which process augments an image, or when.
     """
     torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
     try:
-        torch.default_generator.manual_seed(seeds[0])
+        torch.default_generator.manual_seed(seeds[0])  # torch.manual_seed would reseed devices as well
         random.seed(seeds[1])
         np.random.seed(seeds[2])
         yield
@@ -104,10 +99,8 @@ def drawn_from(*key: int) -> Iterator[None]:
 class Batches(Dataset):
     """Images in memory that need no resizing, a whole batch normalised at once.
 
-    Indices to (B, C, H, W), labels (B).
-
-    Bit for bit what `Preprocess` gives one by one. flip: mirror half of them, drawn by (seed,
-    epoch, index).
+    Indices to (B, C, H, W), labels (B); bit for bit what `Preprocess` makes of one image after the
+    other. flip: mirror half of them, drawn by (seed, epoch, index).
     """
 
     def __init__(self, images: ArraySamples, inputs: Preprocess, flip: bool, seed: int):
@@ -121,6 +114,7 @@ class Batches(Dataset):
         epoch, rows = batch
         x = self.inputs.normalize(self.pixels[rows])
         if self.flip:
+            # drawn for the whole set: an image is mirrored alike in any batch and process
             chosen = torch.from_numpy(np.random.default_rng((FLIP, self.seed, epoch)).random(len(self))[rows] < 0.5)
             x[chosen] = x[chosen].flip(-1)
         return x, self.target.take(rows), {}
@@ -143,7 +137,7 @@ class Prepared(Dataset):
     def __getitems__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict[int, str]]:
         epoch, rows = batch
         made, lost = self.attempt(epoch, rows.tolist())
-        if lost:
+        if lost:  # once more: a drive in the network may have been away for a moment
             time.sleep(PAUSE)
             again, lost = self.attempt(epoch, list(lost))
             made |= again
@@ -161,7 +155,7 @@ class Prepared(Dataset):
             except Unreadable as error:
                 lost[i] = error.reason
                 continue
-            except DriveGone:
+            except DriveGone:  # every further file would wait for as long, and be lost as well
                 return {}, dict.fromkeys(indices, NO_DRIVE)
             with drawn_from(AUGMENT, self.seed, epoch, i):
                 made[i] = self.change(image)
@@ -169,14 +163,12 @@ class Prepared(Dataset):
 
 
 class Loader:
-    """Batches of (B, C, H, W) float32 and labels (B) int64.
+    """Batches of (B, C, H, W) float32 and labels (B) int64; as long as a whole epoch.
 
-    Its length is that of a whole epoch.
-
-    Each iteration is one of epoch 0, unless `set_epoch` said otherwise; what it yields follows from
-    (seed, epoch), whatever the number of workers. Images that can no longer be read are left out of
-    their batches: lost {index: reason} knows those of all iterations, missing (a set of indices)
-    those of the last one. strict: the first of them raises DataError. A worker process that is
+    Each iteration is of epoch 0, or that of `set_epoch`; what it yields follows from (seed, epoch),
+    whatever the number of workers. Images that can no longer be read are left out of their batches:
+    lost {index: reason} holds those of all iterations, missing (a set of indices) those of the last
+    one. strict: the first of them raises DataError. A worker process that is
     killed is replaced once in an iteration, then DataError is raised.
     """
 
@@ -194,15 +186,13 @@ class Loader:
             collate_fn=as_it_is,
             num_workers=self.workers,
             worker_init_fn=leave_to_parent,
-            persistent_workers=self.workers > 0 and self.order.shuffle,
-            generator=torch.Generator().manual_seed(self.order.seed),  # else each iteration would draw from the global one
+            persistent_workers=self.workers > 0 and self.order.shuffle,  # test sets would keep theirs through training
+            generator=torch.Generator().manual_seed(self.order.seed),  # else an iteration draws from the global state
         )
 
     def close(self) -> None:
-        """End the worker processes, if any, which live on between iterations; a later one starts
-        new ones.
-        """
-        self.open()
+        """End the worker processes, if any; a later iteration starts new ones."""
+        self.open()  # a DataLoader ends its workers when it is dropped
 
     def __len__(self) -> int:
         return len(self.order)
@@ -217,6 +207,7 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, start = self.order.epoch, self.order.start
         self.missing = set()
+        # no generator itself, so that workers start now and not at the first `next`
         return self.delivered(self.begin(epoch, start), epoch, start)
 
     def begin(self, epoch: int, start: int) -> Iterator:
@@ -224,10 +215,11 @@ class Loader:
         with child_signals_as_they_are(), held_back():
             batches = iter(self.source)
         kill_at_exit(batches)
-        self.order.start = 0
+        self.order.start = 0  # what begins in the middle is one iteration; the next is whole again
         return batches
 
     def delivered(self, batches: Iterator, epoch: int, at: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from number `at` on; if a worker is killed, from the one that it owed."""
         killed = False
         while at < len(self):
             try:
@@ -247,18 +239,16 @@ class Loader:
             yield images, labels
 
     def note(self, lost: dict[int, str], left: int) -> None:
-        """Remember what was lost; raise DataError if that is no longer to be borne."""
+        """Remember what was lost; raise DataError if strict, or if nothing of a batch is left."""
         self.lost |= lost
         self.missing |= set(lost)
-        shared = self.order.shuffle and self.order.team.size > 1  # other processes may have some of the batch
+        # where a batch is cut over processes, others may have some of it: `Step` asks them all
+        shared = self.order.shuffle and self.order.team.size > 1
         if lost and (self.strict or not (left or shared)):
             self.refuse_lost(lost, "" if left else ", all of a batch")
 
     def refuse_lost(self, lost: dict[int, str] | None = None, whole: str = ", all of a batch among them") -> None:
-        """Raise DataError for lost images (all of this process, if not given).
-
-        Nothing if there are none.
-        """
+        """Raise DataError for these lost images, or for all that this process has lost, if any."""
         lost = self.lost if lost is None else lost
         if lost:
             i, reason = next(iter(lost.items()))
@@ -305,4 +295,5 @@ def in_memory(images: Samples, inputs: Preprocess) -> bool:
 
 
 def as_it_is(batch: tuple) -> tuple:
+    """A collate function for what `__getitems__` has made a batch of already."""
     return batch

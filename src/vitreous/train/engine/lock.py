@@ -23,11 +23,10 @@ NAME = "lock"
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
-    """Hold the lock of a folder.
+    """Hold the lock of a folder; the system frees it when the process ends, however it ends.
 
-    The system lets go of it when the process ends, however it ends.
-
-    Raises SettingError if another process has it. What a dead process left is taken over, and said.
+    Raises SettingError if another process has it. The lock of a dead process is taken over, with a
+    line about it.
     """
     if fcntl is None:
         say("This system has no file locks. See to it that no other process works in this folder.")
@@ -41,26 +40,23 @@ def locked(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
             f"Found {folder} in use by {owner(path)}. Expected one process in a run folder. Wait for it, or stop it."
         )
     try:
-        if os.fstat(descriptor).st_size:
-            say(f"Took over the lock of {owner(path, descriptor)}, which is gone.")
+        if os.fstat(descriptor).st_size:  # it is free, and yet its owner did not remove it
+            say(f"Took over the lock of {owner(path)}, which is gone.")
         with writing(folder):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({"process": os.getpid(), "machine": platform.node()}).encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # while it is locked: see `take`
         os.close(descriptor)
 
 
 def take(path: Path) -> int | None:
-    """An open file that is locked and still the one of that name.
-
-    None if another process has it.
-    """
+    """An open, locked file, still the one of that name; None if another process has it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, it does not pass on to workers
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers
         except (BlockingIOError, PermissionError):
             os.close(descriptor)
             return None
@@ -72,11 +68,10 @@ def take(path: Path) -> int | None:
         os.close(descriptor)
 
 
-def owner(path: Path, descriptor: int | None = None) -> str:
+def owner(path: Path) -> str:
     """Who wrote the lock, in words."""
     try:
-        text = path.read_bytes() if descriptor is None else os.pread(descriptor, 10_000, 0)
-        record = json.loads(text)
+        record = json.loads(path.read_bytes())
         return f"process {record['process']} on {record['machine']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -39,6 +39,7 @@ def go_on(session: Session, run: Run, console: Console) -> None:
     settings, metric = session.settings, session.task.metrics[0]
     tracked, shown = session.trackers.of(run.folder, first, say), Shown(console, settings.epochs, metric)
     with Stopping(to_resume(run.folder), say) as stopping, naming_the_lost(), tracked, shown, closing(session.train):
+        # a run that was stopped before its first step reads again: `rewind` removed that reading
         if not session.progress.updates:
             collect_weights(session)
             read(session, run, 0)
@@ -57,9 +58,9 @@ def go_on(session: Session, run: Run, console: Console) -> None:
 
 
 def train_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -> None:
-    """What is left of a pass over the training images.
+    """The rest of a pass over the training images.
 
-    The state is saved at its end, when told to stop, and when due.
+    The state is saved at its end, when the run is to stop, and every --save-every updates.
     """
     session.objective.train()
     progress, due = session.progress, session.settings.save_every
@@ -72,12 +73,12 @@ def train_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) ->
 
 
 def steps(session: Session, run: Run) -> Iterator[None]:
-    """The steps of what is left of a pass over the training images, one taken at each `next`."""
+    """The steps in the rest of a pass over the training images, one taken at each `next`."""
     progress = session.progress
     session.train.set_epoch(progress.epoch, progress.step)
     started = time.perf_counter()
     for batch in session.train:
-        if progress.updates + 1 not in progress.left_out:
+        if progress.updates + 1 not in progress.left_out:  # else its batch passes by
             take_step(session, run, batch)
         progress.updates += 1
         progress.lr = set_rate(session)
@@ -93,7 +94,7 @@ def take_step(session: Session, run: Run, batch: tuple[Tensor, Tensor]) -> None:
     Then NotFinite is raised, and batch and state are in the run folder. batch: images and target as
     they are loaded.
     """
-    before, progress = random_states(session.device), session.progress
+    before, progress = random_states(session.device), session.progress  # for `replay`, should it fail
     images, target = (tensor.to(session.device) for tensor in batch)
     step = Step(session, images, target)
     try:
@@ -109,11 +110,9 @@ def take_step(session: Session, run: Run, batch: tuple[Tensor, Tensor]) -> None:
 
 
 def set_rate(session: Session) -> float:
-    """Set the learning rate that follows from the updates so far.
+    """Set the learning rate by the number of updates; returns the highest of the groups.
 
-    It is lowered for each return to a good state, if the settings ask for that.
-
-    Returns the highest of the parameter groups.
+    It is lowered by --rollback-lr for each return to a good state.
     """
     session.scheduler.step_update(session.progress.updates)
     for group in session.optimizer.param_groups:
@@ -122,14 +121,15 @@ def set_rate(session: Session) -> float:
 
 
 def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -> None:
-    """Test, look, and write what the epoch came to.
+    """Test, look, and write the results of the epoch.
 
-    All of it follows from the state that was saved before.
+    All of it follows from the state that was saved before, so that a killed run does it again.
     """
     started, progress = time.perf_counter(), session.progress
     collect_weights(session)
     set_schedules(session.tested, session.fraction_done)
-    pause = stopping.end if session.team.size == 1 else bool  # several processes end together, afterwards
+    # `end` is collective, and processes test different numbers of batches: several end afterwards
+    pause = stopping.end if session.team.size == 1 else bool
     outcomes = {name: test(session, batches, pause) for name, batches in session.tests.items()}
     gather_lost(session)
     stopping.end(session.team)
@@ -146,14 +146,14 @@ def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -
     }
     with writing(run.folder):
         metrics |= watch(session, run, progress.epoch)
-        stopping.end()
+        stopping.end()  # the last chance: from here on the files of the epoch belong together
         lines = [*read_metrics(run.folder), metrics]
-        if early_stopping.epoch_to_keep(lines, session.settings.patience, session.task.metrics[0]) is metrics:
+        if early_stopping.to_keep(lines, session.settings.patience, session.task.metrics[0]) is metrics:
             model_folder.save(session.tested.model, run.folder, classes=session.data.classes, inputs=session.inputs.config())
             save_objective(session.tested, run.folder)
             write_predictions(run, session, outcomes)
         lost = write_quarantine(session, run)
-        run.log(metrics)
+        run.log(metrics)  # this line says that the epoch is finished: all that it promises is there
         session.trackers.log(metrics)
         summary.write(run.folder)
     shown.epoch(read_metrics(run.folder))
@@ -164,7 +164,7 @@ def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -
 
 @torch.no_grad()
 def test(session: Session, batches: Loader, pause: Callable[[], None]) -> Outputs:
-    """What the objective predicts of a test set, on the CPU; nothing but in the first process.
+    """Outputs of a test set on the CPU, in the first process; empty in the others.
 
     pause: called after each batch.
     """
@@ -175,12 +175,12 @@ def test(session: Session, batches: Loader, pause: Callable[[], None]) -> Output
             outputs = objective.predict(batch)
         parts.append({name: value.cpu() for name, value in outputs.items()})
         pause()
-    parts = session.team.in_turn(parts)
+    parts = session.team.in_turn(parts)  # whole batches were dealt out to the processes in turn
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def read(session: Session, run: Run, epoch: int) -> Reading | None:
-    """Look at the sample images, if attention can be seen, and write that down."""
+    """Write a reading of the sample images, if the attention of the model can be read."""
     if session.sample is None or not session.team.first:
         return None
     about = {"weights": "run", "classes": list(session.data.classes)}
@@ -188,11 +188,10 @@ def read(session: Session, run: Run, epoch: int) -> Reading | None:
 
 
 def watch(session: Session, run: Run, epoch: int) -> dict[str, Any]:
-    """`read` after an epoch; for its metrics the indicators by layer, and alarms over earlier
-    epochs.
+    """`read` after an epoch; returns indicators by layer and alarms, for its metrics.
 
-    A network that has gone astray may no longer show its attention as before: then there is no
-    reading, and why is said.
+    Where attention can no longer be read, as of a network whose weights have grown without bound,
+    there is no reading, and the metrics hold the reason.
     """
     try:
         reading = read(session, run, epoch)
@@ -210,10 +209,7 @@ def watch(session: Session, run: Run, epoch: int) -> dict[str, Any]:
 def not_finite(
     session: Session, run: Run, batch: tuple[Tensor, Tensor], rng: dict[str, Any], values: dict[str, Tensor]
 ) -> NotFinite:
-    """The error for a step that was not taken.
-
-    Its batch and the state before it are written for `replay`.
-    """
+    """The error for a step that was not taken; writes batch and state before it for `replay`."""
     text = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
     gradients = {name: p.grad for name, p in session.parameters.items() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if not whole(torch.isfinite(gradient).all())]
@@ -232,11 +228,12 @@ def not_finite(
 
 
 def roll_back(session: Session, run: Run, error: NotFinite, say: Callable[[str], Any]) -> None:
-    """Put the session into the last good state, the update that failed to be left out.
+    """Put the session into the last good state; the update that failed will be left out.
 
-    Raise the error if no return is left.
+    Raises the error if no return is left.
     """
     left_out = [*session.progress.left_out, error.update]
+    # were all updates of an epoch left out, it would have no losses to record
     if error.update is None or len(left_out) > session.settings.rollbacks or len(left_out) >= len(session.train):
         session.team.fail(error)
     return_to(session, run, session.team.first_does(lambda: run.states.load(say)))

@@ -1,7 +1,4 @@
-"""A step that is not finite: kept, run again, and traced to the module it begins in.
-
-Kept are its batch and the state before it.
-"""
+"""A step that is not finite: its batch and state in a file, and the module it begins in."""
 
 from __future__ import annotations
 
@@ -29,9 +26,9 @@ Loaded = tuple[Tensor, Tensor]  # images and target of a batch, before anything 
 
 
 def dump(session: Session, batch: Loaded, rng: dict[str, Any], folder: Path) -> None:
-    """Write the batch of all processes and the state before the step.
+    """Write the batch of all processes, before mixing, and the state before the step.
 
-    The batch as it was before mixing; random states `rng` included.
+    rng: random states before the step.
     """
     state, parts = capture(session, rng), session.team.gather(tuple(tensor.cpu() for tensor in batch))
     if session.team.first:
@@ -40,7 +37,7 @@ def dump(session: Session, batch: Loaded, rng: dict[str, Any], folder: Path) -> 
 
 
 def load(session: Session, folder: Path) -> Loaded:
-    """Put the session into the state before the step that `dump` kept; returns the batch.
+    """Put the session into the state that `dump` wrote; returns the batch.
 
     Raises DataError if there is none.
     """
@@ -56,11 +53,10 @@ def load(session: Session, folder: Path) -> Loaded:
 
 
 def diagnose(session: Session, batch: Loaded, rng: dict[str, Any] | None = None, count: int | None = None) -> str | None:
-    """Run the step again, without taking it.
+    """Run the step again, without taking it; returns where the first non-finite value arises.
 
-    Returns where what is not finite begins, in words, None if all is finite.
-
-    count: images of all processes, if there are others. The random states are put back afterwards.
+    That is in words, or None if all is finite. count: images of all processes, if there are others.
+    The random states are put back afterwards.
     """
     images, target = batch
     present = random_states(session.device)
@@ -72,6 +68,7 @@ def diagnose(session: Session, batch: Loaded, rng: dict[str, Any] | None = None,
         for name, p in session.parameters.items():
             if not torch.isfinite(p).all():
                 return f"the weights themselves, {name}"
+        # without DistributedDataParallel, which would wait for processes that do not run this step
         alone = replace(session, step_module=StepModule(session.objective, session.autocast))
         set_schedules(alone.objective, alone.fraction_done)
         return first_in_step(alone, draw_batch(alone, images, target, count or len(images)))
@@ -81,10 +78,9 @@ def diagnose(session: Session, batch: Loaded, rng: dict[str, Any] | None = None,
 
 
 def find_origin(session: Session, batch: Loaded, rng: dict[str, Any]) -> str | None:
-    """`diagnose` by each process with its part of the batch; the words of the first that finds
-    something.
-    """
+    """`diagnose` by each process with its part of the batch; the first that is not None."""
     alone, count = session, session.team.count(len(batch[0]))
+    # spread weights are exchanged in every block, where one process that stops would block all
     if session.whole is not None:
         put_together(session.objective, session.whole)
         alone = replace(session, objective=session.whole)
@@ -93,7 +89,7 @@ def find_origin(session: Session, batch: Loaded, rng: dict[str, Any]) -> str | N
 
 
 class Origin(Exception):
-    """Where what is not finite begins, in words: ends the step in which it shows."""
+    """Where the first non-finite value arises, in words; ends the step in which it shows."""
 
 
 class NoStep(torch.optim.SGD):
@@ -104,9 +100,9 @@ class NoStep(torch.optim.SGD):
 
 
 def first_in_step(session: Session, batch: Batch) -> str | None:
-    """The first module whose output is not finite in a step; else the loss.
+    """The first module whose output is not finite in a step, else the loss, else a gradient.
 
-    Else the first whose gradient is not.
+    In words; None if all is finite. The update runs as in training, all its passes included.
     """
     objective, start = session.objective.train(), random_states(session.device)
 
@@ -114,6 +110,7 @@ def first_in_step(session: Session, batch: Batch) -> str | None:
         objective.zero_grad(set_to_none=True)
         set_random_states(start, session.device)
         with watched(objective) as (outputs, gradients):
+            # outputs are asked before the loss: that is the order in which they were computed
             losses = step_losses(session, batch)
             if outputs:
                 raise Origin(f"the output of {outputs[0]}")
@@ -151,11 +148,9 @@ def by_penalties(session: Session, name: str) -> str:
 
 @contextmanager
 def watched(objective: Objective) -> Iterator[tuple[list[str], list[str]]]:
-    """Two lists that fill up in order: modules whose output is not finite, and modules whose
-    gradient turns non-finite.
+    """Two lists that fill up in order: modules with non-finite outputs, and with gradients.
 
-    A module is named for its gradient if what goes back into its output is finite and what comes
-    out at its input is not.
+    A module is named for its gradient if that of its output is finite and that of its input is not.
     """
     outputs, gradients, arrived = [], [], {}
 
@@ -169,7 +164,7 @@ def watched(objective: Objective) -> Iterator[tuple[list[str], list[str]]]:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> Any:
             if not all(finite(value) for value in tensors_in(output)):
                 outputs.append(described(objective, name))
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor):  # an alias can take its place; in a record it cannot
                 return spied(output, lambda g: arrives(name, g))
             for value in tensors_in(output):
                 if value.requires_grad:
@@ -187,7 +182,7 @@ def watched(objective: Objective) -> Iterator[tuple[list[str], list[str]]]:
 
     handles = []
     for name, module in objective.named_modules():
-        if name.split(".")[0] in objective.fixed:
+        if name.split(".")[0] in objective.fixed:  # a frozen teacher, say, has no gradient
             continue
         handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
     try:
@@ -200,7 +195,7 @@ def watched(objective: Objective) -> Iterator[tuple[list[str], list[str]]]:
 def spied(value: Any, hook: Callable[[Tensor], None]) -> Any:
     """An alias of a tensor, so that `hook` sees only the gradient that passes here.
 
-    Anything else as it is.
+    The tensor's own gradient is the sum over all its uses. What needs no gradient stays as it is.
     """
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
@@ -223,9 +218,11 @@ def tensors_in(output: Any) -> list[Tensor]:
 
 
 def finite(tensor: Tensor) -> bool:
+    """Whether every number of a tensor is finite."""
     return bool(torch.isfinite(tensor).all())
 
 
 def described(objective: Objective, name: str) -> str:
+    """A module of an objective for people, such as "blocks.1.mlp (Mlp)"."""
     shown = "the model" if name == "model" else own_name(name)
     return f"{shown} ({type(objective.get_submodule(name)).__name__})"

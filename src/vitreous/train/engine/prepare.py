@@ -40,7 +40,7 @@ from vitreous.train.settings import TrainSettings
 from vitreous.train.updates import UPDATES
 
 SAMPLE = 64  # images on which grafts are checked and calibrated
-READ = 16  # test images that are looked at after every epoch
+READING = 16  # test images that are looked at after every epoch
 
 
 def prepare(
@@ -48,10 +48,8 @@ def prepare(
 ) -> Session:
     """Open the data, build the model, graft, choose what learns.
 
-    Raises VitreousError if they do not fit together.
-
-    console: where it is shown how far the reading of files is. opening: `open_data`, or an
-    `OpenOnce` for several runs.
+    console: where the progress of reading files is shown. opening: `open_data`, or an `OpenOnce`
+    for several runs. Raises VitreousError if data, model and settings do not fit together.
     """
     device = team.device(settings.torch_device())
     trackers = Trackers(settings.tracker if team.first else ())
@@ -60,7 +58,7 @@ def prepare(
     task = settings.parsed_task()
     check_team(settings, task, team.size)
     remarks += recipes.remarks(recipe) if recipe else []
-    there = len(grafts(model))
+    there = len(grafts(model))  # those of a model folder were calibrated before they were trained
     graft(model, *(parse(text, foreign=True) for text in settings.graft))
 
     batches = partial(loader, inputs=inputs, seed=settings.seed, workers=settings.workers, strict=settings.strict)
@@ -73,18 +71,19 @@ def prepare(
     tests = {name: batches(images, batch_size=2 * settings.batch_size, team=team) for name, images in data.tests.items()}
     sample, target = (part.to(device) for part in first_batch(data.tests["test"]))
     images = sample
-    if options["views"]:
+    if options["views"]:  # a task's own crops have another shape, which processes must agree on
         images, target = (part.to(device) for part in first_batch(data.train, **options))
     model.to(device)
     for record in grafts(model)[there:]:
         record.mechanism.calibrate(model, first_batch(data.train)[0].to(device))
     set_checkpointing(model, settings)
     objective = task.build(model, data).to(device)
+    # from here on parameters keep their identity, save that `shard` replaces them
     learning = choose_trainable(model, settings.train, settings.freeze, objective.learns())
     remarks.append(f"Learning: {learning:,} of {sum(p.numel() for p in model.parameters()):,} parameters.")
     ema = None if settings.model_ema is None else ModelEmaV3(objective, settings.model_ema, use_warmup=True)
     whole = copy.deepcopy(objective) if settings.shard else None
-    if settings.shard:
+    if settings.shard:  # before the optimizer, which then steps on spread weights
         check_sharding(objective, settings.task)
         check_optimizer(settings.opt, device, team.size)
         for spreading in (objective, ema.module) if ema else (objective,):
@@ -103,7 +102,7 @@ def prepare(
         ema=ema,
         train=train,
         tests=tests,
-        sample=spaced(data.tests["test"], READ) if readable((whole or objective).model, sample, remarks) else None,
+        sample=spaced(data.tests["test"], READING) if readable((whole or objective).model, sample, remarks) else None,
         remarks=remarks,
         trackers=trackers,
         view_shape=tuple(images.shape[1:]),
@@ -114,6 +113,7 @@ def prepare(
     if grafts(model):
         with session.autocast():
             check(model.train(), sample)  # on the path that will run
+    # two images, so that a task that pairs them can draw
     drawn = draw_batch(session, images[:2], target[:2], 2 * team.size) if team.size > 1 else {}
     session.step_module = join_processes(session, drawn)
     random_seed(settings.seed)  # dropout, mixup and augmentation draw alike in every arm
@@ -122,10 +122,7 @@ def prepare(
 
 
 def fetch(settings: TrainSettings, team: Team) -> None:
-    """Let the first of several processes download named data before the others look.
-
-    Only if the settings ask for a download.
-    """
+    """Let the first of several processes download named data, before the others open them."""
     if settings.download and team.size > 1:
         team.first_does(lambda: open_data(settings.data, download=True).name)
 
@@ -133,10 +130,7 @@ def fetch(settings: TrainSettings, team: Team) -> None:
 def data_and_model(
     settings: TrainSettings, console: Console | None = None, opening: Callable[..., Data] = open_data
 ) -> tuple[Data, Preprocess, nn.Module, list[str]]:
-    """Data and a model for them, in agreement about classes, channels and image size.
-
-    And what was done for that.
-    """
+    """Data, preparation, a model that fits in classes, channels and size, and remarks."""
     folder = model_folder.is_folder(settings.model)
     if folder and (settings.weights or settings.pretrained):
         raise SettingError(
@@ -168,10 +162,11 @@ def data_and_model(
         data = hold_out(data, settings.hold_out, progress) if settings.hold_out else data
     in_memory = isinstance(data.train, ArraySamples)  # all of one size, which a new network can take
     size = data.image_size if settings.image_size or loaded or in_memory else own
+    # a classifier that fits the classes by name was trained, and stays
     quiet = loaded and settings.recipe != "none" and not tells_apart(model, data.classes)
     if loaded and get_model_input_config(model)["input_size"][0] == data.channels:
         adapt(model, data.classes, size)
-    else:
+    else:  # a new network, or loaded weights for another number of channels, which timm adapts as it builds
         model = start(classes=data.classes, channels=data.channels, image_size=size)
     if quiet:
         recipes.quiet_classifier(model)
@@ -206,7 +201,7 @@ def reading_files(console: Console | None) -> Iterator[Callable[[int, int], None
 
 
 def set_checkpointing(model: nn.Module, settings: TrainSettings) -> None:
-    """Turn on gradient checkpointing if so told.
+    """Turn on gradient checkpointing if the settings ask for it.
 
     Raises SettingError for a network that has none.
     """
@@ -227,8 +222,7 @@ def spaced(images: Samples, most: int) -> Samples:
 
 
 def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Preprocess:
-    """How images are prepared: as the loaded weights want it, else by the data's own mean and
-    standard deviation.
+    """Preparation of images: that of loaded weights, else with mean and std of the data.
 
     A network that is made for pixels of [0, 1] as they are (mean 0, std 1) gets them so.
     """
@@ -236,13 +230,14 @@ def inputs_of(model: nn.Module, data: Data, loaded: bool) -> Preprocess:
     mean, std = own.mean, own.std
     if not loaded and (set(mean), set(std)) != ({0.0}, {1.0}):
         mean, std = tuple(data.mean), tuple(data.std)
+    # images in memory of the very size are not cropped, so that they need no transform
     size = own.input_size[1:] if config.get("fixed_input_size") else data.image_size
     whole = isinstance(data.train, ArraySamples) and data.train.images.shape[1:3] == tuple(size)
     return replace(own, input_size=(data.channels, *size), mean=mean, std=std, crop_pct=1.0 if whole else own.crop_pct)
 
 
 def readable(model: nn.Module, sample: Tensor, remarks: list[str]) -> bool:
-    """Whether attention can be seen in this model; else a remark why not."""
+    """Whether the attention of this model can be read; if not, the reason joins the remarks."""
     try:
         trace(model, sample)
     except (HostError, NotReached) as error:
@@ -282,9 +277,9 @@ def run_metadata(session: Session) -> dict[str, Any]:
 
 
 def fixed_digests(objective: Objective) -> dict[str, str]:
-    """{child: SHA-256 of its tensors} of what is in no state, such as a frozen teacher.
+    """{child: SHA-256 of its tensors} of what no state holds, such as a frozen teacher.
 
-    It follows from the settings.
+    It follows from the settings, and a resumed run is refused if it has changed.
     """
     parts = {
         name: {key: tensor.detach().cpu().contiguous() for key, tensor in tensors_of(objective.get_submodule(name)).items()}

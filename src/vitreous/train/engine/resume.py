@@ -1,4 +1,4 @@
-"""Going on with a run that was interrupted, and running a step again that was not finite."""
+"""`resume` goes on with an interrupted run; `replay` repeats a step that was not finite."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def resume_once(
     with ExitStack() as locks:
         with team.together():
             if team.first:
-                locks.enter_context(locked(folder, say))
+                locks.enter_context(locked(folder, say))  # before anything is read that another may change
         record = read_json(folder / "run.json")
         settings = recorded_settings(record, changed)
         metric = settings.parsed_task().metrics[0]
@@ -125,16 +125,13 @@ def resume_once(
 
 
 def replay(folder: str | Path, console: Console | None = None) -> str | None:
-    """Run the step again at which a run stopped because it was not finite.
-
-    Says, and returns, where it begins, or None.
-    """
+    """Repeat the step that ended a run; prints and returns where it is not finite, or None."""
     folder, console = Path(folder), console or Console()
     if not (folder / "run.json").is_file():
         raise no_run(folder)
     record = read_json(folder / "run.json")
     torch.set_num_threads(record["machine"]["threads"])
-    alone = {"shard": False, "tracker": ()}  # the record is of whole weights, and nobody is told
+    alone = {"shard": False, "tracker": ()}  # the record holds whole weights, and no epoch is logged
     session = prepare(recorded_settings(record, alone), console)
     batch = non_finite.load(session, folder)
     origin = non_finite.diagnose(session, batch)
@@ -145,10 +142,11 @@ def replay(folder: str | Path, console: Console | None = None) -> str | None:
 
 
 def recorded_settings(record: dict[str, Any], changed: dict[str, Any]) -> TrainSettings:
-    """The settings in a run.json, with others for those that do not bear on a step."""
+    """The settings in a run.json; changed: other values, None where there is none."""
     try:
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in record["settings"].items()}
-        values["tracker"] = tuple(name for name in values.get("tracker", ()) if name in TRACKERS)  # no code that a folder names
+        # trackers of our own alone: nothing that a folder names is imported
+        values["tracker"] = tuple(name for name in values.get("tracker", ()) if name in TRACKERS)
         return TrainSettings(**values | {name: value for name, value in changed.items() if value is not None})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(

@@ -41,12 +41,12 @@ class Means:
 
 @dataclass
 class Progress:
-    """How far a run is, and what the current epoch came to so far.
+    """How far a run is, and the sums of the current epoch.
 
-    updates: steps done since the start, those left out included. epoch: from 1. step: batches of it
-    that are done. seen: images of them. seconds: spent on them. lr: the highest learning rate by
-    now. left_out: numbers of the updates that are not taken, since they failed before a return to a
-    good state.
+    updates: steps since the start, those left out included. epoch: from 1. step: batches of it that
+    are done. seen: their images. seconds: the time they took. lr: the present learning rate, the
+    highest of the groups. left_out: numbers of the updates that failed before a return to a good
+    state, and are not taken.
     """
 
     updates: int = 0

@@ -1,7 +1,4 @@
-"""A model spread over processes by FSDP2 (`fully_shard`).
-
-It is cut apart, and put together again for what needs all of it.
-"""
+"""A model spread over processes by FSDP2 (`fully_shard`), and whole tensors out of it."""
 
 from __future__ import annotations
 
@@ -22,11 +19,10 @@ from vitreous.train.engine.session import Session
 
 
 def shard(model: nn.Module, device: torch.device, size: int) -> None:
-    """Spread the parameters over so many processes, block by block; each puts a block together
-    while it computes it.
+    """Spread the parameters over so many processes, block by block.
 
-    Raises SettingError where grafts have penalties, which read whole weights outside of the forward
-    pass.
+    A block is whole only while it is computed. Raises SettingError where grafts have penalties,
+    which read whole weights outside of the forward pass.
     """
     if names := sorted(penalties(model)):
         raise SettingError(
@@ -36,14 +32,12 @@ def shard(model: nn.Module, device: torch.device, size: int) -> None:
     mesh = init_device_mesh(device.type, (size,))
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else a pass without a backward leaves it whole
+    # by default the outermost module stays whole until the backward pass, which tests do not have
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def check_sharding(objective: Objective, task: str) -> None:
-    """Raise SettingError where a task learns parameters beside the model.
-
-    Those are not spread.
-    """
+    """Raise SettingError where a task learns parameters beside the model (not spread)."""
     if names := [name for name, p in objective.named_parameters() if p.requires_grad and not name.startswith("model.")]:
         raise SettingError(
             f"Found --shard with the task {task}, which learns {names[0]} beside the model. Expected a task that learns the "
@@ -54,15 +48,13 @@ def check_sharding(objective: Objective, task: str) -> None:
 def check_optimizer(name: str, device: torch.device, size: int) -> None:
     """Raise SettingError unless the optimizer steps alike with spread and whole weights.
 
-    Also after a restart.
-
-    It is tried on a small layer: what it keeps and computes shows in a step only. Every process
-    must ask.
+    Collective. Whether it does shows in a step only, so four are tried on a small layer, with a
+    restart before the last.
     """
     mesh, draw = init_device_mesh(device.type, (size,)), torch.Generator().manual_seed(0)
     first, *gradients = ([torch.randn(shape, generator=draw).to(device) for shape in ((144, 136), (144,))] for _ in range(4))
 
-    def begun(values: list[Tensor]) -> torch.optim.Optimizer:
+    def optimizer_of(values: list[Tensor]) -> torch.optim.Optimizer:
         return create_optimizer_v2([nn.Parameter(value) for value in values], opt=name, lr=0.01, weight_decay=0.0)
 
     def step(optimizer: torch.optim.Optimizer, values: list[Tensor]) -> None:
@@ -73,28 +65,26 @@ def check_optimizer(name: str, device: torch.device, size: int) -> None:
     def cut(values: list[Tensor]) -> list[Tensor]:
         return [distribute_tensor(value, mesh, [Shard(0)]) for value in values]
 
-    plain = begun([value.clone() for value in first])
+    plain = optimizer_of([value.clone() for value in first])
     for some in gradients:
         step(plain, some)
 
-    def twice() -> str:
-        """Whether steps with spread weights, one after a restart, are those with whole ones; else
-        in what not.
-        """
-        there = begun(cut(first))
+    def difference() -> str:
+        """In what steps with spread weights differ from those with whole ones; "" in nothing."""
+        before = optimizer_of(cut(first))
         for some in gradients[:-1]:
-            step(there, some)
-        here = begun(cut([whole(p.detach()) for p in parameters(there)]))
-        here.load_state_dict(gathered(there.state_dict()))
-        spread_state(here)
-        step(here, gradients[-1])
-        pairs = zip(parameters(plain), parameters(here), strict=True)
+            step(before, some)
+        resumed = optimizer_of(cut([whole(p.detach()) for p in parameters(before)]))
+        resumed.load_state_dict(gathered(before.state_dict()))
+        spread_state(resumed)
+        step(resumed, gradients[-1])
+        pairs = zip(parameters(plain), parameters(resumed), strict=True)
         worst = max((one - whole(other)).abs().max().item() for one, other in pairs)
         return "" if worst < 1e-5 else f"its step with spread weights is another one, by {worst:.1g}"
 
     try:
         with naming_the_lost():
-            wrong = twice()
+            wrong = difference()
     except Lost:
         raise
     except Exception as error:  # of some hundred optimizers, each fails in a way of its own
@@ -112,19 +102,19 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be spread; every process must ask."""
+    """Collective: all of a tensor that may be spread."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, cut as another one is."""
+    """A whole tensor, cut as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def gathered(value: Any) -> Any:
-    """A structure of dicts, lists, tuples and tensors, spread tensors whole, on the CPU."""
+    """Collective: nested dicts, lists and tuples with spread tensors whole, on the CPU."""
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, dict):
@@ -133,11 +123,10 @@ def gathered(value: Any) -> Any:
 
 
 def spread_state(optimizer: torch.optim.Optimizer) -> None:
-    """Cut what an optimizer keeps for each parameter as the parameter is, after it was loaded
-    whole.
-    """
+    """Cut the loaded, whole state of an optimizer as its parameters are cut."""
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
+            # averages have the parameter's shape; a count of steps stays whole
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 values[name] = spread(value, parameter)
 
@@ -150,8 +139,6 @@ def put_together(source: nn.Module, target: nn.Module) -> None:
 
 
 def collect_weights(session: Session) -> None:
-    """Collective: call on every rank; brings `session.tested` up to date where the weights are
-    spread.
-    """
+    """Collective: brings `session.tested` up to date where the weights are spread."""
     if session.whole is not None:
         put_together(session.averaged, session.whole)

@@ -1,7 +1,4 @@
-"""Stopping: SIGTERM and Ctrl-C wait for the end of a step.
-
-So the state can be saved.
-"""
+"""Stopping: SIGTERM and Ctrl-C wait for the end of a step, so that the state can be saved."""
 
 from __future__ import annotations
 
@@ -18,12 +15,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopping:
-    """While it is entered, signals are noted, and `end` ends the run by them.
+    """While it is entered, signals are noted for `end`; a second Ctrl-C ends the run at once.
 
-    A second Ctrl-C ends it at once.
-
-    folder: what `vitreous resume` is to be given afterwards, and `say` is told.
-    Only the main thread of a program hears signals; in another one this does nothing.
+    folder: what to give to `vitreous resume`, of which `say` prints a line. Only the main thread of
+    a program receives signals; in another one this does nothing.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], Any]):
@@ -39,7 +34,7 @@ class Stopping:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self.heard is not None and isinstance(error, Lost):  # told to stop while another process ended first
+        if self.heard is not None and isinstance(error, Lost):  # another process had stopped already
             self.say(str(error))
             raise SystemExit(128 + self.heard) from error
 
@@ -50,16 +45,14 @@ class Stopping:
             self.heard = number
 
     def agree(self, team: Team) -> bool:
-        """Whether any process of the team was told to stop. Every process must ask."""
+        """Collective: whether any process of the team has received a signal."""
         return team.most(self.heard or 0) > 0
 
     def end(self, team: Team = ALONE) -> None:
-        """Raise KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else do nothing.
+        """Collective: KeyboardInterrupt after Ctrl-C, SystemExit(143) after SIGTERM, else nothing.
 
-        The state is saved by now.
-
-        Says how to go on; the KeyboardInterrupt has that as its text. A team ends together: every
-        process of it must ask.
+        To be called once the state is saved. Prints how to go on, which is the text of the
+        KeyboardInterrupt as well.
         """
         self.heard = team.most(self.heard or 0) or None
         if self.heard is None:
@@ -72,19 +65,16 @@ class Stopping:
 
 
 def leave_to_parent(_: int = 0) -> None:
-    """In a worker process: leave signals to the parent.
-
-    A terminal or a cluster sends them to all.
-    """
+    """In a worker process: ignore the signals, which a terminal or a cluster sends to all."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C wait.
+    """Let SIGTERM and Ctrl-C wait; a worker that is started meanwhile inherits that.
 
-    A worker that is started meanwhile never gets them, not even before its first line.
+    So it is safe from them even before it runs `leave_to_parent`.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

@@ -1,12 +1,12 @@
-"""The state of a training run: all that the next step depends on, kept on disk.
+"""The state of a training run on disk: all that the next step depends on.
 
 A run goes on from it as if it had never stopped.
 
-    state/000000123.safetensors    after 123 updates; the one before it is kept
+    state/000000123.safetensors    after 123 updates; the one before it stays, too
 
 A file holds tensors and, as JSON in its metadata, everything else, with a SHA-256 sum over both;
-nothing of it is pickled. What is seen next is no part of it: the order and the augmentation of
-images follow from (seed, epoch) alone (`inputs.Order`).
+nothing of it is pickled. Order and augmentation of the images to come are no part of it: they
+follow from (seed, epoch) alone (`loader.Order`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vitreous.train.engine.sharding import gathered, spread, spread_state, whole
 FORMAT = 2
 READ = ("1", "2")  # formats; 1 has no objective of its own and other names for the progress
 FOLDER = "state"
-KEPT = 2  # the newest and the one before
+NEWEST = 2  # states that stay: if the last one is damaged, there is the one before
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -50,10 +50,7 @@ class NotFinite(VitreousError):
 
 
 class ValueNotFinite(Exception):
-    """Ends a step before it is taken.
-
-    Values: losses and the norm of the gradient, of which one is not finite.
-    """
+    """Ends a step before it is taken; values: losses and norm of the gradient, one not finite."""
 
     def __init__(self, values: dict[str, Tensor]):
         super().__init__()
@@ -64,12 +61,10 @@ class ValueNotFinite(Exception):
 
 
 def capture(session: Session, rng: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the next step of the run depends on. rng: random states of earlier, in place of the
-    present ones.
+    """Collective: all that the next step of the run depends on, whole in each process.
 
-    Every process must ask, and gets the whole.
-
-    The schedule of the learning rate and those of modules follow from `updates`.
+    rng: earlier random states, in place of the present ones. The schedules of the learning rate and
+    of modules are no part of it: they follow from `updates`.
     """
     progress = {name: vars(value) if isinstance(value, Means) else value for name, value in vars(session.progress).items()}
     averaged = None if session.ema is None else session.ema.module
@@ -101,9 +96,11 @@ def restore(session: Session, state: dict[str, Any]) -> None:
         session.optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as error:
         raise unfit(f"an optimizer of another form ({error})") from error
+    # torch casts what it loads to the type of the parameter, which could change a step in silence
     if digest(*packed(session.optimizer.state_dict())) != digest(*packed(state["optimizer"])):
         raise unfit(f"an optimizer, {session.settings.opt}, that does not come back as it was")
     spread_state(session.optimizer)
+    # format 1 has the progress in two parts
     progress = dict(state["progress"] if "progress" in state else {"updates": state["updates"]} | state["place"])
     for name in ("losses", "norms"):
         means, record = Means(), progress.pop(name)
@@ -113,7 +110,7 @@ def restore(session: Session, state: dict[str, Any]) -> None:
     session.progress = Progress(**progress)
     states = [state["rng"], *state.get("rng_of_others", ())]
     set_random_states(states[session.team.rank if len(states) == session.team.size else 0], session.device)
-    if len(states) != session.team.size:
+    if len(states) != session.team.size:  # allowed with --allow-changes, and then not exact
         seed_apart(session)
 
 
@@ -123,7 +120,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def own_tensors(objective: Objective) -> dict[str, Tensor]:
-    """`tensors_of` what an objective has beside its model and what follows from the settings."""
+    """`tensors_of` an objective, but for its model and for `fixed` parts."""
     others = ("model", *objective.fixed)
     return {name: tensor for name, tensor in tensors_of(objective).items() if name.split(".")[0] not in others}
 
@@ -140,6 +137,7 @@ def fill(there: dict[str, Tensor], tensors: dict[str, Tensor], what: str) -> Non
 
 
 def unfit(what: str) -> DataError:
+    """The error for a state that is of another run, or of other code."""
     return DataError(
         f"Found {what} in the state of the run. Expected that of its settings. Use the version and the grafts that it was "
         "begun with, or start a new run."
@@ -147,10 +145,7 @@ def unfit(what: str) -> DataError:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """The random states that a step draws from.
-
-    torch's, those of the device, NumPy's and Python's.
-    """
+    """The random states that a step draws from: torch's, the device's, NumPy's and Python's."""
     name, keys, *rest = np.random.get_state()
     own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*of_device(device))
     return {"torch": torch.get_rng_state(), "device": own, "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
@@ -165,9 +160,9 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def seed_apart(session: Session) -> None:
-    """Let dropout and dropped paths differ between processes.
+    """Let dropout and drop path differ between processes.
 
-    What mixup draws from, NumPy's state, stays in step.
+    NumPy's state, from which mixup draws for the whole batch, stays the same in all.
     """
     if session.team.rank:
         words = np.random.SeedSequence((session.settings.seed, session.team.rank, session.progress.updates)).generate_state(1)
@@ -175,15 +170,12 @@ def seed_apart(session: Session) -> None:
 
 
 def of_device(device: torch.device) -> tuple[torch.device, ...]:
-    """What tells torch which of several devices; Apple's is always one."""
+    """The argument by which torch picks one of several devices; Apple's is always one."""
     return () if device.type == "mps" else (device,)
 
 
 def check_finite(objective: Objective, what: str = "model") -> None:
-    """Raise NotFinite if a weight is not finite, or a buffer holds NaN.
-
-    Masks may hold infinity.
-    """
+    """Raise NotFinite if a weight is not finite, or a buffer (a mask may be infinite) is NaN."""
     bad = [name for name, p in objective.named_parameters() if not whole(torch.isfinite(p).all())]
     bad += [name for name, b in objective.named_buffers() if b.is_floating_point() and torch.isnan(b).any()]
     if bad:
@@ -197,19 +189,17 @@ def check_finite(objective: Objective, what: str = "model") -> None:
 
 
 class States:
-    """The states that a run folder keeps."""
+    """The saved states of a run folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder / FOLDER
         self.latest: int | None = None  # updates of the state that was written last
 
     def save(self, session: Session) -> None:
-        """Write the present state, whole or not at all, unless it is there; drop those older than
-        the one before.
+        """Collective: write the state, if it is a new one, and drop all but the two newest.
 
-        Every process must ask; the first one writes.
-
-        Raises NotFinite, and SettingError where it cannot be written; what was there is kept then.
+        The first process writes. Raises NotFinite, and SettingError where it cannot be written; the
+        earlier states stay then.
         """
         if self.latest == session.progress.updates:
             return
@@ -222,15 +212,14 @@ class States:
         with writing(self.folder.parent):
             self.folder.mkdir(exist_ok=True)
             write_state(self.folder / f"{session.progress.updates:09d}.safetensors", content)
-            sync_folder(self.folder)
-            for path in self.paths()[KEPT:]:
+            sync_folder(self.folder)  # before older ones go, so that a loss of power leaves one
+            for path in self.paths()[NEWEST:]:
                 path.unlink()
 
     def load(self, say: Callable[[str], Any]) -> dict[str, Any] | None:
-        """The newest state that is whole; None if none was ever kept. Damaged ones are said, and
-        put aside.
+        """The newest state that is whole; None if none was ever saved.
 
-        Raises DataError if there are only damaged ones.
+        Damaged ones are reported and renamed. Raises DataError if there are only damaged ones.
         """
         for path in self.paths():
             try:
@@ -251,7 +240,7 @@ class States:
         return sorted(self.folder.glob("*.safetensors"), reverse=True)
 
     def clear(self) -> None:
-        """Remove all, the newest last: the run is finished."""
+        """Remove all, the newest last, so that a run that is killed meanwhile can still go on."""
         if self.folder.is_dir():
             for path in [*self.folder.glob("*.damaged"), *self.folder.glob("*.partial"), *reversed(self.paths())]:
                 path.unlink()
@@ -267,10 +256,7 @@ def write_state(path: Path, content: Any) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """The structure that `write_state` wrote.
-
-    Raises DataError if the file is not whole, bit by bit.
-    """
+    """The structure that `write_state` wrote; DataError if a single bit of the file differs."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -303,13 +289,14 @@ def packed(content: Any) -> tuple[str, dict[str, Tensor]]:
 
 
 def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Nested dicts (any plain keys), lists and tuples as JSON with a mark of their kind.
+    """Nested dicts, lists and tuples as JSON with their kinds; tensors go into `tensors`.
 
-    Tensors go into `tensors`.
+    The keys of a dict may be any plain values: an optimizer's are numbers, which JSON would turn
+    into text.
     """
     if isinstance(value, Tensor):
         name = f"{len(tensors):06d}"
-        tensors[name] = value.detach().cpu().contiguous().clone()  # apart: the file allows no shared memory
+        tensors[name] = value.detach().cpu().contiguous().clone()  # the file allows no shared memory
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[pack(key, tensors), pack(item, tensors)] for key, item in value.items()]}

@@ -1,7 +1,5 @@
 """One step: its batch is drawn, its losses computed, its gradients added up.
 
-Over parts of a batch and over processes.
-
 A batch is cut by images, over the processes (`loader.cut`) and then into `--accumulate` parts. Each
 part's mean loss weighs as its images do in the whole batch, and penalties count once, so that the
 step is that of the whole batch in one piece.
@@ -22,9 +20,7 @@ from vitreous.train.engine.state import ValueNotFinite, random_states, set_rando
 
 
 def step_losses(session: Session, batch: Batch, last: bool = True) -> Losses:
-    """The losses of a drawn batch, or of a part of one.
-
-    With its last part the penalties of the weights too.
+    """The losses of a drawn batch, or of a part; with the last part penalties as well.
 
     The only place where a run computes a loss: steps and the search for a value that is not finite
     come here.
@@ -35,7 +31,7 @@ def step_losses(session: Session, batch: Batch, last: bool = True) -> Losses:
 def draw_batch(session: Session, images: Tensor, target: Tensor, count: int) -> Batch:
     """A batch as it is loaded, with everything random drawn, for this process.
 
-    Count: images of all processes.
+    count: images of all processes, for which the draws are made; each process takes its rows.
     """
     here, team = len(images), session.team
     rows = np.arange(here)
@@ -62,7 +58,7 @@ class Step:
     def __init__(self, session: Session, images: Tensor, target: Tensor):
         self.session, self.images = session, len(images)
         self.count = session.team.count(self.images)
-        if not self.count:
+        if not self.count:  # all images of the batch were lost: each process names those of its part
             with session.team.together():
                 session.train.refuse_lost()
         if not self.images:
@@ -74,8 +70,7 @@ class Step:
         self.norms: dict[str, Tensor] = {}
 
     def gradients(self) -> Losses:
-        """Clear gradients and compute those of the whole batch; every call of one step draws the
-        same.
+        """Clear gradients and compute those of the whole batch, with the same draws at every call.
 
         Buffers, such as running means, end as the first call leaves them. Raises ValueNotFinite.
         """
@@ -84,11 +79,12 @@ class Step:
         if self.start is not None:
             set_random_states(self.start, session.device)
         losses = add_gradients(session, self.batch, self.images, self.count)
-        if self.start is not None:
+        if self.start is not None:  # `buffers` is empty in the first call
             for buffer, value in zip(buffers, self.buffers, strict=False):
                 buffer.copy_(value)
             self.buffers = [buffer.clone() for buffer in buffers]
         total = self.norm()
+        # one wait for the device: the sum is not finite if a loss or a gradient is not
         if not torch.isfinite(losses.total + total):
             raise ValueNotFinite(losses.by_name | {"gradient norm": total})
         gradients = {name: session.learning[name].grad for name in session.watched}
@@ -123,7 +119,7 @@ def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Lo
     """
     size, length = session.team.size, len(next(iter(batch.values())))
     if (parts := session.settings.accumulate) > 1:
-        parts = min(parts, -session.team.most(-length))  # as many in each process: with --shard they meet in every one
+        parts = min(parts, -session.team.most(-length))  # as many in each process, since they meet in each part
     cuts = [tensor.tensor_split(parts) for tensor in batch.values()]
     pieces = [dict(zip(batch, tensors, strict=True)) for tensors in zip(*cuts, strict=True)]
     means, losses = {}, Losses({}, {})
@@ -132,7 +128,8 @@ def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Lo
             losses = step_losses(session, piece, last)
             part = len(next(iter(piece.values()))) / count if images else 0
             shares = {name: value * part for name, value in losses.means.items()}
-            (size * sum(shares.values()) + sum(losses.penalties.values())).backward()  # divided by `size` where they join
+            # processes average their gradients, but shares of the whole batch have to add up
+            (size * sum(shares.values()) + sum(losses.penalties.values())).backward()
         for name, value in shares.items():
             means[name] = means.get(name, torch.zeros((), device=session.device)) + value.detach()
     penalties = {name: value.detach() for name, value in losses.penalties.items()}
@@ -142,7 +139,7 @@ def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Lo
 def stand_in(session: Session) -> tuple[Tensor, Tensor]:
     """Two images of noise with a target, for a process that has no image of a batch.
 
-    They take part and count nothing.
+    Their loss weighs nothing; without a backward pass, the others would wait for this process.
     """
     noise = torch.randn((2, *session.view_shape), generator=torch.Generator().manual_seed(session.settings.seed))
     return noise.to(session.device), session.data.train.target.take([0, 0]).to(session.device)

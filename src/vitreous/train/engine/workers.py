@@ -13,35 +13,40 @@ from vitreous.base.errors import DataError
 
 
 def tells_of_a_death(error: Exception) -> bool:
-    """Whether this was raised because a worker process is gone, and not by what it was doing."""
+    """Whether an error means that a worker process is gone, and not that its work failed."""
     if isinstance(error, RuntimeError):
         return "DataLoader worker (pid" in str(error)
-    if "in DataLoader worker process" in str(error):  # what it stumbled on, sent here
+    if "in DataLoader worker process" in str(error):  # an error of its work, raised again here
         return False
-    return isinstance(error, (EOFError, ConnectionError, FileNotFoundError))  # it died before it handed over a batch's memory
+    # it died before this process had opened the shared memory of a batch
+    return isinstance(error, (EOFError, ConnectionError, FileNotFoundError))
 
 
 def kill(workers: list[Process]) -> None:
-    """Kill what is left of the workers: one that waits for what a dead one held would wait for
-    ever, deaf to SIGTERM.
+    """Kill the workers that are left.
+
+    One that waits for a lock that a dead one held would wait for ever, and they ignore SIGTERM.
     """
     for worker in workers:
         worker.kill()
 
 
 def kill_at_exit(batches: Iterator) -> None:
-    """Kill the workers that are there when the program ends.
+    """Kill the workers when the program ends.
 
-    torch sends them SIGTERM, which they ignore, and waits.
+    torch would send SIGTERM, which they ignore, and wait for them.
     """
-    if getattr(batches, "_workers", None) and not hasattr(batches, "killing"):  # persistent ones come here every epoch
+    # persistent workers come here every epoch
+    if getattr(batches, "_workers", None) and not hasattr(batches, "killing"):
         batches.killing = Finalize(batches, kill, (batches._workers,), exitpriority=1)
 
 
 @contextmanager
 def child_signals_as_they_are() -> Iterator[None]:
-    """Take back torch's handler of a worker's death, which raises wherever the program is; the
-    loader finds out anyway.
+    """In the body, torch cannot install its handler of a worker's death.
+
+    It raises wherever the program is, in the middle of writing a file, say; `Loader` finds out when
+    it asks for the next batch.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
@@ -54,6 +59,7 @@ def child_signals_as_they_are() -> Iterator[None]:
 
 
 def worker_killed(workers: int) -> DataError:
+    """The error for a pass in which workers were killed twice."""
     return DataError(
         f"Found a worker process killed, twice in one pass, of --workers {workers}. Expected them to live: the usual cause is "
         "too little memory, or too little in /dev/shm. Lower --workers or --batch-size, then resume the run."

@@ -1,13 +1,13 @@
-"""Alarms on the attention of a model in training.
+"""Alarms on the attention of a model in training, by layer and against earlier epochs.
 
-A layer's indicators are held against its earlier epochs.
-
-    rank collapse      a layer's tokens have become nearly the same one: `rank_collapse`, |X - 1 mean| / |X|, is below 0.1, and
-                       below half of what it was. Dong, Cordonnier, Loukas 2021, arXiv 2103.03404.
-    entropy collapse   a layer attends to one or two tokens: mean entropy below 0.5 nats (1.6 tokens), and below half of what
-                       it was. It goes with unstable training: Zhai et al. 2023, arXiv 2303.06296.
-    entropy spike      a layer that had learned to select, by 0.1 nats or more, has gone back to nine tenths of the way to
-                       uniform attention.
+    rank collapse      a layer's tokens have become nearly the same one: `rank_collapse`,
+                       |X - 1 mean| / |X|, is below 0.1, and below half of what it was. Dong,
+                       Cordonnier, Loukas 2021, arXiv 2103.03404.
+    entropy collapse   a layer attends to one or two tokens: mean entropy below 0.5 nats (1.6
+                       tokens), and below half of what it was. It goes with unstable training: Zhai
+                       et al. 2023, arXiv 2303.06296.
+    entropy spike      a layer that had learned to select, by 0.1 nats or more, has gone back to
+                       nine tenths of the way to uniform attention.
 
 What it was is the median over earlier epochs, that before training included, those left out in
 which the layer was in alarm. A level alone is no alarm: a spectrum scaled as SVDA's paper has it
@@ -42,10 +42,10 @@ Alarm = dict[str, Any]  # alarm, layer, value, before, text
 
 
 def indicators(reading: Reading) -> Indicators:
-    """Means over images and heads by layer: attention_entropy and below_uniform (nats), and
-    rank_collapse; finite ones.
+    """Means over images and heads by layer, of finite values.
 
-    Empty for a measure that the reading does not have.
+    Those of attention_entropy and below_uniform, in nats, and rank_collapse; empty for a measure
+    that the reading does not have.
     """
     table = reading.table()
     by_layer: Indicators = {"attention_entropy": {}, "below_uniform": {}, "rank_collapse": {}}
@@ -68,14 +68,11 @@ def finite_mean(values: np.ndarray) -> float | None:
 
 
 def alarms(history: Sequence[Indicators]) -> list[Alarm]:
-    """What is alarming in the last of the epochs and was not in the one before it.
-
-    History: oldest first.
-    """
+    """Alarms of the last epoch that the one before it did not have. history: oldest first."""
     new = []
-    for kind, (indicator, is_alarming, text) in ALARM_KINDS.items():
+    for kind, (indicator, is_alarming) in ALARM_KINDS.items():
         for layer in history[-1][indicator]:
-            calm: list[float] = []
+            calm: list[float] = []  # values without alarm, by whose median others are judged
             before, rings, rang = 0.0, False, False
             for epoch in history:
                 value = epoch[indicator].get(layer)
@@ -87,27 +84,21 @@ def alarms(history: Sequence[Indicators]) -> list[Alarm]:
                     calm.append(value)
             if rings and not rang:
                 value = history[-1][indicator][layer]
-                sentence = f"{kind} in layer {layer}: {text.format(value=value, before=before, tokens=exp(value))}"
-                new.append({"alarm": kind, "layer": int(layer), "value": value, "before": before, "text": sentence})
+                change = SENTENCES[kind].format(value=value, before=before, tokens=exp(value))
+                text = f"{kind} in layer {layer}: {change}"
+                new.append({"alarm": kind, "layer": int(layer), "value": value, "before": before, "text": text})
     return new
 
 
-ALARM_KINDS = {  # {kind: (indicator, whether a value is alarming after those before, what has changed)}
-    "rank collapse": (
-        "rank_collapse",
-        lambda value, before: value < FLAT_RANK and value < FALLEN * before,
-        "its tokens differ by {value:.3f} of their length, before {before:.3f}",
-    ),
-    "entropy collapse": (
-        "attention_entropy",
-        lambda value, before: value < SHARP and value < FALLEN * before,
-        "attention of {value:.2f} nats ({tokens:.1f} tokens), before {before:.2f} nats",
-    ),
-    "entropy spike": (
-        "below_uniform",
-        lambda value, before: before >= SELECTIVE and value < EVENED * before,
-        "attention {value:.3f} nats from uniform, before {before:.3f}",
-    ),
+ALARM_KINDS = {  # {kind: (indicator, whether a value is alarming after those before)}
+    "rank collapse": ("rank_collapse", lambda value, before: value < FLAT_RANK and value < FALLEN * before),
+    "entropy collapse": ("attention_entropy", lambda value, before: value < SHARP and value < FALLEN * before),
+    "entropy spike": ("below_uniform", lambda value, before: before >= SELECTIVE and value < EVENED * before),
+}
+SENTENCES = {
+    "rank collapse": "its tokens differ by {value:.3f} of their length, before {before:.3f}",
+    "entropy collapse": "attention of {value:.2f} nats ({tokens:.1f} tokens), before {before:.2f} nats",
+    "entropy spike": "attention {value:.3f} nats from uniform, before {before:.3f}",
 }
 
 

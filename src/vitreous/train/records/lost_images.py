@@ -1,7 +1,4 @@
-"""quarantine.csv of a run: the images it leaves out.
-
-They are known at the start or lost on the way.
-"""
+"""quarantine.csv of a run: images left out, unreadable at the start or lost on the way."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ def lost_images(session: Session) -> list[Quarantined]:
 
 
 def gather_lost(session: Session) -> None:
-    """Let the first process know which images others could not read; every process must ask."""
+    """Collective: tell the first process which images others could not read."""
     loaders = [session.train, *session.tests.values()]
     for losses in session.team.gather([(loader.lost, loader.missing) for loader in loaders]):
         for loader, (lost_there, missing) in zip(loaders, losses, strict=True):
@@ -31,10 +28,7 @@ def gather_lost(session: Session) -> None:
 
 
 def write_quarantine(session: Session, run: Run) -> list[str]:
-    """Add to quarantine.csv what is not in it yet.
-
-    Returns a line to say of images lost since the start, if any is new.
-    """
+    """Add to quarantine.csv what is not in it yet; returns a line if images were newly lost."""
     earlier = read_rows(run.folder / FILE)
     late = [bad for bad in lost_images(session) if bad.cells() not in earlier]
     rows = [bad.cells() for bad in session.data.quarantined]

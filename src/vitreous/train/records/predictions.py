@@ -14,9 +14,9 @@ FILE = "predictions.csv"
 
 
 def write_predictions(run: Run, session: Session, outcomes: dict[str, Outputs]) -> None:
-    """Write a row for each test image that could be read.
+    """Write a row for each test image that could be read; nothing for a task without columns.
 
-    Outcomes: outputs by test set. Tasks may have no columns.
+    outcomes: outputs by test set.
     """
     objective, lines = session.tested, []
     if not objective.columns:
@@ -30,12 +30,9 @@ def write_predictions(run: Run, session: Session, outcomes: dict[str, Outputs]) 
 
 
 def by_image(run: Path, metric: Metric) -> dict[str, dict[int, float]]:
-    """{test set: {image: value}} of a run.
+    """{test set: {image: value}} of a run, by the column with the name of the metric.
 
-    Empty where the table does not tell a metric image by image.
-
-    It does where a column has the name of the metric, or where it has a label and what was
-    predicted: 1 where they agree.
+    Without one, by the columns label and predicted: 1 where they agree. Empty without these.
     """
     values: dict[str, dict[int, float]] = {}
     for row in read_table(run / FILE) if (run / FILE).is_file() else ():

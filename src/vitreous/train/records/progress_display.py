@@ -1,7 +1,4 @@
-"""Progress of a run: on a terminal a growing table and a bar.
-
-Elsewhere a plain line for each epoch.
-"""
+"""Progress of a run: on a terminal a table and a bar, elsewhere a line for each epoch."""
 
 from __future__ import annotations
 
@@ -22,10 +19,7 @@ ROWS = 12  # epochs that the table shows, so that it fits a small terminal
 
 
 class Shown:
-    """Shows one run; to be entered. epochs: how many there are at most.
-
-    metric: what is shown of a test.
-    """
+    """Shows one run while entered. epochs: at most. metric: what is shown of a test."""
 
     def __init__(self, console: Console, epochs: int, metric: Metric):
         self.console, self.epochs, self.metric, self.say = console, epochs, metric, speaker(console)
@@ -47,7 +41,7 @@ class Shown:
         return Group(*([self.table] if self.table else []), *([self.bar] if self.bar.tasks else []))
 
     def batches(self, batches: Iterable[T], total: int, epoch: int) -> Iterator[T]:
-        """The batches of an epoch, while a bar says how far it is. total: how many are left."""
+        """The batches of an epoch, with a bar of its progress. total: how many are left."""
         task = self.bar.add_task(f"epoch {epoch}/{self.epochs}", total=total)
         if self.live:
             self.live.refresh()  # an epoch may be over before the next one is due
@@ -59,7 +53,7 @@ class Shown:
             self.bar.remove_task(task)
 
     def epoch(self, lines: list[dict[str, Any]]) -> None:
-        """Show that an epoch is over. lines: those of metrics.jsonl, the last being its."""
+        """Show the last epoch. lines: those of metrics.jsonl, its own the last."""
         if not self.console.is_terminal:
             self.say(summary.line(lines[-1], self.epochs, self.metric))
             return

@@ -16,16 +16,14 @@ from vitreous.train.engine.session import Session
 from vitreous.train.settings import TrainSettings
 
 COLUMNS = ["set", "name", "label", "content"]
-FREE = ("out", "workers", "tracker", "save_every", "rollbacks", "rollback_lr", "seeds")  # settings that do not change a step
+# settings that do not change a step
+FREE = ("out", "workers", "tracker", "save_every", "rollbacks", "rollback_lr", "seeds")
 SHOWN = 6  # differences of a kind
 Rows = list[tuple[str, str, str, str]]
 
 
 def manifest(data: Data) -> Rows:
-    """Every image that a run reads: its set, name, label, and its size in bytes.
-
-    Of sets in memory one sum over each.
-    """
+    """Every image that a run reads: set, name, label, and bytes; for a set in memory one sum."""
     return [row for name, images in {"train": data.train, **data.tests}.items() for row in rows_of(name, images)]
 
 
@@ -46,7 +44,7 @@ def size(source: Source) -> str:
     """Of an image file, in words."""
     try:
         return f"{source.stat().st_size if isinstance(source, Path) else len(source)} bytes"
-    except OSError:  # it vanished since the folder was listed, and will be missed when its batch is made
+    except OSError:  # it vanished after the folder was listed, and will be lost with its batch
         return "unreadable"
 
 
@@ -90,10 +88,7 @@ def since(
 
 
 def bearing(settings: dict[str, Any]) -> dict[str, Any]:
-    """The recorded settings that bear on a step.
-
-    One that the version of the record did not know yet has its default.
-    """
+    """The recorded settings that bear on a step; one that is younger has its default."""
     defaults = asdict(TrainSettings(data=""))
     return {name: value for name, value in (defaults | settings).items() if name not in FREE}
 
@@ -117,7 +112,7 @@ def between_manifests(before: Rows, now: Rows) -> list[str]:
 
 
 def refuse(differences: list[str], allowed: bool, say: Callable[[str], Any]) -> None:
-    """Raise SettingError with the differences, unless they are allowed; then they are said."""
+    """Raise SettingError with the differences; print them instead where they are allowed."""
     if not differences:
         return
     text = "; ".join(differences)

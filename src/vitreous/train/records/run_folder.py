@@ -1,15 +1,17 @@
-"""A run folder: what was asked for, on what, what came out, and the model.
-
-Jobs write it, reports read it.
+"""A run folder: settings, data, results, model. Training writes it, reports read it.
 
     run.json         settings, versions, machine, data, model, command line
-    metrics.jsonl    one line per epoch: losses by name, scores per test set, learning rate, speed, gradient norms
-    readings/        epoch-000/ (before training), ...: what it looks at on fixed test images (`lens.reading`)
+    metrics.jsonl    one line per epoch: losses by name, scores per test set, learning rate, speed,
+                     gradient norms
+    readings/        epoch-000/ (before training), ...: what it looks at on fixed test images
+                     (`lens.reading`)
     predictions.csv  every test image: label, prediction, its probability
     summary.md       the same for people
-    manifest.csv     every image it was begun with, by which `vitreous resume` sees what has changed
-    state/, lock     while it is not finished: what it goes on from (`train.state`), and who is at it
-    model.safetensors, config.json, mechanisms.json    the model: of the last finished epoch, or the best (--patience)
+    manifest.csv     every image of the start, by which `vitreous resume` sees what has changed
+    state/, lock     while it is not finished: what it goes on from (`engine.state`), and the
+                     process that writes
+    model.safetensors, config.json, mechanisms.json    the model: of the last finished epoch, or
+                     the best (--patience)
 
 Files appear whole or not at all; only metrics.jsonl grows.
 """
@@ -36,13 +38,11 @@ from vitreous.train.engine.state import States
 from vitreous.train.settings import TrainSettings
 
 FORMAT = 1
-STUDY = "study.json"  # what makes the folder around some runs a study (`train.study`)
+STUDY = "study.json"  # in the folder around the runs of a study (`train.study`)
 
 
 def choose_folder(out: str | None, name: str, parent: str = "runs") -> Path:
-    """The folder of a new run: `out`, which must be new or empty, or else the next free
-    parent/NAME, NAME-2, ...
-    """
+    """The folder of a new run: `out`, new or empty, or the next free parent/NAME, NAME-2 ..."""
     if out is not None:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -58,10 +58,7 @@ def taken(folder: Path) -> SettingError:
 
 
 class Run:
-    """The writer of one run folder.
-
-    Made: whether to make the folder, which is for the first of several processes.
-    """
+    """The writer of one run folder; made: make the folder, as the first process does."""
 
     def __init__(self, folder: Path, made: bool = True):
         self.folder = folder
@@ -81,10 +78,10 @@ class Run:
         self.text("run.json", json.dumps(record | metadata | {"versions": versions(), "machine": machine()}, indent=2) + "\n")
 
     def rewind(self, epoch: int, begun: bool) -> None:
-        """Remove what belongs to `epoch` and later ones, which will be made again; all of it if
-        nothing was begun.
+        """Remove what belongs to `epoch` and later ones, which will be made again.
 
-        Files that an interrupted write left are removed as well.
+        begun: False removes the reading before training as well. Files that an interrupted write
+        left go, too.
         """
         lines = [json.dumps(line) for line in read_metrics(self.folder) if line["epoch"] < epoch]
         if lines:
@@ -126,10 +123,7 @@ class Run:
 
 
 def to_resume(folder: Path) -> Path:
-    """The folder to give to `vitreous resume`.
-
-    The run folder, or the one around it of several seeds, or of a study.
-    """
+    """What `vitreous resume` takes: the run folder, or that around several seeds or a study."""
     return folder.parent if read_record(folder).get("seeds") or (folder.parent / STUDY).is_file() else folder
 
 

@@ -1,7 +1,4 @@
-"""Results of a run for people: the line of an epoch, and summary.md.
-
-Made from the files of the run folder alone.
-"""
+"""Results of a run for people, from its files alone: the line of an epoch, and summary.md."""
 
 from __future__ import annotations
 
@@ -51,7 +48,7 @@ def write(folder: Path) -> None:
     settings, model, metric = run["settings"], run["model"], metrics_of(run)[0]
     patient = settings.get("patience")
     spaced = {round(1 + i * (len(epochs) - 1) / 9) for i in range(10)}
-    shown = sorted(spaced | {1, len(epochs), early_stopping.epoch_to_keep(epochs, patient, metric)["epoch"]})
+    shown = sorted(spaced | {1, len(epochs), early_stopping.to_keep(epochs, patient, metric)["epoch"]})
     done = early_stopping.finished(epochs, settings["epochs"], patient, metric)
     going_on = f"vitreous resume {shlex.quote(str(folder))}"
     text = [
@@ -117,7 +114,7 @@ def write_seeds(folder: Path, runs: list[Path]) -> None:
 def outcome(folder: Path) -> dict[str, dict[str, float]]:
     """Scores by test set of the epoch whose weights a run keeps."""
     run = read_record(folder)
-    return early_stopping.epoch_to_keep(read_metrics(folder), run["settings"].get("patience"), metrics_of(run)[0])["tests"]
+    return early_stopping.to_keep(read_metrics(folder), run["settings"].get("patience"), metrics_of(run)[0])["tests"]
 
 
 def run_metrics(folder: Path) -> tuple[Metric, ...]:

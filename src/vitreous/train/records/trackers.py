@@ -23,27 +23,20 @@ class Tracker(Protocol):
     """What a tracker defines; it is made without arguments."""
 
     def start(self, folder: Path, record: dict[str, Any], epoch: int) -> None:
-        """Before the first epoch, and again, after `finish`, when the run goes back to an earlier
-        state.
+        """Before the first epoch, and, after `finish`, when the run returns to an earlier state.
 
-        record: the run's run.json. epoch: the one that comes next; discards logged epochs from this
-        one on.
+        record: the run's run.json. epoch: the next one; discards logged epochs from this one on.
         """
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         """After each epoch: its numbers by name, such as "losses/total" and "tests/test/loss"."""
 
     def finish(self) -> None:
-        """At the end, however it ends, unless the process is killed; and before the run goes back
-        to an earlier state.
-        """
+        """At the end, unless the process is killed, and before a return to an earlier state."""
 
 
 class TensorBoard:
-    """Event files for TensorBoard.
-
-    Epochs that are done again are marked as void in the older file.
-    """
+    """Event files for TensorBoard, which mark epochs that are done again as void."""
 
     def __init__(self):
         try:
@@ -112,7 +105,7 @@ class Trackers:
     def of(self, folder: Path, epoch: int, say: Callable[[str], Any]) -> Iterator[None]:
         """While entered, sends the run in a folder to the trackers, from this epoch on.
 
-        Say: how a failure is reported.
+        say: by which a failure is reported.
         """
         self.say, self.folder = say, folder
         self.begin(epoch)
@@ -144,10 +137,7 @@ class Trackers:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested record by path, such as {"losses/total": 1.2}.
-
-    What is no number is left out.
-    """
+    """The numbers in a nested record by path, such as {"losses/total": 1.2}."""
     numbers: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,12 +1,12 @@
-"""Arms of a study compared by the first metric of their task: means over seeds, and paired
-differences from the first arm.
+"""Arms of a study: means over seeds, and paired differences from the first arm.
 
-Two intervals stand beside each difference, since two things are left to chance:
+They are compared by the first metric of their task. Two intervals stand beside each difference,
+since two things are left to chance:
 
-    by seed     Student's, over the differences of runs with the same seed: would other seeds (weights, order, augmentation)
-                show it too, on these test images? Needs two seeds.
-    by image    a bootstrap over test images, of their mean difference over the seeds: would other images show it too, with
-                these very weights?
+    by seed     Student's, over the differences of runs with the same seed: would other seeds
+                (weights, order, augmentation) show it too, on these test images? Needs two seeds.
+    by image    a bootstrap over test images, of their mean difference over the seeds: would other
+                images show it too, with these very weights?
 
 Both are wide enough that all comparisons of a study with its first arm hold together, on one test
 set, in 95 of 100 studies (Bonferroni: 1 - 0.05 / comparisons each). Neither stands for both kinds
@@ -36,13 +36,13 @@ BY = ("interval_by_seed", "interval_by_image")
 
 
 def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
-    """Results of a study. arms: {name: its finished run folders, in the order of the seeds}.
+    """Results of a study, each arm against the first.
 
-    The first is compared with.
+    arms: {name: its finished run folders, in the order of the seeds}.
 
-    level: of the intervals of differences. tests: by test set, "arms" and "differences" by name,
-    all as parts of 1. cost: by arm, seconds of training per image over those of the first arm, seed
-    by seed and their geometric mean.
+    Returns level: of the intervals of differences. tests: by test set, "arms" and "differences" by
+    name, all as parts of 1. cost: by arm, seconds of training per image over those of the first
+    arm, seed by seed and their geometric mean.
     """
     first, *others = arms
     level = 1 - (1 - LEVEL) / max(len(others), 1)
@@ -65,10 +65,10 @@ def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
 
 
 def one_arm(metric: Metric, scores: list[float], answers: dict[int, float]) -> dict[str, Any]:
-    """Scores by seed, their mean and its interval: Student's over seeds, or Wilson's over the
-    images of a single seed.
+    """Scores by seed, their mean and its interval.
 
-    The latter only where each image is right or wrong, else there is none.
+    The interval is Student's over seeds, or Wilson's over the images of a single seed, if each is
+    right or wrong; else there is none.
     """
     interval = None
     if len(scores) > 1:
@@ -81,12 +81,9 @@ def one_arm(metric: Metric, scores: list[float], answers: dict[int, float]) -> d
 def one_difference(
     ours: list[float], theirs: list[float], answers: list[dict], base: list[dict], level: float, same: bool
 ) -> dict[str, Any]:
-    """Paired difference of two arms with both intervals.
-
-    Same: whether all seeds were tested on the same images.
-    """
+    """Paired difference of two arms with both intervals; same: all seeds have the same images."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    units: dict[Any, list[float]] = {}  # by test image
+    units: dict[Any, list[float]] = {}  # by test image, the bootstrap's unit: its seeds belong together
     for seed, (a, b) in enumerate(zip(answers, base, strict=True)):
         for image in a.keys() & b.keys():
             units.setdefault(image if same else (seed, image), []).append(a[image] - b[image])
@@ -101,10 +98,7 @@ def one_difference(
 
 
 def cost(runs: Sequence[Path], base: Sequence[Path]) -> dict[str, Any]:
-    """Seconds of training per image over those of the first arm.
-
-    Of each run the median over its epochs.
-    """
+    """Seconds of training per image, median over epochs, over those of the first arm."""
 
     def rate(run: Path) -> float:
         return statistics.median(line["images_per_second"] for line in read_metrics(run))
@@ -120,9 +114,7 @@ def alike(runs: Sequence[Path]) -> bool:
 
 
 def verdict(difference: dict[str, Any], metric: Metric) -> str:
-    """What a difference comes to: "better" or "worse" where no interval holds 0, else "no
-    difference shown".
-    """
+    """better or worse, where no interval holds 0, else no difference shown."""
     intervals = [metric.sign * np.array(difference[name]) for name in BY if difference[name]]
     if intervals and all(min(ends) > 0 for ends in intervals):
         return "better"
@@ -165,10 +157,7 @@ def unit(metric: Metric) -> str:
 
 
 def span(metric: Metric, ends: Sequence[float] | None, signed: bool = True) -> str:
-    """An interval as it is shown; empty where there is none.
-
-    signed: of a difference, without unit.
-    """
+    """An interval as text, "" for None; signed: of a difference, without unit."""
     if ends is None:
         return ""
     low, high = (metric.number(value, "+" if signed else "") for value in ends)

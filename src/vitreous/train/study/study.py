@@ -1,13 +1,11 @@
-"""A study: the same training with different grafts, in pairs of equal seed.
+"""A study: the same training with different grafts, paired by seed and compared.
 
-They are compared with intervals.
-
-    study.json            arms, seeds, settings; in the end the results (`train.comparing`)
+    study.json            arms, seeds, settings; in the end the results (`compare_arms`)
     summary.md            the tables
     ARM-seed-N/           the runs, each a run folder of its own
 
-The same command goes on with a study that was interrupted: finished runs are kept, one that was
-stopped is resumed.
+The same command goes on with a study that was interrupted: finished runs stay, one that was stopped
+is resumed.
 """
 
 from __future__ import annotations
@@ -47,9 +45,7 @@ OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run
 
 
 def study(settings: TrainSettings, arms: Sequence[str], console: Console | None = None) -> Path:
-    """Train every arm with every seed, what is not finished yet, and compare.
-
-    Returns the study's folder.
+    """Train every arm with every seed, unless finished, and compare; returns the folder.
 
     settings: of all runs; seeds are counted up from its seed. arms: the grafts of each, with spaces
     between; plain is none.
@@ -95,7 +91,7 @@ def check_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], cons
 
 
 def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable[[str], Any]) -> None:
-    """Compare the finished runs, and write and say what comes out."""
+    """Compare the finished runs; write and print the results."""
     results = compare_arms.compare(runs)
     title = f"# {' against '.join(runs)} on {data}\n" if len(runs) == 2 else f"# {len(runs)} arms on {data}\n"
     listed = [f"- {name}: " + ", ".join(f"`{run.name}`" for run in some) for name, some in runs.items()]
@@ -141,10 +137,7 @@ def arm_grafts(settings: TrainSettings, arms: Sequence[str]) -> dict[str, tuple[
 
 
 def plan(settings: TrainSettings, grafts: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-    """The record by which one study differs from another.
-
-    Arms with the names of their folders, seeds, and the settings of all runs.
-    """
+    """The record of a study: arms with the names of their folders, seeds, and common settings."""
     names: list[str] = []
     for name in grafts:
         short = re.sub(r"[^\w.+=-]+", "-", name)[:60].strip("-.")
@@ -159,11 +152,9 @@ def plan(settings: TrainSettings, grafts: dict[str, tuple[str, ...]]) -> dict[st
 
 
 def choose(settings: TrainSettings, asked: dict[str, Any]) -> Path:
-    """The folder given, or the first of studies/NAME, NAME-2, ...
+    """The folder of --out, or the first of studies/NAME, NAME-2 ... that is new or its own.
 
-    That is new or holds this very study.
-
-    Raises SettingError if the one given holds something else.
+    Raises SettingError if that of --out holds something else.
     """
     if settings.out is None:
         stem = re.sub(r"[^\w.+-]+", "-", Path(settings.data.partition(":")[0]).stem)[:60].strip("-.")
@@ -184,10 +175,7 @@ def choose(settings: TrainSettings, asked: dict[str, Any]) -> Path:
 
 
 def other(folder: Path, asked: dict[str, Any]) -> list[str] | None:
-    """What differs between the study in a folder and the one asked for, in words.
-
-    None if there is none.
-    """
+    """How the study in a folder differs from this one, in words; None without a study in it."""
     if not (folder / STUDY).is_file():
         return None
     record = read_json(folder / STUDY)

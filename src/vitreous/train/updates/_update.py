@@ -19,19 +19,14 @@ from vitreous.tasks import Losses
 
 
 class Norm(Protocol):
-    """The norm over all processes of the gradients that learn.
-
-    Or of tensors that are spread as these are.
-    """
+    """The norm over all processes of the gradients, or of tensors that are spread as they are."""
 
     def __call__(self, tensors: list[Tensor] | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update(Settings):
-    """Base of all updates.
-
-    Subclasses are frozen, keyword-only dataclasses whose settings all have defaults.
+    """Base of all updates: frozen, keyword-only dataclasses whose settings all have defaults.
 
     paper: authors, year, arXiv id. passes: how often `step` asks for gradients.
     """

@@ -16,13 +16,12 @@ TINY = 1e-12  # keeps the step finite where the gradient is 0
 
 @dataclass(frozen=True, kw_only=True)
 class SAM(Update):
-    """Sharpness-aware minimisation (SAM): two gradients a step.
+    """Sharpness-aware minimisation (SAM): a step by the gradient at the worst weights nearby.
 
-    The second is taken at the worst weights within rho.
+    A first gradient g moves the weights w by e; the gradient there is what the optimizer steps
+    with, from w. Losses are recorded at w, gradient norms at w + e.
 
-    The first gradient g moves the weights w by e = rho g / |g|, or if adaptive by rho w^2 g / | |w|
-    g |; the gradient there is what the optimizer steps with, from w. Losses are recorded at w,
-    gradient norms at w + e.
+        e = rho g / |g|, or if adaptive, e = rho w^2 g / | |w| g |
 
     Differs: with several processes |g| is of the gradient of the whole batch, as one process would
     have it; the authors perturb each part by its own. Twice the time of a plain step.
