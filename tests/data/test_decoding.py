@@ -126,10 +126,6 @@ def test_every_suffix_is_read_as_its_format(suffix):
     assert not is_image(f".x{suffix}")
 
 
-def test_a_picture_of_one_pixel_is_said():
-    assert decode_with_notes(made.picture(1, (1, 1)), "a.png", 3)[1] == ("of one pixel",)
-
-
 def test_thirty_two_bits_are_refused():
     with pytest.raises(DataError, match="it has 32 bits per pixel"):
         decode(made.encoded(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"), "a.tif", 1)

@@ -13,6 +13,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +21,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import vitreous
+from data.made import encoded
 from vitreous import graft, grafts
 from vitreous.base.errors import GraftError
 from vitreous.commands.cli import main
@@ -148,6 +150,33 @@ def test_images_that_cannot_be_read_have_their_line_and_their_reason(photos, cap
     shown = capsys.readouterr().out
     assert "skipped: empty.jpg: the file is empty" in shown
     assert "(5 images, 2 skipped)" in shown
+
+
+def test_what_was_done_to_files_and_what_was_passed_over_is_said(elsewhere, capsys):
+    for name, raw in odd_files().items():
+        (elsewhere / name).write_bytes(raw)
+    for name in ("a.heic", "b.heic"):
+        (elsewhere / name).write_bytes(b"")
+    assert call(f"predict {SHIPPED} . --out p.csv --json") == 0
+    passed, files = json.loads(capsys.readouterr().out)["remarks"]
+    assert passed.endswith(": 2 .heic.")
+    for text in ("2 12 bits in 16, upper 8 of the 12 kept", "3 16 bits, upper 8 kept", "2 white is zero, inverted"):
+        assert text in files
+    assert call(f"predict {SHIPPED} . --out q.csv") == 0
+    assert files in capsys.readouterr().out
+    assert call(f"predict {SHIPPED} palette.png --out r.csv --json") == 0
+    assert json.loads(capsys.readouterr().out)["remarks"] == ["Files: 1 palette, converted."]
+
+
+def test_an_order_of_classes_that_timm_would_not_give_is_said(elsewhere, capsys):
+    model = timm.create_model("vit_tiny_patch16_224", **NET | {"num_classes": 11})
+    inputs = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), input_size=(3, 16, 16))
+    for folder, classes in (("texts", sorted(map(str, range(11)))), ("natural", [str(k) for k in range(11)])):
+        save(model, folder, classes=classes, inputs=inputs)
+        assert call(f"export {folder} --to timm --out {folder}-plain") == 0
+        remark = "timm numbers the same folders in natural order (0, 1, 2, 3, ...)"
+        assert (remark in capsys.readouterr().out) == (folder == "texts")
+        assert bool(json.loads(Path(f"{folder}-plain/export.json").read_text())["remarks"]) == (folder == "texts")
 
 
 def test_a_prediction_file_appears_whole_or_not_at_all(photos, monkeypatch, capsys):
@@ -391,11 +420,35 @@ def test_without_the_extra_the_way_to_it_is_said(monkeypatch, capsys):
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
+def odd_files():
+    """{name: bytes} of the kinds of image files that are read by a rule of their own."""
+    greys = np.random.default_rng(0).integers(0, 256, (40, 50), np.uint16)
+    colours = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8))
+    keyed, negative = colours.quantize(9), {"tiffinfo": {262: 0}}
+    cut = colours.copy()
+    cut.putalpha(Image.fromarray(greys.astype(np.uint8)))
+    return {
+        "eight.png": encoded(Image.fromarray(greys)),
+        "twelve.png": encoded(Image.fromarray(greys * 16)),
+        "sixteen.png": encoded(Image.fromarray(greys * 257)),
+        "sixteen.pgm": b"P5\n50 40\n65535\n" + (greys * 257).astype(">u2").tobytes(),
+        "negative.tif": encoded(Image.fromarray(greys * 257), "TIFF", **negative),
+        "negative-twelve.tif": encoded(Image.fromarray(greys * 16), "TIFF", **negative),
+        "negative-eight.tif": encoded(Image.fromarray(greys.astype(np.uint8)), "TIFF", **negative),
+        "palette.png": encoded(keyed),
+        "keyed.png": encoded(keyed, transparency=3),
+        "alpha.png": encoded(cut),
+        "grey-alpha.png": encoded(cut.convert("LA")),
+        "cmyk.jpg": encoded(colours.convert("CMYK"), "JPEG"),
+        "one-bit.png": encoded(colours.convert("1")),
+    }
+
+
 @pytest.mark.parametrize("crop_pct", [1.0, 0.9])
 def test_the_pages_script_runs_the_file_without_our_package(photos, crop_pct):
-    """Twenty lines in a process of their own, in which Vitreous, torch and timm cannot be imported."""
+    """Thirty lines in a process of their own, in which Vitreous, torch and timm cannot be imported; odd files, too."""
     script = next(block for block in re.findall(r"```py\n(.*?)```", HOW_TO.read_text(), re.S) if "onnxruntime" in block)
-    assert len(script.splitlines()) <= 20
+    assert len(script.splitlines()) <= 30
     model = load(SHIPPED)
     model.pretrained_cfg["crop_pct"] = crop_pct
     export.export(model, "model.onnx", "onnx")
@@ -404,7 +457,10 @@ def test_the_pages_script_runs_the_file_without_our_package(photos, crop_pct):
     exif = Image.Exif()
     exif[0x0112] = 6
     scenes.image(1).crop((0, 0, 33, 50)).save("turned.jpg", quality=95, exif=exif)
-    images = ["photos/0.png", "wide.png", "turned.jpg"]
+    odd = odd_files() if crop_pct < 1 else {}
+    for name, raw in odd.items():
+        Path(name).write_bytes(raw)
+    images = ["photos/0.png", "wide.png", "turned.jpg", *odd]
     expected = [next(iter(predict.predict(model, open_images(model, [name]), top=1))) for name in images]
     barred = "import sys; sys.modules.update(dict.fromkeys(['vitreous', 'torch', 'torchvision', 'timm']))"
     Path("classify.py").write_text(f"{barred}\n{script}")
@@ -413,3 +469,6 @@ def test_the_pages_script_runs_the_file_without_our_package(photos, crop_pct):
     for line, name, one in zip(done.stdout.splitlines(), images, expected, strict=True):
         assert line.split()[:2] == [name, one.classes[0]]
         assert float(line.split()[2]) == pytest.approx(one.probabilities[0], abs=2e-4)
+    Path("float.tif").write_bytes(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
+    done = subprocess.run([*words[:3], "float.tif"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "float.tif: 32 bits per pixel\n")

@@ -41,6 +41,7 @@ def show(found: Findings, console: Console) -> None:
     if found.masks:
         lines.append(f"Masks or boxes: of {found.masks:,} images.")
     lines += [f"{count:,} images: {note}." for note, count in found.notes.items()]
+    lines += found.remarks
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     table = Table("class", *(part or "images" for part in parts))

@@ -94,6 +94,7 @@ def report_lines(report: dict[str, Any], path: str) -> list[str]:
             for kind, words in kinds.items()
             if kind in without
         ]
+    lines += report["remarks"]
     opset = f", opset {report['opset']}" if "opset" in report else ""
     batch = "any batch size" if report["batch"] == "any" else "batch size 1"
     lines.append(f"Done: {path} ({report['bytes'] / 1e6:,.1f} MB{opset}, {batch})")

@@ -164,7 +164,7 @@ def depth(values: np.ndarray) -> int:
 
 def remarks(image: Image.Image, name: str) -> tuple[str, ...]:
     """What `decode` will do to an opened image beside decoding, in words to count by."""
-    kind, pixels, coding = image.format or "", image.width * image.height, str(image.tile[:1])  # it goes with loading
+    kind, coding = image.format or "", str(image.tile[:1])  # it goes with loading
     bands = getattr(image, "tag_v2", {}).get(BANDS, 1)
     taken = 3 if image.mode == "RGBX" else len(image.getbands())
     checks = {
@@ -176,7 +176,6 @@ def remarks(image: Image.Image, name: str) -> tuple[str, ...]:
         "white is zero, inverted": white_is_zero(image),
         "turned as EXIF says": image.getexif().get(ORIENTATION, 1) in range(2, 9),
         f"{kind} under another suffix": FORMAT_OF.get(PurePosixPath(name).suffix.lower()) != kind.replace("MPO", "JPEG"),
-        "of one pixel": pixels == 1,
     }
     if is_deep(image):
         checks[DEPTHS[depth(np.asarray(image))]] = True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from vitreous.base.errors import DataError
 
@@ -12,9 +15,51 @@ FORMULA = ("=", "+", "-", "@")  # a cell that begins so may be run as a formula 
 Report = Callable[[str, str, DataError], None]
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: its kind, the file, folder, class or line, and a sentence.
+
+    kind: unreadable, duplicate, leak (a copy in another part), contradiction (a copy in another
+    class), class, size, mask, box, suffix (images that are passed over), empty (a folder without
+    an image), folder (one that cannot be read), table or structure.
+    """
+
+    kind: str
+    file: str
+    what: str
+
+
 def raised(kind: str, file: str, error: DataError) -> None:
     """The `Report` of a run: the first problem stops it."""
     raise error
+
+
+def conversions(notes: Iterable[str]) -> list[str]:
+    """One line that counts what decoding did beside decoding; none where it did nothing."""
+    counts = [f"{count:,} {note}" for note, count in sorted(Counter(notes).items())]
+    return [f"Files: {'; '.join(counts)}."] if counts else []
+
+
+def passed_over(suffixes: Mapping[str, int]) -> list[str]:
+    """One line that counts files by a suffix that is not read; none where there is none."""
+    counts = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(suffixes.items()))
+    return [f"Passed over, since their suffix is not that of an image read here: {shown(counts)}."] if counts else []
+
+
+def order_remark(classes: Sequence[str]) -> list[str]:
+    """A line on classes in text order to which timm's readers of folders give other numbers.
+
+    They sort naturally: 9 before 10, without regard to case. None where both orders agree, or the
+    classes are not in the order of texts.
+    """
+    natural = sorted(classes, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name.lower())])
+    if list(classes) != sorted(classes) or natural == list(classes):
+        return []
+    ours, theirs = (", ".join(shown(name) for name in names[:4]) for names in (classes, natural))
+    return [
+        f"Class order: that of texts ({ours}, ...), as torchvision has it. timm numbers the same folders in natural order "
+        f"({theirs}, ...): compare classes by name (label_names in config.json), not by number."
+    ]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -27,8 +27,10 @@ class Samples(torch.utils.data.Dataset, ABC):
 
     target: what each image is learned with; a sequence of n class indices is a `ClassIndex`.
     channels: 1 (greyscale, PIL mode L) or 3 (RGB). transform: PIL image -> tensor, timm's
-    convention; None hands out the PIL image.
+    convention; None hands out the PIL image. remarks: lines about the files, for people.
     """
+
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, target: Target | Indices, channels: int, transform: Transform | None = None):
         self.target = target if isinstance(target, Target) else ClassIndex(target)
@@ -58,6 +60,10 @@ class Samples(torch.utils.data.Dataset, ABC):
         A PIL picture, a clip (T, H, W, C) or a volume (D, H, W, C). Every source of today gives
         pictures.
         """
+
+    def image_with_notes(self, i: int) -> tuple[Image.Image | np.ndarray, tuple[str, ...]]:
+        """The image, and what was done to its file beside decoding, in words to count by."""
+        return self.image(i), ()
 
     @abstractmethod
     def mask(self, i: int) -> np.ndarray | None:

@@ -5,37 +5,24 @@ Every file is decoded, every mask measured, every copy listed.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vitreous.base.errors import DataError
 from vitreous.data.object_boxes import ObjectBoxes, foreground_mask
-from vitreous.data.problems import listed
-from vitreous.data.quarantine import Examined, Progress, examine
+from vitreous.data.problems import Problem, passed_over
+from vitreous.data.quarantine import Progress, examine
 from vitreous.data.sources.archives import is_archive
 from vitreous.data.sources.folders import list_folder
 from vitreous.data.sources.huggingface import list_saved
-from vitreous.data.sources.listing import Listing, check_parts
+from vitreous.data.sources.listing import Listing, check_parts, class_order, class_problems, copies, size_problems
 from vitreous.data.sources.table import list_table
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: its kind, where it is, and a sentence about it.
-
-    It is in a file, folder, class or line.
-
-    kind: unreadable, duplicate, leak (a copy in another part), contradiction (a copy in another
-    class), class, mask, box, empty (a folder without an image), folder (one that cannot be read),
-    table or structure.
-    """
-
-    kind: str
-    file: str
-    what: str
+# Suffixes of image formats that are not read.
+UNREAD = {".heic", ".heif", ".jxl", ".tga", ".psd", ".svg", ".ico", ".pcx", ".dds", ".exr", ".hdr", ".fits", ".dcm", ".qoi",
+          ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".avifs", ".jpf"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,13 +31,14 @@ class Findings:
 
     counts: images by part and class, part "" where all are split by content. sizes: (width, height)
     of the smallest, the middle and the largest readable image by number of pixels. notes: images by
-    conversion.
+    conversion. remarks: lines on files that are passed over and the order of classes.
     """
 
     name: str
     counts: dict[str, dict[str, int]]
     sizes: list[tuple[int, int]]
     notes: dict[str, int]
+    remarks: list[str]
     masks: int
     problems: list[Problem]
 
@@ -80,8 +68,12 @@ def check_data(spec: str, *, outside: bool = False, progress: Progress | None = 
     seen = examine(listing.files, pixels=True, progress=progress)
     readable = [name for name, one in seen.items() if not one.reason]
     problems += [Problem("unreadable", name, one.reason) for name, one in seen.items() if one.reason]
-    problems += copies(listing, seen)
-    problems += classes(listing, readable)
+    problems += [*copies(listing, seen), *class_problems(listing, readable), *size_problems(seen)]
+    problems += [
+        Problem("suffix", suffix, f"{count:,} files of an image format that is not read")
+        for suffix, count in sorted(listing.passed_over.items())
+        if suffix in UNREAD
+    ]
     masks = [check_foreground(listing.foregrounds[n], n, seen[n].size) for n in readable if n in listing.foregrounds]
     problems += [result for result in masks if isinstance(result, Problem)]
     notes = Counter(note for one in seen.values() for note in one.notes)
@@ -95,6 +87,7 @@ def check_data(spec: str, *, outside: bool = False, progress: Progress | None = 
         counts=counts,
         sizes=[sizes[0], sizes[len(sizes) // 2], sizes[-1]] if sizes else [],
         notes=dict(sorted(notes.items())),
+        remarks=[*passed_over(listing.passed_over), *class_order(listing, sorted(set(listing.classes.values())))],
         masks=len(listing.foregrounds),
         problems=problems,
     )
@@ -116,49 +109,6 @@ def list_images(spec: str, outside: bool, note: Any) -> Listing:
         f"Found no folder, tar archive or .csv table {spec!r}. Expected images to check. Check the path; named sets such as "
         "cifar10 are checked when they are opened."
     )
-
-
-def copies(listing: Listing, seen: dict[str, Examined]) -> Iterator[Problem]:
-    """Images whose pixels are those of an earlier one, whatever their files.
-
-    Within a part, across parts, across classes.
-    """
-    first: dict[str, list[str]] = defaultdict(list)
-    for name, one in seen.items():
-        if one.reason:
-            continue
-        before = first[one.pixels]
-        if before:
-            label, part = listing.classes[name], listing.part(name)
-            other = next((b for b in before if listing.classes[b] != label), None)
-            elsewhere = next((b for b in before if listing.part(b) != part), None)
-            if other is not None:
-                what = f"the same pixels as {other!r}, of the class {listing.classes[other]!r}"
-                yield Problem("contradiction", name, what)
-            elif elsewhere is not None:
-                yield Problem("leak", name, f"the same pixels as {elsewhere!r}, in {listing.part(elsewhere)}")
-            else:
-                yield Problem("duplicate", name, f"the same pixels as {before[0]!r}")
-        before.append(name)
-
-
-def classes(listing: Listing, readable: list[str]) -> Iterator[Problem]:
-    """Classes with at most one readable training image, and names that are alike.
-
-    Alike: they differ in case or spaces alone.
-    """
-    trained = [name for name in readable if listing.part(name) in ("", "train")]
-    count = Counter(label for name in trained for label in listing.class_names(name))
-    alike: dict[str, set[str]] = defaultdict(set)
-    in_train = {label for name in listing.classes if listing.part(name) in ("", "train") for label in listing.class_names(name)}
-    for label in sorted(in_train | set(listing.set_classes)):
-        if count[label] < 2:
-            yield Problem("class", label, f"{'one image' if count[label] else 'no image'} to train on that can be read")
-    for label in listing.set_classes or listing.classes.values():
-        alike[" ".join(label.casefold().split())].add(label)
-    for names in alike.values():
-        if len(names) > 1:
-            yield Problem("class", min(names), f"differs in case or spaces alone from {listed(sorted(names)[1:])}")
 
 
 def check_foreground(foreground: ObjectBoxes, name: str, size: tuple[int, int]) -> Problem | str:

@@ -9,6 +9,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,12 +139,13 @@ def digest(data: bytes) -> str:
 
 def of_file(source: Source) -> list[Any]:
     """Size and digest of the first bytes of a file; nothing of one that cannot be read."""
-    if isinstance(source, bytes):
-        return [len(source), digest(source[:BEGINNING])]
     try:
-        with source.open("rb") as file:
-            return [source.stat().st_size, digest(file.read(BEGINNING))]
-    except OSError:
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                return [source.stat().st_size, digest(file.read(BEGINNING))]
+        raw = source if isinstance(source, bytes) else source.read_bytes()
+        return [len(raw), digest(raw[:BEGINNING])]
+    except (OSError, ValueError):  # it is no longer there, or its row has no image
         return []
 
 

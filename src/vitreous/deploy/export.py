@@ -17,7 +17,7 @@ from vitreous.base.environment import versions
 from vitreous.base.errors import DataError, GraftError, HostError, SettingError
 from vitreous.base.files import check_new, writable, write, write_text
 from vitreous.data.preprocess import Preprocess
-from vitreous.data.quarantine import shown
+from vitreous.data.problems import order_remark, shown
 from vitreous.deploy import formats
 from vitreous.grafting import check, grafts, new_parameters
 from vitreous.models.classes import names_of
@@ -54,7 +54,7 @@ def export(
     metadata = metadata_of(model)
     samples = samples_of(model, images)
     check(model, samples["seeded"][:1])
-    report = {"format": FORMAT, "to": to, **metadata}
+    report = {"format": FORMAT, "to": to, **metadata, "remarks": order_remark(metadata["classes"]) if metadata["named"] else []}
 
     def write_report(place: Path) -> None:
         write_text(place, json.dumps(report, indent=2) + "\n")

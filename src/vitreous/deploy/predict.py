@@ -18,7 +18,7 @@ from torch import nn
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import check_new, writable, write
-from vitreous.data.quarantine import cell, shown
+from vitreous.data.problems import cell, conversions, shown
 from vitreous.data.views import Views
 from vitreous.models.classes import names_of
 from vitreous.models.load import logits_of, open_images, open_model, prepared
@@ -26,12 +26,16 @@ from vitreous.models.load import logits_of, open_images, open_model, prepared
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image: its best classes and their probabilities, or why it cannot be read."""
+    """One image: its best classes and their probabilities, or why it cannot be read.
+
+    notes: what was done to its file beside decoding, in words to count by.
+    """
 
     name: str
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
     reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def predict(
@@ -54,7 +58,7 @@ def predict(
             answers = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         for image in batch:
             indices, values = ((), ()) if image.pixels is None else next(answers)
-            yield Prediction(image.name, tuple(names[i] for i in indices), tuple(values), image.reason)
+            yield Prediction(image.name, tuple(names[i] for i in indices), tuple(values), image.reason, notes=image.notes)
         done += len(batch)
         if progress is not None:
             progress(done, len(views))
@@ -81,17 +85,21 @@ def run_predict(
     model = open_model(name, weights, foreign).to(place)
     views = open_images(model, images)
     result: dict[str, Any] = {"model": name, "predictions": str(path), "images": 0, "classes": Counter(), "skipped": []}
+    notes: list[str] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress, writable(path):
         task = progress.add_task("images", total=len(views))
         step = lambda done, of: progress.update(task, completed=done, total=of)  # noqa: E731
         answers = predict(model, views, top=top, batch_size=batch_size, progress=step)
-        write(path, lambda temporary: write_table(temporary, answers, top, result))
+        write(path, lambda temporary: write_table(temporary, answers, top, result, notes))
+    result["remarks"] = [*views.images.remarks, *conversions(notes)]
     say(result, console)
     return result
 
 
-def write_table(path: Path, answers: Iterator[Prediction], top: int, result: dict[str, Any]) -> None:
+def write_table(path: Path, answers: Iterator[Prediction], top: int, result: dict[str, Any], notes: list[str]) -> None:
     """Write predictions as they come and count them in `result`.
+
+    What was done to files beside decoding joins `notes`.
 
     Raises DataError if no image could be read.
     """
@@ -106,6 +114,7 @@ def write_table(path: Path, answers: Iterator[Prediction], top: int, result: dic
             if answer.reason:
                 result["skipped"].append({"file": answer.name, "reason": answer.reason})
             else:
+                notes += answer.notes
                 result["images"] += 1
                 result["classes"][answer.classes[0]] += 1
     if not result["images"]:
@@ -127,6 +136,7 @@ def say(result: dict[str, Any], console: Console) -> None:
     lines += [f"skipped: {shown(entry['file'])}: {shown(entry['reason'])}" for entry in skipped[:5]]
     if len(skipped) > 5:
         lines.append(f"skipped: {len(skipped) - 5} more, listed in the file")
+    lines += result["remarks"]
     lines.append(f"Done: {result['predictions']} ({result['images']:,} images, {len(skipped):,} skipped)")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)

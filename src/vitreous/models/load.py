@@ -26,11 +26,15 @@ THREADS = 4  # that decode and resize images while the model waits
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image: its name, and its pixels (C, h, w) or the reason why it cannot be read."""
+    """One image: its name, and its pixels (C, h, w) or the reason why it cannot be read.
+
+    notes: what was done to its file beside decoding, in words to count by.
+    """
 
     name: str
     pixels: Tensor | None
     reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def weights_source(name: str, weights: str | Path | None = None, random_weights: bool | None = None) -> WeightsSource:
@@ -106,12 +110,12 @@ def one(views: Views, i: int) -> Prepared:
     """An image as `Views` prepares it, but without its mask, which no prediction needs."""
     name = views.name(i)
     try:
-        image = views.images.image(i)
+        image, notes = views.images.image_with_notes(i)
     except Unreadable as error:
         return Prepared(name, None, error.reason)
     except DataError as error:
         return Prepared(name, None, str(error))
-    return Prepared(name, views.preprocess(image))
+    return Prepared(name, views.preprocess(image), notes=notes)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import builtins
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from data import made
 from vitreous.base.errors import DataError, VitreousError
 from vitreous.data import open_data
+from vitreous.data.views import of_file
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,20 @@ def test_splits_and_classes_by_name(saved):
     np.testing.assert_array_equal(np.asarray(data.tests["test"].image(3)), made.pixels(23))
     copied = pickle.loads(pickle.dumps(data.train))  # as for worker processes
     np.testing.assert_array_equal(np.asarray(copied.image(0)), made.pixels(0))
+
+
+def test_the_sets_own_order_of_classes_is_said_where_ours_is_another(saved):
+    assert "Class order: that of texts (ant, zebra, ...); the data set itself has zebra, ant, ...." in " ".join(
+        open_data(f"hf:{saved / 'split'}").remarks
+    )
+
+
+def test_an_image_in_a_table_has_an_identity(saved):
+    """Of its first bytes, as that of a file; none where the row has no image."""
+    data = open_data(f"hf:{saved / 'whole'}")
+    source = data.train.sources[0]
+    assert of_file(source) == of_file(source.read_bytes())
+    assert of_file(replace(source, table=[{"picture": None}], index=0)) == []
 
 
 def test_one_table_is_split_by_content(saved):

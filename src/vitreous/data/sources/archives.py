@@ -9,11 +9,12 @@ import lzma
 import os
 import tarfile
 import zlib
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from vitreous.base.errors import DataError
-from vitreous.data.decoding import Source, is_image
-from vitreous.data.problems import Report, raised
+from vitreous.data.decoding import FORMAT_OF, Source, is_image
+from vitreous.data.problems import Report, passed_over, raised
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".txz")
 MEMORY = 8 << 30  # bytes of images that an archive may hold once unpacked
@@ -23,34 +24,38 @@ def is_archive(path: Path) -> bool:
     return path.is_file() and path.name.lower().endswith(TAR_SUFFIXES)
 
 
-def list_files(path: Path, *, empty: bool = False, report: Report = raised) -> dict[str, Source]:
-    """Images and tables (.csv) below a folder or in a tar archive.
+def list_files(path: Path, *, empty: bool = False, report: Report = raised) -> tuple[dict[str, Source], Counter[str]]:
+    """Images and tables (.csv) below a folder or in a tar archive, and what is passed over.
 
-    Returns {relative name: source}, sorted by name.
+    Returns {relative name: source}, sorted by name, and the number of other files by suffix.
 
-    Hidden files and all other kinds of file are left out. empty: folders without an image are no
-    mistake; else, and of folders that cannot be read, `report` is told.
+    Hidden files are left out. empty: folders without an image are no mistake; else, and of folders
+    that cannot be read, `report` is told. Raises DataError where there is no image.
     """
-    files = _archived(path) if path.is_file() else _walked(path, empty, report)
-    files = {name: files[name] for name in sorted(files)}
+    files, others = _archived(path) if path.is_file() else _walked(path, empty, report)
     if not any(is_image(name) for name in files):
         raise DataError(
-            f"Found no image in {str(path)!r}; expected a folder of images. Check the path, and that the "
-            "files have the suffix of an image (.jpg, .png, .webp, .bmp, .gif, .tif, .ppm)."
+            f"Found no image in {str(path)!r}; expected a folder of images. Check the path, and that the files have the suffix "
+            f"of an image ({', '.join(FORMAT_OF)}). {' '.join(passed_over(others))}".rstrip()
         )
-    return files
+    return {name: files[name] for name in sorted(files)}, others
 
 
-def _wanted(name: str) -> bool:
-    return is_image(name) or name.lower().endswith(".csv")
+def _wanted(name: str, others: Counter[str]) -> bool:
+    """Whether a file is an image or a table; any other that is not hidden is counted."""
+    if is_image(name) or name.lower().endswith(".csv"):
+        return True
+    path = PurePosixPath(name)
+    others[path.suffix.lower()] += not path.name.startswith(".")
+    return False
 
 
-def _walked(root: Path, empty_too: bool, report: Report) -> dict[str, Path]:
+def _walked(root: Path, empty_too: bool, report: Report) -> tuple[dict[str, Path], Counter[str]]:
     """Files below a folder, links followed.
 
     A folder met again on its own path (a loop of links) is not entered.
     """
-    found, empty = {}, []
+    files, others, empty = {}, Counter(), []
     above: dict[str, frozenset[str]] = {}  # the true places of a folder and of those that it was reached through
 
     def stop(error: OSError):
@@ -68,31 +73,31 @@ def _walked(root: Path, empty_too: bool, report: Report) -> dict[str, Path]:
             continue
         above[folder] = way | {place}
         below[:] = sorted(name for name in below if not name.startswith("."))
-        wanted = [name for name in names if _wanted(name)]
+        wanted = [name for name in names if _wanted(name, others)]
         if not below and not any(is_image(name) for name in wanted):
             empty.append(folder)
-        found.update({Path(folder, name).relative_to(root).as_posix(): Path(folder, name) for name in wanted})
-    for folder in empty if found and not empty_too else ():
+        files |= {Path(folder, name).relative_to(root).as_posix(): Path(folder, name) for name in wanted}
+    for folder in empty if files and not empty_too else ():
         problem = DataError(
             f"Found the folder {folder!r} without an image; expected images in every folder. Fill it or take it out."
         )
         report("empty", Path(folder).relative_to(root).as_posix(), problem)
-    return found
+    return files, +others
 
 
-def _archived(path: Path) -> dict[str, bytes]:
+def _archived(path: Path) -> tuple[dict[str, bytes], Counter[str]]:
     """Files of a tar archive in one pass.
 
     Names that lead out of it, links, devices and excess are refused.
     """
-    found, size = {}, 0
+    files, others, size = {}, Counter(), 0
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
                 if member.isdir():
                     continue
                 _check_member(path, member)
-                if not _wanted(member.name):
+                if not _wanted(member.name, others):
                     continue
                 size += member.size
                 if size > MEMORY:
@@ -100,13 +105,13 @@ def _archived(path: Path) -> dict[str, bytes]:
                         f"Found more than {MEMORY >> 30} GiB of files in {str(path)!r}; expected an archive "
                         "that fits into memory. Unpack it and give the folder."
                     )
-                found[PurePosixPath(member.name).as_posix()] = archive.extractfile(member).read()
+                files[PurePosixPath(member.name).as_posix()] = archive.extractfile(member).read()
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise DataError(
             f"Found {str(path)!r}, which cannot be read ({error}); expected a whole tar archive. "
             "It may be cut short: fetch it again."
         ) from error
-    return found
+    return files, +others
 
 
 def _check_member(path: Path, member: tarfile.TarInfo) -> None:

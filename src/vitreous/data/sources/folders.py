@@ -37,7 +37,8 @@ def list_folder(path: Path, report: Report = raised) -> Listing:
 
     `report` is told of what does not fit.
     """
-    files, masks = part_masks(_strip_top(list_files(path, report=report)))
+    all_files, others = list_files(path, report=report)
+    files, masks = part_masks(_strip_top(all_files))
     tables = {name: files.pop(name) for name in list(files) if not is_image(name)}
     foregrounds = match_masks(masks, files, report)
     if "boxes.csv" in tables:
@@ -55,6 +56,7 @@ def list_folder(path: Path, report: Report = raised) -> Listing:
         classes=classes,
         parts=None if None in parts.values() else {name: parts[name] for name in classes},
         foregrounds=foregrounds,
+        passed_over=others,
     )
 
 

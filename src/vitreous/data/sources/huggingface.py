@@ -73,6 +73,7 @@ def list_saved(path: Path, *, outside: bool = False, report: Report = raised) ->
             report("structure", split, problem)
             continue
         image, label = columns(table, path, datasets)
+        listing.own_order = listing.own_order or tuple(getattr(table.features[label], "names", None) or ())
         bare = table.cast_column(image, datasets.Image(decode=False)).select_columns([image])
         for i, name in labels(table, label, datasets, split, report):
             key = f"{split}/{i:06d}"

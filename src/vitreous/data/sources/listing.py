@@ -1,12 +1,12 @@
-"""From a list of image files with their classes to Data.
+"""Image files with their classes: what is wrong with them, and Data of the readable ones.
 
-Unreadable ones are left out; parts go by name or by content.
+Parts go by name or by content.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from vitreous.base.errors import DataError
-from vitreous.data.decoding import Source, decode
+from vitreous.data.decoding import Source, decode, decode_with_notes
 from vitreous.data.object_boxes import ObjectBoxes, foreground_mask
-from vitreous.data.problems import listed
+from vitreous.data.problems import Problem, conversions, listed, order_remark, passed_over, shown
 from vitreous.data.quarantine import Examined, Progress, Quarantined, examine, lines
 from vitreous.data.samples import Data, Samples, pixel_statistics
 from vitreous.data.targets import ClassIndex, ClassSet, Indices, Target
@@ -37,7 +37,8 @@ class Listing:
     classes: {image: class name}. parts: {image: "train", "test" or "val"}, None where all are to be
     split by content. set_classes: where an image may have several classes, their names, else empty.
     sets: then {image: 1, 0 or NaN for each of them}, and `classes` holds the names of those
-    present, joined by +.
+    present, joined by +. passed_over: files by a suffix that is not read. own_order: classes as
+    the data set itself numbers them, empty where it does not.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Listing:
     foregrounds: dict[str, ObjectBoxes] = field(default_factory=dict)
     set_classes: tuple[str, ...] = ()
     sets: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    own_order: tuple[str, ...] = ()
 
     def class_names(self, name: str) -> tuple[str, ...]:
         """The classes of an image: one, or as many as are present."""
@@ -98,6 +101,9 @@ class FileSamples(Samples):
     def image(self, i: int) -> Image.Image:
         return decode(self.sources[i], self.names[i], self.channels)
 
+    def image_with_notes(self, i: int) -> tuple[Image.Image, tuple[str, ...]]:
+        return decode_with_notes(self.sources[i], self.names[i], self.channels)
+
     def mask(self, i: int) -> np.ndarray | None:
         foreground = self.foregrounds.get(self.names[i])
         if foreground is None:
@@ -123,16 +129,18 @@ def assemble(
     to train on.
     """
     check_parts(listing)
-    found = examine(listing.files, progress=progress)
-    quarantined = unreadable(listing, found)
+    seen = examine(listing.files, progress=progress)
+    quarantined = [
+        Quarantined(name, listing.classes[name], listing.part(name), one.reason) for name, one in seen.items() if one.reason
+    ]
     if strict and quarantined:
         raise DataError(
-            f"Found {len(quarantined)} of {len(found)} images that cannot be read, the first {quarantined[0].file!r} "
+            f"Found {len(quarantined)} of {len(seen)} images that cannot be read, the first {quarantined[0].file!r} "
             f"({quarantined[0].reason}). Expected none, since the run is strict. Replace or remove them; `vitreous data "
             "check` lists them all."
         )
-    readable = [name for name, seen in found.items() if not seen.reason]
-    parts = listing.parts or by_content(listing, readable, found)
+    readable = [name for name, one in seen.items() if not one.reason]
+    parts = listing.parts or by_content(listing, readable, seen)
     names = {part: [name for name in readable if parts[name] == part] for part in ("train", "test", "val")}
     if not names["test"]:
         names["test"] = names.pop("val")
@@ -156,25 +164,90 @@ def assemble(
         mean=mean,
         std=std,
         quarantined=tuple(quarantined),
-        remarks=(*conversions(found), *lines(quarantined, listing.counts())),
+        remarks=(
+            *conversions(note for one in seen.values() for note in one.notes),
+            *passed_over(listing.passed_over),
+            *class_order(listing, classes),
+            *doubts(listing, seen),
+            *lines(quarantined, listing.counts()),
+        ),
     )
 
 
-def unreadable(listing: Listing, found: dict[str, Examined]) -> list[Quarantined]:
-    """The images that cannot be read, in the listing's order."""
-    return [
-        Quarantined(name, listing.classes[name], listing.part(name), seen.reason) for name, seen in found.items() if seen.reason
-    ]
+def class_order(listing: Listing, classes: Sequence[str]) -> list[str]:
+    """A line where others number the classes in another order: the data set itself, or timm."""
+    own = [label for label in listing.own_order if label in classes]
+    if own and own != list(classes):
+        ours, theirs = (", ".join(shown(name) for name in names[:4]) for names in (classes, own))
+        return [f"Class order: that of texts ({ours}, ...); the data set itself has {theirs}, .... Compare by name."]
+    return [] if listing.set_classes else order_remark(classes)
 
 
-def conversions(found: dict[str, Examined]) -> list[str]:
-    """One line that counts what decoding did to images beside decoding.
+def doubts(listing: Listing, seen: Mapping[str, Examined]) -> list[str]:
+    """One line that counts what `vitreous data check` would name in readable images; or none."""
+    readable = [name for name, one in seen.items() if not one.reason]
+    problems = [*copies(listing, seen), *class_problems(listing, readable), *size_problems(seen)]
+    firsts = {problem.kind: problem for problem in reversed(problems) if problem.kind != "duplicate"}
+    counts = Counter(problem.kind for problem in problems)
+    each = [f"{kind} {counts[kind]} ({shown(one.file)}: {shown(one.what)})" for kind, one in sorted(firsts.items())]
+    return [f"Doubtful: {'; '.join(each)}. `vitreous data check` names them all."] if each else []
 
-    None where it did nothing.
+
+def copies(listing: Listing, seen: Mapping[str, Examined]) -> Iterator[Problem]:
+    """Images equal to an earlier one: within a part, across parts, across classes.
+
+    Equal in their pixels where these were digested, else in the contents of their files.
     """
-    counts = Counter(note for seen in found.values() for note in seen.notes)
-    said = [f"{count:,} {note}" for note, count in sorted(counts.items())]
-    return [f"Files: {'; '.join(said)}."] if said else []
+    first: dict[str, list[str]] = defaultdict(list)
+    for name, one in seen.items():
+        if one.reason:
+            continue
+        before = first[one.pixels or one.contents]
+        same = f"the same {'pixels' if one.pixels else 'file'} as"
+        if before:
+            label, part = listing.classes[name], listing.part(name)
+            other = next((b for b in before if listing.classes[b] != label), None)
+            elsewhere = next((b for b in before if listing.part(b) != part), None)
+            if other is not None:
+                yield Problem("contradiction", name, f"{same} {other!r}, of the class {listing.classes[other]!r}")
+            elif elsewhere is not None:
+                yield Problem("leak", name, f"{same} {elsewhere!r}, in {listing.part(elsewhere)}")
+            else:
+                yield Problem("duplicate", name, f"{same} {before[0]!r}")
+        before.append(name)
+
+
+def class_problems(listing: Listing, readable: Iterable[str]) -> Iterator[Problem]:
+    """Classes with at most one readable training image, and names that are alike.
+
+    Alike: they differ in case, spaces or the form of a number alone.
+    """
+    trained = [name for name in readable if listing.part(name) in ("", "train")]
+    count = Counter(label for name in trained for label in listing.class_names(name))
+    alike: dict[str, set[str]] = defaultdict(set)
+    in_train = {label for name in listing.classes if listing.part(name) in ("", "train") for label in listing.class_names(name)}
+    for label in sorted(in_train | set(listing.set_classes)):
+        if count[label] < 2:
+            yield Problem("class", label, f"{'one image' if count[label] else 'no image'} to train on that can be read")
+    for label in listing.set_classes or listing.classes.values():
+        alike[plain_label(label)].add(label)
+    for names in alike.values():
+        if len(names) > 1:
+            others = listed(sorted(names)[1:])
+            yield Problem("class", min(names), f"differs in case, spaces or the form of a number alone from {others}")
+
+
+def plain_label(label: str) -> str:
+    """A class name without what people write in several ways: case, spaces, 1 and 1.0."""
+    text = " ".join(label.casefold().split())
+    try:
+        return f"{float(text):.12g}"
+    except ValueError:
+        return text
+
+
+def size_problems(seen: Mapping[str, Examined]) -> Iterator[Problem]:
+    return (Problem("size", name, "one pixel") for name, one in seen.items() if one.size == (1, 1))
 
 
 def check_parts(listing: Listing) -> None:
@@ -206,7 +279,7 @@ def check_parts(listing: Listing) -> None:
             )
 
 
-def by_content(listing: Listing, names: Sequence[str], found: dict[str, Examined]) -> dict[str, str]:
+def by_content(listing: Listing, names: Sequence[str], seen: dict[str, Examined]) -> dict[str, str]:
     """Hold out the images of each class whose contents have the lowest digests.
 
     It is a fifth of them, but never all.
@@ -214,7 +287,7 @@ def by_content(listing: Listing, names: Sequence[str], found: dict[str, Examined
     digests: dict[Any, dict[str, list[str]]] = {}
     strata = listing.strata(names)
     for name in names:
-        digests.setdefault(strata[name], {}).setdefault(found[name].contents, []).append(name)
+        digests.setdefault(strata[name], {}).setdefault(seen[name].contents, []).append(name)
     parts = {}
     for same in digests.values():
         held_out = lowest(same, HELD_OUT)

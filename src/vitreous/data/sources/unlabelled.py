@@ -6,6 +6,7 @@ They keep their order; masks or boxes may stand beside them.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import Source, contents, converted, is_image
 from vitreous.data.object_boxes import ObjectBoxes, match_masks, part_masks, read_boxes
+from vitreous.data.problems import passed_over
 from vitreous.data.samples import Samples
 from vitreous.data.sources.archives import is_archive, list_files
 from vitreous.data.sources.listing import FileSamples
@@ -77,24 +79,32 @@ def unlabelled(
         return PictureSamples(pictures)
     files: dict[str, Source] = {}
     foregrounds: dict[str, ObjectBoxes] = {}
+    others: Counter[str] = Counter()
     for item in items:
-        found, known = _files(Path(item).expanduser())
-        for name, source in found.items():
-            name_here = _free(name, files)
-            files[name_here] = source
-            if name in known:
-                foregrounds[name_here] = known[name]
+        here, masks_here = _files(Path(item).expanduser(), others)
+        for name, source in here.items():
+            free = _free(name, files)
+            files[free] = source
+            if name in masks_here:
+                foregrounds[free] = masks_here[name]
     if not files:
         raise DataError("Found no images. Expected at least one. Give paths of images, or of folders that hold some.")
     if masks is not None:
         foregrounds |= _beside(Path(masks).expanduser(), files)
-    return FileSamples(list(files), list(files.values()), NoTarget(len(files)), foregrounds=foregrounds)
+    samples = FileSamples(list(files), list(files.values()), NoTarget(len(files)), foregrounds=foregrounds)
+    samples.remarks = tuple(passed_over(others))
+    return samples
 
 
-def _files(path: Path) -> tuple[dict[str, Source], dict[str, ObjectBoxes]]:
-    """Images of a file, folder or archive by name, and the masks or boxes that come with them."""
+def _files(path: Path, others: Counter[str]) -> tuple[dict[str, Source], dict[str, ObjectBoxes]]:
+    """Images of a file, folder or archive by name, and the masks or boxes that come with them.
+
+    Files that are passed over are counted in `others`.
+    """
     if path.is_dir() or is_archive(path):
-        files, masks = part_masks(list_files(path, empty=True))
+        all_files, others_here = list_files(path, empty=True)
+        others.update(others_here)
+        files, masks = part_masks(all_files)
         tables = {name: files.pop(name) for name in list(files) if not is_image(name)}
         foregrounds = match_masks(masks, files)
         if "boxes.csv" in tables:
@@ -120,7 +130,7 @@ def _beside(path: Path, files: dict[str, Source]) -> dict[str, ObjectBoxes]:
     Raises DataError if none fits.
     """
     if path.is_dir():
-        there = {name: source for name, source in list_files(path, empty=True).items() if is_image(name)}
+        there = {name: source for name, source in list_files(path, empty=True)[0].items() if is_image(name)}
         masks = {name.rpartition(".")[0]: (name, source) for name, source in there.items()}
         stems = {name: TWICE.sub("", name).rpartition(".")[0] for name in files}
         found: dict[str, ObjectBoxes] = {name: masks[stem] for name, stem in stems.items() if stem in masks}

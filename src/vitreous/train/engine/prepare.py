@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,6 +21,7 @@ from vitreous.base.processes import ALONE, Team
 from vitreous.data import ArraySamples, Data, Samples, check_target, open_data
 from vitreous.data.holdout import hold_out
 from vitreous.data.preprocess import Preprocess
+from vitreous.data.problems import shown
 from vitreous.grafting import check, graft, grafts
 from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
@@ -164,6 +165,7 @@ def data_and_model(
     size = data.image_size if settings.image_size or loaded or in_memory else own
     # a classifier that fits the classes by name was trained, and stays
     quiet = loaded and settings.recipe != "none" and not tells_apart(model, data.classes)
+    nameless = loaded and not model.pretrained_cfg.get("label_names") and tells_apart(model, data.classes)
     if loaded and get_model_input_config(model)["input_size"][0] == data.channels:
         adapt(model, data.classes, size)
     else:  # a new network, or loaded weights for another number of channels, which timm adapts as it builds
@@ -182,8 +184,18 @@ def data_and_model(
         + (f" in {model.patch_embed.num_patches} patches" if hasattr(model, "patch_embed") else "")
         + f", {'the data' if inputs.mean == tuple(data.mean) else 'the model'}'s normalisation"
         + (", a new classifier that starts near 0 (MAE)." if quiet else "."),
+        *([nameless_classifier(data.classes)] if nameless else []),
     ]  # fmt: skip
     return data, inputs, model, remarks
+
+
+def nameless_classifier(classes: Sequence[str]) -> str:
+    """The remark on weights whose classifier has the right size and does not name its classes."""
+    order = ", ".join(f"{i} {shown(name)}" for i, name in enumerate(classes[:4])) + (", ..." if len(classes) > 4 else "")
+    return (
+        f"Classifier: the one of the weights, which has {len(classes)} classes and does not name them. They are taken to be in "
+        f"this order: {order}. If they were trained in another, it learns that anew."
+    )
 
 
 def from_weights(settings: TrainSettings) -> bool:
