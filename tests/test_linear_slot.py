@@ -15,7 +15,7 @@ from contract.low_rank import LowRank, LowRankLinear, merged
 from vitreous import calibrate, check, graft, grafts, new_parameters, slots, ungraft
 from vitreous.base.errors import GraftError, HostError
 from vitreous.hosts.attention import Attention, query_key_weights, reads_around
-from vitreous.lens.direction import Direction, facts, sample_of
+from vitreous.lens.direction import Direction, identity, sample_of
 from vitreous.lens.formulas import spectra
 from vitreous.lens.layer_features import layer_features
 from vitreous.lens.look import look
@@ -105,7 +105,7 @@ def test_what_is_read_of_the_weights_has_the_adapter(host):
     for name, (ours, theirs, without) in readings.items():
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
         assert moved(ours, without), name
-    direction = Direction((), (), (), 8, (4, 4), model=facts(models[0]), sample=sample_of(models[0]))
+    direction = Direction((), (), (), 8, (4, 4), model=identity(models[0]), sample=sample_of(models[0]))
     direction.check(models[0])
     with pytest.raises(HostError, match="whose weights are others"):
         direction.check(models[2])
