@@ -100,6 +100,8 @@ LINEAR = {
     "im2col and back": lambda x: F.fold(F.unfold(x, 2, stride=1), (HEIGHT, WIDTH), 2),
     "dilated": lambda x: F.conv2d(x, ONES, dilation=2),
     "depthwise": lambda x: F.conv2d(x, ONES[:2, :1], groups=2),
+    "groups at other places": lambda x: F.conv2d(F.pixel_unshuffle(x, 2), ONES.new_ones(4, 4, 1, 1), groups=2),
+    "channels pooled each": lambda x: F.avg_pool2d(F.pixel_unshuffle(x, 2), 2, stride=1),
     "one axis": lambda x: F.conv1d(x.flatten(2), ONES[:, :, 0], stride=2),
     "pool": lambda x: F.avg_pool2d(x, 2),
     "pool, part of a window": lambda x: F.avg_pool2d(x, 4, ceil_mode=True)[..., :1, :],

@@ -90,7 +90,7 @@ def _channels(parts: Parts, axis: int, groups: int = 1) -> Parts:
     if groups == 1 or all(part.stride(axis) == 0 for part in parts):
         return mean_over(parts, axis)
     split = tuple(part.unflatten(axis, (groups, -1)) for part in parts)
-    return tuple(part.squeeze(axis) for part in mean_over(split, axis))
+    return tuple(part.squeeze(axis + 1) for part in mean_over(split, axis + 1))
 
 
 def _spatial(
