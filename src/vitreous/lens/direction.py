@@ -78,11 +78,6 @@ class Direction:
     model: dict[str, Any] = field(default_factory=dict)
     sample: Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers it needs to see."""
-        return tuple(sorted({layer for layer, _ in self.features} | set(self.attention)))
-
     def along(self, rows: Sequence[Tensor]) -> Tensor:
         """Zw (B, P) of the unit, centred rows (B, P, D_f) of each feature, in order."""
         for feature, w, z in zip(self.features, self.vectors, rows, strict=True):

@@ -115,17 +115,17 @@ class Maps(Mapping):
 
     def __getitem__(self, key: str | tuple) -> np.ndarray:
         component, layer, *head = (key, -1) if isinstance(key, str) else key
-        values = self._joined(f"{component}/{layer}", key).astype(np.float32)
-        heads = values.shape[1] if self.per_head.get(component) else 0
+        values = self.heads(component, layer)
         if not head:
-            return values.mean(axis=1) if heads else values
+            return values.mean(axis=1)
+        heads = values.shape[1] if self.per_head.get(component) else 0
         if not -heads <= head[0] < heads:
             raise SettingError(f"Found head {head[0]} of {component!r}, layer {layer}. Expected one of {heads} heads.")
         return values[:, head[0]]
 
     def heads(self, component: str, layer: int) -> np.ndarray:
         """(image, head, *grid); one head where the component has none."""
-        values = self._joined(f"{component}/{layer}", (component, layer)).astype(np.float32)
+        values = self._joined(f"{component}/{layer}").astype(np.float32)
         return values if self.per_head.get(component) else values[:, None]
 
     def confidence(self, component: str, layer: int) -> np.ndarray:
@@ -133,11 +133,12 @@ class Maps(Mapping):
         name = f"{component}/{layer}/confidence"
         if f"{component}/{layer}" in self.first.tensors and name not in self.first.tensors:
             return np.ones(len(self[component, layer]), np.float32)
-        return self._joined(name, (component, layer))
+        return self._joined(name)
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        names = [name.split("/") for name in self.first.maps()]
-        return iter([(component, int(layer)) for component, layer in names])
+        for name in self.first.maps():
+            component, layer = name.split("/")
+            yield component, int(layer)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -145,10 +146,10 @@ class Maps(Mapping):
     def __contains__(self, key: object) -> bool:
         return key in set(self)
 
-    def _joined(self, name: str, key: Any) -> np.ndarray:
+    def _joined(self, name: str) -> np.ndarray:
         if name not in self.first.tensors:
             names = [f"{component} {layer}" for component, layer in self]
-            raise UnknownName(" ".join(str(k) for k in (key if isinstance(key, tuple) else (key,))), "map", names)
+            raise UnknownName(name.removesuffix("/confidence").replace("/", " "), "map", names)
         return np.concatenate([part.tensors[name] for part in self.parts if part.images])
 
 
