@@ -200,7 +200,6 @@ def test_a_direction_travels_in_a_small_file(tmp_path):
     again.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == first
     assert len(first) < 20_000
-    assert found.layers == tuple(sorted({n for n, _ in found.features} | set(found.attention)))
 
 
 def test_files_that_are_no_direction_are_refused(tmp_path):
