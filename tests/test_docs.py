@@ -81,7 +81,7 @@ def test_commands_and_links(page):
             assert Train.read(words[2:]).settings().data
         if words[:2] == ["vitreous", "study"]:
             study = Study.read(words[2:])
-            assert arm_grafts(study.settings(), study.arms.arm)
+            assert arm_grafts(study.settings(), study.arm)
         if words[:2] == ["vitreous", "bench"]:
             assert Bench.read(words[2:]).settings().arms()
         for path in (word for word in words if word.startswith("tests/")):

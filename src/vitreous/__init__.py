@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from vitreous.base.after_import import after_import
+from vitreous.base.after_import import after_import, late_names
 
 if TYPE_CHECKING:
     from vitreous.grafting import Graft, Removal, calibrate, check, graft, grafts, new_parameters, no_weight_decay, ungraft
@@ -25,30 +25,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Direction",
-    "Graft",
-    "Mechanism",
-    "Reading",
-    "Removal",
-    "calibrate",
-    "catalogue",
-    "check",
-    "collect_terms",
-    "embed",
-    "find_direction",
-    "finish",
-    "foreground",
-    "graft",
-    "grafts",
-    "host_of",
-    "look",
-    "new_parameters",
-    "no_weight_decay",
-    "parse",
-    "read",
-    "run",
-    "ungraft",
-]
+    "Direction", "Graft", "Mechanism", "Reading", "Removal", "calibrate", "catalogue", "check", "collect_terms", "embed",
+    "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "look", "new_parameters", "no_weight_decay", "parse",
+    "read", "run", "ungraft",
+]  # fmt: skip
 HOMES = {  # where each name stands; the imports for type checkers above say the same
     "vitreous.grafting": (
         "Graft", "Removal", "calibrate", "check", "graft", "grafts", "new_parameters", "no_weight_decay", "ungraft",
@@ -68,17 +48,12 @@ def __getattr__(name: str) -> Any:
 
     As in `from vitreous import SVDA`.
     """
-    value = None
-    if name in __all__:
-        home = next(module for module, names in HOMES.items() if name in names)
-        value = getattr(importlib.import_module(home), name)
-    elif not name.startswith("_"):
+    if name not in __all__ and not name.startswith("_"):
         if importlib.util.find_spec(f"{__name__}.{name}"):
             return importlib.import_module(f"{__name__}.{name}")
-        value = importlib.import_module("vitreous.mechanism").class_by_name(name)
-    if value is None:
-        raise AttributeError(f"module 'vitreous' has no attribute {name!r}")
-    return value
+        if mechanism := importlib.import_module("vitreous.mechanism").class_by_name(name):
+            return mechanism
+    return late_names(__name__, HOMES)(name)
 
 
 def __dir__() -> list[str]:

@@ -267,7 +267,7 @@ def spoil_curves(folder: Path) -> None:
         (spoil_nothing_there, "no such folder"),
         (spoil_no_facts, "neither reading.json nor run.json"),
         (spoil_half_facts, "no JSON"),
-        (spoil_list, "Found format None"),
+        (spoil_list, "Found a list in"),
         (spoil_format, "Found format 9"),
         (spoil_part, "00000.safetensors"),
         (spoil_missing_part, "4 of 6 images"),

@@ -46,20 +46,20 @@ class ContractError(VitreousError):
 class UnknownName(VitreousError):
     """A name that is not known; the message offers the nearest ones.
 
-    found: what was given; kind: what it should name ("model", "mechanism", "setting"); known: the
-    valid names.
+    name: what was given; kind: what it should name ("model", "mechanism", "setting"); valid: the
+    names that there are.
     """
 
-    def __init__(self, found: str, kind: str, known: Iterable[str], hint: str = ""):
-        known = sorted(known)
-        near = difflib.get_close_matches(found, known, n=3, cutoff=0.5)
+    def __init__(self, name: str, kind: str, valid: Iterable[str], hint: str = ""):
+        valid = sorted(valid)
+        near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
         if near:
-            offer = "Did you mean " + " or ".join(repr(name) for name in near) + "?"
-        elif len(known) <= 20:
-            offer = "Known: " + ", ".join(known) + "."
+            offer = "Did you mean " + " or ".join(repr(other) for other in near) + "?"
+        elif len(valid) <= 20:
+            offer = "Known: " + ", ".join(valid) + "."
         else:
-            offer = f"{len(known)} are known."
-        super().__init__(f"Unknown {kind} {found!r}. {offer}" + (f" {hint}" if hint else ""))
+            offer = f"{len(valid)} are known."
+        super().__init__(f"Unknown {kind} {name!r}. {offer}" + (f" {hint}" if hint else ""))
 
 
 def brief(error: BaseException, without: str | None = None) -> str:

@@ -88,9 +88,9 @@ class Team:
         """The largest of all processes' numbers."""
         if self.size == 1:
             return value
-        found = torch.tensor(value)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def count(self, value: int) -> int:
         """The sum of whole numbers over all processes."""
@@ -100,25 +100,25 @@ class Team:
         """What the first process has, in all of them."""
         if self.size == 1:
             return value
-        found = [value]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def everyone(self, value: T) -> list[T]:
         """What each process has, in order, known to all."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def gather(self, value: T) -> list[T]:
         """What each process has, in order, in the first; nothing in the others."""
         if self.size == 1:
             return [value]
-        found: list[Any] | None = [None] * self.size if self.first else None
-        dist.gather_object(value, found, dst=0)
-        return found or []
+        values: list[Any] | None = [None] * self.size if self.first else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
 
     def in_turn(self, values: list[T]) -> list[T]:
         """Items that were dealt out one by one, in their order again, in the first process.
@@ -139,8 +139,8 @@ class Team:
         all.
         """
         with self.together():
-            found = work() if self.first else None
-        return self.tell(found)
+            result = work() if self.first else None
+        return self.tell(result)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -150,8 +150,8 @@ class Team:
         error = None
         try:
             yield
-        except VitreousError as found:
-            error = found
+        except VitreousError as caught:
+            error = caught
         failed = self.everyone(error is not None)
         if any(failed):
             self.fail(error, failed.index(True))

@@ -82,7 +82,7 @@ def values_of(cls: type[Settings], name: str, words: str) -> dict[str, Any]:
     not fit.
     """
     kinds = settings(cls)
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for word in filter(None, words.split(",")):
         key, equals, value = (part.strip() for part in word.partition("="))
         if not equals:
@@ -92,10 +92,10 @@ def values_of(cls: type[Settings], name: str, words: str) -> dict[str, Any]:
             )
         if key not in kinds:
             raise UnknownName(key, f"setting of {name}", kinds)
-        if key in given:
+        if key in values:
             raise SettingError(f"Found {key} twice in {f'{name}:{words}'!r}. Expected each setting once. Remove one.")
-        given[key] = read(kinds[key], value, f"{name}:{key}")
-    return given
+        values[key] = read(kinds[key], value, f"{name}:{key}")
+    return values
 
 
 # -- one setting: from text, to text, and whether a value is of its type --------------------------
@@ -143,7 +143,7 @@ def read(kind: Any, text: str, where: str) -> Any:
             return kind(text)
         except ValueError:
             pass
-    raise SettingError(f"Found {where}={text!r}. Expected {said(kind)}. Give such a value.")
+    raise SettingError(f"Found {where}={text!r}. Expected {described(kind)}. Give such a value.")
 
 
 def spread(part: str, where: str) -> list[str]:
@@ -188,7 +188,7 @@ def checked(owner: Settings, name: str, kind: Any, value: Any) -> Any:
         return tuple(checked(owner, name, k, v) for k, v in zip(kinds, value, strict=True))
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not fits or (isinstance(value, bool) and kind is not bool) or (kind is float and math.isnan(value)):
-        raise SettingError(f"Found {where}. Expected {said(kind)}. Give such a value.")
+        raise SettingError(f"Found {where}. Expected {described(kind)}. Give such a value.")
     if isinstance(value, str) and set(value) & set(",:="):
         raise SettingError(f"Found {where}. Expected text without , : and =, which the text form needs. Rename it.")
     return kind(value)
@@ -198,5 +198,5 @@ def optional(kind: Any) -> bool:
     return isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind)
 
 
-def said(kind: Any) -> str:
+def described(kind: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))

@@ -21,44 +21,44 @@ def check(data: str, as_json: bool, outside: bool) -> int:
     """Check and print; returns the exit code: 1 where something is wrong, else 0."""
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("reading files", total=None)
-        found = check_data(data, outside=outside, progress=lambda done, of: bar.update(task, completed=done, total=of))
+        findings = check_data(data, outside=outside, progress=lambda done, of: bar.update(task, completed=done, total=of))
     if as_json:
-        print(json.dumps(found.record(), indent=2))
+        print(json.dumps(findings.record(), indent=2))
     else:
-        show(found, Console())
-    return 1 if found.problems else 0
+        show(findings, Console())
+    return 1 if findings.problems else 0
 
 
-def show(found: Findings, console: Console) -> None:
+def show(findings: Findings, console: Console) -> None:
     """Tables for people: images by class and part, then every problem."""
-    parts = list(found.counts)
-    totals = {part: sum(classes.values()) for part, classes in found.counts.items()}
-    said = ", ".join(f"{count:,} {part}".strip() for part, count in totals.items())
-    lines = [f"{shown(found.name)}: {said} images in {len({c for p in parts for c in found.counts[p]})} classes."]
-    if found.sizes:
-        small, middle, large = (f"{width} x {height}" for width, height in found.sizes)
+    parts = list(findings.counts)
+    totals = {part: sum(classes.values()) for part, classes in findings.counts.items()}
+    counted = ", ".join(f"{count:,} {part}".strip() for part, count in totals.items())
+    lines = [f"{shown(findings.name)}: {counted} images in {len({c for p in parts for c in findings.counts[p]})} classes."]
+    if findings.sizes:
+        small, middle, large = (f"{width} x {height}" for width, height in findings.sizes)
         lines.append(f"Sizes: {small} (smallest), {middle} (median), {large} (largest).")
-    if found.masks:
-        lines.append(f"Masks or boxes: of {found.masks:,} images.")
-    lines += [f"{count:,} images: {note}." for note, count in found.notes.items()]
-    lines += found.remarks
+    if findings.masks:
+        lines.append(f"Masks or boxes: of {findings.masks:,} images.")
+    lines += [f"{count:,} images: {note}." for note, count in findings.notes.items()]
+    lines += findings.remarks
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     table = Table("class", *(part or "images" for part in parts))
-    labels = sorted({label for classes in found.counts.values() for label in classes})
+    labels = sorted({label for classes in findings.counts.values() for label in classes})
     for label in labels[:LINES]:
-        table.add_row(escape(shown(label)), *(f"{found.counts[part].get(label, 0):,}" for part in parts))
+        table.add_row(escape(shown(label)), *(f"{findings.counts[part].get(label, 0):,}" for part in parts))
     console.print(table)
     more("classes", len(labels), console)
-    if not found.problems:
+    if not findings.problems:
         console.print("Nothing is wrong with them.", highlight=False)
         return
     table = Table("problem", "where", "what")
-    for problem in found.problems[:LINES]:
+    for problem in findings.problems[:LINES]:
         table.add_row(problem.kind, escape(shown(problem.file)), escape(shown(problem.what)))
     console.print(table)
-    more("problems", len(found.problems), console)
-    counts = Counter(problem.kind for problem in found.problems)
+    more("problems", len(findings.problems), console)
+    counts = Counter(problem.kind for problem in findings.problems)
     kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items())
     console.print(f"Problems: {kinds}.", markup=False, highlight=False, soft_wrap=True)
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitreous.base import statistics
+from vitreous.base.metrics import CLASSIFICATION
 from vitreous.commands._looking import DIRECTION
 from vitreous.data import ArraySamples, Cutouts
 from vitreous.data.preprocess import Preprocess
@@ -30,7 +31,8 @@ from vitreous.models import model_folder
 from vitreous.models.create import read_weights
 from vitreous.report.page import write as write_report
 from vitreous.train.engine.loader import loader
-from vitreous.train.records.run_folder import choose_folder, read_metrics, read_table
+from vitreous.train.records.predictions import by_image
+from vitreous.train.records.run_folder import choose_folder, read_metrics
 from vitreous.train.run import train
 from vitreous.train.settings import TrainSettings
 
@@ -123,7 +125,10 @@ def compare(folder: Path, seed: int) -> Table:
     table.add_column("")
     for arm in ARMS:
         table.add_column(arm, justify="right")
-    right = {arm: correct(folder / arm) for arm in ARMS}
+    right = {
+        arm: {name: np.array([*values.values()]) for name, values in by_image(folder / arm, CLASSIFICATION[0]).items()}
+        for arm in ARMS
+    }
     rows = {
         "usual backgrounds": lambda arm: accuracy(right[arm]["test"]),
         "swapped backgrounds": lambda arm: accuracy(right[arm]["swapped"]),
@@ -144,14 +149,6 @@ def compare(folder: Path, seed: int) -> Table:
     return table
 
 
-def correct(folder: Path) -> dict[str, np.ndarray]:
-    """{test set: (n,) bool, which images were recognised} of a run."""
-    found: dict[str, list[bool]] = {}
-    for line in read_table(folder / "predictions.csv"):
-        found.setdefault(line["set"], []).append(line["label"] == line["predicted"])
-    return {name: np.array(values) for name, values in found.items()}
-
-
 def accuracy(right: np.ndarray) -> str:
     low, high = statistics.wilson(int(right.sum()), len(right))
     return f"{100 * right.mean():.1f} %\n{100 * low:.1f} to {100 * high:.1f}"
@@ -160,8 +157,8 @@ def accuracy(right: np.ndarray) -> str:
 def difference(ours: np.ndarray, theirs: np.ndarray) -> str:
     """Points of accuracy between two that saw the same objects, or "no difference"."""
     value, low, high = statistics.paired(ours, theirs, draws=10_000, few_values=True)
-    said = "no difference" if low <= 0 <= high else f"{100 * value:+.1f} points"
-    return f"{said}\n{100 * low:+.1f} to {100 * high:+.1f}"
+    text = "no difference" if low <= 0 <= high else f"{100 * value:+.1f} points"
+    return f"{text}\n{100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def on_object(reading: Reading) -> str:

@@ -34,37 +34,28 @@ QUICK = 10_000_000  # parameters up to which curves are made unasked: about half
 DIRECTION = "foreground.safetensors"  # beside model.safetensors, the direction that travels with a model
 
 
-def run_look(name: str, images: Sequence[str], source: ModelSource, looking: dict[str, Any]) -> Path:
-    """Look, save, report; returns the folder of the reading.
+def run_look(name: str, images: Sequence[str], source: ModelSource, options: dict[str, Any]) -> None:
+    """Look, save, report, by a team of processes, the first of which reports.
 
-    looking: the options of the command, by name.
+    options: the others of the command, by name.
     """
     with connected(torch_device(source.device)) as team:
-        return look_together(name, images, source, looking, team.console(Console()), team)
-
-
-def look_together(
-    name: str, images: Sequence[str], source: ModelSource, looking: dict[str, Any], console: Console, team: Team
-) -> Path:
-    """`run_look`, by a team of processes, the first of which reports."""
-    with team.together():
-        model, facts = open_on_device(name, source, console, team)
-    shown = Path(name).resolve().name
-    out, curves = looking["out"], looking["curves"]
-    folder = team.tell(Path(out) if out else free_folder(Path("readings"), shown))
-    if curves is None:
-        curves = 2 if sum(p.numel() for p in model.parameters()) <= QUICK else 0
-    own = {"direction": find_file(name, looking["direction"]), "curves": curves, "out": folder}
-    reading = look(model, list(images), console=console, about=facts, team=team, **looking | own)
-    if not team.first:
-        return folder
-    with writable(folder):
-        write_report([folder], folder / "report.html")
-    for line in said(reading):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    console.print(overview(reading))
-    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
-    return folder
+        console = team.console(Console())
+        with team.together():
+            model, metadata = open_on_device(name, source, console, team)
+        out, curves = options["out"], options["curves"]
+        folder = team.tell(Path(out) if out else free_folder(Path("readings"), Path(name).resolve().name))
+        if curves is None:
+            curves = 2 if sum(p.numel() for p in model.parameters()) <= QUICK else 0
+        own = {"direction": read_direction(name, options["direction"]), "curves": curves, "out": folder}
+        reading = look(model, list(images), console=console, about=metadata, team=team, **options | own)
+        if team.first:
+            with writable(folder):
+                write_report([folder], folder / "report.html")
+            for line in remarks(reading):
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
+            console.print(overview(reading))
+            print(f"Report: {folder / 'report.html'}")
 
 
 def calibrate(name: str, photos: Sequence[str], out: str | None, source: ModelSource) -> None:
@@ -77,13 +68,13 @@ def calibrate(name: str, photos: Sequence[str], out: str | None, source: ModelSo
     if not path.parent.is_dir() or path.is_dir():
         raise SettingError(f"Found no folder for a file {path}. Expected a place for it. Give --out FILE.safetensors.")
     model, _ = open_on_device(name, source, console)
-    readable = only_readable(unlabelled(list(photos)), console)
+    images = only_readable(unlabelled(list(photos)), console)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("photographs, twice")
-        direction = find_direction(model, readable, progress=lambda done, of: progress.update(task, completed=done, total=of))
+        direction = find_direction(model, images, progress=lambda done, of: progress.update(task, completed=done, total=of))
     with writable(path):
         direction.save(path)
-    console.print(f"Done: {path}", soft_wrap=True, highlight=False, markup=False)
+    print(f"Done: {path}")
 
 
 # -- the parts ------------------------------------------------------------------------------------
@@ -107,36 +98,34 @@ def open_on_device(name: str, source: ModelSource, console: Console, team: Team 
 
 def only_readable(images: Samples, console: Console) -> Samples:
     """The images that can be decoded; the others are named. Raises DataError if there is none."""
-    kept, reasons = [], []
+    readable, reasons = [], []
     for i in track(range(len(images)), "reading", console=console, transient=True, disable=not console.is_terminal):
         try:
             images.image(i)
-            kept.append(i)
+            readable.append(i)
         except DataError as error:
             reasons.append(str(error))
     for reason in reasons:
         console.print(f"skipped: {reason}", soft_wrap=True, highlight=False, markup=False)
-    if not kept:
+    if not readable:
         raise DataError(f"Found no readable photograph among {len(images)}. {reasons[0]}")
-    return images.subset(kept)
+    return images.subset(readable)
 
 
-def find_file(name: str, given: str | None) -> Direction | None:
-    """The direction in the file given, or in the model's folder; None where there is none."""
-    if given is not None:
-        return Direction.load(Path(given))
-    path = Path(name) / DIRECTION
-    return Direction.load(path) if path.is_file() else None
+def read_direction(name: str, file: str | None) -> Direction | None:
+    """The direction in a file, or else in the model's folder; None where there is none."""
+    path = Path(name) / DIRECTION if file is None else Path(file)
+    return Direction.load(path) if file is not None or path.is_file() else None
 
 
-def said(reading: Reading) -> list[str]:
+def remarks(reading: Reading) -> list[str]:
     """What a reader must know first: notes, and what was refused or skipped."""
-    facts = reading.facts
-    lines = list(facts["notes"])
+    lines = list(reading.facts["notes"])
     for word in ("refused", "skipped"):
-        lines += [f"{word}: {found['name']}: {found['reason']}" for found in facts[word][:5]]
-        if len(facts[word]) > 5:
-            lines.append(f"{word}: {len(facts[word]) - 5} more, listed in the report")
+        records = reading.facts[word]
+        lines += [f"{word}: {record['name']}: {record['reason']}" for record in records[:5]]
+        if len(records) > 5:
+            lines.append(f"{word}: {len(records) - 5} more, listed in the report")
     return lines
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from rich.console import Console
 from tyro import conf
 
 from vitreous.base.errors import SettingError
@@ -38,4 +37,4 @@ class Compare(Command):
             raise SettingError(f"Found {folder / 'report.html'} already. Expected a new folder. Choose another --out.")
         with writable(folder):
             write([Path(self.a), Path(self.b)], folder / "report.html")
-        Console().print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+        print(f"Report: {folder / 'report.html'}")

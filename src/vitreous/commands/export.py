@@ -7,32 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from rich.console import Console
-from tyro import conf
-
 from vitreous.commands import Command
 from vitreous.commands._arguments import TrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exporting:
-    """What is written, and how it is proved."""
-
-    to: Literal["onnx", "torch-export", "timm"]
-    """onnx | torch-export | timm."""
-    out: str
-    """File to write (timm: folder); it must be new, and appears whole or not at all."""
-    images: tuple[str, ...] = ()
-    """Images, folders or archives, of which the first 16 are compared, beside seeded noise."""
-    tolerance: float = 1e-4
-    """Largest difference of a logit that counts as the same."""
-    weights: str | None = None
-    """For a name of timm's: take the weights in this .safetensors file
-    (or .pth, read without running code)."""
-    foreign: bool = False
-    """Import mechanisms of other packages that a folder names. This runs their code."""
-    json: bool = False
-    """Say what was done as one JSON object, for programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,32 +31,40 @@ class Export(Command):
     usage: ClassVar[str] = "RUN"
 
     model: TrainedModel
-    exporting: conf.OmitArgPrefixes[Exporting]
+    to: Literal["onnx", "torch-export", "timm"]
+    """onnx | torch-export | timm."""
+    out: str
+    """File to write (timm: folder); it must be new, and appears whole or not at all."""
+    images: tuple[str, ...] = ()
+    """Images, folders or archives, of which the first 16 are compared, beside seeded noise."""
+    tolerance: float = 1e-4
+    """Largest difference of a logit that counts as the same."""
+    weights: str | None = None
+    """For a name of timm's: take the weights in this .safetensors file
+    (or .pth, read without running code)."""
+    foreign: bool = False
+    """Import mechanisms of other packages that a folder names. This runs their code."""
+    json: bool = False
+    """Say what was done as one JSON object, for programs."""
 
     def run(self) -> None:
         from vitreous.base.files import check_new
         from vitreous.deploy.export import export
         from vitreous.models.load import open_model
 
-        how = self.exporting
-        check_new(Path(how.out))
-        model = open_model(self.model, how.weights, how.foreign)
-        report = export(model, how.out, how.to, images=how.images, tolerance=how.tolerance)
-        if how.json:
-            print(json.dumps(report, indent=2))
-            return
-        console = Console()
-        for line in report_lines(report, how.out):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        check_new(Path(self.out))
+        model = open_model(self.model, self.weights, self.foreign)
+        report = export(model, self.out, self.to, images=self.images, tolerance=self.tolerance)
+        print(json.dumps(report, indent=2) if self.json else "\n".join(report_lines(report, self.out)))
 
 
 def report_lines(report: dict[str, Any], path: str) -> list[str]:
     """The report for people."""
-    found = report["parity"]
+    parity = report["parity"]
     kinds = {"seeded": "seeded images of noise", "given": "given images"}
-    here = [(found[kind], words) for kind, words in kinds.items() if kind in found]
+    here = [(parity[kind], words) for kind, words in kinds.items() if kind in parity]
     compared = [f"{part['largest']:.2g} over {part['images']} {words}" for part, words in here]
-    lines = [f"Parity: largest difference of logits {', '.join(compared)} (tolerance {found['tolerance']:g})"]
+    lines = [f"Parity: largest difference of logits {', '.join(compared)} (tolerance {parity['tolerance']:g})"]
     if report["batch"] != "any":
         lines.append(f"One image at a time: a batch of any size cannot be exported ({report['batch_reason']})")
     if without := report.get("without_mechanisms"):

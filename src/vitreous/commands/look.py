@@ -12,9 +12,22 @@ from vitreous.commands._arguments import ImagePaths, ModelName, ModelSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looking:
-    """What is looked at, and how closely."""
+class Look(Command):
+    """See what a vision transformer looks at: maps, indicators, one report.html.
 
+    Maps and indicators are of every layer and head.
+
+    examples:
+      vitreous look vit_tiny_patch16_224 cat.jpg dog.jpg --out reading/
+      vitreous look vit_tiny_patch16_224 photos/ --weights model.safetensors --masks masks/
+      vitreous look runs/cutouts-plain photos/
+    """
+
+    usage: ClassVar[str] = "MODEL IMAGES..."
+    together: ClassVar[bool] = True
+
+    model: ModelName
+    images: ImagePaths
     masks: str | None = None
     """Folder of .png masks of the images' names, or a boxes.csv:
     maps are then scored against them."""
@@ -37,29 +50,10 @@ class Looking:
     """Look at no more than so many images, the first ones."""
     out: str | None = None
     """Folder of the reading: new, or one to go on with (default: the next free readings/NAME)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look(Command):
-    """See what a vision transformer looks at: maps, indicators, one report.html.
-
-    Maps and indicators are of every layer and head.
-
-    examples:
-      vitreous look vit_tiny_patch16_224 cat.jpg dog.jpg --out reading/
-      vitreous look vit_tiny_patch16_224 photos/ --weights model.safetensors --masks masks/
-      vitreous look runs/cutouts-plain photos/
-    """
-
-    usage: ClassVar[str] = "MODEL IMAGES..."
-    together: ClassVar[bool] = True
-
-    model: ModelName
-    images: ImagePaths
     source: conf.OmitArgPrefixes[ModelSource] = field(default_factory=ModelSource)
-    looking: conf.OmitArgPrefixes[Looking] = field(default_factory=Looking)
 
     def run(self) -> None:
         from vitreous.commands._looking import run_look
 
-        run_look(self.model, self.images, self.source, vars(self.looking))
+        options = {name: value for name, value in vars(self).items() if name not in ("model", "images", "source")}
+        run_look(self.model, self.images, self.source, options)

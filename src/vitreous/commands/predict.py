@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from rich.console import Console
-from tyro import conf
 
 from vitreous.commands import Command
 from vitreous.commands._arguments import ImagePaths, TrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predicting:
-    """How it is done, and where the result goes."""
-
-    out: str = "predictions.csv"
-    """File to write; it must be new, and appears whole or not at all."""
-    top: int = 1
-    """So many classes per image, the most probable first."""
-    batch_size: int = 16
-    """Images per forward pass."""
-    weights: str | None = None
-    """For a name of timm's: take the weights in this .safetensors file
-    (or .pth, read without running code)."""
-    foreign: bool = False
-    """Import mechanisms of other packages that a folder names. This runs their code."""
-    device: str = "auto"
-    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
-    json: bool = False
-    """Say what was done as one JSON object, for programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +29,26 @@ class Predict(Command):
 
     model: TrainedModel
     images: ImagePaths
-    predicting: conf.OmitArgPrefixes[Predicting] = field(default_factory=Predicting)
+    out: str = "predictions.csv"
+    """File to write; it must be new, and appears whole or not at all."""
+    top: int = 1
+    """So many classes per image, the most probable first."""
+    batch_size: int = 16
+    """Images per forward pass."""
+    weights: str | None = None
+    """For a name of timm's: take the weights in this .safetensors file
+    (or .pth, read without running code)."""
+    foreign: bool = False
+    """Import mechanisms of other packages that a folder names. This runs their code."""
+    device: str = "auto"
+    """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
+    json: bool = False
+    """Say what was done as one JSON object, for programs."""
 
     def run(self) -> None:
         from vitreous.deploy.predict import run_predict
 
-        options = vars(self.predicting).copy()
-        as_json = options.pop("json")
-        result = run_predict(self.model, self.images, console=Console(quiet=as_json), **options)
-        if as_json:
+        options = {name: value for name, value in vars(self).items() if name not in ("model", "images", "json")}
+        result = run_predict(self.model, self.images, console=Console(quiet=self.json), **options)
+        if self.json:
             print(json.dumps(result | {"classes": dict(result["classes"].most_common())}, indent=2))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
-
-from tyro import conf
 
 from vitreous.base.errors import SettingError
 from vitreous.commands import Command
@@ -15,26 +13,6 @@ from vitreous.commands._arguments import RunFolder
 from vitreous.commands.study import report_study
 from vitreous.commands.train import report_run
 from vitreous.train.options import Images, Network, Optimisation, Repeated, Running, Usual, flag
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changed:
-    """What may be other than the run was begun with."""
-
-    allow_changes: bool = False
-    """Go on though settings, data, grafts or versions have changed; the differences are shown."""
-    workers: int | None = None
-    """Processes that read and augment (default: as before; so for what follows)."""
-    save_every: int | None = None
-    """Updates after which the state is saved."""
-    rollbacks: int | None = None
-    """How often it may go back to the last good state after a step that is not finite,
-    and leave that step out."""
-    rollback_lr: float | None = None
-    """Factor on the learning rate after each such return."""
-    tracker: Repeated = ()
-    """Who gets the numbers of every epoch
-    (default: as before, but for code of other packages, to be named again)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +30,20 @@ class Resume(Command):
     together: ClassVar[bool] = True
 
     folder: RunFolder
-    changed: conf.OmitArgPrefixes[Changed] = field(default_factory=Changed)
+    allow_changes: bool = False
+    """Go on though settings, data, grafts or versions have changed; the differences are shown."""
+    workers: int | None = None
+    """Processes that read and augment (default: as before; so for what follows)."""
+    save_every: int | None = None
+    """Updates after which the state is saved."""
+    rollbacks: int | None = None
+    """How often it may go back to the last good state after a step that is not finite,
+    and leave that step out."""
+    rollback_lr: float | None = None
+    """Factor on the learning rate after each such return."""
+    tracker: Repeated = ()
+    """Who gets the numbers of every epoch
+    (default: as before, but for code of other packages, to be named again)."""
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Self:
@@ -60,10 +51,10 @@ class Resume(Command):
 
         Raises SettingError for a setting of training that a begun run keeps.
         """
-        kept = {flag(field.name) for group in (Usual, Images, Network, Optimisation, Running) for field in fields(group)}
-        kept -= {flag(field.name) for field in fields(Changed)}
+        fixed = {flag(field.name) for group in (Usual, Images, Network, Optimisation, Running) for field in fields(group)}
+        fixed -= {flag(field.name) for field in fields(cls)}
         for word in words:
-            if (name := word.partition("=")[0]) in kept:
+            if (name := word.partition("=")[0]) in fixed:
                 raise SettingError(
                     f"Found {name} for a run that has begun. Expected it to keep its settings, so that it ends as it would "
                     f"have. Leave {name} out; or train further what it has come to: `vitreous train DATA --model RUN {name} "
@@ -73,19 +64,19 @@ class Resume(Command):
 
     def changes(self) -> dict[str, Any]:
         """The settings to be given anew, None where they stay as they were."""
-        changes = vars(self.changed) | {"tracker": self.changed.tracker or None}
-        return {name: value for name, value in changes.items() if name != "allow_changes"}
+        changes = vars(self) | {"tracker": self.tracker or None}
+        return {name: value for name, value in changes.items() if name not in ("folder", "allow_changes")}
 
     def run(self) -> None:
         from vitreous.train.engine.resume import resume
         from vitreous.train.records.run_folder import STUDY
         from vitreous.train.study.study import again
 
-        folder, allowed = Path(self.folder), self.changed.allow_changes
+        folder, changes = Path(self.folder), self.changes()
         if not (folder / STUDY).is_file():
-            report_run(resume(folder, allowed, **self.changes()))
+            report_run(resume(folder, self.allow_changes, **changes))
             return
-        if allowed or any(value is not None for value in self.changes().values()):
+        if self.allow_changes or any(value is not None for value in changes.values()):
             raise SettingError(
                 f"Found options for the study in {folder}. Expected none: its runs go on as they were begun. Leave them out, "
                 "or resume one of its runs with them."

@@ -13,15 +13,6 @@ from vitreous.train.options import Repeated, Running
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arms:
-    """What is compared."""
-
-    arm: Repeated = ()
-    """The grafts of an arm, with spaces between, or plain for none.
-    The others are compared with the first arm."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Study(Train):
     """Train arms that differ in their grafts alone, and compare them with paired intervals.
 
@@ -35,13 +26,15 @@ class Study(Train):
 
     usage: ClassVar[str] = "DATA"
 
-    arms: conf.OmitArgPrefixes[Arms] = field(default_factory=Arms)
+    arm: Repeated = ()
+    """The grafts of an arm, with spaces between, or plain for none.
+    The others are compared with the first arm."""
     running: conf.OmitArgPrefixes[Running] = field(default_factory=lambda: Running(seeds=3))
 
     def run(self) -> None:
         from vitreous.train.study.study import study
 
-        report_study(study(self.settings(), self.arms.arm))
+        report_study(study(self.settings(), self.arm))
 
 
 def report_study(folder: Path) -> None:

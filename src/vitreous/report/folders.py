@@ -15,7 +15,7 @@ from typing import Any
 
 from vitreous.base.errors import DataError
 
-RUN_FACTS = ("command", "seed", "device", "task", "model", "data", "settings", "versions", "machine", "remarks")
+RUN_FIELDS = ("command", "seed", "device", "task", "model", "data", "settings", "versions", "machine", "remarks")
 EPOCHS = 60  # of one run on a page
 
 
@@ -61,8 +61,7 @@ def told_apart(sources: Sequence[Source], folders: Sequence[Path]) -> list[str]:
 
 def _open(folder: Path) -> Source:
     if (folder / "reading.json").is_file():
-        facts = read_json(folder / "reading.json")
-        title = facts.get("title") if isinstance(facts, dict) else None
+        title = read_json(folder / "reading.json").get("title")
         return Source(str(title or folder.resolve().name), None, [folder])
     if (folder / "run.json").is_file():
         return _open_run(folder)
@@ -75,8 +74,6 @@ def _open(folder: Path) -> Source:
 
 def _open_run(folder: Path) -> Source:
     run = read_json(folder / "run.json")
-    if not isinstance(run, dict):
-        raise DataError(f"Found no facts of a run in {folder / 'run.json'}. Expected an object. Train with a new --out.")
     by_epoch = {}
     for path in (folder / "readings").glob("epoch-*"):
         number = path.name.removeprefix("epoch-")
@@ -97,14 +94,19 @@ def _open_run(folder: Path) -> Source:
     if len(epochs) > EPOCHS:
         shown = sorted({epochs[round(i * (len(epochs) - 1) / (EPOCHS - 1))] for i in range(EPOCHS)})
     return Source(
-        folder.resolve().name, shown, [by_epoch[n] for n in shown], {key: run.get(key) for key in RUN_FACTS}, metrics,
+        folder.resolve().name, shown, [by_epoch[n] for n in shown], {key: run.get(key) for key in RUN_FIELDS}, metrics,
         len(epochs) - len(shown),
     )  # fmt: skip
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises DataError if it cannot be read."""
-    return parsed(_text(path), path, "the file")
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The object, or the list, in a JSON file. Raises DataError if there is none."""
+    value = parsed(_text(path), path, "the file")
+    if not isinstance(value, kind):
+        raise DataError(
+            f"Found a {type(value).__name__} in {path}. Expected a {kind.__name__}, as Vitreous writes it. Make the folder anew."
+        )
+    return value
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

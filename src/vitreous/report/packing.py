@@ -60,9 +60,9 @@ def legible(value: Any) -> Any:
     """
     if isinstance(value, str):
         text = INVISIBLE.sub(_written_out, value)
-        kept = text.strip(" ")
-        lead = len(text) - len(text.lstrip(" ")) if kept else len(text)
-        return "␠" * lead + kept + "␠" * (len(text) - lead - len(kept))
+        inner = text.strip(" ")
+        lead = len(text) - len(text.lstrip(" ")) if inner else len(text)
+        return "␠" * lead + inner + "␠" * (len(text) - lead - len(inner))
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -15,7 +15,7 @@ from vitreous.report.folders import parsed, read_csv, read_json
 FORMAT = 2
 KEYS = ("layer", "head", "image", "source", "kind")
 RECORDS = ("measures", "sources", "scores", "baselines")  # what names in tables mean
-FACTS = ("title", "model", "settings", "versions", "seed", "layers", "components", "refused", "skipped", "notes")
+FIELDS = ("title", "model", "settings", "versions", "seed", "layers", "components", "refused", "skipped", "notes")
 
 
 class ReadingFolder:
@@ -24,7 +24,7 @@ class ReadingFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.facts = read_json(folder / "reading.json")
-        number = self.facts.get("format") if isinstance(self.facts, dict) else None
+        number = self.facts.get("format")
         if number not in (1, FORMAT):
             raise DataError(
                 f"Found format {number!r} in {folder / 'reading.json'}. Expected 1 or {FORMAT}. "
@@ -40,9 +40,9 @@ class ReadingFolder:
         self.images: list[dict[str, Any]] = []  # of all parts, each with the part it lies in
         for part in sorted((folder / "parts").glob("*.safetensors")):
             with self.opened(part) as file:
-                said = parsed((file.metadata() or {}).get("images", ""), part, "its list of images")
-            self.images += [image | {"part": part} for image in said]
-            self.parts += [part] if said else []
+                images = parsed((file.metadata() or {}).get("images", ""), part, "its list of images")
+            self.images += [image | {"part": part} for image in images]
+            self.parts += [part] if images else []
         if len(self.images) != self.count:
             raise self.incomplete(f"{len(self.images)} of {self.count} images")
 
@@ -79,10 +79,10 @@ class ReadingFolder:
         """(component, layer) of every map."""
         if not self.parts:
             return []
-        known = {component["name"] for component in self.facts["components"]}
+        components = {component["name"] for component in self.facts["components"]}
         with self.opened(self.parts[0]) as file:
             names = [name.rpartition("/") for name in file.keys()]  # noqa: SIM118 (not a dict)
-        maps = [(name, int(layer)) for name, _, layer in names if name in known and layer.lstrip("-").isdecimal()]
+        maps = [(name, int(layer)) for name, _, layer in names if name in components and layer.lstrip("-").isdecimal()]
         return sorted(maps, key=lambda item: (item[1], item[0]))
 
     def bytes_per_image(self) -> int:
@@ -109,9 +109,8 @@ def boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) ->
 
 
 def _boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -> dict[str, Any]:
-    facts = {key: reading.facts.get(key) for key in FACTS}
     table, each = measures(reading, shown)
-    return facts | {
+    return {key: reading.facts.get(key) for key in FIELDS} | {
         "random": bool(reading.facts.get("random_weights")),
         "count": reading.count,
         "shown": shown,
@@ -132,10 +131,8 @@ def _image(reading: ReadingFolder, image: dict[str, Any], pictures: dict[str, in
     with reading.opened(image["part"]) as file:
         names = set(file.keys())
         for kind in ("picture", "mask"):
-            address = ""
             name = f"{kind}/{image['image']}"
-            if name in names:
-                address = packing.picture(file.get_tensor(name).astype(np.uint8).tobytes())
+            address = packing.picture(file.get_tensor(name).astype(np.uint8).tobytes()) if name in names else ""
             record[kind] = pictures.setdefault(address, len(pictures)) if address else None
     return record
 
@@ -247,7 +244,7 @@ def summary(reading: ReadingFolder) -> list[list[Any]]:
 def curves(reading: ReadingFolder) -> list[dict[str, Any]]:
     """curves.json with few digits."""
     path = reading.folder / "curves.json"
-    records = read_json(path) if path.is_file() else []
+    records = read_json(path, list) if path.is_file() else []
 
     def short(value: Any) -> Any:
         if isinstance(value, list):

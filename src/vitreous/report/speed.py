@@ -15,7 +15,7 @@ from vitreous.report.folders import read_json
 from vitreous.report.page import assembled
 
 SCRIPTS = ("base", "table", "speed")
-KEPT = ("name", "command", "settings", "machine", "versions", "ratios")
+FIELDS = ("name", "command", "settings", "machine", "versions", "ratios")
 
 
 def write(folder: Path, out: Path) -> Path:
@@ -24,15 +24,15 @@ def write(folder: Path, out: Path) -> Path:
     Equal files give equal bytes. Raises DataError.
     """
     path = Path(folder) / "bench.json"
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("format") != 1 or not all(name in found for name in (*KEPT, "rows")):
+    result = read_json(path)
+    if result.get("format") != 1 or not all(name in result for name in (*FIELDS, "rows")):
         raise DataError(f"Found no bench of format 1 in {path}. Expected a file of `vitreous bench`. Bench again.")
-    write_text(Path(out), render(found))
+    write_text(Path(out), render(result))
     return Path(out)
 
 
-def render(found: dict[str, Any]) -> str:
+def render(result: dict[str, Any]) -> str:
     """The page as text; the seconds of every round stay in bench.json."""
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in found["rows"]]
-    data = packing.legible({name: found[name] for name in KEPT} | {"rows": rows})
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in result["rows"]]
+    data = packing.legible({name: result[name] for name in FIELDS} | {"rows": rows})
     return assembled(data, SCRIPTS, title=data["name"], kind="speed", first=("numbers", "numbers"))
