@@ -11,6 +11,7 @@ import timm
 import torch
 
 import vitreous
+from vitreous.base.files import read_json
 from vitreous.commands._demo import NETWORK
 from vitreous.data import open_data
 from vitreous.data.preprocess import Preprocess
@@ -38,7 +39,7 @@ def test_timm_alone_loads_the_same_model():
 
 
 def test_they_are_of_the_demos_network():
-    arguments = model_folder.read_json(FOLDER / "config.json")["model_args"]
+    arguments = read_json(FOLDER / "config.json")["model_args"]
     assert set(NETWORK) <= {f"{name}={value}" for name, value in arguments.items()}
     assert " ".join(NETWORK) in README
 
@@ -51,5 +52,5 @@ def test_accuracy_is_what_the_readme_says(name):
     config = model.pretrained_cfg
     inputs = Preprocess(**{key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")})
     right = [(model(images).argmax(1) == labels).numpy() for images, labels in loader(data.tests[name], inputs, 250)]
-    assert model_folder.read_json(FOLDER / "config.json")["label_names"] == list(data.classes)
+    assert read_json(FOLDER / "config.json")["label_names"] == list(data.classes)
     assert 100 * np.concatenate(right).mean() == pytest.approx(stated, abs=0.15)  # two scenes, for another machine's roundings

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Direction", "Graft", "Mechanism", "Reading", "Removal", "calibrate", "catalogue", "check", "collect_terms", "embed",
-    "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "look", "new_parameters", "no_weight_decay", "parse",
-    "read", "run", "ungraft",
+    "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "look", "new_parameters", "no_weight_decay",
+    "parse", "read", "run", "ungraft",
 ]  # fmt: skip
 HOMES = {  # where each name stands; the imports for type checkers above say the same
     "vitreous.grafting": (

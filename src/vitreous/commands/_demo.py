@@ -5,11 +5,9 @@ It ends in one table and a report.
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitreous.base import statistics
+from vitreous.base.files import read_json
 from vitreous.base.metrics import CLASSIFICATION
 from vitreous.commands._looking import DIRECTION
 from vitreous.data import ArraySamples, Cutouts
@@ -54,7 +53,8 @@ def demo(out: str | None, seed: int, quick: bool) -> Path:
     first_look(folder / "first-look", seed, console)
     for number, (arm, mechanisms) in enumerate(ARMS.items(), 1):
         console.print(f"\n{number} of {len(ARMS)}: {arm}", style="bold", highlight=False)
-        train(arm_settings(mechanisms, folder / arm, seed, quick), console)
+        recipe = QUICK if quick else RECIPE
+        train(TrainSettings(**recipe, model_kwargs=NETWORK, graft=mechanisms, seed=seed, out=str(folder / arm)), console)
     console.print()
     console.print(compare(folder, seed))
     report = write_report([folder / arm for arm in ARMS], folder / "report.html")
@@ -66,11 +66,6 @@ def demo(out: str | None, seed: int, quick: bool) -> Path:
     console.print("Next, go on from the plain model with SVDA at a scale that lets it select:", soft_wrap=True)
     console.print(f"  {shlex.join([*following, '--epochs', '2', '--lr', '1e-4'])}", soft_wrap=True, highlight=False)
     return folder
-
-
-def arm_settings(mechanisms: Sequence[str], folder: Path, seed: int, quick: bool) -> TrainSettings:
-    recipe = QUICK if quick else RECIPE
-    return TrainSettings(**recipe, model_kwargs=NETWORK, graft=tuple(mechanisms), seed=seed, out=str(folder))
 
 
 def first_look(folder: Path, seed: int, console: Console) -> None:
@@ -190,5 +185,5 @@ def left_behind(folder: Path, scenes: Cutouts, inputs: Preprocess) -> float:
 
 def test_scenes(folder: Path, count: int, seed: int) -> tuple[Cutouts, Preprocess]:
     """Test scenes, and how the run in the folder prepared its own."""
-    inputs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]["inputs"]
+    inputs = read_json(folder / "run.json")["data"]["inputs"]
     return Cutouts(count, split="test", seed=seed), Preprocess(**inputs)

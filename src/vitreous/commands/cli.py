@@ -109,7 +109,3 @@ def refuse_team(command: str) -> None:
             f"Found `{command}` in {size} processes of torchrun. Expected one process: only {able} work in several. Start it "
             "without torchrun."
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -57,20 +57,19 @@ class List(Command):
     usage: ClassVar[str] = "[NAME]"
 
     item: str | None = None
-    help: bool = False
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Self:
         """The first word is a name; read without tyro, whose import takes longer than the list."""
-        first = words[0] if words else None
-        return cls(help=True) if first in ("-h", "--help") else cls(item=first)
+        if words[:1] in (["-h"], ["--help"]):
+            print(HELP)
+            raise SystemExit
+        return cls(item=words[0] if words else None)
 
     def run(self) -> None:
         """Print everything, or what is called so. Raises UnknownName."""
         console = Console()
-        if self.help:
-            console.print(HELP)
-        elif self.item is None:
+        if self.item is None:
             for shelf in SHELVES:
                 if shelf.files():
                     console.print(items(shelf))

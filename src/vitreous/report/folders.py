@@ -20,7 +20,7 @@ EPOCHS = 60  # of one run on a page
 
 
 @dataclass(frozen=True)
-class Source:
+class ReportInput:
     """What can be chosen on the page: one reading, or a run with one reading per epoch."""
 
     name: str
@@ -31,7 +31,7 @@ class Source:
     left_out: int = 0  # epochs that have a reading but no room
 
 
-def open_folders(folders: Sequence[Path]) -> list[Source]:
+def open_folders(folders: Sequence[Path]) -> list[ReportInput]:
     """What the folders hold.
 
     Raises DataError for one that is neither a reading nor a run, or is not complete.
@@ -47,7 +47,7 @@ def open_folders(folders: Sequence[Path]) -> list[Source]:
     return [replace(source, name=name) for source, name in zip(sources, told_apart(sources, folders), strict=True)]
 
 
-def told_apart(sources: Sequence[Source], folders: Sequence[Path]) -> list[str]:
+def told_apart(sources: Sequence[ReportInput], folders: Sequence[Path]) -> list[str]:
     """Names; to equal ones so much of their folder's path is added as differs."""
     names = [source.name for source in sources]
     parts = [Path(folder).resolve().parts for folder in folders]
@@ -59,10 +59,10 @@ def told_apart(sources: Sequence[Source], folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _open(folder: Path) -> Source:
+def _open(folder: Path) -> ReportInput:
     if (folder / "reading.json").is_file():
         title = read_json(folder / "reading.json").get("title")
-        return Source(str(title or folder.resolve().name), None, [folder])
+        return ReportInput(str(title or folder.resolve().name), None, [folder])
     if (folder / "run.json").is_file():
         return _open_run(folder)
     problem = "no such folder" if not folder.is_dir() else "neither reading.json nor run.json"
@@ -72,7 +72,7 @@ def _open(folder: Path) -> Source:
     )
 
 
-def _open_run(folder: Path) -> Source:
+def _open_run(folder: Path) -> ReportInput:
     run = read_json(folder / "run.json")
     by_epoch = {}
     for path in (folder / "readings").glob("epoch-*"):
@@ -93,7 +93,7 @@ def _open_run(folder: Path) -> Source:
     shown = epochs
     if len(epochs) > EPOCHS:
         shown = sorted({epochs[round(i * (len(epochs) - 1) / (EPOCHS - 1))] for i in range(EPOCHS)})
-    return Source(
+    return ReportInput(
         folder.resolve().name, shown, [by_epoch[n] for n in shown], {key: run.get(key) for key in RUN_FIELDS}, metrics,
         len(epochs) - len(shown),
     )  # fmt: skip
@@ -104,7 +104,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     value = parsed(_text(path), path, "the file")
     if not isinstance(value, kind):
         raise DataError(
-            f"Found a {type(value).__name__} in {path}. Expected a {kind.__name__}, as Vitreous writes it. Make the folder anew."
+            f"Found a {type(value).__name__} in {path}. Expected a {kind.__name__}, as Vitreous writes it. Make it again."
         )
     return value
 

@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any
 
 RECORDS = ("measures", "sources", "scores", "baselines")
-KEYS = {"rows": ("layer", "head", "image", "source", "kind"), "scores": ("image", "component", "layer", "head")}
+TABLE_KEYS = {"rows": ("layer", "head", "image", "source", "kind"), "scores": ("image", "component", "layer", "head")}
 
 
 @cache
@@ -40,7 +40,7 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
 def tables(keys: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The tables of a part, as format 2 has them, from the tensor names of format 1."""
     names = {kind: [record["name"] for record in meaning()[kind]] for kind in ("measures", "scores", "sources")}
-    order = {"rows": (*KEYS["rows"], *names["measures"]), "scores": (*KEYS["scores"], *names["scores"])}
+    order = {"rows": (*TABLE_KEYS["rows"], *names["measures"]), "scores": (*TABLE_KEYS["scores"], *names["scores"])}
     words = {"source": names["sources"], "kind": meaning()["kinds"], "component": meaning()["scored"]}
     columns = {group: [name for name in order[group] if f"{group}/{name}" in keys] for group in order}
     return {

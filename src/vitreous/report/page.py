@@ -19,7 +19,7 @@ from markupsafe import Markup
 from vitreous.base.files import write_text
 from vitreous.base.metrics import metrics_of
 from vitreous.report import packing
-from vitreous.report.folders import Source, open_folders
+from vitreous.report.folders import ReportInput, open_folders
 from vitreous.report.reading import RECORDS, ReadingFolder, boiled_down
 
 IMAGES = 64  # on a page, at most
@@ -49,7 +49,7 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def render(sources: Sequence[Source]) -> str:
+def render(sources: Sequence[ReportInput]) -> str:
     """The page as text: as many images as the limits allow."""
     readings = [[ReadingFolder(folder) for folder in source.readings] for source in sources]
     one = sum(reading.bytes_per_image() for group in readings for reading in group)
@@ -61,7 +61,7 @@ def render(sources: Sequence[Source]) -> str:
         images = max(1, min(images - 1, int(images * LIMIT / len(page))))
 
 
-def payload(sources: Sequence[Source], readings: Sequence[Sequence[ReadingFolder]], images: int) -> dict[str, Any]:
+def payload(sources: Sequence[ReportInput], readings: Sequence[Sequence[ReadingFolder]], images: int) -> dict[str, Any]:
     """All that the script of the page reads."""
     pictures: dict[str, int] = {}
     shown = [

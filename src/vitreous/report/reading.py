@@ -13,7 +13,7 @@ from vitreous.report import format_1, packing
 from vitreous.report.folders import parsed, read_csv, read_json
 
 FORMAT = 2
-KEYS = ("layer", "head", "image", "source", "kind")
+ROW_KEYS = ("layer", "head", "image", "source", "kind")
 RECORDS = ("measures", "sources", "scores", "baselines")  # what names in tables mean
 FIELDS = ("title", "model", "settings", "versions", "seed", "layers", "components", "refused", "skipped", "notes")
 
@@ -181,9 +181,9 @@ def measures(reading: ReadingFolder, shown: int) -> tuple[dict[str, Any], dict[s
     """
     path = reading.folder / "table.json"
     columns = read_json(path).get("columns", {})
-    if not set(KEYS) <= set(columns) or len({len(column) for column in columns.values()}) > 1:
-        raise reading.incomplete(f"a table.json without {', '.join(KEYS)}, or with columns of unlike length,")
-    names = [name for name in columns if name not in KEYS]
+    if not set(ROW_KEYS) <= set(columns) or len({len(column) for column in columns.values()}) > 1:
+        raise reading.incomplete(f"a table.json without {', '.join(ROW_KEYS)}, or with columns of unlike length,")
+    names = [name for name in columns if name not in ROW_KEYS]
     values = np.array([[np.nan if v is None else v for v in columns[name]] for name in names], float).reshape(len(names), -1)
     groups: dict[tuple, list[int]] = {}
     for row, key in enumerate(zip(*(columns[key] for key in ("source", "kind", "layer", "head")), strict=True)):
