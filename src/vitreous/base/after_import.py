@@ -12,15 +12,13 @@ from typing import Any
 
 
 class ImportWatch(importlib.abc.MetaPathFinder):
-    """Runs `action` as soon as the module `name` has been imported, by whomever."""
+    """Runs `action` as soon as the module `name` has been imported, whoever imports it."""
 
     def __init__(self, name: str, action: Callable[[], Any]):
         self.name, self.action = name, action
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec that the other finders have, whose loader runs the action when the module is
-        complete.
-        """
+        """The spec of the other finders, with a loader that runs the action after the module."""
         if name != self.name:
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)

@@ -50,9 +50,7 @@ class Catalogue(Generic[S]):
         return mine[0]
 
     def by_class_name(self, name: str) -> type[S] | None:
-        """The class called `name` ("SVDA"), or None: a file's stem is the class name in small
-        letters.
-        """
+        """The class called `name` ("SVDA"), or None; the file's stem is that in small letters."""
         return next((self.item(stem) for stem in self.files if stem.replace("_", "") == name.lower()), None)
 
     def foreign(self, path: str) -> type[S]:

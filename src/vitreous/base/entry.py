@@ -1,4 +1,4 @@
-"""What the file of an item says of it, read as text.
+"""An item of a catalogue, read from its file as text.
 
 Nothing is imported, so that listing takes no time.
 
@@ -23,10 +23,9 @@ PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Entry:
-    """One item. doc: its docstring, cleaned.
+    """One item of a catalogue, as its file describes it.
 
-    constants: class constants, such as paper and stage, where literal.
-
+    doc: its docstring, cleaned. constants: class constants, such as paper and stage, where literal.
     defaults, types: {setting: text}, in the order of the class; a setting without a default is in
     types alone.
     """
@@ -118,9 +117,7 @@ def home(name: str, file: Path) -> Path:
 
 
 def literal(node: ast.expr | None, file: Path) -> Any:
-    """The value of an expression: a literal, or a constant of the file; else the expression as
-    text.
-    """
+    """The value of a literal or of a constant of the file; the text of any other expression."""
     if isinstance(node, ast.Name):
         values = (s.value for s in tree(file).body if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == node.id)
         node = next(values, node)

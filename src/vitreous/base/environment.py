@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What bears on speed and on exact repetition."""
+    """What decides on speed and on exact repetition."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "platform": platform.platform(),

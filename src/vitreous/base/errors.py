@@ -38,9 +38,7 @@ class DataError(VitreousError):
 
 
 class ContractError(VitreousError):
-    """A mechanism, task or probe does not keep a law that all of its kind keep
-    (`vitreous.testing`).
-    """
+    """A mechanism, task or probe breaks a law of its kind (`vitreous.testing`)."""
 
 
 class UnknownName(VitreousError):

@@ -13,7 +13,7 @@ from vitreous.base.errors import DataError
 class Metric:
     """A number of a test.
 
-    Name: in metrics.jsonl. unit: % for parts of 1, else as it is shown. label: for people.
+    name: in metrics.jsonl. unit: % for parts of 1, else as it is shown. label: for people.
     """
 
     name: str

@@ -38,7 +38,8 @@ class Lost(VitreousError):
 class Team:
     """The processes of one job.
 
-    Rank: this one's number, from 0. size: how many. local: its number on this machine.
+    rank: this one's number, from 0. size: how many. local: its number on this machine. What is
+    said to be collective must be called in every process.
     """
 
     rank: int = 0
@@ -47,13 +48,11 @@ class Team:
 
     @property
     def first(self) -> bool:
-        """True for the one process that writes files and speaks."""
+        """True for the one process that writes files and prints."""
         return self.rank == 0
 
     def console(self, console: Console) -> Console:
-        """The console; for all processes but the first one that shows nothing, nor takes over a
-        terminal.
-        """
+        """The console in the first process; in the others one that shows nothing."""
         return console if self.first else Console(quiet=True, force_terminal=False)
 
     def device(self, device: torch.device) -> torch.device:
@@ -77,7 +76,7 @@ class Team:
         return torch.device("cuda", self.local)
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum over all processes, known to each."""
+        """Collective: the sum over all processes."""
         if self.size == 1:
             return value
         value = value.detach().clone()
@@ -85,7 +84,7 @@ class Team:
         return value
 
     def most(self, value: int) -> int:
-        """The largest of all processes' numbers."""
+        """Collective: the largest number of all processes."""
         if self.size == 1:
             return value
         largest = torch.tensor(value)
@@ -93,11 +92,11 @@ class Team:
         return int(largest)
 
     def count(self, value: int) -> int:
-        """The sum of whole numbers over all processes."""
+        """Collective: the sum of whole numbers over all processes."""
         return int(self.total(torch.tensor(value)))
 
     def tell(self, value: T) -> T:
-        """What the first process has, in all of them."""
+        """Collective: the value of the first process."""
         if self.size == 1:
             return value
         values = [value]
@@ -105,7 +104,7 @@ class Team:
         return values[0]
 
     def everyone(self, value: T) -> list[T]:
-        """What each process has, in order, known to all."""
+        """Collective: the value of each process, in order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -113,7 +112,7 @@ class Team:
         return values
 
     def gather(self, value: T) -> list[T]:
-        """What each process has, in order, in the first; nothing in the others."""
+        """Collective: the value of each process, in order, in the first; nothing in the others."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.first else None
@@ -121,7 +120,7 @@ class Team:
         return values or []
 
     def in_turn(self, values: list[T]) -> list[T]:
-        """Items that were dealt out one by one, in their order again, in the first process.
+        """Collective: in the first process items that were dealt out one by one, in their order.
 
         Nothing in the others.
         """
@@ -130,22 +129,21 @@ class Team:
         return [value for turn in rounds for value in turn if value is not nothing]
 
     def same(self, tensors: list[Tensor]) -> None:
-        """Make the tensors of all processes those of the first."""
+        """Collective: overwrite the tensors of all processes by those of the first."""
         for tensor in tensors if self.size > 1 else ():
             dist.broadcast(tensor.detach(), src=0)
 
     def first_does(self, work: Callable[[], T]) -> T:
-        """What the work of the first process comes to, in all of them; a VitreousError in it ends
-        all.
-        """
+        """Collective: the result of work in the first process; a VitreousError in it ends all."""
         with self.together():
             result = work() if self.first else None
         return self.tell(result)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one process cannot do, none goes on from: a VitreousError is raised where it was,
-        the others leave with 2.
+        """Collective: a VitreousError in the body of one process ends all.
+
+        It is raised where it was; the others leave with 2.
         """
         error = None
         try:
@@ -170,7 +168,7 @@ ALONE = Team()
 
 
 def launched() -> Team:
-    """Who this process is, by what torchrun told it; not connected yet."""
+    """This process's place in the job, from torchrun's variables; not connected yet."""
     if not dist.is_torchelastic_launched():
         return ALONE
     return Team(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
@@ -178,10 +176,10 @@ def launched() -> Team:
 
 @contextmanager
 def connected(device: torch.device) -> Iterator[Team]:
-    """The team that torchrun started, connected: over gloo, and over NCCL for tensors on CUDA.
-    `ALONE` without torchrun.
+    """The processes that torchrun started, connected; `ALONE` without torchrun.
 
-    Raises Lost in what is done meanwhile if another process has gone.
+    Over gloo, and over NCCL for tensors on CUDA. Raises Lost in what is done meanwhile if another
+    process has gone.
     """
     team = launched()
     if team.size == 1 or dist.is_initialized():  # the latter where one job is part of another
@@ -199,7 +197,7 @@ def connected(device: torch.device) -> Iterator[Team]:
 
 @contextmanager
 def naming_the_lost() -> Iterator[None]:
-    """Turn what torch raises where another process has gone into Lost."""
+    """Raise Lost for an error of torch that another process has gone."""
     try:
         yield
     except RuntimeError as error:

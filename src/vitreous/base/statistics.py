@@ -36,8 +36,8 @@ def of_mean(values: Sequence[float], level: float = 0.95) -> tuple[float, float]
 
 def student(freedom: int, level: float = 0.95) -> float:
     """The t for which Student's distribution has this probability, 0 to 1, between -t and t.
-    freedom: its degrees, from 1.
 
+    freedom: its degrees, from 1.
     Source of the closed form: Abramowitz, Stegun 1964, 26.7.3 and 26.7.4.
     """
 

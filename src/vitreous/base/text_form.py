@@ -1,5 +1,4 @@
-"""Settings with a text form: a frozen dataclass of text and numbers, such as
-`svda:scale=one,layers=6-11`.
+"""Settings with a text form, such as `svda:scale=one,layers=6-11`: frozen dataclasses.
 
     name:setting=value,...        layers are 0-based, ranges inclusive, joined by +
 
@@ -38,9 +37,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """The name in text and files: the file's stem, or the dotted path of a class from
-        elsewhere.
-        """
+        """The name in text and files: the file's stem; of a foreign class its dotted path."""
         module = type(self).__module__
         ours = module.startswith("vitreous.")
         return module.rsplit(".", 1)[-1] if ours else f"{module}.{type(self).__qualname__}"
@@ -75,11 +72,10 @@ def summary(cls: type) -> str:
 
 
 def values_of(cls: type[Settings], name: str, words: str) -> dict[str, Any]:
-    """{setting: value} of "setting=value,...", read as the types of `cls`; name is quoted in
-    errors.
+    """{setting: value} of "setting=value,...", read as the types of `cls`.
 
-    Raises UnknownName for a setting that `cls` does not have, SettingError for a value that does
-    not fit.
+    name: quoted in errors. Raises UnknownName for a setting that `cls` does not have, SettingError
+    for a value that does not fit.
     """
     kinds = settings(cls)
     values: dict[str, Any] = {}
@@ -143,7 +139,7 @@ def read(kind: Any, text: str, where: str) -> Any:
             return kind(text)
         except ValueError:
             pass
-    raise SettingError(f"Found {where}={text!r}. Expected {described(kind)}. Give such a value.")
+    raise SettingError(f"Found {where}={text!r}. Expected {type_words(kind)}. Give such a value.")
 
 
 def spread(part: str, where: str) -> list[str]:
@@ -188,7 +184,7 @@ def checked(owner: Settings, name: str, kind: Any, value: Any) -> Any:
         return tuple(checked(owner, name, k, v) for k, v in zip(kinds, value, strict=True))
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not fits or (isinstance(value, bool) and kind is not bool) or (kind is float and math.isnan(value)):
-        raise SettingError(f"Found {where}. Expected {described(kind)}. Give such a value.")
+        raise SettingError(f"Found {where}. Expected {type_words(kind)}. Give such a value.")
     if isinstance(value, str) and set(value) & set(",:="):
         raise SettingError(f"Found {where}. Expected text without , : and =, which the text form needs. Rename it.")
     return kind(value)
@@ -198,5 +194,5 @@ def optional(kind: Any) -> bool:
     return isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind)
 
 
-def described(kind: Any) -> str:
+def type_words(kind: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))

@@ -1,5 +1,4 @@
-"""The commands: what can be typed after `vitreous`, one in each file that has no leading
-underscore, but for `cli.py`.
+"""The commands: one in each file but `cli.py` and those with a leading underscore.
 
 A command's file holds its settings, its help and its `run`. Only what the settings need is imported
 at its top, and packages whose names are imported when first used; the rest, torch and timm among
@@ -31,7 +30,7 @@ class Command:
     def read(cls, words: Sequence[str]) -> Self:
         """The settings that a command line asks for.
 
-        Exits with code 2, or 0 for --help, where tyro has the word.
+        tyro exits with code 2 for a mistake, and 0 for --help.
         """
         import tyro  # not for commands that read their few words themselves
 
@@ -45,7 +44,8 @@ class Command:
         return cls.__module__.rpartition(".")[2]
 
     def run(self) -> int | None:
-        """Do what was asked; returns the exit code, None for 0. Raises VitreousError for a mistake
-        that can be mended.
+        """Do what was asked; returns the exit code, None for 0.
+
+        Raises VitreousError for a mistake that can be mended.
         """
         raise TypeError(f"{type(self).__name__} does not say what it does: define run(self).")

@@ -24,9 +24,7 @@ RunFolder = Annotated[conf.Positional[str], conf.arg(metavar="RUN", help="The ru
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Which model, and where its weights come from (for a name of timm's: its published ones,
-    unless told otherwise).
-    """
+    """Which weights a model has; for a name of timm's those that timm publishes."""
 
     weights: str | None = None
     """Take the weights in this .safetensors file (or .pth, read without running code)."""

@@ -37,7 +37,7 @@ class Bench(Command):
     comparison: conf.OmitArgPrefixes[Comparison] = field(default_factory=Comparison)
 
     def settings(self) -> bench.BenchSettings:
-        """One record of all.
+        """The record of all options.
 
         Raises UnknownName, DataError or SettingError for what is wrong without building a model.
         """

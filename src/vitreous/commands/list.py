@@ -26,7 +26,7 @@ HELP = "usage: vitreous list [NAME]\n\nThe mechanisms and networks there are, or
 class Shelf:
     """A folder of items.
 
-    Title: of its table; noun: one item; use: a command with the text form of one in it.
+    title: of its table; noun: one item; use: a command with the text form of one in it.
     """
 
     title: str

@@ -47,7 +47,7 @@ class Train(Command):
     running: conf.OmitArgPrefixes[Running] = field(default_factory=Running)
 
     def settings(self) -> train.TrainSettings:
-        """One record of all.
+        """The record of all options.
 
         Raises UnknownName or SettingError for what can be seen to be wrong without data or model.
         """

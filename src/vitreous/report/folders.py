@@ -44,10 +44,10 @@ def open_folders(folders: Sequence[Path]) -> list[ReportInput]:
             f"Found readings and runs together ({', '.join(source.name for source in sources)}). Expected folders of one kind. "
             "Name a reading inside the run, such as RUN/readings/epoch-005."
         )
-    return [replace(source, name=name) for source, name in zip(sources, told_apart(sources, folders), strict=True)]
+    return [replace(source, name=name) for source, name in zip(sources, unique_names(sources, folders), strict=True)]
 
 
-def told_apart(sources: Sequence[ReportInput], folders: Sequence[Path]) -> list[str]:
+def unique_names(sources: Sequence[ReportInput], folders: Sequence[Path]) -> list[str]:
     """Names; to equal ones so much of their folder's path is added as differs."""
     names = [source.name for source in sources]
     parts = [Path(folder).resolve().parts for folder in folders]

@@ -20,9 +20,7 @@ TABLE_KEYS = {"rows": ("layer", "head", "image", "source", "kind"), "scores": ("
 
 @cache
 def meaning() -> dict[str, Any]:
-    """Records by kind, labels of components, and the words that "kind" and "component" were
-    positions of.
-    """
+    """Records and words by kind; words stood as positions in their list."""
     return json.loads((resources.files("vitreous.report") / "assets" / "format-1.json").read_text(encoding="utf-8"))
 
 

@@ -80,11 +80,10 @@ def _written_out(match: re.Match) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element: no character that could end it or begin a
-    comment or an entity.
+    """JSON that may stand inside a script element.
 
-    Keys are sorted and all beyond ASCII is escaped (U+2028 and U+2029 among it), so equal values
-    give equal bytes.
+    No character could end the element or begin a comment or an entity. Keys are sorted and all
+    beyond ASCII is escaped (U+2028 and U+2029 among it), so equal values give equal bytes.
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

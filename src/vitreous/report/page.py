@@ -20,7 +20,7 @@ from vitreous.base.files import write_text
 from vitreous.base.metrics import metrics_of
 from vitreous.report import packing
 from vitreous.report.folders import ReportInput, open_folders
-from vitreous.report.reading import RECORDS, ReadingFolder, boiled_down
+from vitreous.report.reading import RECORDS, ReadingFolder, page_content
 
 IMAGES = 64  # on a page, at most
 LIMIT = 15_000_000  # bytes of a page
@@ -31,8 +31,7 @@ SCRIPTS = (
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
-    """Write the report of these folders to `out`, one self-contained HTML file, and return its
-    path.
+    """Write the report of these folders to `out`, one self-contained HTML file; returns `out`.
 
     folders: one reading folder; several, which can be compared side by side; one run folder, whose
     epochs can be scrubbed; or several run folders. The page shows the maps of the first 64 images
@@ -72,7 +71,7 @@ def payload(sources: Sequence[ReportInput], readings: Sequence[Sequence[ReadingF
             "run": source.run,
             "metrics": source.metrics or [],
             "metric": asdict(metrics_of(source.run or {})[0]),
-            "readings": [boiled_down(reading, images, pictures) for reading in group],
+            "readings": [page_content(reading, images, pictures) for reading in group],
         }
         for source, group in zip(sources, readings, strict=True)
     ]
@@ -95,7 +94,7 @@ def fill(data: dict[str, Any]) -> str:
     """The template with its style, script and data."""
     pictures = data.pop("pictures")
     data = packing.legible(data)
-    return assembled(
+    return assemble(
         data | {"pictures": pictures},
         SCRIPTS,
         title=together([source["name"] for source in data["sources"]]),
@@ -105,7 +104,7 @@ def fill(data: dict[str, Any]) -> str:
     )
 
 
-def assembled(data: Any, scripts: Sequence[str], *, title: str, kind: str, first: tuple[str, str], random: bool = False) -> str:
+def assemble(data: Any, scripts: Sequence[str], *, title: str, kind: str, first: tuple[str, str], random: bool = False) -> str:
     """A page: the template with the style, these scripts and data that is legible.
 
     first: (id, words) of what the link for keyboards jumps to. random: say that the weights are

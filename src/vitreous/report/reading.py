@@ -95,7 +95,7 @@ class ReadingFolder:
         return total * 4 // 3
 
 
-def boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -> dict[str, Any]:
+def page_content(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -> dict[str, Any]:
     """A reading as the page takes it.
 
     Metadata, mean measures, scores, curves, and the maps of the first `shown` images.
@@ -103,12 +103,12 @@ def boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) ->
     pictures: {data address: number}, filled here; the same picture goes into a page once.
     """
     try:
-        return _boiled_down(reading, min(shown, reading.count), pictures)
+        return _page_content(reading, min(shown, reading.count), pictures)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise reading.incomplete(f"something that does not fit format {FORMAT} ({type(error).__name__}: {error})") from error
 
 
-def _boiled_down(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -> dict[str, Any]:
+def _page_content(reading: ReadingFolder, shown: int, pictures: dict[str, int]) -> dict[str, Any]:
     table, each = measures(reading, shown)
     return {key: reading.facts.get(key) for key in FIELDS} | {
         "random": bool(reading.facts.get("random_weights")),
@@ -215,8 +215,9 @@ def _mean(values: np.ndarray, image: np.ndarray) -> list[float | None] | None:
 
 
 def image_scores(reading: ReadingFolder, shown: int) -> dict[str, Any] | None:
-    """Scores against masks of the shown images: {"columns", "values":
-    {"component/layer/head/image": [...]}}.
+    """Scores of the shown images against masks.
+
+    {"columns", "values": {"component/layer/head/image": [...]}}.
     """
     lines = read_csv(reading.folder / "scores.csv")
     if not lines:

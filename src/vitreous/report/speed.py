@@ -12,7 +12,7 @@ from vitreous.base.errors import DataError
 from vitreous.base.files import write_text
 from vitreous.report import packing
 from vitreous.report.folders import read_json
-from vitreous.report.page import assembled
+from vitreous.report.page import assemble
 
 SCRIPTS = ("base", "table", "speed")
 FIELDS = ("name", "command", "settings", "machine", "versions", "ratios")
@@ -35,4 +35,4 @@ def render(result: dict[str, Any]) -> str:
     """The page as text; the seconds of every round stay in bench.json."""
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in result["rows"]]
     data = packing.legible({name: result[name] for name in FIELDS} | {"rows": rows})
-    return assembled(data, SCRIPTS, title=data["name"], kind="speed", first=("numbers", "numbers"))
+    return assemble(data, SCRIPTS, title=data["name"], kind="speed", first=("numbers", "numbers"))
