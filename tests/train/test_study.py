@@ -139,7 +139,7 @@ def test_the_command(given, quiet, tmp_path, capsys):
     words += ["--model-kwargs", "patch_size=4", "depth=2", "embed_dim=24", "num_heads=2", "--out"]
     folder = tmp_path / "typed"
     command = Study.read([*words, str(folder)])
-    assert command.arms.arm == ("plain", "svda")
+    assert command.arm == ("plain", "svda")
     assert command.settings().seeds == 1
     assert Study.read(["cutouts"]).settings().seeds == 3
     assert main(["study", *words, str(folder)]) == 0
