@@ -11,6 +11,6 @@ direction.py               a direction of the features that points at the subjec
 foreground.py              where the subject is, without masks
 evaluation.py              scores and curves of maps
 faithfulness.py            whether the model depends on what a map marks
-reading.py, metadata.py    the reading, its folder, and what it says of itself
+reading.py, metadata.py    the reading, its folder, and the records that describe it
 preserve_state.py          a model is afterwards as it was before
 """

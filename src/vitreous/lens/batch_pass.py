@@ -52,7 +52,7 @@ class BatchPass:
 
     @torch.no_grad()
     def on_attention(self, call: AttentionCall) -> None:
-        """Let every observer see one attention; its tensors are let go at once."""
+        """Hand one attention to every observer; its tensors are released afterwards."""
         if self.batch.noisy and len(call.v) % 2:
             raise DataError(
                 f"Found a batch of {len(call.v)} in {call.name}. Expected images and as many noisy copies after them. "

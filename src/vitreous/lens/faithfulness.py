@@ -12,7 +12,7 @@ Saenko 2018, arXiv 1806.07421.
 A patch that is away shows the mean colour of its image. That holds nothing of what was where, in a
 photograph as in a made scene, and needs no width to be chosen, while a blur shows an object larger
 than itself still. It is an image that the model was not trained on, however: fill="blur" tells
-whether a result hangs on that.
+whether a result depends on that.
 
 Differs from the paper: steps are patches, not pixels; equal values of a map come in random order,
 so that a map without an opinion is at chance; deletion and insertion use the same fill.

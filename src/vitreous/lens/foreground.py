@@ -106,7 +106,7 @@ class BatchReferences:
 
     `add` every layer, then ask for the `result`.
 
-    Features that nothing needs later are let go.
+    Features that nothing needs later are released.
     """
 
     def __init__(self, batch: BatchInfo):

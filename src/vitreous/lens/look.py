@@ -59,7 +59,7 @@ class Plan:
 
 @dataclass
 class Findings:
-    """What a look found out of the model on the way.
+    """What earlier batches of a look showed of the model.
 
     It holds for all batches, and each part keeps it for a look that goes on there.
     """
@@ -161,7 +161,7 @@ def look(
     noise: deviation on pixels of [0, 1] under which attention is compared; 0 leaves robustness out.
     memory: GiB of working memory beside the model's own.
     out: a folder, written as it goes; an interrupted look goes on there.
-    team: processes that share the parts of `out`; the first joins them. All must ask alike.
+    team: processes that share the parts of `out`; the first joins them. All give equal arguments.
     console: shows progress.
     about: what is known of the model: "name", "weights" (pretrained, run, file, random), "classes".
 
@@ -230,8 +230,8 @@ def share_parts(plan: Plan, findings: Findings, count: int, writer: Writer, team
 
     Those without a readable image are left out.
 
-    The first part with images comes first, since what is found out there holds for all others, as
-    in one process.
+    The first part with images comes first, since what it shows of the model holds for all others,
+    as in one process.
     """
     own = Findings(notes=dict(findings.notes))
     ranges = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
@@ -350,7 +350,7 @@ def stored(readout: Readout) -> dict[str, np.ndarray]:
 
 
 def with_noise(plan: Plan, images: Tensor, first: int) -> Tensor:
-    """The images with noise that hangs on the seed and an image's number alone."""
+    """The images with noise, drawn by the seed and an image's number alone."""
     noisy = []
     for number, image in enumerate(images, start=first):
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + number)

@@ -1,4 +1,4 @@
-"""What a reading says of itself: model, weights, layers, components, classes, digest."""
+"""Records that describe a reading: model, layers, images, components, digest."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def of_components(
 ) -> list[dict[str, Any]]:
     """The records of components that there are maps of. details: as of `Readout`.
 
-    All but the rule are told layer by layer.
+    All but the rule are kept layer by layer.
     """
     present: dict[str, dict[str, Any]] = {}
     for key in part.maps():

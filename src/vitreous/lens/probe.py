@@ -1,6 +1,6 @@
 """What is read from a pass: `Probe` and `Observer`, and the records of measures and maps.
 
-A `Probe` says what it measures, its `Observer` follows one batch, a `Readout` is what came of it.
+A `Probe` says what it measures, its `Observer` follows one batch, a `Readout` holds the result.
 
 A probe is one file of `lens/probes/`, or a class from elsewhere: see `docs/how-to/add-a-probe.md`.
 `look` runs all of them in one pass. `Measure` (a number), `Component` (a map) and `Source` (what
@@ -178,7 +178,7 @@ class Observer:
         """The output of one of the modules that `Probe.outputs` names."""
 
     def on_layer(self, features: LayerFeatures) -> None:
-        """One layer, as soon as it is complete; its tensors are let go afterwards."""
+        """One layer, as soon as it is complete; its tensors are released afterwards."""
 
     def finish(self) -> Readout:
         """What came of it, when the pass is over."""

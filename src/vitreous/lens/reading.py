@@ -59,7 +59,7 @@ class Part:
 
     tensors: by name as the file holds them. images: what is known of each image.
 
-    findings: what had been found out of the model by then, for a look that goes on after this part.
+    findings: what earlier parts showed of the model, for a look that goes on after this one.
     tables: {"rows" or "scores": {"columns": names in order, "words": {column of text: the words
     that its numbers are positions of}}}.
     """

@@ -111,7 +111,7 @@ class Locator:
     def points_of(self, call: AttentionCall) -> Points | None:
         """(y, x) of queries and keys.
 
-        A merged token stands at the mean of the places that it speaks for, image by image.
+        A merged token is at the mean of the places it stands for, image by image.
         """
         windows, n, m = *call.output.shape[1:4:2], call.v.shape[3]
         if call.assignment is not None:
@@ -153,7 +153,7 @@ def mean_points(points: Tensor, assignment: Assignment, tokens: int) -> Tensor:
 def has_class_token(model: nn.Module) -> bool:
     """True if the first of tokens without a place is a class token.
 
-    Not where parameters speak of registers alone.
+    It is not where the names of parameters contain registers, but no class token.
     """
     names = [name.rpartition(".")[2].lower() for name, _ in model.named_parameters()]
     return any("cls" in name or "class" in name for name in names) or not any("reg" in name for name in names)

@@ -23,7 +23,7 @@ Points = tuple[Tensor, Tensor]  # (y, x) of queries (B or 1, W, N, 2) and of key
 class Distances:
     """Distances between tokens, in buffers.
 
-    Kept until others are asked for, since the layers of a model ask for the same.
+    The latest ones are kept, since the layers of a model mostly share them.
     """
 
     def __init__(self):

@@ -6,7 +6,7 @@
     score     singular values of scale Q K^T on an image, rotary embedding included; masks and
               biases are not part of it
 
-The scale of a score is known where a fused kernel was told; elsewhere queries are taken as they
+The scale of a score is known where a fused kernel got it; elsewhere queries are taken as they
 enter the product. The corrected indicators are free of scale, so this concerns the paper's forms
 alone.
 

@@ -45,7 +45,7 @@ class AlignmentObserver(Observer):
 class Alignment(Probe):
     """Cosine of a token's own query and key, before a learned spectrum comes in.
 
-    Nothing where that cannot be told.
+    No value where the spectrum cannot be divided out.
 
     Only where queries and keys are the same tokens. The paper's form is that of the noisy image.
     """
