@@ -91,3 +91,19 @@ def test_drawing_how_often_a_value_comes_is_the_same_as_drawing_images():
     images = statistics.bootstrap(values, 0.9, draws=10_000)
     assert statistics.bootstrap(values, 0.9, draws=10_000, few_values=True) == pytest.approx(images, abs=0.005)
     assert images[2] - images[1] < np.subtract(*statistics.bootstrap(values, 0.99, draws=10_000)[:0:-1])
+
+
+@pytest.mark.parametrize(
+    ("intervals", "margin", "expected"),
+    [
+        ([(0.001, 0.02)], 0.01, "better"),
+        ([(0.001, 0.02), (-0.001, 0.02)], 0.01, "undecided"),
+        ([(-0.2, -0.1), (-0.3, -0.001)], 0.01, "worse"),
+        ([(-0.01, 0.01), (-0.002, 0.004)], 0.01, "no difference"),
+        ([(-0.01, 0.01), (-0.002, 0.004)], None, "undecided"),
+        ([(-0.011, 0.01)], 0.01, "undecided"),
+        ([], 0.01, "undecided"),
+    ],
+)
+def test_one_rule_of_verdicts(intervals, margin, expected):
+    assert statistics.verdict(intervals, margin) == expected

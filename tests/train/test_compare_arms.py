@@ -69,14 +69,18 @@ def test_verdicts_and_cost(study):
     for by_seed, by_image, verdict in (
         ([0.01, 0.2], [0.02, 0.1], "better"),
         ([-0.2, -0.01], [-0.1, -0.02], "worse"),
-        ([-0.01, 0.2], [0.02, 0.1], "no difference shown"),
+        ([-0.01, 0.2], [0.02, 0.1], "undecided"),
+        ([-0.01, 0.005], [0.001, 0.01], "no difference"),
+        ([-0.011, 0.005], [0.001, 0.01], "undecided"),
         (None, [0.02, 0.1], "better"),
-        (None, None, "no difference shown"),
+        (None, None, "undecided"),
     ):
-        difference = {"interval_by_seed": by_seed, "interval_by_image": by_image}
+        difference = {"interval_by_seed": by_seed, "interval_by_image": by_image, "by_seed": [0.0] * 3}
         assert compare_arms.verdict(difference, ACCURACY) == verdict
+    two_seeds = {"interval_by_seed": [-0.01, 0.005], "interval_by_image": [0.001, 0.01], "by_seed": [0.0] * 2}
+    assert compare_arms.verdict(two_seeds, ACCURACY) == "undecided"
     error = Metric("error", "px", "lower", "error")
-    assert compare_arms.verdict({"interval_by_seed": None, "interval_by_image": [0.02, 0.1]}, error) == "worse"
+    assert compare_arms.verdict({"interval_by_seed": None, "interval_by_image": [0.02, 0.1], "by_seed": [0.1]}, error) == "worse"
     assert "all 2 comparisons of a test set hold" in text
     assert "| c |" in text
 

@@ -98,3 +98,20 @@ def paired(ours: Any, theirs: Any, level: float = 0.95, **options: Any) -> tuple
     options: of `bootstrap`.
     """
     return bootstrap(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64), level, **options)
+
+
+MARGIN = 0.01  # a difference of at most one point, or of one percent of a ratio, is none that matters
+
+
+def verdict(intervals: Sequence[Sequence[float]], margin: float | None = MARGIN) -> str:
+    """What the intervals (low, high) of one difference come to.
+
+    better, worse: all of them lie above 0, or below. no difference: all of them lie within the margin.
+    undecided: neither, or there is none; margin None: no size is known below which nothing matters.
+    """
+    ends = np.array(list(intervals), np.float64).reshape(-1, 2)
+    if len(ends) and (ends > 0).all():
+        return "better"
+    if len(ends) and (ends < 0).all():
+        return "worse"
+    return "no difference" if len(ends) and margin is not None and (abs(ends) <= margin).all() else "undecided"

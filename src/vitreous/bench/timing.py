@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from vitreous.base.errors import SettingError
+from vitreous.base.statistics import verdict
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+SAME = 0.02  # of 1: a ratio nearer to it matters to nobody
 ENOUGH = 16  # rounds, eight pairs, which lie on one side of the true median in 1 of 128 cases
 
 
@@ -38,10 +40,12 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """faster (below 1), slower, no difference (the interval covers 1), or too few rounds."""
+        """faster (below 1), slower, no difference (all within SAME of 1), undecided, or too few rounds."""
         if self.rounds < ENOUGH:
             return "too few rounds"
-        return "faster" if self.surely[1] < 1 else "slower" if self.surely[0] > 1 else "no difference"
+        words = {"better": "slower", "worse": "faster"}  # of a number above 0, and below
+        found = verdict([np.array(self.surely) - 1], SAME)
+        return words.get(found, found)
 
 
 def rounds(

@@ -123,7 +123,7 @@ function facts() {
 
 function lead() {
   const count = (verdict) => DATA.ratios.filter((ratio) => ratio.verdict === verdict).length;
-  const verdicts = ["faster", "no difference", "slower"].filter(count).map((verdict) => `${verdict} in ${count(verdict)}`);
+  const verdicts = ["faster", "no difference", "slower", "undecided"].filter(count).map((verdict) => `${verdict} in ${count(verdict)}`);
   const failed = DATA.rows.filter((row) => row.failed).length;
   const words = [
     verdicts.length ? `${DATA.name} is, of ${plural(DATA.ratios.length, "comparison")}: ${verdicts.join(", ")}.` : null,

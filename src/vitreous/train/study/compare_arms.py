@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from vitreous.base.metrics import Metric
-from vitreous.base.statistics import bootstrap, of_mean, wilson
+from vitreous.base.statistics import MARGIN, bootstrap, of_mean, wilson
+from vitreous.base.statistics import verdict as verdict_of
 from vitreous.train.records.predictions import by_image
 from vitreous.train.records.run_folder import read_metrics, read_rows
 from vitreous.train.records.summary import outcome, run_metrics, table
@@ -33,6 +34,7 @@ from vitreous.train.records.summary import outcome, run_metrics, table
 LEVEL = 0.95
 DRAWS = 10_000  # of the bootstrap over test images
 BY = ("interval_by_seed", "interval_by_image")
+ENOUGH = 3  # seeds before "no difference" is said
 
 
 def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
@@ -114,11 +116,10 @@ def alike(runs: Sequence[Path]) -> bool:
 
 
 def verdict(difference: dict[str, Any], metric: Metric) -> str:
-    """better or worse, where no interval holds 0, else no difference shown."""
-    intervals = [metric.sign * np.array(difference[name]) for name in BY if difference[name]]
-    if intervals and all(min(ends) > 0 for ends in intervals):
-        return "better"
-    return "worse" if intervals and all(max(ends) < 0 for ends in intervals) else "no difference shown"
+    """What a difference comes to, by `statistics.verdict`; "no difference" from three seeds on."""
+    intervals = [sorted(metric.sign * np.array(difference[name])) for name in BY if difference[name]]
+    enough = len(difference["by_seed"]) >= ENOUGH
+    return verdict_of(intervals, MARGIN if metric.unit == "%" and enough else None)
 
 
 def tables(results: dict[str, Any]) -> list[str]:
@@ -144,7 +145,9 @@ def tables(results: dict[str, Any]) -> list[str]:
         f"{seeds} seed{'s' if seeds > 1 else ''}; runs of one seed have the same data, order, recipe and starting weights. "
         f"Intervals of {article} {metric.label} are {over}. Differences are in {unit(metric)}, paired: *by seed* asks whether "
         "other seeds would show them on these images, *by image* whether other images would with these weights; neither "
-        f"covers both. They hold at {each if many > 1 else '95 %'}. Better or worse is said where no interval holds 0. Cost is "
+        f"covers both. They hold at {each if many > 1 else '95 %'}. Better or worse is said where no interval holds 0, no "
+        "difference where from three seeds on both lie within one point, else undecided: more seeds and test images narrow "
+        "them. Cost is "
         "seconds of training per image, relative to the first arm, as it came while training: `vitreous bench` measures it in "
         "turns.\n"
     )
