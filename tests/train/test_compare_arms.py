@@ -80,7 +80,8 @@ def test_verdicts_and_cost(study):
     two_seeds = {"interval_by_seed": [-0.01, 0.005], "interval_by_image": [0.001, 0.01], "by_seed": [0.0] * 2}
     assert compare_arms.verdict(two_seeds, ACCURACY) == "undecided"
     error = Metric("error", "px", "lower", "error")
-    assert compare_arms.verdict({"interval_by_seed": None, "interval_by_image": [0.02, 0.1], "by_seed": [0.1]}, error) == "worse"
+    one_seed = {"interval_by_seed": None, "interval_by_image": [0.02, 0.1], "by_seed": [0.1]}
+    assert compare_arms.verdict(one_seed, error) == "worse"
     assert "all 2 comparisons of a test set hold" in text
     assert "| c |" in text
 

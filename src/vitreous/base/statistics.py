@@ -106,8 +106,9 @@ MARGIN = 0.01  # a difference of at most one point, or of one percent of a ratio
 def verdict(intervals: Sequence[Sequence[float]], margin: float | None = MARGIN) -> str:
     """What the intervals (low, high) of one difference come to.
 
-    better, worse: all of them lie above 0, or below. no difference: all of them lie within the margin.
-    undecided: neither, or there is none; margin None: no size is known below which nothing matters.
+    better, worse: all of them lie above 0, or below. no difference: all of them lie within the
+    margin. undecided: neither, or there is none. margin None: no size is known below which nothing
+    matters.
     """
     ends = np.array(list(intervals), np.float64).reshape(-1, 2)
     if len(ends) and (ends > 0).all():
