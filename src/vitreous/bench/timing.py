@@ -40,7 +40,7 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """faster (below 1), slower, no difference (within SAME of 1), undecided, or too few rounds."""
+        """faster (below 1), slower, no difference (to SAME), undecided, or too few rounds."""
         if self.rounds < ENOUGH:
             return "too few rounds"
         words = {"better": "slower", "worse": "faster"}  # of a number above 0, and below
