@@ -116,7 +116,7 @@ def alike(runs: Sequence[Path]) -> bool:
 
 
 def verdict(difference: dict[str, Any], metric: Metric) -> str:
-    """What a difference comes to, by `statistics.verdict`; "no difference" from three seeds on."""
+    """What a difference comes to; "no difference" is said from three seeds on."""
     intervals = [sorted(metric.sign * np.array(difference[name])) for name in BY if difference[name]]
     enough = len(difference["by_seed"]) >= ENOUGH
     return verdict_of(intervals, MARGIN if metric.unit == "%" and enough else None)
