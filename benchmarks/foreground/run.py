@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitreous.base.statistics import bootstrap, paired
 from vitreous.lens.direction import Direction, Scan, centre_bump, corners, rows_of
 from vitreous.lens.foreground import foreground_of, references
 from vitreous.lens.formulas.maps import (
@@ -32,9 +33,7 @@ from vitreous.lens.formulas.maps import (
 from vitreous.lens.formulas.scores import (
     auroc,
     baselines,
-    bootstrap,
     centre_prior,
-    paired,
     ranks,
     scores,
 )
