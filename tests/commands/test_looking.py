@@ -208,6 +208,7 @@ def test_weights_that_cannot_be_had_are_never_random_ones_by_accident(name, phot
         ("look vit_tinny_patch16_224 photos", "'vit_tiny_patch16_224'"),
         ("look resnet10t photos --random-weights", "showed no attention map"),
         ("look vit_tiny_patch16_224 photos --random-weights --model-kwargs depht=2", "depht"),
+        ("look vit_tiny_patch16_224 photos --random-weights --model-kwargs classes=3", "classes=3"),
         ("look vit_tiny_patch16_224 photos --random-weights --model-kwargs img_size=32,patch=2", "--model-kwargs"),
         ("look model photos --nois 0", "--nois"),
         ("look", "MODEL"),

@@ -16,7 +16,7 @@ from vitreous.lens.reading import read
 from vitreous.train import TrainSettings, load, train
 from vitreous.train.engine.loop import NotFinite
 from vitreous.train.engine.loop import test as run_test
-from vitreous.train.engine.prepare import prepare
+from vitreous.train.engine.prepare import check_start, prepare
 from vitreous.train.records.run_folder import read_metrics, read_table
 
 FILES = {
@@ -214,6 +214,16 @@ def test_default_folders_are_numbered(settings, quiet, tmp_path, monkeypatch):
         ({"data": "cutouts:train=40,test=24,size=18"}, SettingError, "18 x 18"),
         ({"graft": ("svda:layers=7",)}, SettingError, "0 to 1"),
         ({"model_kwargs": ("no_such=1",)}, SettingError, "no_such"),
+        ({"model_kwargs": ("img_size=32",)}, SettingError, r"img_size=32 for a run with \(16, 16\)"),
+        ({"model_kwargs": ("num_classes=5",)}, SettingError, "num_classes=5 for a run with 6"),
+        ({"model_kwargs": ("in_chans=1",)}, SettingError, "in_chans=1 for a run with 3"),
+        (
+            {"model_kwargs": ("pretrained=True",)},
+            SettingError,
+            "Found --model-kwargs pretrained=True. Expected the network's own",
+        ),
+        ({"opt": "adahessian"}, SettingError, "second derivatives"),
+        ({"model": "test_resnet", "model_kwargs": (), "batch_size": 13}, SettingError, "a batch of one image .40 images"),
         ({"train": "new"}, SettingError, "no parameter to learn"),
         ({"graft": ("svda", "svda")}, VitreousError, "already"),
     ],
@@ -222,6 +232,31 @@ def test_nothing_is_written_when_something_does_not_fit(settings, quiet, tmp_pat
     with pytest.raises(kind, match=said):
         train(settings(**changes), quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [("num_classes=6", "in_chans=3", "img_size=16"), ("img_size=(16, 16)",)])
+def test_arguments_that_say_what_the_data_say_are_taken(settings, words):
+    chosen = settings(epochs=1)
+    check_start(prepare(settings(model_kwargs=(*chosen.model_kwargs, *words))))
+
+
+def test_batches_of_one_image_are_taken_where_batch_norm_can(settings, quiet):
+    """On feature maps of more than one pixel; and a network without it takes them in any case."""
+    train(settings(model="test_resnet", model_kwargs=(), data="cutouts:train=9,test=6,size=64", batch_size=4, epochs=1), quiet)
+    check_start(prepare(settings(batch_size=13)))
+
+
+def test_a_classifier_that_does_not_name_its_classes_is_said(settings, quiet, tmp_path):
+    first = train(settings(epochs=1, out=str(tmp_path / "first")), quiet)
+    kept = dict(weights=str(first / "model.safetensors"), model_kwargs=(*settings().model_kwargs, "img_size=16"))
+    session = prepare(settings(**kept))
+    assert session.model.head.weight.equal(load(first).head.weight)
+    (remark,) = [remark for remark in session.remarks if remark.startswith("Classifier:")]
+    assert "has 6 classes and does not name them" in remark
+    assert "0 disc, 1 square, 2 triangle, 3 star, ..." in remark
+    others = [dict(model=str(first), model_kwargs=()), kept | {"data": "cutouts:train=40,test=24,size=16,classes=5"}]
+    for changes in others:  # it names them; another number of classes
+        assert not any(remark.startswith("Classifier:") for remark in prepare(settings(**changes)).remarks)
 
 
 def test_a_folder_in_use_is_left_alone(settings, quiet, tmp_path):

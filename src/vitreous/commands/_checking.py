@@ -41,6 +41,8 @@ def show(findings: Findings, console: Console) -> None:
     if findings.masks:
         lines.append(f"Masks or boxes: of {findings.masks:,} images.")
     lines += [f"{count:,} images: {note}." for note, count in findings.notes.items()]
+    if len(findings.suffixes) > 1:
+        lines.append(f"Suffixes: {', '.join(f'{count:,} {shown(suffix)}' for suffix, count in findings.suffixes.items())}.")
     lines += findings.remarks
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

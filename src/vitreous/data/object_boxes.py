@@ -65,7 +65,7 @@ def read_boxes(raw: bytes, files: Container[str], report: Report = raised, *, ot
         try:
             parts = [row[key] for key in ("split", "class", "wnid", "file") if row.get(key)]
             box = tuple(int(row[key]) for key in ("x0", "y0", "x1", "y1"))
-            name = "/".join(parts)
+            name = "/".join(parts).replace("\\", "/")  # as Windows writes them
             if others and parts and name not in files:
                 continue
             if name not in files or not (0 <= box[0] <= box[2] and 0 <= box[1] <= box[3]):

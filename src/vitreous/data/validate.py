@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vitreous.base.errors import DataError
@@ -37,6 +37,7 @@ class Findings:
     name: str
     counts: dict[str, dict[str, int]]
     sizes: list[tuple[int, int]]
+    suffixes: dict[str, int]
     notes: dict[str, int]
     remarks: list[str]
     masks: int
@@ -86,6 +87,7 @@ def check_data(spec: str, *, outside: bool = False, progress: Progress | None = 
         name=listing.name,
         counts=counts,
         sizes=[sizes[0], sizes[len(sizes) // 2], sizes[-1]] if sizes else [],
+        suffixes=dict(sorted(Counter(PurePosixPath(name).suffix.lower() for name in listing.files).items())),
         notes=dict(sorted(notes.items())),
         remarks=[*passed_over(listing.passed_over), *class_order(listing, sorted(set(listing.classes.values())))],
         masks=len(listing.foregrounds),

@@ -34,10 +34,17 @@ def create_model(
     for a bad argument.
     """
     check_name(name)
-    arguments["in_chans"] = channels
+    if channels is not None:
+        arguments["in_chans"] = channels
     if weights is not None:
         tensors = read_weights(Path(weights))
-        model = build(name, num_classes=class_count(name, tensors), **arguments)
+        count = class_count(name, tensors)
+        if arguments.setdefault("num_classes", count) != count:
+            raise SettingError(
+                f"Found num_classes={arguments['num_classes']} and {weights}, weights of {count} classes. Expected one number. "
+                "Leave num_classes out."
+            )
+        model = build(name, **arguments)
         fill(model, tensors, str(weights))
         return adapt(model, classes, image_size)
     if pretrained:

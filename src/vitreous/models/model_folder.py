@@ -75,9 +75,11 @@ def load(
     if not timm.is_model(name):
         raise UnknownName(name, f"architecture in {folder / CONFIG}", timm.list_models())
     check_config(config, folder / CONFIG)
-    check_network(tensors, str(folder), f"local-dir:{folder}", in_chans=channels, **arguments)
+    if channels is not None:
+        arguments["in_chans"] = channels
+    check_network(tensors, str(folder), f"local-dir:{folder}", **arguments)
     with no_larger_than(tensors, str(folder)):
-        model = build(f"local-dir:{folder}", in_chans=channels, **arguments)
+        model = build(f"local-dir:{folder}", **arguments)
         graft(model, *mechanisms)
     fill(model, tensors, str(folder))
     return adapt(model, classes, image_size)

@@ -88,7 +88,13 @@ def make_optimizer(objective: Objective, settings: TrainSettings) -> torch.optim
     own = nn.ModuleDict({name: child for name, child in objective.named_children() if name != "model"})
     if any(p.requires_grad for p in own.parameters()):
         groups += param_groups_weight_decay(own, settings.weight_decay)
-    return create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=0.0)
+    optimizer = create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=0.0)
+    if getattr(optimizer, "is_second_order", False):
+        raise SettingError(
+            f"Found --opt {settings.opt}, which needs second derivatives. Expected an optimizer of gradients alone, since a "
+            "step computes no others. Choose for example adamw."
+        )
+    return optimizer
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> Scheduler:

@@ -14,7 +14,7 @@ from vitreous.data import Data, OpenOnce, open_data
 from vitreous.mechanism import parse
 from vitreous.train.engine.lock import locked
 from vitreous.train.engine.loop import go_on
-from vitreous.train.engine.prepare import fetch, prepare, run_metadata
+from vitreous.train.engine.prepare import check_start, fetch, prepare, run_metadata
 from vitreous.train.engine.session import Session
 from vitreous.train.engine.state import writing
 from vitreous.train.records import reproducibility, summary
@@ -64,6 +64,7 @@ def train_once(
     with ExitStack() as locks:
         with team.together():
             session = prepare(settings, console, team, opening)
+            check_start(session)
             run = Run(folder, made=team.first)
             if team.first:
                 locks.enter_context(locked(folder, say))

@@ -143,6 +143,8 @@ def key_values(words: Sequence[str]) -> dict[str, Any]:
         name, equals, text = word.partition("=")
         if not (name.isidentifier() and equals):
             raise SettingError(f"Found --model-kwargs {word}. Expected name=value. Write for example depth=6.")
+        if name in ("pretrained", "weights", "classes", "channels", "image_size"):  # ours, not the network's
+            raise SettingError(f"Found --model-kwargs {word}. Expected the network's own arguments. Leave it out; see --help.")
         try:
             values[name] = literal_eval(text)
         except (ValueError, SyntaxError):

@@ -54,6 +54,7 @@ def test_suffixes_that_are_read_are_no_remark(tmp_path):
     data = open_data(str(made.write(tmp_path, files)))
     assert len(data.train) + len(data.tests["test"]) == 8
     assert data.remarks == ()
+    assert check_data(str(tmp_path)).suffixes == {".jfif": 2, ".jpe": 2, ".jpg": 2, ".mpo": 2}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from data import made
 from vitreous.base.errors import DataError
 from vitreous.data import ClassSet, open_data
+from vitreous.data.object_boxes import read_boxes
 from vitreous.data.validate import check_data
 
 
@@ -81,6 +82,18 @@ def test_paths_that_lead_outside_are_refused(photos, name):
         open_data(spec)
     if "\\" not in name:
         assert len(open_data(spec, outside=True).train) == 9
+
+
+def test_a_table_written_on_windows_is_read(photos):
+    made.write(photos, {"masks/0.png": made.encoded(made.Image.new("L", (16, 12), 255))})
+    lines = [line.replace("/", "\\") for line in PARTS]
+    data = open_data(table(photos, rows(*lines)))
+    assert data.train.names == open_data(table(photos, rows(*PARTS))).train.names
+    head = ["file,label,mask", *(f"images\\{k}.png,{'cat' if k % 2 else 'dog'},masks\\0.png" for k in range(8))]
+    samples = open_data(table(photos, "\r\n".join(head))).train
+    assert samples.mask(0).all()
+    boxes = read_boxes(b"file,x0,y0,x1,y1\nimages\\0.png,1,2,3,4\n", {"images/0.png"})
+    assert boxes == {"images/0.png": [(1, 2, 3, 4)]}
 
 
 def test_paths_inside_may_go_up_and_down(photos):

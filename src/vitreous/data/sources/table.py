@@ -12,7 +12,7 @@ from pathlib import Path, PureWindowsPath
 
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import contents
-from vitreous.data.object_boxes import Box, ObjectBoxes
+from vitreous.data.object_boxes import Box
 from vitreous.data.problems import Report, listed, raised
 from vitreous.data.sources.listing import PARTS, Listing
 
@@ -29,10 +29,10 @@ def list_table(path: Path, *, outside: bool = False, report: Report = raised) ->
     `label:NAME` for each class: 1 present, 0 absent, empty not known. Optional: split (train, val
     or test, or a synonym; in every line or in none, then by content), mask (a .png) and x0, y0, x1,
     y1 (pixels, both ends included; empty where there is none; several lines of one file hold
-    several boxes). Others are not read. Paths are relative to the table's folder, slashes between
-    their parts; one that leads out of it, by `..`, as an absolute path or through a link, is
-    refused unless outside is set. A file that is not there is no mistake of the table: it is
-    quarantined as unreadable.
+    several boxes). Others are not read. Paths are relative to the table's folder, slashes or
+    backslashes between their parts; one that leads out of it, by `..`, as an absolute path or
+    through a link, is refused unless outside is set. A file that is not there is no mistake of the
+    table: it is quarantined as unreadable.
 
     Raises DataError for a table without such columns, or with both label and label:NAME.
     """
@@ -99,7 +99,7 @@ def add_row(row: dict[str, str], folder: Path, outside: bool, listing: Listing, 
     """
     if None in row or None in row.values():
         raise ValueError("it has more or fewer cells than the first line. Expected as many. Put names with commas in quotes.")
-    name, split = row["file"], row.get("split", "")
+    name, split = slashes(row["file"]), row.get("split", "")
     present = tuple(presence(row, label) for label in listing.set_classes)
     label = "+".join(label for label, value in zip(listing.set_classes, present, strict=True) if value == 1)
     label = label if listing.set_classes else row["label"]
@@ -112,7 +112,8 @@ def add_row(row: dict[str, str], folder: Path, outside: bool, listing: Listing, 
     part = PARTS[split.lower()] if split else ""
     box = box_of(row)
     source = inside(name, folder, outside)
-    mask = inside(row["mask"], folder, outside) if row.get("mask") else None
+    mask_name = slashes(row.get("mask") or "")
+    mask = inside(mask_name, folder, outside) if mask_name else None
     if name in listing.files:
         if (label, part, present) != (listing.classes[name], listing.parts[name], listing.sets.get(name, ())):
             raise ValueError(f"{name!r} once more, with another label or split. Expected one of each. Take one line out.")
@@ -124,8 +125,15 @@ def add_row(row: dict[str, str], folder: Path, outside: bool, listing: Listing, 
     if box is not None:
         boxes.setdefault(name, []).append(box)
     elif mask is not None:
-        foreground: ObjectBoxes = (row["mask"], mask)
-        listing.foregrounds[name] = foreground
+        listing.foregrounds[name] = (mask_name, mask)
+
+
+def slashes(name: str) -> str:
+    """A path with slashes between its parts, where it was written on Windows.
+
+    A share and a drive stay as they are, and are refused by `inside`.
+    """
+    return name if name.startswith("\\") or PureWindowsPath(name).drive else name.replace("\\", "/")
 
 
 def presence(row: dict[str, str], label: str) -> float:

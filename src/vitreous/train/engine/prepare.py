@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from timm.models import get_model_input_config
@@ -187,6 +188,45 @@ def data_and_model(
         *([nameless_classifier(data.classes)] if nameless else []),
     ]  # fmt: skip
     return data, inputs, model, remarks
+
+
+def check_start(session: Session) -> None:
+    """Raise SettingError for what would stop a new run later, or be passed over in it.
+
+    Arguments of the network that contradict the data, and batches of one image that batch norm
+    cannot take.
+    """
+    config, arguments = session.inputs.config(), session.settings.network_arguments()
+    actual = {
+        "in_chans": config["input_size"][0],
+        "img_size": config["input_size"][1:],
+        "num_classes": session.model.num_classes,
+    }
+    for name, value in actual.items():
+        if name not in arguments or (name == "img_size" and session.settings.weights):  # it says the size of these weights
+            continue
+        asked = arguments[name]
+        if name == "img_size":
+            asked = (asked, asked) if isinstance(asked, int) else tuple(asked) if isinstance(asked, list) else asked
+        if asked != value:
+            raise SettingError(
+                f"Found --model-kwargs {name}={arguments[name]} for a run with {value}. Expected none, since channels and "
+                "classes follow from the data, and the size from --image-size. Leave it out."
+            )
+    sizes = [len(rows) for _, rows in session.train.order if len(rows)]
+    smallest = min(size // min(session.settings.accumulate, size) for size in sizes)
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in session.model.modules())
+    if smallest > 1 or not norms or session.settings.shard:
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copy.deepcopy(session.model).train()(torch.zeros(1, *session.view_shape, device=session.device))
+    except ValueError as error:
+        raise SettingError(
+            f"Found a batch of one image ({len(session.data.train)} images, --batch-size {session.settings.batch_size}), which "
+            f"batch norm cannot take ({error}). Expected two at least. Choose another --batch-size, or leave one image out "
+            "with --limit."
+        ) from error
 
 
 def nameless_classifier(classes: Sequence[str]) -> str:
