@@ -145,6 +145,26 @@ def test_restore_and_gather_are_normalized_over_tokens_and_over_places(hard):
     torch.testing.assert_close(step.gather(x, sizes), (weighed @ x) / weighed.sum(2, keepdim=True))
 
 
+@pytest.mark.parametrize("hard", [True, False])
+def test_places_share_what_their_token_has(hard):
+    step, amounts = assignment(4, 9, hard, seed=1), tokens(2, 4).double().abs()
+    shared = step.share(amounts)
+    torch.testing.assert_close(shared, matrix(step, "places").mT @ amounts)
+    torch.testing.assert_close(shared.sum(1), amounts.sum(1))
+    torch.testing.assert_close(step.counts(4).double(), matrix(step, "tokens").sum(1))
+    torch.testing.assert_close(step.at(slice(2, 5)).restore(amounts), step.restore(amounts)[:, 2:5])
+    longer, more = step.extended(4, 2), torch.cat([amounts, tokens(2, 2).double()], dim=1)
+    for way in ("share", "restore"):
+        whole = getattr(step, way)(amounts)
+        torch.testing.assert_close(getattr(longer, way)(more), torch.cat([whole, more[:, 4:]], dim=1))
+
+
+def test_dropped_places_have_no_share():
+    step = Assignment(torch.tensor([[0, -1, 1, 1, -1]]), tokens=3, dropped=True)  # the third token stands for no place
+    assert step.counts(3).tolist() == [[1, 2, 0]]
+    assert step.share(torch.tensor([[[3.0], [4.0], [5.0]]])).flatten().tolist() == [3, 0, 2, 2, 0]
+
+
 def test_dropped_places_count_for_no_token_and_restore_to_zero():
     step, x = Assignment(torch.tensor([[0, -1, 1, 1, -1]]), tokens=2, dropped=True), tokens(1, 5)
     torch.testing.assert_close(step.gather(x), torch.stack([x[0, 0], (x[0, 2] + x[0, 3]) / 2])[None])

@@ -70,6 +70,34 @@ class Assignment:
             return take(x, self.index, absent=0 if self.dropped else None)
         return normalized(self.weights, 1).mT.to(x.dtype) @ x
 
+    def share(self, x: Tensor) -> Tensor:
+        """Amounts of present tokens (B, n, D) -> (B, N, D): divided among the places of each, so that sums stay."""
+        if self.weights is None:
+            return self.restore(x / self.counts(x.shape[1])[..., None].clamp(min=1))
+        return normalized(self.weights, 2).mT.to(x.dtype) @ x
+
+    def counts(self, tokens: int) -> Tensor:
+        """(B, n): how many places each of n tokens stands for."""
+        if self.weights is not None:
+            return normalized(self.weights, 1).sum(2)
+        counts = self.index.new_zeros(len(self.index), 1 + tokens)
+        return counts.scatter_add(1, self.index + 1, torch.ones_like(self.index))[:, 1:]
+
+    def at(self, places: slice) -> Assignment:
+        """The assignment of some of the places."""
+        return replace(self, **{name: x[..., places] for name in ("index", "weights") if (x := getattr(self, name)) is not None})
+
+    def extended(self, tokens: int, more: int) -> Assignment:
+        """With `more` tokens behind the n = `tokens` that are there, each in a place of its own."""
+        if self.weights is not None:
+            b, n, places = self.weights.shape
+            weights = self.weights.new_zeros(b, n + more, places + more)
+            weights[:, :n, :places] = self.weights
+            weights[:, n:, places:] = torch.eye(more).to(weights)
+            return replace(self, weights=weights)
+        own = torch.arange(tokens, tokens + more, device=self.index.device).expand(len(self.index), -1)
+        return replace(self, index=torch.cat([self.index, own], dim=1), tokens=tokens + more)
+
     def gather(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Places (B, N, D) -> (B, n, D): the mean of each token's places, weighed by sizes (B, N) if given."""
         weights = self.as_weights(torch.promote_types(x.dtype, torch.float32))

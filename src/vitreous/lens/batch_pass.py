@@ -77,11 +77,13 @@ class BatchPass:
 
         Then those of the effective map, where it differs.
         """
-        queries = call.output.shape[3]
-        size = max(1, self.batch.block // (call.output[..., 0, 0].numel() * call.v.shape[3]))
+        queries, keys = call.output.shape[3], call.v.shape[3]
+        if where.assignment is not None:
+            keys = max(keys, where.assignment.places + where.inserted)
+        size = max(1, self.batch.block // (call.output[..., 0, 0].numel() * keys))
         step = queries if queries <= FULL_CHECK_ROWS else size  # all rows of a small map are there already, from its check
         for effective in (False, True) if call.mixed else (False,):
-            for rows, block in call.rows(step, effective):
+            for rows, block in where.map_rows(call, step, effective):
                 for start in range(0, block.shape[3], size):
                     part = block[..., start : start + size, :]
                     yield RowBlock(

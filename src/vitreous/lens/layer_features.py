@@ -43,7 +43,8 @@ class LayerFeatures:
     and number. attention (B, H, P): the class token's attention to the patches, or, without one
     (`has_class` False), the mean attention that each patch receives. stream (B, N, D): all tokens
     after the block, of all images of the batch, only while `on_layer` runs. merged: tokens were
-    merged or dropped before it, by a graft of ours. Where no token is, features and maps are 0.
+    merged or dropped before it, by a graft of ours: each place has the feature of its token, and an
+    equal share of the attention to it. Where no token is, features and maps are 0.
     prefix: how many tokens without a place come first.
     """
 
@@ -113,19 +114,23 @@ class FeatureCollector:
         layer.merged, layer.prefix, layer.has_class, layer.grid = where.merged, where.prefix, where.has_class, where.grid
         if layer.grid is None:
             return
-        layer.attention = where.picture(self.attention(call, layer.has_class)).flatten(-2).nan_to_num()  # (B, H, P)
+        layer.attention = where.picture(self.attention(call, where), shared=True).flatten(-2).nan_to_num()  # (B, H, P)
         if call.k is not None:
             keys = where.picture(call.k[: self.images].permute(0, 2, 4, 1, 3).float())  # (B, H, K, rows, cols)
             layer.keys = keys.flatten(3).flatten(1, 2).mT.nan_to_num()
 
-    def attention(self, call: AttentionCall, has_class: bool) -> Tensor:
-        """(B, H, W, M): the class token's row, or the mean of all rows."""
+    def attention(self, call: AttentionCall, where: TokenCoordinates) -> Tensor:
+        """(B, H, W, M): the class token's row, or the mean of all rows.
+
+        A row counts as often as there are places that its token stands for.
+        """
         effective = call.stochastic
-        if has_class or call.output.shape[3] == 1:
+        if where.has_class or call.output.shape[3] == 1:
             rows = next(call.rows(1, effective))[1][: self.images, :, :, 0].clone()
         else:
-            total = sum(block[: self.images].sum(3) for _, block in call.rows(256, effective))
-            rows = total / call.output.shape[3]
+            counts = where.counts(call)[: self.images, None, None, None]  # (B or 1, 1, 1, 1, N)
+            total = sum(counts[..., rows] @ block[: self.images] for rows, block in call.rows(256, effective))
+            rows = (total / counts.sum(-1, keepdim=True))[:, :, :, 0]
         return rows.transpose(1, 2)
 
     def on_output(self, name: str, number: int, output: Any) -> None:

@@ -5,6 +5,7 @@ Also where grafts of ours merged, dropped or inserted tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,9 +23,9 @@ class TokenCoordinates:
     """Where the tokens of one attention are.
 
     layer: its number among the attentions of the pass. points: (y, x) in pixels of queries and
-    keys, NaN for tokens without a place; None: unknown, or not of tokens. layout: of the original
-    tokens; None: unknown. assignment, inserted: as in `TokenState`, for a call of our own token
-    grafts. images: how many of the batch count, from the first on. class_token: whether the first
+    keys, NaN for tokens without a place; None: unknown, or not of tokens; where tokens were merged,
+    those of the original ones, as in `map_rows`. layout: of the original tokens; None: unknown.
+    assignment, inserted: as in `TokenState`, for a call of our own token grafts. images: how many of the batch count, from the first on. class_token: whether the first
     token without a place is one.
     """
 
@@ -66,14 +67,50 @@ class TokenCoordinates:
         """Whether queries and keys are the same tokens, as far as their places tell."""
         return self.points is None or same_points(*self.points)
 
-    def picture(self, values: Tensor) -> Tensor:
-        """One value per key (B, ..., W, M) -> (B, ..., *grid); 0 where a token was dropped."""
+    def picture(self, values: Tensor, *, shared: bool = False) -> Tensor:
+        """One value per key (B, ..., W, M) -> (B, ..., *grid); 0 where a token was dropped.
+
+        Each place has the value of its token; shared: its share of it, for attention, of which a
+        token that stands for many places gets as much as they together.
+        """
         if self.inserted:
             values = values[..., : values.shape[-1] - self.inserted]
         if self.assignment is not None:
-            flat = values.flatten(1, -2).mT  # (B, M, ...)
-            values = first(self.assignment, self.images).restore(flat).mT.unflatten(1, values.shape[1:-1])
+            flat, assignment = values.flatten(1, -2).mT, first(self.assignment, self.images)  # (B, M, ...)
+            flat = assignment.share(flat) if shared else assignment.restore(flat)
+            values = flat.mT.unflatten(1, values.shape[1:-1])
         return self.layout.key_picture(values)
+
+    def counts(self, call: AttentionCall) -> Tensor:
+        """(B or 1, N): how many places each query stands for; 1 for those without one."""
+        if self.assignment is None or not one_sequence(call):
+            return call.output.new_ones(1, call.output.shape[3], dtype=torch.float32)
+        tokens = call.output.shape[3] - self.inserted
+        return self.assignment.extended(tokens, self.inserted).counts(tokens + self.inserted).float()
+
+    def map_rows(self, call: AttentionCall, size: int, effective: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of at most `size` rows of the map, as `AttentionCall.rows`, (B, W, H, n, M).
+
+        Where tokens were merged or dropped: of the map between the original tokens, with the
+        inserted ones behind. Each has the row of its token; the attention to a token is shared out
+        among those that it stands for. Rows and columns of dropped ones are 0.
+        """
+        tokens = call.v.shape[3] - self.inserted
+        if self.assignment is None or not one_sequence(call):
+            yield from call.rows(size, effective)
+            return
+        assignment, maps = self.assignment.extended(tokens, self.inserted), call.map(effective)[:, 0]  # (B, H, n, n)
+        queries = maps.transpose(1, 2).flatten(2)  # (B, n, H n)
+        for start in range(0, assignment.places, size):
+            rows = slice(start, min(start + size, assignment.places))
+            part = assignment.at(rows).restore(queries).unflatten(2, maps.shape[1::2])  # (B, rows, H, n)
+            shared = assignment.share(part.flatten(1, 2).mT).mT.unflatten(1, part.shape[1:3])  # (B, rows, H, N)
+            yield rows, shared.transpose(1, 2)[:, None]
+
+
+def one_sequence(call: AttentionCall) -> bool:
+    """Whether queries and keys are one sequence of tokens, not in windows."""
+    return call.output.shape[1] == 1 and call.output.shape[3] == call.v.shape[3]
 
 
 class Locator:
@@ -111,13 +148,13 @@ class Locator:
     def points_of(self, call: AttentionCall) -> Points | None:
         """(y, x) of queries and keys.
 
-        A merged token is at the mean of the places it stands for, image by image.
+        Where tokens were merged or dropped: of the original ones, and of the inserted ones behind.
         """
         windows, n, m = *call.output.shape[1:4:2], call.v.shape[3]
         if call.assignment is not None:
-            if self.points is None or len(self.points) != call.assignment.places or n != m or windows > 1:
+            if self.points is None or len(self.points) != call.assignment.places or not one_sequence(call):
                 return None
-            points = mean_points(self.points, first(call.assignment, self.images), n)
+            points = torch.cat([self.points, self.points.new_full((call.inserted, 2), torch.nan)])[None, None]
             return points, points
         layout = call.layout
         if layout is None or layout.queries.shape[:2] != (windows, n) or layout.keys.shape[:2] != (windows, m):
@@ -131,23 +168,6 @@ def first(assignment: Assignment, images: int) -> Assignment:
     """The assignment of the first images of a batch."""
     parts = {name: value[:images] for name in ("index", "weights") if (value := getattr(assignment, name)) is not None}
     return replace(assignment, **parts)
-
-
-def mean_points(points: Tensor, assignment: Assignment, tokens: int) -> Tensor:
-    """Places (B, 1, tokens, 2) of merged tokens: the mean of those that each stands for.
-
-    points (N0, 2) of the original tokens. NaN where a token stands for none.
-    """
-    has_place = points.isfinite().all(dim=-1)
-    if assignment.weights is not None:
-        weights = assignment.weights.to(points) * has_place
-        return ((weights @ points.nan_to_num()) / weights.sum(-1, keepdim=True))[:, None]
-    index = assignment.index.to(points.device)
-    image, place = ((index >= 0) & has_place).nonzero(as_tuple=True)
-    target = image * tokens + index[image, place]
-    total = points.new_zeros(len(index) * tokens, 2).index_add(0, target, points[place])
-    count = torch.bincount(target, minlength=len(index) * tokens)
-    return (total / count[:, None]).unflatten(0, (len(index), 1, tokens))
 
 
 def has_class_token(model: nn.Module) -> bool:

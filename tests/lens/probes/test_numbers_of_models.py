@@ -260,23 +260,61 @@ def test_inserted_tokens_are_among_those_attended_to():
 
 
 @pytest.mark.parametrize("mechanism", [TokenMerging(tokens=3), EViT(keep=0.5, layers=(0,))], ids=["merging", "evit"])
-def test_merged_tokens_stand_at_the_mean_of_their_places(mechanism):
-    """Image by image: which tokens are merged depends on the image, and the traced one is none of them."""
-    model, images, calls = graft(build(), mechanism), pictures(4), []
-    layouts = trace(model, pictures(1, seed=9))
-    watch(model, images, lambda call: calls.append((call.map(), call.assignment)), layouts=layouts)
-    table, _ = measured(model, images, noisy=False, layouts=layouts)
-    maps, assignment = calls[1]
-    source = assignment.index
-    assert len({tuple(row.tolist()) for row in source}) == 4
+def over_places(maps, index, last=0):
+    """A map of present tokens (H, n, n) as that of the original ones, entry by entry: places share what their token gets."""
+    index = torch.cat([index, torch.arange(maps.shape[-1] - last, maps.shape[-1])])
+    whole = torch.zeros(len(maps), len(index), len(index), dtype=maps.dtype)
+    for i, query in enumerate(index):
+        for j, key in enumerate(index):
+            if query >= 0 and key >= 0:
+                whole[:, i, j] = maps[:, query, key] / (index == key).sum()
+    return whole, index >= 0
+
+
+@pytest.mark.parametrize(
+    "mechanisms",
+    [
+        (TokenMerging(tokens=3),),
+        (TokenMerging(tokens=3), SPC(after=1, tokens=2)),
+        (EViT(keep=0.5, layers=(0,)),),
+        (EViT(keep=0.5, layers=(0,), fuse=False),),
+    ],
+    ids=["merging", "merging and inserted", "fused", "dropped"],
+)
+def test_a_merged_token_is_measured_as_the_places_that_it_stands_for(mechanisms):
+    """Image by image: which tokens are merged depends on the image, also on its noise, and the traced one is none of them."""
+    model, images, calls = graft(build(), *mechanisms), pictures(4), []
+    noisy = images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
+    both_, layouts = torch.cat([images, noisy]), trace(model, pictures(1, seed=9))
+    watch(model, both_, lambda call: calls.append((call.map(), call.assignment, call.inserted)), layouts=layouts)
+    table, readout = measured(model, both_, noisy=True, layouts=layouts)
+    maps, assignment, inserted = calls[1]
+    assert len({tuple(row.tolist()) for row in assignment.index}) == 8
+    far = whole_maps.distances(*[torch.cat([places(1), torch.full((inserted, 2), torch.nan)])] * 2)
+    wholes = [over_places(maps[i, 0].double(), assignment.index[i], inserted) for i in range(8)]
     for image in range(4):
-        means = torch.full((maps.shape[-1], 2), torch.nan)
-        for token in range(maps.shape[-1]):
-            spoken_for = [places(1)[j] for j in range(1, 17) if source[image, j] == token]
-            if spoken_for:
-                means[token] = torch.stack(spoken_for).mean(dim=0)
-        wanted = whole_maps.mean_distance(maps[image], whole_maps.distances(means, means))[0]
-        close(column(table, "mean_distance", 1)[image], wanted)
+        whole, there = wholes[image]
+        rows, close_to = whole[None, :, there], lambda name, value: close(column(table, name, 1)[image], value)  # noqa: B023
+        close_to("mean_distance", whole_maps.mean_distance(rows, far[there])[0])
+        close_to("attention_entropy", whole_maps.attention_entropy(rows)[0])
+        close_to("effective_tokens", whole_maps.effective_tokens(rows)[0])
+        close_to("head_redundancy", indicators.head_redundancy(whole_maps.head_gram(rows))[0])
+        change = (wholes[4 + image][0] - whole).norm(dim=(1, 2)) / whole.norm(dim=(1, 2))
+        close_to("perturbation_robustness", change)
+        picture = readout.maps["attention/1"][image].double().flatten(1)
+        close(picture, whole[:, 0, 1:17])
+
+
+def test_without_a_class_token_a_merged_query_counts_as_the_places_that_it_stands_for():
+    model, images, calls = graft(build("average pool"), TokenMerging(tokens=3)), pictures(4), []
+    watch(model, images, lambda call: calls.append((call.map(), call.assignment)))
+    _, readout = measured(model, images, noisy=False)
+    maps, assignment = calls[1]
+    for image in range(4):
+        whole, there = over_places(maps[image, 0].double(), assignment.index[image])
+        assert there.all()
+        close(readout.maps["attention/1"][image].double().flatten(1), whole.mean(1))
+        close(readout.maps["attention/1"][image].double().sum(dim=(1, 2)), torch.ones(2))
 
 
 @pytest.mark.parametrize("mechanisms", [(), (SVDA(),)], ids=["plain", "svda"])
