@@ -85,7 +85,8 @@ class Assignment:
 
     def at(self, places: slice) -> Assignment:
         """The assignment of some of the places."""
-        return replace(self, **{name: x[..., places] for name in ("index", "weights") if (x := getattr(self, name)) is not None})
+        name = "index" if self.weights is None else "weights"
+        return replace(self, **{name: getattr(self, name)[..., places]})
 
     def extended(self, tokens: int, more: int) -> Assignment:
         """With `more` tokens behind the n = `tokens` that are there, each in a place of its own."""

@@ -25,8 +25,9 @@ class TokenCoordinates:
     layer: its number among the attentions of the pass. points: (y, x) in pixels of queries and
     keys, NaN for tokens without a place; None: unknown, or not of tokens; where tokens were merged,
     those of the original ones, as in `map_rows`. layout: of the original tokens; None: unknown.
-    assignment, inserted: as in `TokenState`, for a call of our own token grafts. images: how many of the batch count, from the first on. class_token: whether the first
-    token without a place is one.
+    assignment, inserted: as in `TokenState`, for a call of our own token grafts. images: how many
+    of the batch count, from the first on. class_token: whether the first token without a place is
+    one.
     """
 
     layer: int

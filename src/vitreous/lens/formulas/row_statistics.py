@@ -62,8 +62,8 @@ class RowBlock:
     maps: (B, W, H, n, M), float32, of the images that are measured; noisy: of their noisy copies,
     or None. effective: the weights that multiplied V, where the model changes them behind the
     softmax. Where tokens were merged or dropped before, maps are those between the original tokens:
-    see `TokenCoordinates.map_rows`. stochastic: rows are distributions. points: where the tokens of the whole map are;
-    None: unknown. buffers, distances: shared by all blocks.
+    see `TokenCoordinates.map_rows`. stochastic: rows are distributions. points: where the tokens of
+    the whole map are; None: unknown. buffers, distances: shared by all blocks.
     """
 
     rows: slice
