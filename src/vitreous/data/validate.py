@@ -30,8 +30,9 @@ class Findings:
     """What a check found.
 
     counts: images by part and class, part "" where all are split by content. sizes: (width, height)
-    of the smallest, the middle and the largest readable image by number of pixels. notes: images by
-    conversion. remarks: lines on files that are passed over and the order of classes.
+    of the smallest, the middle and the largest readable image by number of pixels. suffixes: files
+    by suffix. notes: images by conversion. remarks: lines on files that are passed over and on the
+    order of classes.
     """
 
     name: str

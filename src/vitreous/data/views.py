@@ -90,6 +90,11 @@ class Views(Sequence[View]):
         """How images are prepared, in timm's words; None where that is not known."""
         return None if self.preprocess is None else self.preprocess.config()
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines about the files, for people."""
+        return () if self.tensors is not None else self.images.remarks
+
     def __len__(self) -> int:
         return len(self.images if self.tensors is None else self.tensors)
 

@@ -39,6 +39,7 @@ from vitreous.models.classes import class_names
 
 GIB = 2**30
 BLOCK = 1 << 20  # numbers in a block: 4 MiB each in the map's buffer and in ours
+EMPTY_MASKS = "Some masks mark no pixel of the view: no map can be scored against them."
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def look(
     about = about or {}
     names = about.get("classes") or class_names(model)
     plan = Plan(model, views, chosen(probes, model), direction, noise, seed, batch_size, memory, names, loss)
-    findings = Findings(notes=dict.fromkeys(metadata.notes(model, about)))
+    findings = Findings(notes=dict.fromkeys([*metadata.notes(model, about), *views.remarks]))
     settings = {"noise": noise, "seed": seed, "curves": curves, "limit": limit}
     settings["direction"] = metadata.of_direction(direction)
     if probes is not None:
@@ -296,6 +297,8 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
         part.images += [metadata.of_image(view, first + i, plan.names, predictions[i]) for i, view in enumerate(batch)]
         if any(view.mask is not None for view in batch):
             scored.append(against_masks(readout.maps, components, batch, first, plan.seed))
+        if any(view.mask is not None and not view.mask.any() for view in batch):
+            findings.notes[EMPTY_MASKS] = None
     part.tensors = {name: np.concatenate([batch[name] for batch in tensors]) for name in (tensors[0] if tensors else ())}
     for i, view in enumerate(views):
         part.tensors[f"picture/{findings.images + i}"] = view.jpeg()
