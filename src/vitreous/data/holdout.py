@@ -47,11 +47,11 @@ def hold_out(data: Data, share: float, progress: Progress | None = None) -> Data
 def digests_of(images: Samples, progress: Progress | None = None) -> list[str]:
     """SHA-256 of each image: of its file where it has one, else of its pixels."""
     if isinstance(images, FileSamples):
-        found = (contents(source, name) for source, name in zip(images.sources, images.names, strict=True))
+        raw = (contents(source, name) for source, name in zip(images.sources, images.names, strict=True))
     else:
-        found = (np.asarray(images.image(i)).tobytes() for i in range(len(images)))
+        raw = (np.asarray(images.image(i)).tobytes() for i in range(len(images)))
     digests: list[str] = []
-    for content in found:
+    for content in raw:
         digests.append(hashlib.sha256(content).hexdigest())
         if progress is not None:
             progress(len(digests), len(images))

@@ -110,22 +110,22 @@ class OpenOnce:
         return self.data if limit is None else self.data.limited(limit, seed)
 
 
-def _options(text: str, given: dict) -> dict:
+def _options(text: str, fixed: dict) -> dict:
     """Text such as "size=64,correlation=0.8" as keyword arguments of `cutouts`, of the type of
     their defaults.
     """
-    known = {name: p.default for name, p in inspect.signature(cutouts).parameters.items() if name != "seed"}
-    options = dict(given)
+    defaults = {name: p.default for name, p in inspect.signature(cutouts).parameters.items() if name != "seed"}
+    options = dict(fixed)
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        if name not in known:
-            raise UnknownName(name, "option of cutouts", known, "The seed is a setting of its own." * (name == "seed"))
+        if name not in defaults:
+            raise UnknownName(name, "option of cutouts", defaults, "The seed is a setting of its own." * (name == "seed"))
         try:
-            options[name] = type(known[name])(value)
+            options[name] = type(defaults[name])(value)
         except ValueError as error:
-            raise SettingError(f"Found {part!r}; expected {name}= and a number such as {known[name]}. Mend it.") from error
-        if name in given and options[name] != given[name]:
-            raise SettingError(f"Found {part!r} and image_size={given[name]}; expected one size. Leave one of them out.")
+            raise SettingError(f"Found {part!r}; expected {name}= and a number such as {defaults[name]}. Mend it.") from error
+        if name in fixed and options[name] != fixed[name]:
+            raise SettingError(f"Found {part!r} and image_size={fixed[name]}; expected one size. Leave one of them out.")
     return options
 
 

@@ -38,10 +38,10 @@ class Reader:
     def read(self, work: Callable[[], bytes]) -> bytes:
         """What `work` gives, or raises. Raises queue.Empty if that takes too long."""
         self.asked.put(work)
-        found, error = self.answers.get(timeout=PATIENCE)
+        content, error = self.answers.get(timeout=PATIENCE)
         if error is not None:
             raise error
-        return found
+        return content
 
     def __del__(self):
         self.asked.put(None)
@@ -69,7 +69,7 @@ def read_in_time(work: Callable[[], bytes], name: str) -> bytes:
         reader = Reader()
     READERS.one = None  # what is interrupted here is not asked again: its answer would be taken for another's
     try:
-        found = reader.read(work)
+        content = reader.read(work)
     except queue.Empty:
         STALLED.append(name)
         if len(STALLED) >= STALLS:
@@ -84,4 +84,4 @@ def read_in_time(work: Callable[[], bytes], name: str) -> bytes:
         raise
     READERS.one = reader
     STALLED.clear()
-    return found
+    return content

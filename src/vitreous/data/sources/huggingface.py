@@ -30,10 +30,10 @@ class TableRow:
         """The bytes of the image file; raises ValueError for a row without an image, or with one
         elsewhere on the disk.
         """
-        found = self.table[self.index][self.column]
-        if found is None or not (found.get("bytes") or found.get("path")):
+        row = self.table[self.index][self.column]
+        if row is None or not (row.get("bytes") or row.get("path")):
             raise ValueError("the row has no image")
-        return found["bytes"] or inside(found["path"], self.folder, self.outside).read_bytes()
+        return row["bytes"] or inside(row["path"], self.folder, self.outside).read_bytes()
 
     def __len__(self) -> int:
         """Bytes of the image file."""
@@ -58,12 +58,12 @@ def list_saved(path: Path, *, outside: bool = False, report: Report = raised) ->
     if not path.is_dir():
         raise DataError(f"Found no folder {str(path)!r}; expected a data set saved with save_to_disk. Check the path.")
     try:
-        found = datasets.load_from_disk(str(path.resolve()))
+        loaded = datasets.load_from_disk(str(path.resolve()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"Found {str(path)!r}, which datasets cannot read ({error}); expected one saved with save_to_disk. Save it so."
         ) from error
-    tables = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    tables = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     listing = Listing(path.resolve().name, {}, {}, {})
     for split, table in tables.items():
         if split.lower() not in PARTS:

@@ -264,18 +264,18 @@ def check_parts(listing: Listing) -> None:
     classes: dict[str, set[str]] = {}
     for name, label in listing.classes.items():
         classes.setdefault(listing.part(name) or "train", set()).add(label)
-    known = sorted(classes["train"])
-    if len(known) < 2:
+    trained = sorted(classes["train"])
+    if len(trained) < 2:
         raise DataError(
-            f"Found one class, {known[0]!r}, to train on in {listing.name!r}; expected a folder or label for each of "
+            f"Found one class, {trained[0]!r}, to train on in {listing.name!r}; expected a folder or label for each of "
             "at least two classes. Give the data that hold them."
         )
     alone = "val" if "test" not in classes else None  # a val part alone is the test
     for part, labels in classes.items():
-        if strangers := labels - set(known):
+        if strangers := labels - set(trained):
             raise DataError(
                 f"Found {listed(sorted(strangers))} in {'test' if part == alone else part} but not in train, which has "
-                f"{listed(known)}; expected the same class names. Rename or remove them."
+                f"{listed(trained)}; expected the same class names. Rename or remove them."
             )
 
 
