@@ -29,6 +29,7 @@ from vitreous.data import Cutouts
 from vitreous.data.preprocess import Preprocess
 from vitreous.deploy import export, formats, predict
 from vitreous.mechanism import mechanism_class
+from vitreous.models.classes import set_multi_label
 from vitreous.models.load import open_images
 from vitreous.train import load, save
 
@@ -451,6 +452,7 @@ def test_the_pages_script_runs_the_file_without_our_package(photos, crop_pct):
     assert len(script.splitlines()) <= 30
     model = load(SHIPPED)
     model.pretrained_cfg["crop_pct"] = crop_pct
+    set_multi_label(model, crop_pct < 1)
     export.export(model, "model.onnx", "onnx")
     scenes = Cutouts(2, size=50, seed=3)
     scenes.image(0).crop((0, 0, 50, 37)).save("wide.png")

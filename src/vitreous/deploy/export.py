@@ -20,7 +20,7 @@ from vitreous.data.preprocess import Preprocess
 from vitreous.data.problems import order_remark, shown
 from vitreous.deploy import formats
 from vitreous.grafting import check, grafts, new_parameters
-from vitreous.models.classes import names_of
+from vitreous.models.classes import activation, names_of
 from vitreous.models.load import logits_of, open_images, prepared
 
 FORMAT = 1
@@ -105,7 +105,8 @@ def metadata_of(model: nn.Module) -> dict[str, Any]:
         raise HostError(f"Found a {type(model).__name__} without a pretrained_cfg. Expected a timm model. Train one first.")
     return {
         "architecture": str(model.pretrained_cfg.get("architecture", type(model).__name__)),
-        "classes": names_of(model),
+        "classes": (classes := names_of(model)),
+        "probabilities": activation(model, len(classes)),
         "named": bool(model.pretrained_cfg.get("label_names")),
         **inputs.config(),
         "mechanisms": [str(record.mechanism) for record in grafts(model)],

@@ -20,7 +20,7 @@ from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import check_new, writable, write
 from vitreous.data.problems import cell, conversions, shown
 from vitreous.data.views import Views
-from vitreous.models.classes import names_of
+from vitreous.models.classes import multi_label, names_of, probabilities
 from vitreous.models.load import logits_of, open_images, open_model, prepared
 
 
@@ -54,7 +54,7 @@ def predict(
         readable = [image.pixels for image in batch if image.pixels is not None]
         answers = iter(())
         if readable:
-            best = logits_of(model, torch.stack(readable).to(device)).softmax(1).topk(top)
+            best = probabilities(model, logits_of(model, torch.stack(readable).to(device))).topk(top)
             answers = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         for image in batch:
             indices, values = ((), ()) if image.pixels is None else next(answers)
@@ -92,6 +92,8 @@ def run_predict(
         answers = predict(model, views, top=top, batch_size=batch_size, progress=step)
         write(path, lambda temporary: write_table(temporary, answers, top, result, notes))
     result["remarks"] = [*views.images.remarks, *conversions(notes)]
+    if multi_label(model):
+        result["remarks"].append("Several classes may be right: each has a probability of its own. --top N shows more of them.")
     say(result, console)
     return result
 

@@ -38,6 +38,7 @@ from vitreous.base.statistics import bootstrap
 from vitreous.lens.formulas.maps import gaussian
 from vitreous.lens.formulas.scores import ranks
 from vitreous.lens.preserve_state import preserve_state
+from vitreous.models.classes import multi_label, probabilities
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 FILLS = ("mean", "blur")
@@ -267,13 +268,14 @@ class Judge:
 
     def score(self, answers: Tensor, target: Tensor) -> Tensor:
         if self.classes:
-            return answers.softmax(-1).gather(-1, target[:, None])[:, 0]
+            return probabilities(self.model, answers).gather(-1, target[:, None])[:, 0]
         return F.cosine_similarity(answers, target, dim=-1)
 
     def read(self, output: Any) -> Tensor:
         """The output as (n, classes) logits or (n, width) features, float64, on the CPU."""
         value = answer(output).flatten(1).cpu().double()
-        return F.pad(value, (1, 0)) if self.classes and value.shape[-1] == 1 else value  # one logit: against nought
+        against_nought = self.classes and value.shape[-1] == 1 and not multi_label(self.model)
+        return F.pad(value, (1, 0)) if against_nought else value
 
 
 def answer(output: Any) -> Tensor:

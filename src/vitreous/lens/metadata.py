@@ -21,6 +21,7 @@ from vitreous.lens.probe import Component
 from vitreous.lens.reading import Part
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates
+from vitreous.models.classes import probabilities
 
 PACKAGES = ("vitreous", "torch", "timm", "numpy")
 Prediction = tuple[str | None, float | None]  # a class and its probability; None, None without classes
@@ -124,7 +125,7 @@ def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, coun
     """
     if not has_classes(model, output):
         return [(None, None)] * count
-    probability, best = answer(output)[:count].float().softmax(-1).max(-1)
+    probability, best = probabilities(model, answer(output)[:count].float()).max(-1)
     named = [names[i] if names and i < len(names) else f"class {i}" for i in best.tolist()]
     return list(zip(named, probability.tolist(), strict=True))
 

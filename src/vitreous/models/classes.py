@@ -1,11 +1,13 @@
-"""Names of the classes of a model: as far as they are recorded, and one for every logit."""
+"""Classes of a model: their names, and whether an image may show several of them."""
 
 from __future__ import annotations
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import nn
+from torch import Tensor, nn
 
 from vitreous.base.errors import HostError
+
+MULTI_LABEL = "multi_label_classification"  # the value of transformers' problem_type in config.json
 
 
 def class_names(model: nn.Module) -> list[str] | None:
@@ -35,3 +37,31 @@ def names_of(model: nn.Module) -> list[str]:
     recorded = class_names(model) or []
     names = [recorded[i] if i < len(recorded) else f"class {i}" for i in range(count)]
     return names if len(set(names)) == count else [f"{name} ({i})" for i, name in enumerate(names)]
+
+
+def multi_label(model: nn.Module) -> bool:
+    """Whether an image may show several classes, or none: each logit is then a question of its own.
+
+    Training, a model folder or transformers record it as `problem_type`; without a record exactly
+    one class is right.
+    """
+    inner = getattr(model, "_orig_mod", model)  # inside torch.compile
+    return MULTI_LABEL in (getattr(place, "problem_type", None) for place in (inner, getattr(inner, "config", None)))
+
+
+def set_multi_label(model: nn.Module, several: bool) -> None:
+    """Record that images may show several classes of this model, or that one is right."""
+    model.problem_type = MULTI_LABEL if several else None
+
+
+def activation(model: nn.Module, classes: int) -> str:
+    """What turns so many logits into probabilities: "softmax" over classes, or "sigmoid" of each.
+
+    A single logit is against nought.
+    """
+    return "sigmoid" if multi_label(model) or classes == 1 else "softmax"
+
+
+def probabilities(model: nn.Module, logits: Tensor) -> Tensor:
+    """Probability of each class from logits (..., classes)."""
+    return logits.sigmoid() if activation(model, logits.shape[-1]) == "sigmoid" else logits.softmax(-1)

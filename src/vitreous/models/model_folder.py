@@ -25,6 +25,7 @@ from vitreous.base.errors import DataError, UnknownName
 from vitreous.base.files import read_json, write
 from vitreous.grafting import graft, grafts
 from vitreous.mechanism import Mechanism, parse
+from vitreous.models.classes import MULTI_LABEL, multi_label, set_multi_label
 from vitreous.models.create import adapt, build, fill, read_weights
 from vitreous.models.untrusted import check_config, check_mechanisms, check_network, no_larger_than
 
@@ -43,6 +44,8 @@ def save(model: nn.Module, folder: str | Path, *, classes: Sequence[str] = (), i
     recorded = {"format": FORMAT, "mechanisms": [record.mechanism.full_text() for record in grafts(model)]}
     write(folder / MECHANISMS, lambda path: path.write_text(json.dumps(recorded, indent=2) + "\n"))
     extra = {"label_names": list(classes)} if classes else {}
+    if multi_label(model):
+        extra["problem_type"] = MULTI_LABEL
     write(folder / CONFIG, lambda path: save_config_for_hf(model, path, model_config=extra, data_config=inputs))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write(folder / WEIGHTS, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
@@ -82,6 +85,7 @@ def load(
         model = build(f"local-dir:{folder}", **arguments)
         graft(model, *mechanisms)
     fill(model, tensors, str(folder))
+    set_multi_label(model, config.get("problem_type") == MULTI_LABEL)
     return adapt(model, classes, image_size)
 
 

@@ -33,6 +33,7 @@ SLACK = 64  # and so many parameters more, of a thousand numbers each
 CONSTANTS = 1 << 27  # numbers in buffers, which a file of weights may leave out: half a gigabyte
 HEADERS = 16 << 20  # bytes of an archive beside its tensors
 MODES = ("center", "squash", "border")
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")  # of transformers
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 
 
@@ -55,6 +56,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         "interpolation": (f"one of {', '.join(INTERPOLATIONS)}", lambda value: value in INTERPOLATIONS),
         "num_classes": (f"a whole number up to {CLASSES:,}", lambda value: is_whole(value, 0, CLASSES)),
         "label_names": ("a list of texts", is_names),
+        "problem_type": (f"one of {', '.join(PROBLEMS)}", lambda value: value in PROBLEMS),
     }
     for record in (inner, config):
         for key, (expected, fits) in checks.items():

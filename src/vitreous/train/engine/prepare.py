@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import HostError, NotReached, SettingError
 from vitreous.base.processes import ALONE, Team
-from vitreous.data import ArraySamples, Data, Samples, check_target, open_data
+from vitreous.data import ArraySamples, ClassIndex, ClassSet, Data, Samples, check_target, open_data
 from vitreous.data.holdout import hold_out
 from vitreous.data.preprocess import Preprocess
 from vitreous.data.problems import shown
@@ -27,6 +27,7 @@ from vitreous.grafting import check, graft, grafts
 from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
 from vitreous.models import model_folder
+from vitreous.models.classes import set_multi_label
 from vitreous.models.create import adapt, check_patches, create_model, own_size, tells_apart
 from vitreous.tasks import Objective, Task
 from vitreous.train import recipes
@@ -75,6 +76,8 @@ def prepare(
     images = sample
     if options["views"]:  # a task's own crops have another shape, which processes must agree on
         images, target = (part.to(device) for part in first_batch(data.train, **options))
+    if task.target in (ClassIndex, ClassSet):
+        set_multi_label(model, task.target is ClassSet)
     model.to(device)
     for record in grafts(model)[there:]:
         record.mechanism.calibrate(model, first_batch(data.train)[0].to(device))
