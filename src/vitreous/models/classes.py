@@ -40,7 +40,7 @@ def names_of(model: nn.Module) -> list[str]:
 
 
 def multi_label(model: nn.Module) -> bool:
-    """Whether an image may show several classes, or none: each logit is then a question of its own.
+    """Whether an image may show several classes, or none, so that each has its own probability.
 
     Training, a model folder or transformers record it as `problem_type`; without a record exactly
     one class is right.
@@ -55,7 +55,7 @@ def set_multi_label(model: nn.Module, several: bool) -> None:
 
 
 def activation(model: nn.Module, classes: int) -> str:
-    """What turns so many logits into probabilities: "softmax" over classes, or "sigmoid" of each.
+    """What makes probabilities of so many logits: "softmax", or "sigmoid" of each.
 
     A single logit is against nought.
     """
