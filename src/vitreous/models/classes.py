@@ -40,7 +40,7 @@ def names_of(model: nn.Module) -> list[str]:
 
 
 def multi_label(model: nn.Module) -> bool:
-    """Whether an image may show several classes, or none, so that each has its own probability.
+    """Whether an image may show several classes of the model, or none.
 
     Training, a model folder or transformers record it as `problem_type`; without a record exactly
     one class is right.
