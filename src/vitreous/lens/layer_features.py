@@ -100,13 +100,14 @@ class FeatureCollector:
     ):
         self.layouts, self.images, self.on_layer = layouts, images, on_layer
         self.locator = Locator(images, class_token)
-        self.complete = 0  # layers that on_layer was called for
+        self.complete = self.batch = 0  # layers that on_layer was called for; images of the batch, with those that do not count
         self.outputs = modules_around(list(layouts.calls), layouts.outputs, mixers)
         self.layers: list[LayerFeatures] = []
 
     def on_attention(self, call: AttentionCall, where: TokenCoordinates | None = None) -> None:
         """Take in one attention. where: its coordinates, if they were found already."""
         where = self.locator.locate(call) if where is None else where
+        self.batch = len(call.output)
         layer = LayerFeatures(where.layer, (call.name, call.call_index), call.kind)
         self.layers.append(layer)
         if where.layout is None:
@@ -173,7 +174,8 @@ class FeatureCollector:
             x = x.flatten(1, 2) if x.shape[1] * x.shape[2] == count else x.flatten(2).mT
         elif x.shape[1] != count:
             x = x.mT
-        if x.shape[1] != count or len(x) < self.images:
+        # with several rows per image it is not known which are whose
+        if x.shape[1] != count or len(x) != self.batch:
             return None, None
         return layout.picture(x.mT[:, :, None]).flatten(-2).mT.nan_to_num(), layout.grid
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from vitreous.base.errors import HostError
 from vitreous.layers.stream import Assignment
 from vitreous.lens.coordinates.layout import Layout
+from vitreous.lens.tap.axes import unravel
 
 # Entries of a buffer (64 MiB): the most that a block of rows takes at any batch and sequence.
 MAX_ENTRIES = 1 << 24
 # Up to this many rows the check covers all of them; beyond, strips spread over the rows.
 FULL_CHECK_ROWS = 256
 STRIP_COUNT, STRIP_ROWS = 8, 8
+SAMPLES = 1024  # entries of an output by which an image alone is compared with the same in a batch
 
 
 class Buffers:
@@ -247,6 +249,16 @@ class AttentionCall:
     def map(self, effective: bool = False) -> Tensor:
         """The whole map (B, W, H, N, M), float32, as a tensor of its own: for small ones."""
         return torch.cat([block.clone() for _, block in self.rows(effective=effective)], dim=3)
+
+
+def output_sample(output: Tensor) -> Tensor:
+    """Entries of the first image's output, spread over windows, heads and rows.
+
+    output: (B, W, H, N, Kv).
+    """
+    shape = output.shape[1:]
+    positions = torch.linspace(0, math.prod(shape) - 1, min(SAMPLES, math.prod(shape)), dtype=torch.float64).long()
+    return output[0][tuple(unravel(positions, shape))].float()
 
 
 def checked_rows(call: AttentionCall) -> list[slice]:

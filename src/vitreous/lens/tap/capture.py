@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from vitreous.lens.tap.attention_call import (
     Arrangement,
@@ -15,11 +16,13 @@ from vitreous.lens.tap.attention_call import (
     StoredMap,
     is_stochastic,
     output_error,
+    output_sample,
 )
-from vitreous.lens.tap.attention_op import AttentionOp, Factors, Receiver, guess_factors
+from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, Receiver, guess_factors
 from vitreous.lens.tap.module_stack import ModuleStack
 from vitreous.lens.tap.tracer import Layouts, Traced
 
+SAME = 0.1  # of the largest output: by how much an image alone may differ from the same in a batch
 TOLERANCE = 1e-4  # of the largest |V|, or |score|; half precision: four roundings
 FLOAT32 = {"highest": 0.0, "high": 2**-10, "medium": 2**-7}  # what PyTorch is allowed to round operands to
 
@@ -37,10 +40,9 @@ class Capture(Receiver):
         """Arrange one attention, check its map, and give it to the callback, or refuse it."""
         name, call_index = self.key(stack)
         traced = self.layouts.calls.get((name, call_index))
-        arrangement = batch_arrangement(op, traced, self.batch)
-        if arrangement is None:
-            shape, batch = tuple(op.output.shape), self.batch
-            self.refuse(name, f"no axis of its output {shape} is the batch of {batch}: it is one for all images, or mixes them")
+        arrangement = self.arrangement((name, call_index), op, traced)
+        if isinstance(arrangement, str):
+            self.refuse(name, arrangement)
             return
         call = self.call(name, call_index, stack, op, traced, arrangement)
         tolerance = max(TOLERANCE, 4 * precision(op))
@@ -54,6 +56,32 @@ class Capture(Receiver):
         finally:
             # the tensors behind it are freed here, so that memory does not grow with depth
             call.maps = None
+
+    def arrangement(self, key: Key, op: AttentionOp, traced: Traced | None) -> Arrangement | str:
+        """How the leading axes divide, or why that is not known.
+
+        Where the batch may stand in several places, that place holds in which the first image gives
+        what it gave alone, in the traced pass.
+        """
+        options, shape = arrangements(op, traced, self.batch), tuple(op.output.shape)
+        if not options:
+            return f"no axis of its output {shape} is the batch of {self.batch}: it is one for all images, or mixes them"
+        if len(options) == 1 or traced.sample is None:
+            return options[0]
+        if key not in self.layouts.orders:
+            errors = departures(op, traced.sample, options)
+            best = min(range(len(errors)), key=errors.__getitem__)
+            if not errors[best] <= SAME:
+                return (
+                    f"which axis of its output {shape} is the batch of {self.batch} is not known: in no order of images, "
+                    f"windows and heads does the first image give what it gives alone (off by {errors[best]:.2g})"
+                )
+            alike = [i for i, error in enumerate(errors) if error <= max(4 * errors[best], TOLERANCE)]
+            self.layouts.orders[key] = best
+            if len(alike) > 1:
+                self.layouts.orders[key] = alike[0]
+                self.layouts.unsure[key] = "windows of the first image are alike: that images come before windows is assumed"
+        return options[self.layouts.orders[key]]
 
     def call(
         self, name: str, call_index: int, stack: ModuleStack, op: AttentionOp, traced: Traced | None, arrangement: Arrangement
@@ -87,7 +115,7 @@ class Capture(Receiver):
             stochastic=True,
             error=0.0,
             verified="",
-            note="" if weighted_sum is None else weighted_sum.note,
+            note=(weighted_sum.note if weighted_sum is not None else "") or self.layouts.unsure.get((name, call_index), ""),
             maps=maps,
         )
         call.error, call.verified = output_error(call)
@@ -110,27 +138,42 @@ def precision(op: AttentionOp) -> float:
     return max(*steps, FLOAT32[torch.get_float32_matmul_precision()])
 
 
-def batch_arrangement(op: AttentionOp, traced: Traced | None, batch: int) -> Arrangement | None:
-    """How leading axes of a call divide in a pass of `batch` images; None: none is the batch.
+def arrangements(op: AttentionOp, traced: Traced | None, batch: int) -> list[Arrangement]:
+    """How leading axes of a call may divide in a pass of `batch` images.
 
-    The axis that grew against the traced pass of one image holds the batch as its outermost factor.
+    None, if no axis holds the batch. The axis that grew against the traced pass of one image holds
+    it, as the outermost of its factors, as the innermost, or between them: `torch.cat` of tiles has
+    it inside.
     """
     lead = op.lead
     if traced is None or len(traced.lead) != len(lead):
-        if not lead or lead[0] % batch:
-            return cached_arrangement(guess_factors(lead, op.heads)) if batch == 1 else None
-        # a call that the traced pass did not make: by convention the batch is outermost
+        if batch == 1:
+            return [cached_arrangement(guess_factors(lead, op.heads))]
+        # the traced pass made no such call: only an axis of nothing else is the batch for sure
+        if not lead or lead[0] not in (batch, batch * (op.heads or 1)):
+            return []
         inner = guess_factors((lead[0] // batch, *lead[1:]), op.heads)
-        return cached_arrangement((((batch, "B"), *inner[0]), *inner[1:]))
+        return [cached_arrangement((((batch, "B"), *inner[0]), *inner[1:]))]
     grown = [i for i, (n, m) in enumerate(zip(lead, traced.lead, strict=True)) if n != m]
     # nothing can grow with one image; the traced factors hold if the sizes do
     if batch == 1:
-        return cached_arrangement(guess_factors(lead, op.heads) if grown else traced.factors)
+        return [cached_arrangement(guess_factors(lead, op.heads) if grown else traced.factors)]
     if len(grown) != 1 or lead[grown[0]] != batch * traced.lead[grown[0]]:
-        return None
-    factors = list(traced.factors)
-    factors[grown[0]] = ((batch, "B"), *factors[grown[0]])
-    return cached_arrangement(tuple(factors))
+        return []
+    before, factors, after = traced.factors[: grown[0]], traced.factors[grown[0]], traced.factors[grown[0] + 1 :]
+    places = range(len(factors) + 1)
+    return [cached_arrangement((*before, (*factors[:i], (batch, "B"), *factors[i:]), *after)) for i in places]
+
+
+def departures(op: AttentionOp, sample: Tensor, options: Sequence[Arrangement]) -> list[float]:
+    """How far the first image's output is from that of it alone, for each arrangement.
+
+    The largest difference, over the largest value. sample: as of `output_sample`.
+    """
+    largest = sample.abs().nan_to_num().max().clamp(min=torch.finfo(torch.float32).tiny)
+    samples = [output_sample(arrangement.merge(op.output)) for arrangement in options]
+    differ = [(own - sample).nan_to_num().abs().max() / largest if own.shape == sample.shape else torch.inf for own in samples]
+    return [float(value) for value in differ]
 
 
 @lru_cache(maxsize=64)

@@ -86,9 +86,21 @@ def watch(
     modules = dict(model.named_modules())
     images = prepare_images(modules, images)
     layouts = trace(model, images) if layouts is None else layouts
+    # where the batch stands among the axes is seen once, by an image that was traced alone
+    if len(images) > 1 and layouts.image is not None and not is_first(layouts.image, images):
+        vars(layouts).update(vars(trace(model, images)))
     capture = Capture(on_attention, layouts, len(images))
     output = run_pass(modules, images, capture, layouts.earlier_tensors, on_output, outputs)
+    if len(images) > 1:
+        layouts.image = None
     return PassResult(output, capture.refused)
+
+
+def is_first(image: Tensor, images: Tensor) -> bool:
+    """True if an image (1, C, h, w) is the first of some."""
+    # a tap around this one follows no tensors of ours
+    with torch._C.DisableTorchFunction():
+        return torch.equal(image, images[:1])
 
 
 def trace(model: nn.Module, images: Tensor) -> Layouts:

@@ -15,6 +15,7 @@ from vitreous.layers.stream import Stream
 from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer
 from vitreous.lens.coordinates.field import thin
 from vitreous.lens.coordinates.layout import Layout, channel, layout
+from vitreous.lens.tap.attention_call import Arrangement, output_sample
 from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, OperandView, Receiver, guess_factors
 from vitreous.lens.tap.module_stack import ModuleStack
 from vitreous.lens.tap.tensor_set import TensorSet
@@ -25,13 +26,14 @@ class Traced:
     """One call of a pass with one image.
 
     lead: sizes of its leading axes. factors: of these (see `Arrangement`). kind, layout: as in
-    `AttentionCall`.
+    `AttentionCall`. sample: entries of its output, as of `output_sample`.
     """
 
     lead: tuple[int, ...]
     factors: Factors
     kind: str = "token"
     layout: Layout | None = None
+    sample: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -40,11 +42,17 @@ class Layouts:
 
     calls: by (call name, call index). outputs: layouts of module outputs, by (module name, call
         index).
+    image: the traced image (1, C, h, w), until a batch that begins with it was compared with it.
+    orders: which of the possible arrangements of each call holds, found by that comparison.
+    unsure: notes on calls of which it could not be told.
     earlier_tensors: of passes before; what is not among them later was computed out of sight.
     """
 
     calls: dict[Key, Traced] = field(default_factory=dict)
     outputs: dict[Key, Layout] = field(default_factory=dict)
+    image: Tensor | None = field(default=None, repr=False)
+    orders: dict[Key, int] = field(default_factory=dict)
+    unsure: dict[Key, str] = field(default_factory=dict)
     earlier_tensors: TensorSet = field(default_factory=TensorSet, repr=False)  # tensors of earlier passes
 
 
@@ -53,7 +61,9 @@ class Tracer(Receiver):
 
     def __init__(self, image: Tensor):
         super().__init__()
-        self.layouts, self.coordinates = Layouts(), CoordinateTracer(image)
+        with torch._C.DisableTorchFunction():  # a tap around this one follows no tensors of ours
+            self.layouts = Layouts(image=image.clone())
+        self.coordinates = CoordinateTracer(image)
         self.layouts_by_places: dict[bytes, Layout | None] = {}  # most modules leave tokens where they are
         self.layouts_by_count: dict[int, Layout] = {}  # the last layout of so many tokens
         self.shared_layouts: dict[tuple, Layout] = {}  # layouts of calls by what they say
@@ -81,7 +91,8 @@ class Tracer(Receiver):
             factors = call_layout.factors
         if op.q is not None and channel(query, key):
             kind, call_layout = "channel", None  # rows and columns of the map are channels, which are nowhere
-        self.layouts.calls[self.key(stack)] = Traced(op.lead, factors, kind, call_layout)
+        sample = output_sample(Arrangement(factors).merge(op.output))
+        self.layouts.calls[self.key(stack)] = Traced(op.lead, factors, kind, call_layout, sample)
 
     def places(self, side: OperandView, count: int) -> Tensor:
         """Coordinates (..., count, K, 4) of an operand; NaN if it has none.
