@@ -23,7 +23,7 @@ from vitreous.lens import reading as reading_module
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
 
-HALF = 6e-4  # relative: maps are kept as float16
+HALF = 6e-4  # relative: maps are kept as float16, each with a scale
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from lens.explicit import pixels, vit
 from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.data import Cutouts
 from vitreous.lens import reading as module
 from vitreous.lens.look import look
-from vitreous.lens.reading import Maps, Part, Reading, Writer, as_csv, from_csv, joined, read, read_part
+from vitreous.lens.reading import Maps, Part, Reading, Writer, as_csv, from_csv, joined, packed, read, read_part
+from vitreous.report.reading import ReadingFolder
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_the_folder_holds_what_the_format_says(made, folder):
         "reading.json", "table.csv", "table.json", "scores.csv", "summary.csv", "curves.json", "parts",
     }  # fmt: skip
     facts = json.loads((folder / "reading.json").read_text())
-    assert (facts["format"], facts["kind"], facts["images"], facts["parts"], facts["chunk"]) == (2, "reading", 4, 1, 16)
+    assert (facts["format"], facts["kind"], facts["images"], facts["parts"], facts["chunk"]) == (3, "reading", 4, 1, 16)
     assert facts["random_weights"] is True
     assert facts["settings"]["curves"] == 2
     assert set(facts["versions"]) == {"vitreous", "torch", "timm", "numpy"}
@@ -134,6 +137,65 @@ def test_a_reading_of_nothing_has_no_maps_and_no_table():
     empty = Reading({"layers": []}, [])
     assert (list(empty.maps), empty.table(), empty.scores(), empty.images) == ([], {}, {}, [])
     assert list(Maps([Part({}, [])])) == []
+
+
+def as_format_2(folder, part="00000"):
+    """A part as format 2 had it: maps as float16 without scales."""
+    path = folder / f"parts/{part}.safetensors"
+    with safe_open(path, "numpy") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    about = json.loads(tensors.pop("about").tobytes())
+    kept = read_part(path)
+    tensors = {name: value for name, value in tensors.items() if not name.endswith("/scale")}
+    tensors |= {name: kept.map(name).astype(np.float16) for name in kept.maps() if f"{name}/scale" in kept.tensors}
+    tensors["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    save_file(tensors, path, metadata=metadata)
+
+
+def test_readings_of_format_2_open_and_their_looks_go_on(tmp_path):
+    for out in ("whole", "old"):
+        reading = look(vit(), pixels(18), out=tmp_path / out, noise=0.0)
+    as_format_2(tmp_path / "old")
+    (tmp_path / "old/parts/00001.safetensors").unlink()
+    facts = json.loads((tmp_path / "old/reading.json").read_text())
+    (tmp_path / "old/reading.json").write_text(json.dumps(facts | {"format": 2}))
+    (tmp_path / "old/reading.json").rename(tmp_path / "reading.json")
+    mixed = look(vit(), pixels(18), out=tmp_path / "old", noise=0.0)  # goes on: one part of format 2, one of format 3
+    assert "u1/2/scale" not in mixed.parts[0].tensors
+    assert "u1/2/scale" in mixed.parts[1].tensors
+    ours = ReadingFolder(tmp_path / "old")
+    for key in reading.maps:
+        np.testing.assert_allclose(mixed.maps.heads(*key), reading.maps.heads(*key), rtol=1e-3, atol=1e-7, err_msg=str(key))
+        page = ours.tensors(f"{key[0]}/{key[1]}")
+        np.testing.assert_array_equal(page.reshape(mixed.maps.heads(*key).shape), mixed.maps.heads(*key))
+    as_format_2(tmp_path / "whole")
+    as_format_2(tmp_path / "whole", "00001")
+    (tmp_path / "reading.json").rename(tmp_path / "whole/reading.json")
+    np.testing.assert_allclose(read(tmp_path / "whole").maps["attention", 1], reading.maps["attention", 1], rtol=1e-3)
+    assert ReadingFolder(tmp_path / "whole").count == 18
+
+
+def test_a_map_whose_mass_is_on_a_sink_keeps_what_is_beside_it(tmp_path):
+    """One patch takes nearly all: the order of the others is what the table scores, and what is stored."""
+    rng = np.random.default_rng(0)
+    small = np.exp(rng.uniform(-24, -16, (2, 3, 6, 5))).astype(np.float32)  # 4e-11 to 1e-7: float16 ends at 6e-8
+    small[:, 1, 0, 0] = 1.0
+    small[:, 2] = 0.0
+    values, scale = packed(small, 2)
+    assert (values.dtype, scale.shape) == (np.float16, (2, 3))
+    part = Part({"attention/0": values, "attention/0/scale": scale}, [{"image": 0}, {"image": 1}])
+    stored = Maps([part], [{"name": "attention", "per_head": True}]).heads("attention", 0)
+    np.testing.assert_allclose(stored[:, 0], small[:, 0], rtol=2**-11)
+    np.testing.assert_allclose(stored[:, 1], small[:, 1], rtol=0.05)
+    assert (stored[:, 1].reshape(2, -1) > 0).all()
+    assert np.array_equal(stored[:, 2], small[:, 2])
+
+
+@pytest.mark.parametrize("values", [[3e38, -1e38, 1e31], [np.nan, np.inf, 2.0], [1e-40, 0.0, -1e-40], [0.25, -0.5, 1.0]])
+def test_scales_neither_overflow_nor_lose_what_float16_holds(values):
+    maps = np.array([[values]], np.float32)
+    halves, scale = packed(maps, 1)
+    np.testing.assert_allclose(halves.astype(np.float32) * scale[:, None, None], maps, rtol=1e-3, atol=1e-41)
 
 
 def test_a_data_frame_needs_pandas(made, monkeypatch):
@@ -221,8 +283,8 @@ def test_a_damaged_part_names_itself_and_is_made_again(tmp_path):
         "[]",
         '{"format": 1}',
         '{"format": 1, "parts": "many"}',
+        '{"format": 4, "parts": 1}',
         '{"format": 3, "parts": 1}',
-        '{"format": 2, "parts": 1}',
     ],
 )
 def test_a_folder_that_is_no_complete_reading_is_said(folder, content):

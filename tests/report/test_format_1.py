@@ -14,7 +14,7 @@ from vitreous.data import Cutouts
 from vitreous.lens.evaluation import BASELINES, SCORES
 from vitreous.lens.look import CHUNK, look
 from vitreous.lens.probe import chosen, records
-from vitreous.lens.reading import Writer, read, read_part
+from vitreous.lens.reading import FORMAT, Writer, read, read_part
 from vitreous.report import format_1
 from vitreous.report.page import write
 
@@ -66,9 +66,9 @@ def test_old_and_new_readings_stand_side_by_side_on_a_page(tmp_path):
     assert new["maps"] == {}
 
 
-def test_an_old_reading_can_be_saved_and_is_then_of_format_2(tmp_path):
+def test_an_old_reading_can_be_saved_and_is_then_of_the_format_of_today(tmp_path):
     read(OLD).save(tmp_path / "new")
-    assert json.loads((tmp_path / "new/reading.json").read_text())["format"] == 2
+    assert json.loads((tmp_path / "new/reading.json").read_text())["format"] == FORMAT
     for name in ("table.csv", "table.json", "scores.csv", "summary.csv"):
         assert (tmp_path / "new" / name).read_bytes() == (OLD / name).read_bytes()
     part = read_part(tmp_path / "new/parts/00000.safetensors")

@@ -10,7 +10,7 @@ rows of a table and to maps.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from vitreous.lens.batch_pass import BatchPass, extra_passes, perturbed
 from vitreous.lens.direction import Direction
 from vitreous.lens.evaluation import BASELINES, SCORES, against_masks, against_model
 from vitreous.lens.formulas import scores
-from vitreous.lens.probe import BatchInfo, Probe, Readout, chosen, records, table
-from vitreous.lens.reading import CHUNK, FORMAT, Part, Reading, StoredParts, Writer, joined, read, read_part
+from vitreous.lens.probe import BatchInfo, Component, Probe, Readout, chosen, records, table
+from vitreous.lens.reading import CHUNK, FORMAT, Part, Reading, StoredParts, Writer, joined, packed, read, read_part
 from vitreous.lens.tap import Layouts, Refusal, trace, watch
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates, has_class_token
@@ -292,7 +292,7 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
         batch = views[start : start + plan.batch_size]
         first = findings.images + start
         readout, predictions = look_at_batch(plan, findings, batch, first)
-        tensors.append(stored(readout))
+        tensors.append(stored(readout, components))
         rows.append(table(readout.rows, plan.probes))
         part.images += [metadata.of_image(view, first + i, plan.names, predictions[i]) for i, view in enumerate(batch)]
         if any(view.mask is not None for view in batch):
@@ -344,12 +344,16 @@ def look_at_batch(
     return readout, metadata.predictions(plan.model, seen.output, plan.names, count)
 
 
-def stored(readout: Readout) -> dict[str, np.ndarray]:
-    """Maps and confidences as a part of a reading holds them: float16, marks as uint8."""
-    kinds = {name: torch.uint8 if value.dtype == torch.bool else torch.float16 for name, value in readout.maps.items()}
-    tensors = {name: value.detach().to("cpu", kinds[name]).numpy() for name, value in readout.maps.items()}
-    confidence = readout.confidence.items()
-    return tensors | {f"{name}/confidence": value.detach().cpu().float().numpy() for name, value in confidence}
+def stored(readout: Readout, components: Mapping[str, Component]) -> dict[str, np.ndarray]:
+    """Maps and confidences as a part of a reading holds them: float16 with scales, marks as uint8."""
+    tensors = {f"{name}/confidence": value.detach().cpu().float().numpy() for name, value in readout.confidence.items()}
+    for name, value in readout.maps.items():
+        if value.dtype == torch.bool:
+            tensors[name] = value.to("cpu", torch.uint8).numpy()
+        else:
+            lead = 1 + components[name.partition("/")[0]].per_head
+            tensors[name], tensors[f"{name}/scale"] = packed(value.detach().cpu().float().numpy(), lead)
+    return tensors
 
 
 def with_noise(plan: Plan, images: Tensor, first: int) -> Tensor:

@@ -18,8 +18,9 @@ Parts are what an interrupted look goes on from; the other files follow from the
 where a row is of all heads (`head`), of no single image (`image`) or of no single layer (`layer`),
 and NaN where a measure does not apply.
 
-This is format 2. Words stand in a part as positions in a list of words of that part. Format 1 is
-read as well.
+This is format 3. Words stand in a part as positions in a list of words of that part. Maps are
+float16, each times its own power of two ("NAME/LAYER/scale"), so that what is small beside a sink
+keeps its digits; in formats 1 and 2, which are read as well, they had no scale.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.base.files import writable, write, write_text
 from vitreous.report import format_1
 
-FORMAT = 2
+FORMAT = 3
 CHUNK = 16  # images in a part
 WHOLE = ("layer", "head", "image")  # columns of whole numbers, of which -1 means none in particular
 WORDS = ("source", "kind", "component", "measure")
@@ -81,6 +82,11 @@ class Part:
         names = [key.split("/") for key in self.tensors]
         maps = [(name[0], int(name[1])) for name in names if len(name) == 2 and name[0] not in OTHERS]
         return [f"{component}/{layer}" for component, layer in sorted(maps)]
+
+    def map(self, name: str) -> np.ndarray:
+        """One map of all images, (B, [H,] *grid) float32."""
+        values, scale = self.tensors[name].astype(np.float32), self.tensors.get(f"{name}/scale")
+        return values if scale is None else scaled(values, scale)
 
     def put(self, group: str, columns: Columns) -> None:
         """Take in the columns of a table."""
@@ -150,7 +156,7 @@ class Maps(Mapping):
         if name not in self.first.tensors:
             names = [f"{component} {layer}" for component, layer in self]
             raise UnknownName(name.removesuffix("/confidence").replace("/", " "), "map", names)
-        return np.concatenate([part.tensors[name] for part in self.parts if part.images])
+        return np.concatenate([part.map(name) for part in self.parts if part.images])
 
 
 class Reading:
@@ -313,11 +319,11 @@ def read(folder: str | Path) -> Reading:
     path = folder / "reading.json"
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["format"] not in (1, FORMAT):
+        if facts["format"] not in range(1, FORMAT + 1):
             raise DataError(
-                f"Found {path} in format {facts['format']}. Expected 1 or {FORMAT}. Read it with the version that wrote it."
+                f"Found {path} in format {facts['format']}. Expected 1 to {FORMAT}. Read it with the version that wrote it."
             )
-        facts = format_1.upgraded(facts) if facts["format"] == 1 else facts
+        facts = (format_1.upgraded(facts) if facts["format"] == 1 else facts) | {"format": FORMAT}
         for name in ("layers", "measures", "sources", "components"):
             iter(facts[name])
         paths = [folder / "parts" / f"{number:05d}.safetensors" for number in range(facts["parts"])]
@@ -352,6 +358,23 @@ def read_part(path: Path) -> Part:
             f"Found {path}, which cannot be read ({type(error).__name__}: {error}). Expected a part of a reading. Delete it "
             "and look again with the same --out."
         ) from error
+
+
+def packed(maps: np.ndarray, lead: int) -> tuple[np.ndarray, np.ndarray]:
+    """Maps with `lead` leading axes as float16, and the power of two (float32) of each, (B, [H]).
+
+    The largest value of a map takes the highest place but one, so that float16 reaches down to
+    2e-12 of it. Values that are not finite stay so.
+    """
+    finite = np.where(np.isfinite(maps), np.abs(maps, dtype=np.float32), 0)
+    exponent = np.frexp(finite.max(axis=tuple(range(lead, maps.ndim))))[1]
+    scale = np.ldexp(np.float32(1), np.clip(exponent - 15, -126, 112))
+    return scaled(maps.astype(np.float32), 1 / scale).astype(np.float16), scale
+
+
+def scaled(maps: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Each map times its own number."""
+    return maps * scale.reshape(*scale.shape, *[1] * (maps.ndim - scale.ndim))
 
 
 def joined(tables: Sequence[Columns]) -> Columns:

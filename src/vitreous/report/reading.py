@@ -12,7 +12,7 @@ from vitreous.base.errors import DataError
 from vitreous.report import format_1, packing
 from vitreous.report.folders import parsed, read_csv, read_json
 
-FORMAT = 2
+FORMAT = 3
 ROW_KEYS = ("layer", "head", "image", "source", "kind")
 RECORDS = ("measures", "sources", "scores", "baselines")  # what names in tables mean
 FIELDS = ("title", "model", "settings", "versions", "seed", "layers", "components", "refused", "skipped", "notes")
@@ -25,9 +25,9 @@ class ReadingFolder:
         self.folder = folder
         self.facts = read_json(folder / "reading.json")
         number = self.facts.get("format")
-        if number not in (1, FORMAT):
+        if number not in range(1, FORMAT + 1):
             raise DataError(
-                f"Found format {number!r} in {folder / 'reading.json'}. Expected 1 or {FORMAT}. "
+                f"Found format {number!r} in {folder / 'reading.json'}. Expected 1 to {FORMAT}. "
                 "Use the version of Vitreous that wrote it, or look again."
             )
         lists = ("layers", "components") if number == 1 else ("layers", "components", *RECORDS)
@@ -63,15 +63,23 @@ class ReadingFolder:
             ) from error
 
     def tensors(self, name: str, limit: int | None = None) -> np.ndarray | None:
-        """One tensor over the first `limit` images, (n, ...); None where the reading has none."""
+        """One tensor over the first `limit` images, (n, ...); None where the reading has none.
+
+        Of a map with a scale: times that, as float32. Parts of formats 1 and 2 have no scales.
+        """
         arrays, left = [], self.count if limit is None else limit
         for part in self.parts:
             if left <= 0:
                 break
             with self.opened(part) as file:
-                if name not in file.keys():  # noqa: SIM118 (not a dict)
+                names = set(file.keys())
+                if name not in names:
                     return None
-                arrays.append(file.get_tensor(name)[:left])
+                array = file.get_tensor(name)[:left]
+                if f"{name}/scale" in names:
+                    scale = file.get_tensor(f"{name}/scale")[:left]
+                    array = array.astype(np.float32) * scale.reshape(*scale.shape, *[1] * (array.ndim - scale.ndim))
+                arrays.append(array)
             left -= len(arrays[-1])
         return np.concatenate(arrays) if arrays else None
 
