@@ -345,7 +345,7 @@ def look_at_batch(
 
 
 def stored(readout: Readout, components: Mapping[str, Component]) -> dict[str, np.ndarray]:
-    """Maps and confidences as a part of a reading holds them: float16 with scales; marks uint8."""
+    """Maps and confidences as a part holds them: float16 with scales, marks as uint8."""
     tensors = {f"{name}/confidence": value.detach().cpu().float().numpy() for name, value in readout.confidence.items()}
     for name, value in readout.maps.items():
         if value.dtype == torch.bool:
