@@ -361,7 +361,7 @@ def read_part(path: Path) -> Part:
 
 
 def packed(maps: np.ndarray, lead: int) -> tuple[np.ndarray, np.ndarray]:
-    """Maps with `lead` leading axes as float16, and the power of two (float32) of each, (B, [H]).
+    """Maps with `lead` leading axes as float16, and the power of two of each as float32.
 
     The largest value of a map takes the highest place but one, so that float16 reaches down to
     2e-12 of it. Values that are not finite stay so.
