@@ -382,6 +382,34 @@ def test_a_softmax_that_is_never_used_is_listed_beside_maps():
     ]
 
 
+def test_slots_that_compete_for_places_are_no_mixed_heads():
+    """Slot attention: the softmax runs over the slots, its weights sum places into slots, and slots then attend to places."""
+
+    def slots(net, q, k, v):
+        given = (q[:, :, :4] @ k.mT * SCALE).softmax(-2)
+        found = (given / given.sum(-1, keepdim=True)) @ v  # (B, H, 4 slots, K)
+        return join((found @ k.mT * SCALE).softmax(-1) @ v)
+
+    found, calls = seen(Net(slots))
+    assert [refusal.reason for refusal in found.refused] == [
+        "a softmax was never contracted along its axis: its weights are no map"
+    ]
+    assert len(calls) == 1
+    torch.testing.assert_close(calls[0]["effective"].sum(-1), torch.ones(BATCH, 1, HEADS, 4))
+    assert calls[0]["q"].shape == (BATCH, 1, HEADS, 4, WIDTH)
+
+
+def test_weights_that_are_split_at_nothing_keep_their_map():
+    def split(net, q, k, v):
+        none, weights = (q @ k.mT * SCALE).softmax(-1).split([0, TOKENS], dim=-1)
+        assert none.transpose(2, 3).shape == (len(q), HEADS, 0, TOKENS)
+        return join(weights @ v)
+
+    found, calls = seen(Net(split))
+    assert (len(calls), found.refused) == (1, [])
+    torch.testing.assert_close(calls[0]["map"][:, 0].double(), plain(calls[0]["q"][:, 0], calls[0]["k"][:, 0]))
+
+
 def test_a_product_that_was_overwritten_is_noticed():
     def spoiled(net, q, k, v):
         weights = (q @ k.mT * SCALE).softmax(-1)

@@ -102,6 +102,9 @@ def axis_digits(parts: Sequence[tuple[int, int | None, int]], n: int, stride: in
     parts: (size, stride in the earlier tensor, stride in the viewed one), innermost first. None if
     the axis ends within a part.
     """
+    # an empty view, as a split at 0 gives, shows nothing
+    if not n or not all(size for size, *_ in parts):
+        return None
     if n == 1 or stride == 0:
         # a repeated entry, or a single one, has no stride of its own
         return ((n, 0),)

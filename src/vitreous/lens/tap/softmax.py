@@ -118,7 +118,9 @@ class DataFlow:
             if label in theirs and label not in c.labels_out:
                 # the softmax axis is summed with one of V
                 return self.attention(c, (x, own), (other, theirs), out, role, key)
-            if label in c.labels_out and label not in theirs:  # heads are mixed
+            # heads are mixed; a sum with another activation is of features, as in slot attention,
+            # whose softmax runs over the slots
+            if label in c.labels_out and label not in theirs and isinstance(other, nn.Parameter):
                 self.roles[out] = self.change_weights(role, x, contracted_axes(role.axes, own, c.labels_out, out.shape))
                 return None
         for x, own in ((c.a, c.labels_a), (c.b, c.labels_b)):
