@@ -142,12 +142,16 @@ class FeatureCollector:
         layer, x = next((layer for layer in reversed(self.layers) if layer.key == key), None), first_tensor(output)
         if layer is None or (kind == "output" and layer.merged):  # a bare tensor does not say which token is where
             return
+        if key in self.layouts.moved:
+            return
         patches, grid = self.patches(x, self.layouts.outputs.get((name, number)))
         if patches is not None:
             setattr(layer, kind, patches[: self.images].float())
             layer.token_grid = grid
         if kind == "tokens":
-            layer.stream = None if patches is None else x if x.ndim == 3 else patches
+            # numbers of all tokens need no places
+            whole = x.ndim == 3 and (patches is not None or (layer.merged and len(x) == self.batch))
+            layer.stream = x if whole else patches
             self.finish(layer.layer + 1)
 
     def finish(self, count: int | None = None) -> None:

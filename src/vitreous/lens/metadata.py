@@ -61,7 +61,9 @@ def notes(model: nn.Module, given: Mapping[str, Any]) -> list[str]:
 def of_layer(call: AttentionCall, where: TokenCoordinates) -> dict[str, Any]:
     """One captured attention: what it is, where its tokens are, and how its map was verified."""
     layout, note = call.layout, ""
-    if where.merged and where.layout is not None:
+    if where.chosen:
+        note = layout.note
+    elif where.merged and where.layout is not None:
         note = "tokens were merged or dropped before it: the places of a token share the attention to it"
     elif where.grid is None:
         note = "where its tokens are is not known" if layout is None else layout.note

@@ -40,8 +40,13 @@ class TokenCoordinates:
 
     @property
     def merged(self) -> bool:
-        """Whether tokens were merged or dropped before this attention."""
-        return self.assignment is not None
+        """Whether tokens were merged, dropped or chosen before this attention."""
+        return self.assignment is not None or self.chosen
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the model chose tokens, so that each image has places of its own."""
+        return self.layout is not None and self.layout.images > 0
 
     @property
     def recorded(self) -> bool:
@@ -131,7 +136,7 @@ class Locator:
         Merged, dropped and inserted tokens go by what our grafts recorded.
         """
         layer, self.count = self.count, self.count + 1
-        if self.layout is None and call.layout is not None:
+        if self.layout is None and call.layout is not None and not call.layout.images:
             self.layout = without_last(call.layout, call.inserted)
         if call.kind == "channel":
             return TokenCoordinates(layer)
@@ -158,6 +163,8 @@ class Locator:
             points = torch.cat([self.points, self.points.new_full((call.inserted, 2), torch.nan)])[None, None]
             return points, points
         layout = call.layout
+        if layout is not None and layout.images:
+            return layout.queries[: self.images], layout.keys[: self.images]
         if layout is None or layout.queries.shape[:2] != (windows, n) or layout.keys.shape[:2] != (windows, m):
             return None
         if windows == 1 and not call.inserted:

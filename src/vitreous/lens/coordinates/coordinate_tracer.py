@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitreous.lens.coordinates import mixing_rules, view_rules
-from vitreous.lens.coordinates.field import CoordinateField, Parts, TensorOp, tensors, thin, variance
+from vitreous.lens.coordinates.field import CoordinateField, Parts, TensorOp, equal_parts, tensors, thin, variance
 
 _NAMES = {
     view_rules.keep: """
@@ -81,6 +81,8 @@ _RANDOM = {
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like", "randint_like",
     "uniform", "random", "exponential", "log_normal", "cauchy", "geometric",
 }  # fmt: skip
+# calls that make a tensor of what Python holds
+_FROM_PYTHON = {"tensor", "as_tensor", "asarray", "from_numpy"}
 # rules that move values by an index tensor, which may depend on the image
 _INDEXED = {view_rules.pick, view_rules.gather, view_rules.select, view_rules.sort, view_rules.write, mixing_rules.merge}
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
@@ -109,6 +111,7 @@ class CoordinateTracer:
         self.fields: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.lost_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> name of the call that lost its coordinates
         self.varying: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that another image, or chance, would change
+        self.read_by = ""  # name of the call by which values of the image came to Python
         # tensor -> name of the call that took tokens by such an index
         self.chosen_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
         # float64: second moments of pixel coordinates lose the variance in float32
@@ -129,7 +132,8 @@ class CoordinateTracer:
         results = [args[0]] if name == "setitem" else tensors(out)
         outputs = [tensor for tensor in results if tensor.is_floating_point() or tensor.is_complex()]
         has_place = any(tensor in self.fields for tensor in inputs)
-        varying = has_place or name in _RANDOM or any(tensor in self.varying or tensor in self.lost_by for tensor in inputs)
+        varying = has_place or name in _RANDOM or (self.read_by and name in _FROM_PYTHON)
+        varying = varying or any(tensor in self.varying or tensor in self.lost_by for tensor in inputs)
         # also integers: an index computed from the image makes its choice depend on the image
         if varying and name not in _UNRELATED:
             for tensor in results:
@@ -141,18 +145,33 @@ class CoordinateTracer:
         # tokens chosen by values of this image: other images have other coordinates
         if rule in _INDEXED and any(tensor in self.varying for tensor in inputs if not tensor.is_floating_point()):
             chosen_by = name
+        elif rule is view_rules.pick and self.read_by and view_rules.has_list(args[1]):
+            chosen_by = self.read_by
         op = TensorOp(name, func, args, kwargs, args[0] if name == "setitem" else out, self.field)
         fields = self._apply_rule(rule, op) if has_place and rule else None
         reason = next((self.lost_by[tensor] for tensor in inputs if tensor in self.lost_by), None)
         if has_place:
             # the newest loss is named, not the first of the chain
             reason = None if name in _UNRELATED else name
+        # a residual sum with the places of the stream does not depend on what attention chose
+        inherited = chosen_by is not None and chosen_by not in (name, self.read_by)
+        steady = [
+            self.fields[tensor] for tensor in inputs if inherited and tensor in self.fields and tensor not in self.chosen_by
+        ]
         for tensor, field in zip(outputs, fields or [None] * len(outputs), strict=False):
             self._set(tensor, field)
             if field is None and fields is None and reason is not None:
                 self.lost_by[tensor] = reason
-            if field is not None and chosen_by is not None:
+            if field is not None and chosen_by is not None and not any(same_places(field, other) for other in steady):
                 self.chosen_by[tensor] = chosen_by
+
+    def read(self, name: str, tensor: Tensor) -> None:
+        """Note that Python code read a tensor.
+
+        Whole numbers that the image decides may be indices, by which it chooses tokens later.
+        """
+        if tensor in self.varying and (name == "numpy" or not (tensor.is_floating_point() or tensor.dtype == torch.bool)):
+            self.read_by = name
 
     def _set(self, tensor: Tensor, field: CoordinateField | None) -> None:
         """Store or remove the field of a tensor; fields of another shape are not stored."""
@@ -195,10 +214,17 @@ class CoordinateTracer:
         lost_by = next((self.lost_by[tensor] for tensor in tensors if tensor in self.lost_by), None)
         if lost_by is not None:
             return f"{lost_by} lost the places"
+        return self.choice(*tensors)
+
+    def choice(self, *tensors: Tensor) -> str:
+        """Which call chose among the tokens of these tensors, in words; "" if none did."""
         chosen_by = next((self.chosen_by[tensor] for tensor in tensors if tensor in self.chosen_by), None)
-        if chosen_by is not None:
-            return f"{chosen_by} chose tokens by their values or by chance: other images have other places"
-        return ""
+        return "" if chosen_by is None else f"{chosen_by} chose tokens by their values or by chance"
+
+
+def same_places(field: CoordinateField, other: CoordinateField) -> bool:
+    """True if elements of two tensors have the same places, as far as they differ at all."""
+    return all(equal_parts(thin(p), thin(q)) for p, q in zip(field.sets[0][:2], other.sets[0][:2], strict=True))
 
 
 def _stacked(parts: Parts, shape: tuple[int, ...]) -> Tensor:

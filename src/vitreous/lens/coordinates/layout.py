@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Layout:
     grid, key_grid: (rows, cols) of all query (key) places over all windows; None: they are on no
         grid.
     prefix: how many leading queries have no place in any window (class token, registers).
+    images: how many images have places of their own, in the order of the batch: queries, keys,
+        cells and key_cells then have a first axis of so many; 0: all images have these places.
     windows, heads: into how many of each the leading axes divide.
     factors: (size, "W" | "H") of each leading axis, outermost first, for one image.
     note: why something is unknown, or "".
@@ -43,6 +46,7 @@ class Layout:
     note: str = ""
     cells: Tensor | None = field(default=None, repr=False)  # (W, N) index into the grid, -1: none
     key_cells: Tensor | None = field(default=None, repr=False)
+    images: int = 0
 
     def picture(self, values: Tensor) -> Tensor:
         """One value per query (..., W, N) -> (..., rows, cols) on `grid`; NaN where no query is.
@@ -60,6 +64,9 @@ def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None,
     """Values (..., W, N) averaged into the cells of a grid; side: for the message."""
     if cells is None or grid is None:
         raise ValueError(f"The {side} of this attention are on no grid. Expected a layout with one. Draw them as rows.")
+    if cells.ndim > 2:  # of each image
+        images = zip(values, cells, strict=False)
+        return torch.stack([_picture(own, own_cells, grid, side) for own, own_cells in images])
     if tuple(values.shape[-2:]) != tuple(cells.shape):
         raise ValueError(
             f"Values of shape {tuple(values.shape)} do not fit {cells.shape[0]} windows of {cells.shape[1]} {side}. "
@@ -101,6 +108,76 @@ def layout(query: Tensor | None, key: Tensor | None, size: tuple[int, int], note
         size, query[..., :2].clone(), key[..., :2].clone(), grids[0][0], grids[1][0], prefix, sizes["W"], sizes["H"], factors,
         note, grids[0][1], grids[1][1],
     )  # fmt: skip
+
+
+def image_layout(
+    query: Tensor, key: Tensor, bring: Callable[[Tensor], Tensor], lead: Sequence[int], traced: Layout, full: Sequence[Layout]
+) -> Layout:
+    """The layout of a call in which each image of a batch has places of its own, or `traced`.
+
+    query, key: as `layout` takes them, of a pass of the whole batch. bring: takes a tensor with the
+    leading axes `lead` and two more to (B, W, H, ...). traced: of one image; it holds if all images
+    have its places. full: layouts with every patch, one of which the tokens are looked up in;
+    without it there is no grid.
+    """
+    query, key = _alike(_tokens(query), _tokens(key))
+    sides = []
+    for places in (query, key):
+        if any(n not in (1, m) for n, m in zip(reversed(places.shape[:-2]), reversed(lead), strict=False)):
+            return without_places(traced)
+        sides.append(bring(places.expand(*lead, *places.shape[-2:]))[:, :, 0])  # (B, W, N, 4)
+    query, key = (places[..., :2].contiguous() for places in _without_pooled(*sides))
+    if all(
+        places.shape[1:] == own.shape and _equal(places, own)
+        for places, own in zip((query, key), (traced.queries, traced.keys), strict=True)
+    ):
+        return traced
+    tables = [(*table, grid) for grid, *table in (_lookup(query, key, other) for other in full) if table]
+    absent = query[..., 0].isnan().flatten(0, 1).all(0)
+    cells, key_cells, grid = min(tables, key=lambda table: math.prod(table[2]), default=(None, None, None))
+    return replace(
+        traced, queries=query, keys=key, grid=grid, key_grid=grid, cells=cells, key_cells=key_cells, images=len(query),
+        prefix=int(absent.long().cumprod(0).sum()), windows=query.shape[1],
+    )  # fmt: skip
+
+
+def without_places(traced: Layout) -> Layout:
+    """The layout without places, where they are not the same in every image."""
+    nowhere = (torch.full_like(places, torch.nan) for places in (traced.queries, traced.keys))
+    queries, keys = nowhere
+    return replace(traced, queries=queries, keys=keys, grid=None, key_grid=None, cells=None, key_cells=None)
+
+
+def _equal(places: Tensor, one: Tensor) -> bool:
+    """True if the places of all images (B, W, N, 2) are those of one (W, N, 2)."""
+    difference = (places - one).nan_to_num(nan=0.0).abs()
+    return bool((places.isnan() == one.isnan()).all()) and bool((difference <= CLOSE).all())
+
+
+def _lookup(query: Tensor, key: Tensor, full: Layout) -> tuple[Any, ...]:
+    """(grid, cells of queries, cells of keys) in a full layout; (grid,) if some are not in it."""
+    centres = full.queries.flatten(0, 1).new_full((math.prod(full.grid), 2), torch.nan)
+    index = full.cells.flatten()
+    centres[index[index >= 0]] = full.queries.flatten(0, 1)[index >= 0]
+    levels = [centres[:, axis].unflatten(0, full.grid).mean(1 - axis) for axis in range(2)]
+    tables = []
+    for places in (query, key):
+        has_place = places[..., 0].isfinite()
+        points = places[has_place]
+        # the nearest row and column, and then whether the point is there
+        row, column = ((points[:, axis, None] - levels[axis]).abs().argmin(1) for axis in range(2))
+        cell = row * full.grid[1] + column
+        if not bool(((centres[cell] - points).abs() <= CLOSE).all()):
+            return (full.grid,)
+        table = torch.full(has_place.shape, -1, dtype=torch.long)
+        table[has_place] = cell
+        tables.append(table)
+    return full.grid, *tables
+
+
+def is_full(traced: Layout) -> bool:
+    """True if every cell of the layout's grid has a query."""
+    return traced.grid is not None and len(traced.cells[traced.cells >= 0].unique()) == math.prod(traced.grid)
 
 
 def channel(query: Tensor | None, key: Tensor | None) -> bool:

@@ -139,6 +139,11 @@ def pick(op: TensorOp) -> CoordinateField | None:
     return field.map_parts(change)
 
 
+def has_list(index: Any) -> bool:
+    """True if an index holds a list, which takes elements in an order of its own."""
+    return any(isinstance(item, list) for item in (index if isinstance(index, tuple) else (index,)))
+
+
 def gather(op: TensorOp) -> CoordinateField | None:
     """gather, take_along_dim, without axes on which neither places nor indices change."""
     along = op.name == "take_along_dim"

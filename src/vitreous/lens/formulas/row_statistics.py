@@ -17,7 +17,7 @@ from torch import Tensor
 from vitreous.lens.formulas import indicators
 from vitreous.lens.tap.attention_call import Buffers
 
-Points = tuple[Tensor, Tensor]  # (y, x) of queries (1, W, N, 2) and of keys (1, W, M, 2); NaN for none
+Points = tuple[Tensor, Tensor]  # (y, x) of queries (B or 1, W, N, 2) and of keys (B or 1, W, M, 2); NaN for none
 
 
 class Distances:
@@ -162,13 +162,16 @@ class RowStatistics:
         """Mean distance and square distance under each row's weights on keys with a place."""
         maps, (queries, keys) = block.maps, block.points
         seen, factors = block.distances.between(queries[..., block.rows, :], keys, maps.device)
-        turned = maps.permute(1, 3, 0, 2, 4)  # (W, n, B, H, M): images share the places
-        if maps.shape[1] > 1:  # else a view will do
+        shared = len(factors) == 1  # images share the places, unless the model chose tokens
+        turned = maps.permute(1, 3, 0, 2, 4) if shared else maps.permute(0, 1, 3, 2, 4)  # (W, n, B, H, M), (B, W, n, H, M)
+        lead = factors.shape[:-2].numel()  # rows that differ in places
+        if maps.shape[1] > 1 or not shared:  # else a view will do
             turned = block.scratch.view(turned.shape).copy_(turned)
-        sums = torch.bmm(factors.flatten(0, 2), turned.flatten(0, 1).flatten(1, 2).mT)  # (W n, 3, B H)
+        sums = torch.bmm(factors.flatten(0, -3), turned.reshape(lead, -1, maps.shape[-1]).mT)  # (rows, 3, images and heads)
         mass, far, farther = sums.unbind(1)
-        valid = (mass > 0) & seen.reshape(-1, 1)
-        each = torch.where(valid, torch.stack([valid.float(), far / mass, farther / mass]), 0).sum(dim=1, dtype=torch.float64)
+        valid = (mass > 0) & seen.reshape(lead, 1)
+        each = torch.where(valid, torch.stack([valid.float(), far / mass, farther / mass]), 0)
+        each = each.view(3, len(factors), -1, sums.shape[-1]).sum(dim=2, dtype=torch.float64)
         for name, value in zip(("placed", "distance", "square_distance"), each, strict=True):
             self.sums.add(name, value.view(maps.shape[0], maps.shape[2]))
 

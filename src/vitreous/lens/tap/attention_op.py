@@ -133,6 +133,9 @@ class Receiver(ABC):
     def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:  # noqa: B027 (only the tracer follows)
         """Called after every call of the pass."""
 
+    def read(self, name: str, tensor: Tensor) -> None:  # noqa: B027
+        """Called when Python code reads the values of a tensor."""
+
     @abstractmethod
     def attention(self, stack: ModuleStack, op: AttentionOp) -> None:
         """Called at every attention of the pass."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitreous.layers.stream import TokenState
+from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer
+from vitreous.lens.coordinates.layout import Layout, image_layout, without_places
 from vitreous.lens.tap.attention_call import (
     Arrangement,
     AttentionCall,
@@ -20,7 +25,7 @@ from vitreous.lens.tap.attention_call import (
 )
 from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, Receiver, guess_factors
 from vitreous.lens.tap.module_stack import ModuleStack
-from vitreous.lens.tap.tracer import Layouts, Traced
+from vitreous.lens.tap.tracer import Layouts, Traced, places_of_sides
 
 SAME = 0.1  # of the largest output: by how much an image alone may differ from the same in a batch
 TOLERANCE = 1e-4  # of the largest |V|, or |score|; half precision: four roundings
@@ -32,15 +37,26 @@ class Capture(Receiver):
 
     strict = True
 
-    def __init__(self, on_attention: Callable[[AttentionCall], None], layouts: Layouts, batch: int):
+    def __init__(
+        self, on_attention: Callable[[AttentionCall], None], layouts: Layouts, images: Tensor, comparable: bool = False
+    ):
+        """comparable: the first image is the traced one."""
         super().__init__()
-        self.on_attention, self.layouts, self.batch, self.buffers = on_attention, layouts, batch, Buffers()
+        self.on_attention, self.layouts, self.batch, self.buffers = on_attention, layouts, len(images), Buffers()
+        self.comparable = comparable
+        # where tokens are chosen, their coordinates are followed for every image in the very pass
+        self.coordinates = CoordinateTracer(images) if any(traced.choice for traced in layouts.calls.values()) else None
+
+    def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        """Move coordinates through a call, if tokens are chosen somewhere."""
+        if self.coordinates is not None:
+            self.coordinates.follow(func, tuple(args), kwargs, out)
 
     def attention(self, stack: ModuleStack, op: AttentionOp) -> None:
         """Arrange one attention, check its map, and give it to the callback, or refuse it."""
         name, call_index = self.key(stack)
         traced = self.layouts.calls.get((name, call_index))
-        arrangement = self.arrangement((name, call_index), op, traced)
+        arrangement = self.arrangement((name, call_index), op, traced, stack.state)
         if isinstance(arrangement, str):
             self.refuse(name, arrangement)
             return
@@ -57,7 +73,7 @@ class Capture(Receiver):
             # the tensors behind it are freed here, so that memory does not grow with depth
             call.maps = None
 
-    def arrangement(self, key: Key, op: AttentionOp, traced: Traced | None) -> Arrangement | str:
+    def arrangement(self, key: Key, op: AttentionOp, traced: Traced | None, state: TokenState) -> Arrangement | str:
         """How the leading axes divide, or why that is not known.
 
         Where the batch may stand in several places, that place holds in which the first image gives
@@ -66,11 +82,17 @@ class Capture(Receiver):
         options, shape = arrangements(op, traced, self.batch), tuple(op.output.shape)
         if not options:
             return f"no axis of its output {shape} is the batch of {self.batch}: it is one for all images, or mixes them"
-        if len(options) == 1 or traced.sample is None:
+        if traced is None or (len(options) == 1 and not self.comparable):
             return options[0]
         if key not in self.layouts.orders:
             errors = departures(op, traced.sample, options)
             best = min(range(len(errors)), key=errors.__getitem__)
+            if len(options) == 1:
+                # chance that is not PyTorch's, or a batch that matters: places may be others too,
+                # if they are not followed or recorded
+                if not errors[0] <= SAME and self.coordinates is None and state.assignment is None:
+                    self.layouts.moved.add(key)
+                return options[0]
             if not errors[best] <= SAME:
                 return (
                     f"which axis of its output {shape} is the batch of {self.batch} is not known: in no order of images, "
@@ -82,6 +104,20 @@ class Capture(Receiver):
                 self.layouts.orders[key] = alike[0]
                 self.layouts.unsure[key] = "windows of the first image are alike: that images come before windows is assumed"
         return options[self.layouts.orders[key]]
+
+    def read(self, name: str, tensor: Tensor) -> None:
+        """Note which values came to Python code, if tokens are chosen somewhere."""
+        if self.coordinates is not None:
+            self.coordinates.read(name, tensor)
+
+    def image_layout(self, op: AttentionOp, traced: Traced, arrangement: Arrangement) -> Layout:
+        """Where the tokens of a call are in each image, some of which were chosen."""
+        query, key = places_of_sides(self.coordinates, op)
+        layout = image_layout(query, key, arrangement.merge, op.lead, traced.layout, self.layouts.full())
+        if layout is traced.layout:
+            return layout
+        where = "no grid is known that has their places" if layout.grid is None else "in maps each image has its own places"
+        return replace(layout, note=f"{traced.choice}: {where}")
 
     def call(
         self, name: str, call_index: int, stack: ModuleStack, op: AttentionOp, traced: Traced | None, arrangement: Arrangement
@@ -96,7 +132,11 @@ class Capture(Receiver):
             maps = StoredMap(weighted_sum.probabilities, weighted_sum.effective, arrangement, self.buffers)
         # a reducer of tokens leaves other tokens in every image: no common layout
         layout = traced.layout if traced is not None and state.assignment is None else None
-        if layout is not None and (layout.queries.shape[1], layout.keys.shape[1]) != (output.shape[3], v.shape[3]):
+        if layout is not None and traced.choice and traced.kind != "channel":
+            layout = self.image_layout(op, traced, arrangement)
+        elif layout is not None and (name, call_index) in self.layouts.moved:
+            layout = replace(without_places(layout), note="alone, the first image gives other values than in a batch")
+        if layout is not None and (layout.queries.shape[-2], layout.keys.shape[-2]) != (output.shape[3], v.shape[3]):
             layout = None  # another number of tokens than in the traced pass
         call = AttentionCall(
             name=name,

@@ -52,6 +52,7 @@ WITHOUT_TENSORS = {
     "item", "tolist", "storage_offset", "element_size", "nelement", "ndimension", "__bool__", "__int__", "__float__",
     "__index__", "__repr__", "__format__", "__hash__", "get_device", "data_ptr", "untyped_storage", "is_same_size", "numpy",
 }  # fmt: skip
+READS = {"item", "tolist", "numpy", "__int__", "__index__"}  # those that hand values to Python code
 
 
 @dataclass
@@ -87,9 +88,11 @@ def watch(
     images = prepare_images(modules, images)
     layouts = trace(model, images) if layouts is None else layouts
     # where the batch stands among the axes is seen once, by an image that was traced alone
-    if len(images) > 1 and layouts.image is not None and not is_first(layouts.image, images):
+    comparable = layouts.image is not None and is_first(layouts.image, images)
+    if len(images) > 1 and layouts.image is not None and not comparable:
         vars(layouts).update(vars(trace(model, images)))
-    capture = Capture(on_attention, layouts, len(images))
+        comparable = True
+    capture = Capture(on_attention, layouts, images, comparable)
     output = run_pass(modules, images, capture, layouts.earlier_tensors, on_output, outputs)
     if len(images) > 1:
         layouts.image = None
@@ -231,6 +234,8 @@ class Tap(TorchFunctionMode):
         kwargs, name = {} if kwargs is None else kwargs, function_name(func)
         # other threads work on other images
         if name in WITHOUT_TENSORS or threading.get_ident() != self.thread:
+            if name in READS and threading.get_ident() == self.thread:
+                self.receiver.read(name, args[0])
             return func(*args, **kwargs)
         if Opening in types:  # no tensor: what is done with the tokens inside is seen, as the host's own code does it
             with self.reenter():

@@ -14,7 +14,7 @@ from vitreous.hosts.stream_ends import Opening
 from vitreous.layers.stream import Stream
 from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer
 from vitreous.lens.coordinates.field import thin
-from vitreous.lens.coordinates.layout import Layout, channel, layout
+from vitreous.lens.coordinates.layout import Layout, channel, is_full, layout, without_places
 from vitreous.lens.tap.attention_call import Arrangement, output_sample
 from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, OperandView, Receiver, guess_factors
 from vitreous.lens.tap.module_stack import ModuleStack
@@ -27,6 +27,7 @@ class Traced:
 
     lead: sizes of its leading axes. factors: of these (see `Arrangement`). kind, layout: as in
     `AttentionCall`. sample: entries of its output, as of `output_sample`.
+    choice: what chose its tokens by value or chance, so that each image has other places.
     """
 
     lead: tuple[int, ...]
@@ -34,6 +35,7 @@ class Traced:
     kind: str = "token"
     layout: Layout | None = None
     sample: Tensor | None = field(default=None, repr=False)
+    choice: str = ""
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Layouts:
     image: the traced image (1, C, h, w), until a batch that begins with it was compared with it.
     orders: which of the possible arrangements of each call holds, found by that comparison.
     unsure: notes on calls of which it could not be told.
+    moved: calls whose output for the traced image is another one in a batch.
     earlier_tensors: of passes before; what is not among them later was computed out of sight.
     """
 
@@ -53,7 +56,37 @@ class Layouts:
     image: Tensor | None = field(default=None, repr=False)
     orders: dict[Key, int] = field(default_factory=dict)
     unsure: dict[Key, str] = field(default_factory=dict)
+    moved: set[Key] = field(default_factory=set)
     earlier_tensors: TensorSet = field(default_factory=TensorSet, repr=False)  # tensors of earlier passes
+
+    def full(self) -> list[Layout]:
+        """Layouts in which every patch of a grid is, each once."""
+        every = (*self.outputs.values(), *(traced.layout for traced in self.calls.values() if not traced.choice))
+        return list({id(each): each for each in every if each is not None and is_full(each)}.values())
+
+
+def located_sides(op: AttentionOp) -> tuple[OperandView, OperandView]:
+    """The operands that say where queries and keys are.
+
+    Without a product, the output stands for the queries and V for the keys.
+    """
+    return (op.q, op.k) if op.q is not None else (op.weighted_sum.output_view, op.weighted_sum.v_view)
+
+
+def places_of_sides(coordinates: CoordinateTracer, op: AttentionOp) -> list[Tensor]:
+    """Coordinates (..., N, K, 4) of queries and (..., M, K, 4) of keys; NaN if they have none.
+
+    As of `CoordinateTracer.of`; axes along which they are constant have size 1 or stride 0.
+    """
+    sides = []
+    for (tensor, view), x in zip(located_sides(op), (op.output, op.v), strict=True):
+        places, count = coordinates.of(tensor), x.shape[-2]
+        if places is None:
+            sides.append(torch.full((count, 1, 4), math.nan, dtype=torch.float64))
+            continue
+        places = view(thin(places, range(places.ndim - 1)))
+        sides.append(places.expand(*places.shape[:-3], count, *places.shape[-2:]))
+    return sides
 
 
 class Tracer(Receiver):
@@ -72,16 +105,17 @@ class Tracer(Receiver):
         """Move coordinates through a call."""
         self.coordinates.follow(func, tuple(args), kwargs, out)
 
+    def read(self, name: str, tensor: Tensor) -> None:
+        """Note which values came to Python code."""
+        self.coordinates.read(name, tensor)
+
     def attention(self, stack: ModuleStack, op: AttentionOp) -> None:
         """Record the leading axes, factors, kind and layout of an attention."""
         self.count += 1
         product = op.weighted_sum is None or op.weighted_sum.product is not None
         kind = "token" if product else "pooling"
-        sides = (op.q, op.k)
-        # without a product, the output stands for the queries and V for the keys
-        if op.q is None:
-            sides = (op.weighted_sum.output_view, op.weighted_sum.v_view)
-        query, key = (self.places(side, x.shape[-2]) for side, x in zip(sides, (op.output, op.v), strict=True))
+        sides = located_sides(op)
+        query, key = places_of_sides(self.coordinates, op)
         call_layout = layout(query, key, self.coordinates.size, self.coordinates.reason(*(side[0] for side in sides)))
         # without coordinates, or with leading axes that broadcast, factors are guessed
         if call_layout is None or len(call_layout.factors) != len(op.lead):
@@ -92,18 +126,9 @@ class Tracer(Receiver):
         if op.q is not None and channel(query, key):
             kind, call_layout = "channel", None  # rows and columns of the map are channels, which are nowhere
         sample = output_sample(Arrangement(factors).merge(op.output))
-        self.layouts.calls[self.key(stack)] = Traced(op.lead, factors, kind, call_layout, sample)
-
-    def places(self, side: OperandView, count: int) -> Tensor:
-        """Coordinates (..., count, K, 4) of an operand; NaN if it has none.
-
-        As of `CoordinateTracer.of`; axes along which they are constant have size 1 or stride 0.
-        """
-        places = self.coordinates.of(side[0])
-        if places is None:
-            return torch.full((count, 1, 4), math.nan)
-        places = side[1](thin(places, range(places.ndim - 1)))
-        return places.expand(*places.shape[:-3], count, *places.shape[-2:])
+        # our own grafts record what they choose, image by image
+        choice = "" if stack.state.assignment is not None else self.coordinates.choice(*(side[0] for side in sides))
+        self.layouts.calls[self.key(stack)] = Traced(op.lead, factors, kind, call_layout, sample, choice)
 
     def share(self, call_layout: Layout) -> Layout:
         """The equal layout of an earlier call, else this one.
@@ -131,7 +156,9 @@ class Tracer(Receiver):
         else:
             output = output[0] if isinstance(output, tuple) and output else output  # tokens, and what else a block hands on
             output_layout = self.layout_of_output(output) if isinstance(output, Tensor) and output.ndim in (3, 4) else None
-            if output_layout is not None:
+            if output_layout is not None and self.coordinates.choice(output):
+                output_layout = without_places(output_layout)  # which token is where differs from image to image
+            elif output_layout is not None:
                 self.layouts_by_count[output_layout.queries.shape[1]] = output_layout
         if output_layout is not None:
             self.layouts.outputs[name, call_index] = output_layout
