@@ -10,7 +10,8 @@ import torch
 
 from vitreous import SPC, SVDA, graft, grafts, ungraft
 from vitreous.base.errors import DataError, UnknownName
-from vitreous.models.create import create_model, read_weights
+from vitreous.models.create import create_model
+from vitreous.models.weights import read_weights
 from vitreous.train import load, save
 
 NET = dict(img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=2, num_classes=3)

@@ -19,7 +19,8 @@ from PIL import Image
 
 from vitreous.base.errors import DataError, VitreousError
 from vitreous.commands.cli import main
-from vitreous.models.create import create_model, read_weights
+from vitreous.models.create import create_model
+from vitreous.models.weights import read_weights
 from vitreous.train import load, save
 
 NET = dict(img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=2, num_classes=3)

@@ -27,7 +27,7 @@ from vitreous.lens.direction import Direction
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
 from vitreous.models import model_folder
-from vitreous.models.create import read_weights
+from vitreous.models.weights import read_weights
 from vitreous.report.page import write as write_report
 from vitreous.train.engine.loader import loader
 from vitreous.train.records.predictions import by_image

@@ -26,9 +26,8 @@ from vitreous.grafting import grafts
 from vitreous.lens.direction import Direction, find_direction
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
-from vitreous.models.load import open_model, weights_source
+from vitreous.models.load import weights_source
 from vitreous.report.page import write as write_report
-from vitreous.train.settings import key_values
 
 QUICK = 10_000_000  # parameters up to which curves are made unasked: about half a minute on two cores
 DIRECTION = "foreground.safetensors"  # beside model.safetensors, the direction that travels with a model
@@ -82,15 +81,8 @@ def calibrate(name: str, photos: Sequence[str], out: str | None, source: ModelSo
 
 def open_on_device(name: str, source: ModelSource, console: Console, team: Team = ALONE) -> tuple[nn.Module, dict]:
     """The model in eval mode on its device, and what a reading records of it."""
-    options = {"weights": source.weights, "random_weights": source.random_weights}
-    model = open_model(
-        name,
-        foreign=source.foreign,
-        arguments=key_values(source.model_kwargs),
-        say=lambda text: console.print(text, highlight=False, markup=False),
-        **options,
-    )
-    weights = weights_source(name, **options)
+    model = source.open(name, lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False))
+    weights = weights_source(name, source.weights, source.random_weights)
     shown = Path(name).resolve().name if weights == "run" else name
     metadata = {"name": shown, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
     return model.to(team.device(torch_device(source.device))), metadata

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from tyro import conf
+
 from vitreous.commands import Command
-from vitreous.commands._arguments import TrainedModel
+from vitreous.commands._arguments import ModelOptions, TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +41,19 @@ class Export(Command):
     """Images, folders or archives, of which the first 16 are compared, beside seeded noise."""
     tolerance: float = 1e-4
     """Largest difference of a logit that counts as the same."""
-    weights: str | None = None
-    """For a name of timm's: take the weights in this .safetensors file
-    (or .pth, read without running code)."""
-    foreign: bool = False
-    """Import mechanisms of other packages that a folder names. This runs their code."""
+    source: conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
     json: bool = False
     """Say what was done as one JSON object, for programs."""
 
     def run(self) -> None:
         from vitreous.base.files import check_new
         from vitreous.deploy.export import export
-        from vitreous.models.load import open_model
 
         check_new(Path(self.out))
-        model = open_model(self.model, self.weights, self.foreign)
+        opening: list[str] = []
+        model = self.source.open(self.model, opening.append)
         report = export(model, self.out, self.to, images=self.images, tolerance=self.tolerance)
+        report["remarks"] = [*opening, *report["remarks"]]
         print(json.dumps(report, indent=2) if self.json else "\n".join(report_lines(report, self.out)))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rich.console import Console
+from tyro import conf
 
 from vitreous.commands import Command
-from vitreous.commands._arguments import ImagePaths, TrainedModel
+from vitreous.commands._arguments import ImagePaths, ModelOptions, TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +36,7 @@ class Predict(Command):
     """So many classes per image, the most probable first."""
     batch_size: int = 16
     """Images per forward pass."""
-    weights: str | None = None
-    """For a name of timm's: take the weights in this .safetensors file
-    (or .pth, read without running code)."""
-    foreign: bool = False
-    """Import mechanisms of other packages that a folder names. This runs their code."""
+    source: conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
     device: str = "auto"
     """auto (a GPU if there is one) | cpu | cuda | cuda:1 ..."""
     json: bool = False
@@ -48,7 +45,7 @@ class Predict(Command):
     def run(self) -> None:
         from vitreous.deploy.predict import run_predict
 
-        options = {name: value for name, value in vars(self).items() if name not in ("model", "images", "json")}
-        result = run_predict(self.model, self.images, console=Console(quiet=self.json), **options)
+        options = {name: getattr(self, name) for name in ("out", "top", "batch_size", "device")}
+        result = run_predict(self.model, self.images, opening=self.source.open, console=Console(quiet=self.json), **options)
         if self.json:
             print(json.dumps(result | {"classes": dict(result["classes"].most_common())}, indent=2))

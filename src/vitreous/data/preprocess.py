@@ -6,8 +6,9 @@ prepare images here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,8 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torchvision import transforms
+
+from vitreous.base.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,26 @@ class Preprocess:
         if len(mean) != channels and channels in (1, 3):
             mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
         return Preprocess((channels, *self.input_size[1:]), mean, std, self.interpolation, self.crop_pct, self.crop_mode)
+
+    def changed(self, mean: Sequence[float] = (), std: Sequence[float] = (), interpolation: str | None = None) -> Preprocess:
+        """With what is given in place of its own. Raises SettingError for what does not fit."""
+        channels = self.input_size[0]
+        for name, values in (("mean", mean), ("std", std)):
+            if values and not (
+                len(values) == channels and all(map(math.isfinite, values)) and (name == "mean" or min(values) > 0)
+            ):
+                raise SettingError(
+                    f"Found --{name} {' '.join(map(str, values))}. Expected {channels} numbers, one per channel"
+                    f"{', above 0' * (name == 'std')}. Give them in the scale of pixels of 0 to 1."
+                )
+        values = {"mean": tuple(mean), "std": tuple(std), "interpolation": interpolation}
+        return replace(self, **{name: value for name, value in values.items() if value})
+
+    def __str__(self) -> str:
+        """As it is told to people."""
+        numbers = [" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std)]
+        height, width = self.input_size[1:]
+        return f"{width} x {height} px, mean {numbers[0]}, std {numbers[1]}, {self.interpolation}, crop_pct {self.crop_pct:g}"
 
     def config(self) -> dict[str, Any]:
         """As timm's `create_transform` takes it and config.json's `pretrained_cfg` holds it."""

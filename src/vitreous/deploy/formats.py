@@ -26,7 +26,7 @@ from vitreous.base.errors import DataError, HostError, SettingError, brief
 from vitreous.data.preprocess import Preprocess
 from vitreous.grafting import grafts, ungraft
 from vitreous.models import model_folder
-from vitreous.models.create import listed
+from vitreous.models.weights import listed
 
 PROTOBUF = 2_000_000_000  # bytes of weights; an .onnx file, which is one protobuf message, ends at 2 GiB
 EXAMPLES = 2  # images in the batch that is traced: of one, an exporter could take the batch for a constant

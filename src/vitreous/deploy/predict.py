@@ -69,20 +69,23 @@ def run_predict(
     images: Sequence[str],
     out: str,
     *,
+    opening: Callable[[str, Callable[[str], Any]], nn.Module] = lambda name, say: open_model(name, say=say),
     top: int = 1,
     batch_size: int = 16,
-    weights: str | None = None,
-    foreign: bool = False,
     device: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Predict and write the file; prints and returns counts by class and the skipped images."""
+    """Predict and write the file; prints and returns counts by class and the skipped images.
+
+    opening: makes the model of its name, and says what it assumed.
+    """
     console, path = console or Console(), Path(out)
     check_new(path)
     check_range("top", top, 1_000_000)
     check_range("batch-size", batch_size, 100_000)
     place = torch_device(device)  # before the model is opened, which may take long
-    model = open_model(name, weights, foreign).to(place)
+    remarks: list[str] = []
+    model = opening(name, remarks.append).to(place)
     views = open_images(model, images)
     result: dict[str, Any] = {"model": name, "predictions": str(path), "images": 0, "classes": Counter(), "skipped": []}
     notes: list[str] = []
@@ -91,7 +94,8 @@ def run_predict(
         step = lambda done, of: progress.update(task, completed=done, total=of)  # noqa: E731
         answers = predict(model, views, top=top, batch_size=batch_size, progress=step)
         write(path, lambda temporary: write_table(temporary, answers, top, result, notes))
-    result["remarks"] = [*views.images.remarks, *conversions(notes)]
+    result["inputs"] = views.config
+    result["remarks"] = [*remarks, *views.images.remarks, *conversions(notes)]
     if multi_label(model):
         result["remarks"].append("Several classes may be right: each has a probability of its own. --top N shows more of them.")
     say(result, console)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
-import torch
-from timm.models import adapt_input_conv, clean_state_dict, get_model_input_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from vitreous.base.errors import DataError, HostError, SettingError, UnknownName, VitreousError, brief
-from vitreous.grafting import grafts
-from vitreous.models.untrusted import check_archive
+from vitreous.models.weights import Say, fill, read_weights
 
 
 def create_model(
@@ -26,9 +22,15 @@ def create_model(
     classes: Sequence[str] = (),
     channels: int | None = None,
     image_size: tuple[int, int] | None = None,
+    table: str | None = None,
+    partial: bool = False,
+    say: Say = lambda text: None,
     **arguments: Any,
 ) -> nn.Module:
     """A network by timm's name, in eval mode: new, pretrained, or with the weights of a file.
+
+    table, partial: of that file, see `read_weights` and `fill`. say: called with a line on what was
+    taken of it.
 
     Raises UnknownName, DataError for weights that cannot be fetched, read or fitted, SettingError
     for a bad argument.
@@ -37,7 +39,7 @@ def create_model(
     if channels is not None:
         arguments["in_chans"] = channels
     if weights is not None:
-        tensors = read_weights(Path(weights))
+        tensors = read_weights(Path(weights), table, say)
         count = class_count(name, tensors)
         if arguments.setdefault("num_classes", count) != count:
             raise SettingError(
@@ -45,7 +47,7 @@ def create_model(
                 "Leave num_classes out."
             )
         model = build(name, **arguments)
-        fill(model, tensors, str(weights))
+        fill(model, tensors, str(weights), partial=partial, say=say)
         return adapt(model, classes, image_size)
     if pretrained:
         return adapt(build(name, pretrained=True, **arguments), classes, image_size)
@@ -82,71 +84,6 @@ def tells_apart(model: nn.Module, classes: Sequence[str]) -> bool:
     """
     names = model.pretrained_cfg.get("label_names")
     return model.num_classes == len(classes) and (not names or list(names) == list(classes))
-
-
-def fill(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Load the tensors, all and exactly.
-
-    Names of other projects are converted where timm can do it for this architecture; the first
-    convolution is adapted to another number of channels as timm does. Raises DataError with every
-    name and shape that differs. where: the file or folder, for errors.
-    """
-    wanted = model.state_dict()
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert and not grafts(model) and set(tensors) != set(wanted):
-        try:
-            tensors = convert(dict(tensors), model)
-        except Exception as error:
-            raise DataError(
-                f"Found weights in {where} under names that timm cannot convert ({brief(error)}). "
-                f"Expected those of {type(model).__name__}. Choose the model that the weights belong to."
-            ) from error
-    first = model.pretrained_cfg.get("first_conv")
-    for name in [f"{conv}.weight" for conv in ([first] if isinstance(first, str) else first or ())]:
-        if name in tensors and name in wanted and tensors[name].shape[1:2] != wanted[name].shape[1:2]:
-            tensors = tensors | {name: adapt_input_conv(wanted[name].shape[1], tensors[name])}
-    differences = [f"missing {name}" for name in wanted if name not in tensors]
-    differences += [f"unexpected {name}" for name in tensors if name not in wanted]
-    pairs = [(name, tensors[name], value) for name, value in wanted.items() if name in tensors]
-    for name, tensor, value in pairs:
-        if tensor.shape != value.shape:
-            differences.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(value.shape)}")
-        if tensor.is_floating_point() != value.is_floating_point():
-            differences.append(f"{name} holds {tensor.dtype}, expected {value.dtype}")
-    if differences:
-        raise DataError(
-            f"The weights in {where} do not fit the model. Found {len(differences)} differences: "
-            + listed(differences, 8)
-            + ". Expected the same names and shapes. Use the architecture, arguments and grafts that they were saved with."
-        )
-    model.load_state_dict(tensors)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """{name: tensor} of a .safetensors file, or a pickle (.pth, .pt, .bin) of tensors alone."""
-    if not path.is_file():
-        raise DataError(f"Found no file {path}. Expected weights as .safetensors (or .pth). Check the path.")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        check_archive(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged or hostile file can raise is not foreseeable
-        reason = brief(error, without="weights_only")  # the line in which torch advises to turn it off
-        raise DataError(
-            f"Found {path}, which cannot be read safely: {reason}. Expected a whole .safetensors file, or a pickle of tensors "
-            "alone. Get it again, or convert it."
-        ) from error
-    for key in ("state_dict", "model"):
-        tensors = tensors.get(key, tensors) if isinstance(tensors, dict) else tensors
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and is_plain(v) for k, v in tensors.items()):
-        raise DataError(f"Found {path} without a plain table of tensors. Expected {{name: tensor}}. Save a state_dict.")
-    return clean_state_dict(tensors)
-
-
-def is_plain(value: Any) -> bool:
-    """Whether it is a dense tensor in memory: not sparse, quantized or meta."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_meta
 
 
 # -- the parts ------------------------------------------------------------------------------------
@@ -196,13 +133,9 @@ def class_count(name: str, tensors: dict[str, Tensor]) -> int:
     """The number of classes in a file of weights, 0 if it holds no classifier."""
     config = timm.get_pretrained_cfg(name)
     classifier = config.classifier if config else None
-    weight = tensors.get(f"{classifier if isinstance(classifier, str) else (classifier or ['head'])[0]}.weight")
+    name = f"{classifier if isinstance(classifier, str) else (classifier or ['head'])[0]}.weight"
+    weight = tensors.get(name, next((tensor for key, tensor in tensors.items() if key.endswith(f".{name}")), None))
     return 0 if weight is None else len(weight)
-
-
-def listed(items: list[str], most: int) -> str:
-    """The first items, and how many more there are."""
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
 
 def check_patches(model: nn.Module, size: tuple[int, int]) -> None:

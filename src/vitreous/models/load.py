@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import DataError, HostError, SettingError
 from vitreous.data.decoding import Unreadable
+from vitreous.data.preprocess import Preprocess
 from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.data.views import Views
 from vitreous.models import model_folder
 from vitreous.models.create import check_name, create_model
+from vitreous.models.weights import Say, check_file_options
 
 WeightsSource = Literal["run", "random", "file", "pretrained"]
 THREADS = 4  # that decode and resize images while the model waits
@@ -53,28 +55,69 @@ def open_model(
     foreign: bool = False,
     *,
     random_weights: bool | None = None,
+    weights_table: str | None = None,
+    partial_weights: bool = False,
     arguments: Mapping[str, Any] | None = None,
-    say: Callable[[str], Any] = lambda text: None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    image_size: int | None = None,
+    interpolation: str | None = None,
+    say: Say = lambda text: None,
 ) -> nn.Module:
     """The model of a folder or of a timm name, in eval mode, on the CPU.
 
     weights: file to take them from, else those that timm publishes. random_weights: take random
     ones, always the same; None where a caller does not offer them, so that errors do not name
-    them. foreign: import mechanisms of other packages that a folder names. arguments: the
-    network's own, such as drop_path_rate. say: called with a line before weights are fetched.
+    them. foreign: import mechanisms of other packages that a folder names. weights_table,
+    partial_weights: see `read_weights` and `fill`. arguments: the network's own, such as
+    drop_path_rate. mean, std, image_size, interpolation: how images are prepared, in place of what
+    the model records. say: called with a line before weights are fetched, and on what was taken
+    or assumed.
 
     Raises SettingError for two sources of weights, UnknownName, DataError for weights that
     cannot be fetched or read.
     """
-    source, arguments = weights_source(name, weights, random_weights), dict(arguments or {})
+    source = weights_source(name, weights, random_weights)
+    check_file_options(weights, weights_table, partial_weights)
+    size = image_size and (image_size, image_size)
+    options = {"image_size": size, **(arguments or {})}
     if source == "run":
-        return model_folder.load(name, foreign=foreign, **arguments)
-    if source == "random":
+        model = model_folder.load(name, foreign=foreign, **options)
+    elif source == "pretrained":
+        model = open_published(name, random_weights, say, **options)
+    else:
+        file = {"weights": weights, "table": weights_table, "partial": partial_weights, "say": say}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return create_model(name, **arguments)
-    if source == "file":
-        return create_model(name, weights=weights, **arguments)
+            model = create_model(name, **(file if source == "file" else {}), **options)
+    given = {"mean": mean, "std": std, "interpolation": interpolation}
+    prepare_images(model, given, f"as {name} has them" if source == "file" else "", bool(image_size), say)
+    return model
+
+
+def prepare_images(model: nn.Module, given: Mapping[str, Any], assumed: str, resized: bool, say: Say) -> None:
+    """Record with a model how its images are prepared.
+
+    It is said where something was given or assumed.
+
+    assumed: from where what is not given comes, for weights that do not say it.
+    """
+    own = Preprocess.of_model(model)
+    if own is None:
+        return
+    inputs = own.changed(**given)
+    model.pretrained_cfg.update({name: getattr(inputs, name) for name, value in given.items() if value})
+    flags = {f"--{name}": value for name, value in given.items()} | {"--image-size": resized}
+    used = [flag for flag, value in flags.items() if value]
+    if used or assumed:
+        sources = [f"{', '.join(used)} as given"] * bool(used) + [assumed and f"{'the rest ' * bool(used)}{assumed}"]
+        rest = [flag for flag, value in flags.items() if not value]
+        offer = f"; {', '.join(rest)} give others" * bool(assumed and rest)
+        say(f"Images: {inputs} ({'; '.join(filter(None, sources))}{offer}).")
+
+
+def open_published(name: str, random_weights: bool | None, say: Say, **arguments: Any) -> nn.Module:
+    """A network with the weights that timm publishes for it; raises DataError for none."""
     check_name(name)
     if not timm.get_pretrained_cfg(name):
         raise no_weights(name, "timm publishes none", random_weights)

@@ -26,8 +26,9 @@ from vitreous.base.files import read_json, write
 from vitreous.grafting import graft, grafts
 from vitreous.mechanism import Mechanism, parse
 from vitreous.models.classes import MULTI_LABEL, multi_label, set_multi_label
-from vitreous.models.create import adapt, build, fill, read_weights
+from vitreous.models.create import adapt, build
 from vitreous.models.untrusted import check_config, check_mechanisms, check_network, no_larger_than
+from vitreous.models.weights import fill, read_weights
 
 FORMAT = 1
 WEIGHTS, CONFIG, MECHANISMS = "model.safetensors", "config.json", "mechanisms.json"

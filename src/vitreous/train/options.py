@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from tyro import conf
 
+Interpolation = Literal["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest"]
 Repeated = Annotated[tuple[str, ...], conf.UseAppendAction]
 
 
@@ -72,6 +73,18 @@ class Network:
     """The network's own arguments: name=value ..., such as patch_size=4 depth=6."""
     weights: str | None = None
     """Start from the weights in this .safetensors file (or .pth, read without running code)."""
+    weights_table: str | None = None
+    """The key of the table to read in it, such as teacher
+    (default: averaged weights if there are some, as in timm)."""
+    partial_weights: bool = False
+    """Load what fits of the weights, and list what does not."""
+    mean: tuple[float, ...] = ()
+    """Of each channel, subtracted from pixels of 0 to 1
+    (default: the weights', or of a new network the data's)."""
+    std: tuple[float, ...] = ()
+    """Of each channel, by which pixels are divided (default: as for --mean)."""
+    interpolation: Interpolation | None = None
+    """How images are resized (default: the model's)."""
     foreign: bool = False
     """Import mechanisms of other packages, package.module.Class, that a folder names.
     This runs their code."""

@@ -29,6 +29,7 @@ from vitreous.mechanism import parse
 from vitreous.models import model_folder
 from vitreous.models.classes import set_multi_label
 from vitreous.models.create import adapt, check_patches, create_model, own_size, tells_apart
+from vitreous.models.weights import check_file_options
 from vitreous.tasks import Objective, Task
 from vitreous.train import recipes
 from vitreous.train.engine.distributed import check_team, join_processes
@@ -136,6 +137,7 @@ def data_and_model(
     settings: TrainSettings, console: Console | None = None, opening: Callable[..., Data] = open_data
 ) -> tuple[Data, Preprocess, nn.Module, list[str]]:
     """Data, preparation, a model that fits in classes, channels and size, and remarks."""
+    check_file_options(settings.weights, settings.weights_table, settings.partial_weights)
     folder = model_folder.is_folder(settings.model)
     if folder and (settings.weights or settings.pretrained):
         raise SettingError(
@@ -144,10 +146,13 @@ def data_and_model(
         )
     loaded, rate = from_weights(settings), recipes.drop_path(settings.drop_path)
     arguments = settings.network_arguments() | ({"drop_path_rate": rate} if rate else {})
+    opening_lines: list[str] = []
     if folder:
         start = partial(model_folder.load, settings.model, foreign=settings.foreign, **arguments)
     else:
         sources = {"pretrained": settings.pretrained, "weights": settings.weights}
+        file = {"table": settings.weights_table, "partial": settings.partial_weights, "say": opening_lines.append}
+        sources |= file if settings.weights else {}
         start = partial(create_model, settings.model, **sources, **arguments)
     random_seed(settings.seed)
     model = start() if loaded else None  # before the data: weights that do not fit are soon found
@@ -177,7 +182,7 @@ def data_and_model(
     if quiet:
         recipes.quiet_classifier(model)
     check_patches(model, size)
-    inputs = inputs_of(model, data, loaded)
+    inputs = inputs_of(model, data, loaded).changed(settings.mean, settings.std, settings.interpolation)
     source = settings.model if folder else settings.weights or ("timm" if settings.pretrained else None)
     height, width = inputs.input_size[1:]
     tests = ", ".join(f"{len(images):,} {name}" for name, images in data.tests.items())
@@ -186,8 +191,10 @@ def data_and_model(
         *data.remarks,
         f"Model: {settings.model}, " + (f"weights from {source}" if source else "from scratch") + f"; {width} x {height} px"
         + (f" in {model.patch_embed.num_patches} patches" if hasattr(model, "patch_embed") else "")
-        + f", {'the data' if inputs.mean == tuple(data.mean) else 'the model'}'s normalisation"
+        + f", {normalisation(settings, inputs, data)} normalisation"
         + (", a new classifier that starts near 0 (MAE)." if quiet else "."),
+        *dict.fromkeys(opening_lines),
+        *([f"Images: {inputs}."] if settings.weights or settings.mean or settings.std or settings.interpolation else []),
         *([nameless_classifier(data.classes)] if nameless else []),
     ]  # fmt: skip
     return data, inputs, model, remarks
@@ -230,6 +237,11 @@ def check_start(session: Session) -> None:
             f"batch norm cannot take ({error}). Expected two at least. Choose another --batch-size, or leave one image out "
             "with --limit."
         ) from error
+
+
+def normalisation(settings: TrainSettings, inputs: Preprocess, data: Data) -> str:
+    """Whose mean and std images are normalised by."""
+    return "the given" if settings.mean or settings.std else "the data's" if inputs.mean == tuple(data.mean) else "the model's"
 
 
 def nameless_classifier(classes: Sequence[str]) -> str:
