@@ -30,9 +30,7 @@ RunFolder = Annotated[conf.Positional[str], conf.arg(metavar="RUN", help="The ru
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which weights a model has, for a name of timm's those that timm publishes, and how images
-    are prepared for it.
-    """
+    """Which weights a model has and how images are prepared for it."""
 
     weights: str | None = None
     """Take the weights in this .safetensors file (or .pth, read without running code)."""
@@ -69,9 +67,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource(ModelOptions):
-    """Which weights a model has, for a name of timm's those that timm publishes, and how images
-    are prepared for it.
-    """
+    """Which weights a model has and how images are prepared for it."""
 
     random_weights: bool = False
     """Take random weights, to see how it works; every page says so."""
