@@ -70,7 +70,11 @@ class Views(Sequence[View]):
         if self.tensors is not None:
             check_images(self.tensors)
             self.given = given_masks(masks, self.tensors)
-            self.mean, self.std = tensor_statistics(self.tensors, self.preprocess)
+            values = (
+                self.tensors.detach().float().nan_to_num(0.0, 0.0, 0.0)
+            )  # those that are not finite are told image by image
+            self.mean, self.std = tensor_statistics(values, self.preprocess)
+            self.own_remarks = normalisation_remarks(values, self.preprocess, self.mean)
             return
         if isinstance(images, Samples) and masks is not None:
             raise DataError("Found masks beside a set of images, which has its own. Expected one source. Leave masks out.")
@@ -92,8 +96,8 @@ class Views(Sequence[View]):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Lines about the files, for people."""
-        return () if self.tensors is not None else self.images.remarks
+        """Lines about the files or pixels, for people."""
+        return self.images.remarks if self.tensors is None else self.own_remarks
 
     def __len__(self) -> int:
         return len(self.images if self.tensors is None else self.tensors)
@@ -175,11 +179,27 @@ def tensor_statistics(images: Tensor, preprocess: Preprocess | None) -> tuple[tu
     if preprocess is not None and len(preprocess.mean) == channels:
         candidates.insert(0, (preprocess.mean, preprocess.std))
     for mean, std in candidates:
-        pixels = images.detach().float() * images.new_tensor(std).float().view(-1, 1, 1)
-        pixels = pixels + images.new_tensor(mean).float().view(-1, 1, 1)
+        pixels = images * images.new_tensor(std).view(-1, 1, 1) + images.new_tensor(mean).view(-1, 1, 1)
         if pixels.min() >= -1e-3 and pixels.max() <= 1 + 1e-3:
             return mean, std
     return None, None
+
+
+def normalisation_remarks(images: Tensor, preprocess: Preprocess | None, mean: tuple | None) -> tuple[str, ...]:
+    """A line on tensors (B, C, h, w) that do not look normalised as the model takes them.
+
+    mean: as of `tensor_statistics`.
+    """
+    if preprocess is None or len(preprocess.mean) != images.shape[1] or not any(preprocess.mean):
+        return ()
+    low, high = images.min().item(), images.max().item()
+    if mean == preprocess.mean and not (low >= 0 and 0.5 < high <= 1 + 1e-3):
+        return ()
+    means, stds = (", ".join(f"{x:.3g}" for x in values) for values in (preprocess.mean, preprocess.std))
+    return (
+        f"Pixels lie between {low:.3g} and {high:.3g}, and do not look normalised as this model takes them: (pixel - mean) / "
+        f"std, mean {means}, std {stds}, of pixels from 0 to 1. Maps of other pixels mislead.",
+    )
 
 
 def check_images(images: Tensor) -> None:

@@ -27,6 +27,9 @@ class BatchPass:
     `outputs` names the modules that `on_output` waits for.
 
     on_located(call, coordinates): called after the observers for every attention.
+
+    A probe that fails ends no pass: it sees nothing more of the batch, what it had read stays, and
+    its readout notes where it stopped, and why.
     """
 
     def __init__(
@@ -37,8 +40,16 @@ class BatchPass:
         on_located: Callable[[AttentionCall, TokenCoordinates], None] | None = None,
     ):
         self.batch, self.on_located = batch, on_located
-        self.observers = [probe.start(model, batch) for probe in probes]
-        self.wanted = [set(probe.outputs(model, batch)) for probe in probes]
+        self.failures: dict[Observer, str] = {}
+        self.observers, self.wanted = [], []
+        for probe in probes:
+            observer = Observer(probe, model, batch)  # for a probe that cannot begin
+            try:
+                observer, wanted = probe.start(model, batch), set(probe.outputs(model, batch))
+            except Exception as error:
+                wanted, self.failures[observer] = set(), failure(probe, "", error)
+            self.observers.append(observer)
+            self.wanted.append(wanted)
         self.by_rows, self.by_layer = (
             [observer for observer in self.observers if getattr(type(observer), name) is not getattr(Observer, name)]
             for name in ("on_rows", "on_layer")
@@ -64,13 +75,23 @@ class BatchPass:
             if self.by_rows:
                 for block in self.blocks(call, where):
                     for observer in self.by_rows:
-                        observer.on_rows(block)
+                        self.hand(observer, "on_rows", call.name, block)
             for observer in self.observers:
-                observer.on_attention(call, where)
+                self.hand(observer, "on_attention", call.name, call, where)
         if self.collector is not None:
             self.collector.on_attention(call, where)
         if self.on_located is not None:
             self.on_located(call, where)
+
+    def hand(self, observer: Observer, callback: str, place: str, *args: Any) -> Any:
+        """Call a method of an observer that has not failed; place: of the model, for the note."""
+        if observer in self.failures:
+            return None
+        try:
+            return getattr(observer, callback)(*args)
+        except Exception as error:  # whatever it is, the other measures stand
+            self.failures[observer] = failure(observer.probe, place, error)
+            return None
 
     def blocks(self, call: AttentionCall, where: TokenCoordinates) -> Iterator[RowBlock]:
         """The rows of the map in blocks of the size that the batch allows.
@@ -101,14 +122,14 @@ class BatchPass:
         """Hand the output of a module to those who want it."""
         for observer, wanted in zip(self.observers, self.wanted, strict=True):
             if name in wanted:
-                observer.on_output(name, call_index, output)
+                self.hand(observer, "on_output", name, name, call_index, output)
         if self.collector is not None:
             self.collector.on_output(name, call_index, output)
 
     def on_layer(self, features: LayerFeatures) -> None:
         """Let observers see a layer, and let its tensors go."""
         for observer in self.by_layer:
-            observer.on_layer(features)
+            self.hand(observer, "on_layer", features.key[0], features)
         features.attention = features.keys = features.output = features.tokens = None
 
     def finish(self) -> list[Readout]:
@@ -124,7 +145,13 @@ class BatchPass:
             )
         if self.collector is not None:
             self.collector.finish()
-        return [observer.finish() for observer in self.observers]
+        readouts = [self.hand(observer, "finish", "") or observer.readout for observer in self.observers]
+        return [*readouts, Readout(notes=list(self.failures.values()))]
+
+
+def failure(probe: Probe, place: str, error: Exception) -> str:
+    """A note on a probe that failed at a place of the model ("": none in particular)."""
+    return f"{probe.name} was left out{place and f' from {place} on'}: {type(error).__name__}: {error}"
 
 
 def extra_passes(model: nn.Module, probes: Sequence[Probe], batch: BatchInfo, targets: Sequence[int]) -> list[Readout]:

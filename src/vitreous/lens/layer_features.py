@@ -142,7 +142,8 @@ class FeatureCollector:
         layer, x = next((layer for layer in reversed(self.layers) if layer.key == key), None), first_tensor(output)
         if layer is None or (kind == "output" and layer.merged):  # a bare tensor does not say which token is where
             return
-        if key in self.layouts.moved:
+        # a map of NaN, or of zeros in their place, would say nothing
+        if key in self.layouts.moved or not bool(x.isfinite().all()):
             return
         patches, grid = self.patches(x, self.layouts.outputs.get((name, number)))
         if patches is not None:

@@ -30,10 +30,13 @@ from vitreous.lens.batch_pass import BatchPass, extra_passes, perturbed
 from vitreous.lens.direction import Direction
 from vitreous.lens.evaluation import BASELINES, SCORES, against_masks, against_model
 from vitreous.lens.formulas import scores
+from vitreous.lens.non_finite import all_finite, outputs_note
 from vitreous.lens.probe import BatchInfo, Component, Probe, Readout, chosen, records, table
-from vitreous.lens.reading import CHUNK, FORMAT, Part, Reading, StoredParts, Writer, joined, packed, read, read_part
+from vitreous.lens.reading import CHUNK, FORMAT, Part, Reading, StoredParts, Writer, joined, read, read_part
+from vitreous.lens.stored_maps import joined_maps, packed
 from vitreous.lens.tap import Layouts, Refusal, trace, watch
 from vitreous.lens.tap.attention_call import AttentionCall
+from vitreous.lens.tap.attention_op import NOT_FINITE
 from vitreous.lens.token_coordinates import TokenCoordinates, has_class_token
 from vitreous.models.classes import class_names
 
@@ -76,7 +79,7 @@ class Findings:
     def layout(self, model: nn.Module, images: Tensor) -> Layouts:
         shape = tuple(images.shape[1:])
         if shape not in self.layouts:
-            self.layouts[shape] = trace(model, images)
+            self.layouts[shape] = traced(model, images)
         return self.layouts[shape]
 
     def remember(self, call: AttentionCall, where: TokenCoordinates) -> None:
@@ -127,6 +130,20 @@ class Findings:
         }
 
 
+def traced(model: nn.Module, images: Tensor) -> Layouts:
+    """`trace`, with an error of the model's own in words: it may take more than images."""
+    try:
+        return trace(model, images)
+    except VitreousError:
+        raise
+    except Exception as error:
+        raise HostError(
+            f"Found that {type(model).__name__} fails on images {tuple(images[:1].shape)} ({type(error).__name__}: {error}). "
+            "Expected a model that takes a batch of images and nothing else. Give the part that sees the images (such as "
+            "model.vision_model), or images of the size that it takes."
+        ) from error
+
+
 def look(
     model: nn.Module,
     images: Any,
@@ -172,6 +189,10 @@ def look(
     """
     numbers = {"noise": noise, "batch_size": batch_size, "memory": memory, "curves": curves, "seed": seed}
     check_settings(**numbers, limit=1 if limit is None else limit)
+    if not isinstance(model, nn.Module):
+        raise HostError(
+            f"Found a {type(model).__name__} as model. Expected a torch.nn.Module. Build it first: timm.create_model(name)."
+        )
     model = getattr(model, "_orig_mod", model)  # of torch.compile, for which every batch size would be a new program
     views = Views(model, images, masks, inputs)
     count = len(views) if limit is None else min(limit, len(views))
@@ -283,7 +304,7 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
     views, skipped = [], []
     for i in numbers:
         try:
-            views.append(plan.views[i])
+            views.append(finite(plan.views[i]))
         except DataError as error:
             skipped.append({"name": plan.views.name(i), "reason": str(error)})
     part, components = Part({}, [], skipped), records(plan.probes, "components")
@@ -299,7 +320,7 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
             scored.append(against_masks(readout.maps, components, batch, first, plan.seed))
         if any(view.mask is not None and not view.mask.any() for view in batch):
             findings.notes[EMPTY_MASKS] = None
-    part.tensors = {name: np.concatenate([batch[name] for batch in tensors]) for name in (tensors[0] if tensors else ())}
+    part.tensors = joined_maps(tensors, [len(views[i : i + plan.batch_size]) for i in range(0, len(views), plan.batch_size)])
     for i, view in enumerate(views):
         part.tensors[f"picture/{findings.images + i}"] = view.jpeg()
         if view.mask is not None:
@@ -310,6 +331,13 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
         part.put("scores", joined(scored))
     part.findings = findings.as_json()
     return part
+
+
+def finite(view: View) -> View:
+    """The same view. Raises DataError for pixels that are not finite."""
+    if bool(view.pixels.isfinite().all()):
+        return view
+    raise DataError(f"Found pixels of {view.name} that are not finite. Expected numbers. Leave it out, or mend how it is made.")
 
 
 def look_at_batch(
@@ -341,6 +369,8 @@ def look_at_batch(
         findings.details |= each.details
         findings.notes |= dict.fromkeys(each.notes)
     findings.refused |= dict.fromkeys(seen.refused)
+    if not all_finite(seen.output) or any(refusal.reason == NOT_FINITE for refusal in seen.refused):
+        findings.notes[outputs_note(plan.model, images)] = None
     return readout, metadata.predictions(plan.model, seen.output, plan.names, count)
 
 

@@ -17,6 +17,7 @@ from vitreous.grafting import grafts
 from vitreous.hosts.mixer import mixers_in
 from vitreous.lens.direction import Direction
 from vitreous.lens.faithfulness import answer, has_classes
+from vitreous.lens.non_finite import weights_note
 from vitreous.lens.probe import Component
 from vitreous.lens.reading import Part
 from vitreous.lens.tap.attention_call import AttentionCall
@@ -49,7 +50,7 @@ def of_model(model: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
 
 def notes(model: nn.Module, given: Mapping[str, Any]) -> list[str]:
     """What is known before any image is seen: random weights, blocks without attention."""
-    lines = [WARNING] if given.get("weights") == "random" else []
+    lines = ([WARNING] if given.get("weights") == "random" else []) + weights_note(model)
     if mixers := [f"{name} ({type(module).__name__})" for name, module in mixers_in(model).items()]:
         lines.append(
             f"No attention in {', '.join(mixers)}: tokens are mixed in another way there, and nothing is read of it. Layers "
@@ -123,13 +124,14 @@ def of_components(
 def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, count: int) -> list[Prediction]:
     """(class, its probability) for each of the first `count` images.
 
-    (None, None) where the output is not of classes.
+    (None, None) where the output is not of classes, or not finite.
     """
     if not has_classes(model, output):
         return [(None, None)] * count
     probability, best = probabilities(model, answer(output)[:count].float()).max(-1)
     named = [names[i] if names and i < len(names) else f"class {i}" for i in best.tolist()]
-    return list(zip(named, probability.tolist(), strict=True))
+    pairs = zip(named, probability.tolist(), strict=True)
+    return [(name, value) if value == value else (None, None) for name, value in pairs]
 
 
 def fingerprint(model: nn.Module, views: Views, count: int, settings: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from vitreous.base.errors import HostError
+
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
@@ -23,7 +25,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             if any(modes):  # setting an attribute of a module takes longer than reading it
-                model.eval()
+                set_eval(model)
             yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
@@ -31,3 +33,14 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
                 module.training = mode
         random.setstate(random_states[0])
         np.random.set_state(random_states[1])
+
+
+def set_eval(model: nn.Module) -> None:
+    """`model.eval()`. Raises HostError for an exported program, which has no modes."""
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        raise HostError(
+            f"Found a {type(model).__name__} that refuses eval mode ({error}), as modules of torch.export do: it runs for one "
+            "batch size, without the modules it came from. Expected the model itself. Give the one that was exported."
+        ) from error

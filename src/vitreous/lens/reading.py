@@ -41,6 +41,7 @@ from safetensors import safe_open
 
 from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.base.files import writable, write, write_text
+from vitreous.lens.stored_maps import joined_maps, scaled
 from vitreous.report import format_1
 
 FORMAT = 3
@@ -156,7 +157,9 @@ class Maps(Mapping):
         if name not in self.first.tensors:
             names = [f"{component} {layer}" for component, layer in self]
             raise UnknownName(name.removesuffix("/confidence").replace("/", " "), "map", names)
-        return np.concatenate([part.map(name) for part in self.parts if part.images])
+        parts = [part for part in self.parts if part.images]
+        maps = [{name: part.map(name)} if name in part.tensors else {} for part in parts]
+        return joined_maps(maps, [len(part.images) for part in parts])[name]
 
 
 class Reading:
@@ -358,23 +361,6 @@ def read_part(path: Path) -> Part:
             f"Found {path}, which cannot be read ({type(error).__name__}: {error}). Expected a part of a reading. Delete it "
             "and look again with the same --out."
         ) from error
-
-
-def packed(maps: np.ndarray, lead: int) -> tuple[np.ndarray, np.ndarray]:
-    """Maps with `lead` leading axes as float16, and the power of two of each as float32.
-
-    The largest value of a map takes the highest place but one, so that float16 reaches down to
-    2e-12 of it. Values that are not finite stay so.
-    """
-    finite = np.where(np.isfinite(maps), np.abs(maps, dtype=np.float32), 0)
-    exponent = np.frexp(finite.max(axis=tuple(range(lead, maps.ndim))))[1]
-    scale = np.ldexp(np.float32(1), np.clip(exponent - 15, -126, 112))
-    return scaled(maps.astype(np.float32), 1 / scale).astype(np.float16), scale
-
-
-def scaled(maps: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Each map times its own number."""
-    return maps * scale.reshape(*scale.shape, *[1] * (maps.ndim - scale.ndim))
 
 
 def joined(tables: Sequence[Columns]) -> Columns:

@@ -18,6 +18,7 @@ from vitreous.lens.tap.module_stack import ModuleStack
 Key = tuple[str, int]  # name of a call or module, call index
 OperandView = tuple[Tensor, Callable[[Tensor], Tensor]]  # a tensor of the model, and the function that gives the operand
 Factors = tuple[tuple[tuple[int, str], ...], ...]  # of leading axes, see `Arrangement`
+NOT_FINITE = "its queries, keys or values are not finite"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from vitreous.lens.tap.attention_call import (
     output_error,
     output_sample,
 )
-from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, Receiver, guess_factors
+from vitreous.lens.tap.attention_op import NOT_FINITE, AttentionOp, Factors, Key, Receiver, guess_factors
 from vitreous.lens.tap.module_stack import ModuleStack
 from vitreous.lens.tap.tracer import Layouts, Traced, places_of_sides
 
@@ -61,6 +61,9 @@ class Capture(Receiver):
             self.refuse(name, arrangement)
             return
         call = self.call(name, call_index, stack, op, traced, arrangement)
+        if not all(x is None or bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
+            self.refuse(name, NOT_FINITE)
+            return
         tolerance = max(TOLERANCE, 4 * precision(op))
         # not `>`: an error of NaN must be refused too
         if not call.error <= tolerance:
@@ -81,7 +84,10 @@ class Capture(Receiver):
         """
         options, shape = arrangements(op, traced, self.batch), tuple(op.output.shape)
         if not options:
-            return f"no axis of its output {shape} is the batch of {self.batch}: it is one for all images, or mixes them"
+            return (
+                f"no axis of its output {shape} is the batch of {self.batch}: it is one for all images, or mixes them; where "
+                "images are packed into one sequence, look with batch_size=1, noise=0"
+            )
         if traced is None or (len(options) == 1 and not self.comparable):
             return options[0]
         if key not in self.layouts.orders:

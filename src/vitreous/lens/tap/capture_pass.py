@@ -34,7 +34,7 @@ from vitreous.hosts.stream_ends import Opening
 from vitreous.lens.coordinates.field import tensors
 from vitreous.lens.preserve_state import preserve_state
 from vitreous.lens.tap.attention_call import AttentionCall
-from vitreous.lens.tap.attention_op import AttentionOp, Receiver, Refusal, fused_attention
+from vitreous.lens.tap.attention_op import NOT_FINITE, AttentionOp, Receiver, Refusal, fused_attention
 from vitreous.lens.tap.capture import Capture
 from vitreous.lens.tap.dataflow import WeightedSum
 from vitreous.lens.tap.module_stack import ModuleStack, OnOutput
@@ -176,6 +176,11 @@ def run_pass(
             "other threads or processes (nn.DataParallel, a server)."
         )
     reasons = "; ".join(f"{refusal.name or name}: {refusal.reason}" for refusal in receiver.refused[:4])
+    if any(refusal.reason == NOT_FINITE for refusal in receiver.refused):
+        raise HostError(
+            f"{name} showed no attention map ({reasons}). Expected numbers, not NaN or infinity. Look at the model with whole "
+            "weights, at finite images, and in float32 if half precision overflows."
+        )
     raise HostError(
         f"{name} showed no attention map" + (f" ({reasons})" if reasons else ", and no softmax") + ". Expected scaled dot "
         "product attention, or a product, a softmax and a product with V. Use a model with attention between tokens."
