@@ -189,11 +189,7 @@ def look(
     """
     numbers = {"noise": noise, "batch_size": batch_size, "memory": memory, "curves": curves, "seed": seed}
     check_settings(**numbers, limit=1 if limit is None else limit)
-    if not isinstance(model, nn.Module):
-        raise HostError(
-            f"Found a {type(model).__name__} as model. Expected a torch.nn.Module. Build it first: timm.create_model(name)."
-        )
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, for which every batch size would be a new program
+    model = unwrapped(model)
     views = Views(model, images, masks, inputs)
     count = len(views) if limit is None else min(limit, len(views))
     if count < 1:
@@ -229,6 +225,15 @@ def look(
     writer.finish(reading)
     team.tell(None)
     return read(writer.folder)
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The module, that inside of torch.compile, for which every batch size would be a new program."""
+    if isinstance(model, nn.Module):
+        return getattr(model, "_orig_mod", model)
+    raise HostError(
+        f"Found a {type(model).__name__} as model. Expected a torch.nn.Module. Build it first: timm.create_model(name)."
+    )
 
 
 def check_settings(**settings: float) -> None:
