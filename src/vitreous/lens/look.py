@@ -228,7 +228,7 @@ def look(
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The module, that inside of torch.compile, for which every batch size would be a new program."""
+    """The module; of torch.compile the one inside, which runs at any batch size."""
     if isinstance(model, nn.Module):
         return getattr(model, "_orig_mod", model)
     raise HostError(
