@@ -12,7 +12,7 @@ from vitreous.lens.preserve_state import preserve_state
 
 
 def all_finite(value: Any) -> bool:
-    """Whether a tensor, or those inside lists, tuples and dicts, hold neither NaN nor infinity."""
+    """Whether a tensor, or those in lists, tuples and dicts, hold neither NaN nor infinity."""
     return all(bool(x.isfinite().all()) for x in tensors(value) if x.is_floating_point())
 
 
@@ -25,7 +25,7 @@ def weights_note(model: nn.Module) -> list[str]:
 
 
 def outputs_note(model: nn.Module, images: Tensor) -> str:
-    """A line that names the first module whose output is not finite, from one more pass."""
+    """A line that names the first module whose output is not finite, by one more pass."""
     names: list[str] = []
 
     def record(name: str) -> Any:
