@@ -166,7 +166,13 @@ def test_the_block_is_the_outermost_module_around_one_attention_alone():
 
 @pytest.mark.parametrize(
     ("names", "expected"),
-    [(["cls_token", "reg_token"], True), (["reg_token"], False), (["class_embedding"], True), (["weight"], True)],
+    [
+        (["cls_token", "reg_token"], True),
+        (["reg_token"], False),
+        (["class_embedding"], True),
+        (["weight"], False),
+        (["queries"], False),
+    ],
 )
 def test_registers_alone_are_no_class_token(names, expected):
     holder = torch.nn.Module()

@@ -130,7 +130,7 @@ class BatchPass:
         """Let observers see a layer, and let its tensors go."""
         for observer in self.by_layer:
             self.hand(observer, "on_layer", features.key[0], features)
-        features.attention = features.keys = features.output = features.tokens = None
+        features.attention = features.queries = features.keys = features.output = features.tokens = None
 
     def finish(self) -> list[Readout]:
         """What each probe read.

@@ -30,6 +30,7 @@ from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import Locator, TokenCoordinates, has_class_token
 
 FEATURES = {"k": "keys", "o": "output", "x": "tokens"}
+QUERIES = 8  # of object queries and the like, so many are shown
 Key = tuple[str, int]  # name of a module, number of the call under that name
 
 
@@ -41,10 +42,11 @@ class LayerFeatures:
 
     layer counts the attentions in the order of their calls; kind is that of the call, key its name
     and number. attention (B, H, P): the class token's attention to the patches, or, without one
-    (`has_class` False), the mean attention that each patch receives. stream (B, N, D): all tokens
-    after the block, of all images of the batch, only while `on_layer` runs. merged: tokens were
-    merged or dropped before it, by a graft of ours: each place has the feature of its token, and an
-    equal share of the attention to it. Where no token is, features and maps are 0.
+    (`has_class` False), the mean attention that each patch receives. queries (B, Q, H, P): that of
+    the first QUERIES queries one by one, where queries have no place in the image. stream
+    (B, N, D): all tokens after the block, of all images of the batch, only while `on_layer` runs.
+    merged: tokens were merged, dropped or chosen before it: each place has the feature of its
+    token, and an equal share of the attention to it. Where no token is, features and maps are 0.
     prefix: how many tokens without a place come first.
     """
 
@@ -54,6 +56,7 @@ class LayerFeatures:
     has_class: bool = False
     grid: tuple[int, ...] | None = None
     attention: Tensor | None = None
+    queries: Tensor | None = None
     keys: Tensor | None = None
     token_grid: tuple[int, ...] | None = None
     output: Tensor | None = None
@@ -116,6 +119,9 @@ class FeatureCollector:
         if layer.grid is None:
             return
         layer.attention = where.picture(self.attention(call, where), shared=True).flatten(-2).nan_to_num()  # (B, H, P)
+        if where.loose_queries:
+            rows = next(call.rows(QUERIES, call.stochastic))[1][: self.images].transpose(1, 3)  # (B, Q, H, W, M)
+            layer.queries = where.picture(rows).flatten(-2).nan_to_num()
         if call.k is not None:
             keys = where.picture(call.k[: self.images].permute(0, 2, 4, 1, 3).float())  # (B, H, K, rows, cols)
             layer.keys = keys.flatten(3).flatten(1, 2).mT.nan_to_num()

@@ -17,6 +17,7 @@ from vitreous.grafting import grafts
 from vitreous.hosts.mixer import mixers_in
 from vitreous.lens.direction import Direction
 from vitreous.lens.faithfulness import answer, has_classes
+from vitreous.lens.layer_features import QUERIES
 from vitreous.lens.non_finite import weights_note
 from vitreous.lens.probe import Component
 from vitreous.lens.reading import Part
@@ -66,6 +67,11 @@ def of_layer(call: AttentionCall, where: TokenCoordinates) -> dict[str, Any]:
         note = layout.note
     elif where.merged and where.layout is not None:
         note = "tokens were merged or dropped before it: the places of a token share the attention to it"
+    elif where.loose_queries:
+        shown = min(QUERIES, where.loose_queries)
+        note = (
+            f"its queries have no place in the image: query1 to query{shown} are the maps of {shown} of {where.loose_queries}"
+        )
     elif where.grid is None:
         note = "where its tokens are is not known" if layout is None else layout.note
     return {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitreous.layers.stream import Assignment
 from vitreous.lens.coordinates.layout import Layout
 from vitreous.lens.formulas.row_statistics import Points, same_points
-from vitreous.lens.tap.attention_call import AttentionCall
+from vitreous.lens.tap.attention_call import POOLED, AttentionCall
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class TokenCoordinates:
     keys, NaN for tokens without a place; None: unknown, or not of tokens; where tokens were merged,
     those of the original ones, as in `map_rows`. layout: of the original tokens; None: unknown.
     assignment, inserted: as in `TokenState`, for a call of our own token grafts. images: how many
-    of the batch count, from the first on. class_token: whether the first token without a place is
-    one.
+    of the batch count, from the first on. has_class: whether a class token attends to all others.
     """
 
     layer: int
@@ -36,7 +35,7 @@ class TokenCoordinates:
     assignment: Assignment | None = None
     inserted: int = 0
     images: int = 0
-    class_token: bool = False
+    has_class: bool = False
 
     @property
     def merged(self) -> bool:
@@ -64,9 +63,10 @@ class TokenCoordinates:
         return None if self.layout is None else self.layout.key_grid
 
     @property
-    def has_class(self) -> bool:
-        """Whether a class token attends to all others."""
-        return self.class_token and self.prefix > 0 and self.layout.windows == 1
+    def loose_queries(self) -> int:
+        """How many queries attend to a grid, if none of several has a place in the image."""
+        count = 0 if self.layout is None or self.grid is None else self.layout.queries.shape[-2]
+        return count if count > 1 and self.layout.windows == 1 and self.prefix == count else 0
 
     @cached_property
     def same(self) -> bool:
@@ -140,15 +140,15 @@ class Locator:
             self.layout = without_last(call.layout, call.inserted)
         if call.kind == "channel":
             return TokenCoordinates(layer)
-        recorded = call.assignment is not None or call.inserted > 0
+        layout = self.layout if call.assignment is not None or call.inserted > 0 else call.layout
         return TokenCoordinates(
             layer,
             self.points_of(call),
-            self.layout if recorded else call.layout,
+            layout,
             call.assignment,
             call.inserted,
             self.images,
-            self.class_token,
+            class_comes_first(call, layout, self.class_token),
         )
 
     def points_of(self, call: AttentionCall) -> Points | None:
@@ -179,12 +179,31 @@ def first(assignment: Assignment, images: int) -> Assignment:
 
 
 def has_class_token(model: nn.Module) -> bool:
-    """True if the first of tokens without a place is a class token.
+    """True if a parameter of the model is named like a class token."""
+    return any(is_class_name(name) for name, _ in model.named_parameters())
 
-    It is not where the names of parameters contain registers, but no class token.
+
+def is_class_name(name: str) -> bool:
+    """True for the name of a class token, such as "cls_token" or "class_embedding"."""
+    module, _, last = name.lower().rpartition(".")
+    if last == "weight" and "emb" in (module := module.rpartition(".")[2]):  # of nn.Embedding
+        last = module
+    return "pos" not in last and ("cls" in last or "class" in last)
+
+
+def class_comes_first(call: AttentionCall, layout: Layout | None, named: bool) -> bool:
+    """Whether the first query of a call is a class token.
+
+    It attends to itself and to a grid, beside queries on a grid or alone, and comes from a
+    parameter of that name, or is pooled from all others; object queries, latents, prompts and
+    registers are not. named: as of `has_class_token`, where the parameter is not known.
     """
-    names = [name.rpartition(".")[2].lower() for name, _ in model.named_parameters()]
-    return any("cls" in name or "class" in name for name in names) or not any("reg" in name for name in names)
+    if layout is None or not layout.prefix or layout.windows > 1 or layout.key_grid is None:
+        return False
+    joined = layout.queries.shape[-2] == 1 or layout.grid is not None
+    if not joined or bool(layout.keys[..., 0, 0].isfinite().any()):
+        return False
+    return call.first_token == POOLED or (is_class_name(call.first_token) if call.first_token else named)
 
 
 def without_last(layout: Layout, count: int) -> Layout:

@@ -1,11 +1,14 @@
-"""What the class token looks at, head by head; without a class token, what is looked at."""
+"""What the class token looks at, head by head; without a class token, what is looked at.
+
+Object queries, latents and prompts one by one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vitreous.lens.layer_features import LayerFeatures
+from vitreous.lens.layer_features import QUERIES, LayerFeatures
 from vitreous.lens.probe import Component, Observer, Probe
 
 
@@ -13,6 +16,9 @@ class MapsObserver(Observer):
     def on_layer(self, features: LayerFeatures) -> None:
         if features.attention is not None:
             self.readout.maps[f"attention/{features.layer}"] = features.attention.unflatten(-1, features.grid)
+        for number in range(0 if features.queries is None else features.queries.shape[1]):
+            picture = features.queries[:, number].unflatten(-1, features.grid)
+            self.readout.maps[f"query{number + 1}/{features.layer}"] = picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,4 +30,7 @@ class AttentionMaps(Probe):
     components: ClassVar[tuple[Component, ...]] = (
         Component("attention", "Attention", low=0, high=1, per_head=True,
                   explains="What the class token looks at, head by head; without a class token, what is looked at on average."),
+        *(Component(f"query{n}", f"Query {n}", low=0, high=1, per_head=True, scored=False, curves=False,
+                    explains=f"What query {n} looks at, head by head: an object query, a latent or a prompt, without a place.")
+          for n in range(1, QUERIES + 1)),
     )  # fmt: skip

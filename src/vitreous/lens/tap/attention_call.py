@@ -22,6 +22,7 @@ MAX_ENTRIES = 1 << 24
 FULL_CHECK_ROWS = 256
 STRIP_COUNT, STRIP_ROWS = 8, 8
 SAMPLES = 1024  # entries of an output by which an image alone is compared with the same in a batch
+POOLED = "pooled"  # the name of a token that is the mean of all others
 
 
 class Buffers:
@@ -209,6 +210,8 @@ class AttentionCall:
         as such).
     error, verified: the largest error of the check, relative, and what was checked
         (`output_error`).
+    first_token: the parameter that the first query comes from, or `POOLED`, if it has no place in
+        the image; "": unknown.
     note: anything else to know, in words.
     """
 
@@ -229,6 +232,7 @@ class AttentionCall:
     error: float
     verified: str
     note: str = ""
+    first_token: str = ""
     maps: Map | None = field(default=None, repr=False)
 
     def rows(self, size: int = 256, effective: bool = False) -> Iterator[tuple[slice, Tensor]]:

@@ -162,6 +162,7 @@ class Capture(Receiver):
             error=0.0,
             verified="",
             note=(weighted_sum.note if weighted_sum is not None else "") or self.layouts.unsure.get((name, call_index), ""),
+            first_token="" if traced is None else traced.first_token,
             maps=maps,
         )
         call.error, call.verified = output_error(call)

@@ -110,7 +110,7 @@ def trace(model: nn.Module, images: Tensor) -> Layouts:
     """Layouts of every call, from a pass of the first image. Raises as `watch`."""
     modules = dict(model.named_modules())
     images = prepare_images(modules, images)[:1]
-    tracer = Tracer(images)
+    tracer = Tracer(images, dict(model.named_parameters()))
     run_pass(modules, images, tracer, tracer.layouts.earlier_tensors, tracer.on_output)
     return tracer.layouts
 

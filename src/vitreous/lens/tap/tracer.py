@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitreous.hosts.stream_ends import Opening
 from vitreous.layers.stream import Stream
-from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer
+from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer, plain_name
 from vitreous.lens.coordinates.field import thin
 from vitreous.lens.coordinates.layout import Layout, channel, is_full, layout, without_places
-from vitreous.lens.tap.attention_call import Arrangement, output_sample
+from vitreous.lens.coordinates.token_names import TokenNames
+from vitreous.lens.tap.attention_call import POOLED, Arrangement, output_sample
 from vitreous.lens.tap.attention_op import AttentionOp, Factors, Key, OperandView, Receiver, guess_factors
 from vitreous.lens.tap.module_stack import ModuleStack
 from vitreous.lens.tap.tensor_set import TensorSet
@@ -28,6 +29,7 @@ class Traced:
     lead: sizes of its leading axes. factors: of these (see `Arrangement`). kind, layout: as in
     `AttentionCall`. sample: entries of its output, as of `output_sample`.
     choice: what chose its tokens by value or chance, so that each image has other places.
+    first_token: as in `AttentionCall`.
     """
 
     lead: tuple[int, ...]
@@ -36,6 +38,7 @@ class Traced:
     layout: Layout | None = None
     sample: Tensor | None = field(default=None, repr=False)
     choice: str = ""
+    first_token: str = ""
 
 
 @dataclass
@@ -92,11 +95,12 @@ def places_of_sides(coordinates: CoordinateTracer, op: AttentionOp) -> list[Tens
 class Tracer(Receiver):
     """Records shapes and layouts of every attention, and layouts of module outputs."""
 
-    def __init__(self, image: Tensor):
+    def __init__(self, image: Tensor, parameters: Mapping[str, nn.Parameter] | None = None):
+        """image: (1, C, h, w). parameters: of the model, by name, to name tokens after."""
         super().__init__()
         with torch._C.DisableTorchFunction():  # a tap around this one follows no tensors of ours
             self.layouts = Layouts(image=image.clone())
-        self.coordinates = CoordinateTracer(image)
+        self.coordinates, self.names = CoordinateTracer(image), TokenNames(parameters or {})
         self.layouts_by_places: dict[bytes, Layout | None] = {}  # most modules leave tokens where they are
         self.layouts_by_count: dict[int, Layout] = {}  # the last layout of so many tokens
         self.shared_layouts: dict[tuple, Layout] = {}  # layouts of calls by what they say
@@ -104,6 +108,7 @@ class Tracer(Receiver):
     def follow(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """Move coordinates through a call."""
         self.coordinates.follow(func, tuple(args), kwargs, out)
+        self.names.follow(plain_name(func), args, kwargs, out)
 
     def read(self, name: str, tensor: Tensor) -> None:
         """Note which values came to Python code."""
@@ -128,7 +133,17 @@ class Tracer(Receiver):
         sample = output_sample(Arrangement(factors).merge(op.output))
         # our own grafts record what they choose, image by image
         choice = "" if stack.state.assignment is not None else self.coordinates.choice(*(side[0] for side in sides))
-        self.layouts.calls[self.key(stack)] = Traced(op.lead, factors, kind, call_layout, sample, choice)
+        self.layouts.calls[self.key(stack)] = Traced(
+            op.lead, factors, kind, call_layout, sample, choice, self.first_token(call_layout, query)
+        )
+
+    def first_token(self, call_layout: Layout | None, query: Tensor) -> str:
+        """What the first query is, if it has no place: a parameter, or a pooled token."""
+        if call_layout is None or not call_layout.prefix:
+            return ""
+        if bool(query[..., 0, :, 0].isfinite().any()):  # it has a place, which is that of everything
+            return POOLED
+        return next(iter(self.names.joined.get(call_layout.queries.shape[1], ())), "")
 
     def share(self, call_layout: Layout) -> Layout:
         """The equal layout of an earlier call, else this one.
