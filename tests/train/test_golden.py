@@ -60,7 +60,8 @@ def test_classification_has_the_numbers_it_had(settings, quiet, name):
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     assert {key: weights[key].double().norm().item() for key in norms} == pytest.approx(norms, rel=1e-5)
     table = [row for row in read_table(folder / "predictions.csv") if row["set"] == "test"]
-    assert list(table[0]) == ["set", "index", "label", "predicted", "probability"]
+    columns = ["set", "index", "label", "predicted", "probability"]  # as ever; what is younger follows
+    assert list(table[0]) == [*columns, "file", "label_class", "predicted_class"]
     assert "".join(row["predicted"] for row in table) == classes
 
 

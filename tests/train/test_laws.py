@@ -205,7 +205,7 @@ def test_the_parts_beside_the_model_are_trained_averaged_kept_and_shipped(settin
     assert lines[-1]["losses"]["turned"] < lines[0]["losses"]["turned"]
     assert "| epoch | loss | error: test |" in (folder / "summary.md").read_text()
     table = read_table(folder / "predictions.csv")
-    assert list(table[0]) == ["set", "index", "error"]
+    assert list(table[0]) == ["set", "index", "error", "file"]
     values = by_image(folder, session.task.metrics[0])["test"].values()
     assert np.mean(list(values)) == pytest.approx(lines[-1]["tests"]["test"]["error"], abs=1e-4)
     again = prepare(chosen).objective

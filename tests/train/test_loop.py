@@ -25,6 +25,8 @@ FILES = {
     "metrics.jsonl",
     "readings",
     "predictions.csv",
+    "classes.csv",
+    "mistakes.safetensors",
     "summary.md",
     "model.safetensors",
     "config.json",

@@ -152,7 +152,7 @@ def accuracy(right: np.ndarray) -> str:
 def difference(ours: np.ndarray, theirs: np.ndarray) -> str:
     """Points of accuracy between two that saw the same objects, and what they come to."""
     value, low, high = statistics.paired(ours, theirs, draws=10_000, few_values=True)
-    return f"{100 * value:+.1f}: {statistics.verdict([(low, high)])}\n{100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{100 * value:+.1f}\n{100 * low:+.1f} to {100 * high:+.1f}\n{statistics.verdict([(low, high)])}"
 
 
 def on_object(reading: Reading) -> str:

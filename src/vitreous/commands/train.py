@@ -74,5 +74,6 @@ def report_runs(folder: Path, runs: list[Path]) -> None:
     if not launched().first:
         return
     print(f"Done: {folder}/summary.md")
-    if all((run / "readings").is_dir() for run in runs):  # none where the model shows no attention; the summary says why
+    read = [(run / "readings").is_dir() for run in runs]  # none where the model shows no attention; the summary says why
+    if all(read) or (not any(read) and all((run / "predictions.csv").is_file() for run in runs)):
         print(f"Report: {write(runs, folder / 'report.html')}")

@@ -21,7 +21,10 @@ EPOCHS = 60  # of one run on a page
 
 @dataclass(frozen=True)
 class ReportInput:
-    """What can be chosen on the page: one reading, or a run with one reading per epoch."""
+    """What can be chosen on the page: one reading, or a run with one reading per epoch.
+
+    A run whose attention cannot be read has no readings. folder: of a run.
+    """
 
     name: str
     epochs: list[int] | None
@@ -29,6 +32,7 @@ class ReportInput:
     run: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] | None = None
     left_out: int = 0  # epochs that have a reading but no room
+    folder: Path | None = None
 
 
 def open_folders(folders: Sequence[Path]) -> list[ReportInput]:
@@ -43,6 +47,11 @@ def open_folders(folders: Sequence[Path]) -> list[ReportInput]:
         raise DataError(
             f"Found readings and runs together ({', '.join(source.name for source in sources)}). Expected folders of one kind. "
             "Name a reading inside the run, such as RUN/readings/epoch-005."
+        )
+    if len({bool(source.readings) for source in sources}) > 1:
+        unread = next(source.name for source in sources if not source.readings)
+        raise DataError(
+            f"Found no reading in {unread}, and some in the others. Expected runs of one kind. Make a page of each kind."
         )
     return [replace(source, name=name) for source, name in zip(sources, unique_names(sources, folders), strict=True)]
 
@@ -79,9 +88,9 @@ def _open_run(folder: Path) -> ReportInput:
         number = path.name.removeprefix("epoch-")
         if number.isdecimal() and (path / "reading.json").is_file():
             by_epoch[int(number)] = path
-    if not by_epoch:
+    if not by_epoch and not (folder / "predictions.csv").is_file():
         raise DataError(
-            f"Found no reading of any epoch in {folder / 'readings'}. Expected folders epoch-000, epoch-001, ... "
+            f"Found no reading of any epoch in {folder / 'readings'}, and no predictions.csv. Expected folders epoch-000, ... "
             "Look at the run's model instead: `vitreous look RUN PHOTOS --out FOLDER`."
         )
     metrics = []
@@ -95,7 +104,7 @@ def _open_run(folder: Path) -> ReportInput:
         shown = sorted({epochs[round(i * (len(epochs) - 1) / (EPOCHS - 1))] for i in range(EPOCHS)})
     return ReportInput(
         folder.resolve().name, shown, [by_epoch[n] for n in shown], {key: run.get(key) for key in RUN_FIELDS}, metrics,
-        len(epochs) - len(shown),
+        len(epochs) - len(shown), folder,
     )  # fmt: skip
 
 

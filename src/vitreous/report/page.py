@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import jinja2
@@ -19,15 +20,18 @@ from markupsafe import Markup
 from vitreous.base.files import write_text
 from vitreous.base.metrics import metrics_of
 from vitreous.report import packing
+from vitreous.report.answers import answers
 from vitreous.report.folders import ReportInput, open_folders
 from vitreous.report.reading import RECORDS, ReadingFolder, page_content
 
 IMAGES = 64  # on a page, at most
 LIMIT = 15_000_000  # bytes of a page
 SCRIPTS = (
-    "base", "state", "color", "chart", "table", "viewer", "pane", "paint", "indicators", "epochs", "findings", "scores",
-    "curves", "changes", "facts", "main",
+    "base", "state", "color", "chart", "table", "training", "mistakes", "viewer", "pane", "paint", "indicators", "epochs",
+    "findings", "scores", "curves", "changes", "facts", "main",
 )  # fmt: skip
+UNREAD = ("base", "color", "chart", "table", "training", "mistakes", "unread")  # of runs whose attention cannot be read
+POINTS = 400  # of the loss by update of a run
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
@@ -69,13 +73,23 @@ def payload(sources: Sequence[ReportInput], readings: Sequence[Sequence[ReadingF
             "epochs": source.epochs,
             "leftOut": source.left_out,
             "run": source.run,
-            "metrics": source.metrics or [],
-            "metric": asdict(metrics_of(source.run or {})[0]),
+            "metrics": [{k: v for k, v in line.items() if k != "loss_by_update"} for line in source.metrics or []],
+            "loss": loss_by_update(source.metrics or []),
+            "scores": [asdict(metric) for metric in metrics_of(source.run or {})],
+            "answers": answers(source.folder, pictures) if source.folder else {},
             "readings": [page_content(reading, images, pictures) for reading in group],
         }
         for source, group in zip(sources, readings, strict=True)
     ]
     return {"sources": shown, "pictures": list(pictures), "limit": images, "words": words(readings)}
+
+
+def loss_by_update(lines: Sequence[dict[str, Any]]) -> list[list[float | int | None]]:
+    """[update, loss] along a run, at most `POINTS`: means of neighbours where there are more."""
+    points = [point for line in lines for point in line.get("loss_by_update") or []]
+    size = -(-len(points) // POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)] if points else []
+    return [[group[-1][0], packing.number(mean(loss for _, loss in group))] for group in groups]
 
 
 def words(readings: Sequence[Sequence[ReadingFolder]]) -> dict[str, list[dict[str, Any]]]:
@@ -94,12 +108,13 @@ def fill(data: dict[str, Any]) -> str:
     """The template with its style, script and data."""
     pictures = data.pop("pictures")
     data = packing.legible(data)
+    read = bool(data["sources"][0]["readings"])
     return assemble(
         data | {"pictures": pictures},
-        SCRIPTS,
+        SCRIPTS if read else UNREAD,
         title=together([source["name"] for source in data["sources"]]),
         kind="run" if data["sources"][0]["run"] else "reading",
-        first=("maps", "maps"),
+        first=("maps", "maps") if read else ("main", "contents"),
         random=any(reading["random"] for source in data["sources"] for reading in source["readings"]),
     )
 

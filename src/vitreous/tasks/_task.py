@@ -7,10 +7,10 @@ one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors.torch
@@ -112,12 +112,14 @@ class Objective(nn.Module, ABC):
     """A model and what training adds to it: a teacher, a decoder, a projector.
 
     model: the network that is read, saved and shipped. columns: of predictions.csv, after set and
-    index. fixed: children that follow from the settings, such as a frozen teacher: always in eval
-    mode, not in the state of a run, whose run.json has their digest. shipped: children that
-    `predict` needs beside the model, saved as objective.safetensors.
+    index. class_columns: those of them with numbers of classes, spaces between; the names of the
+    classes are written beside them. fixed: children that follow from the settings, such as a frozen
+    teacher: always in eval mode, not in the state of a run, whose run.json has their digest.
+    shipped: children that `predict` needs beside the model, saved as objective.safetensors.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
+    class_columns: ClassVar[tuple[str, ...]] = ()
     fixed: tuple[str, ...] = ()
     shipped: tuple[str, ...] = ()
 
@@ -166,6 +168,10 @@ class Objective(nn.Module, ABC):
     def rows(self, outputs: Outputs) -> Iterator[tuple]:
         """The cells of `columns` for each image, in order."""
         return iter(())
+
+    def by_class(self, outputs: Outputs) -> dict[str, Sequence[Any]]:
+        """{column of classes.csv: a value for each class, None where there is none}."""
+        return {}
 
 
 TASKS = Catalogue("tasks", Task, "task")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitreous.base.metrics import CLASSIFICATION
+from vitreous.base.statistics import wilson
 from vitreous.data import ClassIndex, Data
 from vitreous.tasks._task import Batch, Dice, Objective, Outputs, Task
 
@@ -45,6 +46,7 @@ class ClassificationObjective(Objective):
     """A classifier, its loss, and the mixing of images."""
 
     columns = ("label", "predicted", "probability")
+    class_columns = ("label", "predicted")
     fixed = ("loss",)  # class weights follow from the data
 
     def __init__(self, model: nn.Module, task: Classification, data: Data | None):
@@ -82,6 +84,16 @@ class ClassificationObjective(Objective):
         probability, predicted = outputs["logits"].softmax(1).max(1)
         for label, guess, p in zip(outputs["target"].tolist(), predicted.tolist(), probability.tolist(), strict=True):
             yield label, guess, f"{p:.6f}"
+
+    def by_class(self, outputs: Outputs) -> dict[str, Sequence[Any]]:
+        """Test images of each class, how many are found, their share and its Wilson interval."""
+        logits, labels = outputs["logits"], outputs["target"]
+        right = labels[logits.argmax(1) == labels]
+        images, correct = (labels.bincount(minlength=logits.shape[1]).tolist() for labels in (labels, right))
+        spans = [wilson(k, n) if n else (None, None) for k, n in zip(correct, images, strict=True)]
+        low, high = zip(*spans, strict=True)
+        accuracy = [k / n if n else None for k, n in zip(correct, images, strict=True)]
+        return {"images": images, "correct": correct, "accuracy": accuracy, "low": low, "high": high}
 
 
 class WeightedCrossEntropy(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class MultiLabelObjective(Objective):
     """
 
     columns = ("present", "predicted")
+    class_columns = columns
 
     def __init__(self, model: nn.Module, threshold: float):
         super().__init__(model)
@@ -61,13 +63,10 @@ class MultiLabelObjective(Objective):
 
     def score(self, outputs: Outputs) -> dict[str, float]:
         """Mean over classes of the average precision, 0 to 1, and mean cross-entropy in nats."""
-        logits, target = outputs["logits"], outputs["target"]
-        labelled = ~target.isnan()
-        pairs = ((logits[labelled[:, c], c], target[labelled[:, c], c]) for c in range(target.shape[1]))
-        precisions = [average_precision(scores, truth) for scores, truth in pairs if truth.any()]
+        precisions = [value for value in self.by_class(outputs)["average_precision"] if value is not None]
         return {
             "mean_average_precision": sum(precisions) / max(len(precisions), 1),
-            "loss": masked_cross_entropy(logits, target).mean().item(),
+            "loss": masked_cross_entropy(outputs["logits"], outputs["target"]).mean().item(),
         }
 
     def rows(self, outputs: Outputs) -> Iterator[tuple]:
@@ -75,6 +74,17 @@ class MultiLabelObjective(Objective):
         likely = outputs["logits"].sigmoid() >= self.threshold
         for present, predicted in zip(outputs["target"] == 1, likely, strict=True):
             yield tuple(" ".join(map(str, classes.nonzero().flatten().tolist())) for classes in (present, predicted))
+
+    def by_class(self, outputs: Outputs) -> dict[str, Sequence[Any]]:
+        """Test images where a class is labelled, those that show it, and its average precision."""
+        logits, target = outputs["logits"], outputs["target"]
+        labelled = ~target.isnan()
+        pairs = [(logits[labelled[:, c], c], target[labelled[:, c], c]) for c in range(target.shape[1])]
+        return {
+            "images": labelled.sum(0).tolist(),
+            "present": [int(truth.sum()) for _, truth in pairs],
+            "average_precision": [average_precision(scores, truth) if truth.any() else None for scores, truth in pairs],
+        }
 
 
 def masked_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ function fmt(value, digits = 4) {
 }
 
 const signedFmt = (value) => (value > 0 ? "+" : "") + fmt(value);
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count === 1 ? "" : "s"}`;
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 

@@ -97,55 +97,6 @@ function epochSeries(lines, run, pair, name) {
   return colored(series, lines === "layers");
 }
 
-const colored = (series, ordered) =>
-  series.map((s, i) => ({
-    ...s,
-    look: "line",
-    knots: s.points.length < 16,
-    color: lineColor(i, series.length, ordered),
-  }));
-
-/** The score on a test set after an epoch as it is shown, parts of 1 in percent, or null. */
-function score(metric, metrics, test) {
-  const value = own(own(metrics?.tests, test), metric.name) ?? null;
-  return value === null || metric.unit !== "%" ? value : 100 * value;
-}
-
-/** What the runs are scored by: {id, metric, test} of every metric and test set, each once. */
-function scoresOf(runs) {
-  const all = runs.flatMap((run) =>
-    run.metrics.flatMap((m) =>
-      Object.keys(m.tests || {}).map((test) => [`${run.metric.name}-${test}`, { metric: run.metric, test }]),
-    ),
-  );
-  return [...new Map(all)].map(([id, one]) => ({ id, ...one }));
-}
-
-/** Loss and scores by epoch, one line per run. */
-function trainingCharts() {
-  const runs = DATA.sources.filter((source) => source.metrics.length);
-  if (!runs.length) return [];
-  const line = (name, run, value) => ({ name, points: run.metrics.map((m) => ({ x: m.epoch, y: value(m) ?? null })) });
-  const loss = chart({
-    id: "loss",
-    title: "Training loss",
-    xLabel: "epoch",
-    series: colored(runs.map((run) => line(run.name, run, (m) => m.losses?.total))),
-  });
-  return [
-    loss,
-    ...scoresOf(runs).map(({ id, metric, test }) =>
-      chart({
-        id,
-        title: `${capital(metric.label)}, ${test}`,
-        unit: metric.unit,
-        xLabel: "epoch",
-        series: colored(runs.map((run) => line(run.name, run, (m) => score(metric, m, test)))),
-      }),
-    ),
-  ];
-}
-
 /** Energy inside of the head that looks most at the object, by epoch. */
 function lookerChart() {
   const series = DATA.sources.map((source, i) => ({
@@ -185,7 +136,10 @@ function runsTable() {
     reading: source.readings[last(i).at],
     metrics: source.metrics[source.metrics.length - 1],
   }));
-  const scores = scoresOf(DATA.sources.filter((source) => source.metrics.length));
+  const scores = scoresOf(
+    DATA.sources.filter((source) => source.metrics.length),
+    true,
+  );
   const average =
     (name) =>
     ({ reading }) => {

@@ -35,7 +35,6 @@ function measuresOf(readings, source) {
 }
 
 const cellOf = (reading, row, name) => row.cells[reading.table.columns.indexOf(name)] || null;
-const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
 /** Mean over heads by layer; a value of all heads together stands for itself. [[layer, value]] */
 function byLayer(reading, source, name) {

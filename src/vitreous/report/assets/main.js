@@ -47,6 +47,7 @@ function lead() {
 theme();
 stamp();
 lead();
+mistakes();
 glance();
 viewer();
 differences();

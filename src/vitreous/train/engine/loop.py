@@ -28,7 +28,7 @@ from vitreous.train.engine.state import NotFinite, ValueNotFinite, random_states
 from vitreous.train.engine.step import Step, set_schedules
 from vitreous.train.records import alarms, summary
 from vitreous.train.records.lost_images import gather_lost, write_quarantine
-from vitreous.train.records.predictions import write_predictions
+from vitreous.train.records.predictions import write_mistakes, write_predictions
 from vitreous.train.records.progress_display import Shown, speaker
 from vitreous.train.records.run_folder import Run, read_metrics, to_resume
 
@@ -54,6 +54,8 @@ def go_on(session: Session, run: Run, console: Console) -> None:
         if settings.patience is not None and session.team.first:
             say(early_stopping.why(read_metrics(run.folder), settings.epochs, settings.patience, metric))
     if session.team.first:
+        with writing(run.folder):
+            write_mistakes(run, session)
         run.states.clear()
 
 
@@ -106,6 +108,7 @@ def take_step(session: Session, run: Run, batch: tuple[Tensor, Tensor]) -> None:
         session.ema.update(session.objective, step=progress.updates + 1)
     progress.norms.add(step.norms)
     progress.losses.add({"total": losses.total, **losses.by_name}, step.count)
+    progress.add_to_curve(losses.total.item(), step.count, len(session.train))
     progress.seen += step.count
 
 
@@ -140,6 +143,7 @@ def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -
         "lr": progress.lr,
         "losses": progress.losses.values(),
         "gradients": progress.norms.values(),
+        "loss_by_update": [[update, total / weight] for update, total, weight in progress.curve],
         "images_per_second": progress.seen / progress.seconds,
         "tests": {name: session.tested.score(outputs) for name, outputs in outcomes.items()},
         "seconds": progress.seconds + time.perf_counter() - started,

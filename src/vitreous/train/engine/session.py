@@ -22,6 +22,8 @@ from vitreous.train.records.trackers import Trackers
 from vitreous.train.settings import TrainSettings
 from vitreous.train.updates import Update
 
+SPANS = 20  # of an epoch, in which its loss is recorded
+
 
 class Means:
     """Weighted means of scalars by name, added up without waiting for a device."""
@@ -45,8 +47,9 @@ class Progress:
 
     updates: steps since the start, those left out included. epoch: from 1. step: batches of it that
     are done. seen: their images. seconds: the time they took. lr: the present learning rate, the
-    highest of the groups. left_out: numbers of the updates that failed before a return to a good
-    state, and are not taken.
+    highest of the groups. curve: the loss within the epoch, [last update, weighted sum, weight] of
+    at most `SPANS` spans of equal length. left_out: numbers of the updates that failed before a
+    return to a good state, and are not taken.
     """
 
     updates: int = 0
@@ -57,7 +60,16 @@ class Progress:
     lr: float = 0.0
     losses: Means = field(default_factory=Means)
     norms: Means = field(default_factory=Means)
+    curve: list[list[float]] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
+
+    def add_to_curve(self, loss: float, weight: int, steps: int) -> None:
+        """Add the loss of the present step, of so many in the epoch, before it is counted."""
+        span, before = (step * SPANS // max(steps, SPANS) for step in (self.step, self.step - 1))
+        if not self.curve or span > before:
+            self.curve.append([0, 0.0, 0])
+        _, total, count = self.curve[-1]
+        self.curve[-1] = [self.updates + 1, total + weight * loss, count + weight]
 
     def next_epoch(self) -> Progress:
         return Progress(updates=self.updates, epoch=self.epoch + 1, left_out=self.left_out)

@@ -1,11 +1,13 @@
 """A run folder: settings, data, results, model. Training writes it, reports read it.
 
     run.json         settings, versions, machine, data, model, command line
-    metrics.jsonl    one line per epoch: losses by name, scores per test set, learning rate, speed,
-                     gradient norms
+    metrics.jsonl    one line per epoch: losses by name and along the epoch, scores per test set,
+                     learning rate, speed, gradient norms
     readings/        epoch-000/ (before training), ...: what it looks at on fixed test images
                      (`lens.reading`)
-    predictions.csv  every test image: label, prediction, its probability
+    predictions.csv  every test image: label, prediction, its probability, file, names of classes
+    classes.csv      every class of every test set: how much of it is found
+    mistakes.safetensors    small pictures of the wrong answers that the model is surest of
     summary.md       the same for people
     manifest.csv     every image of the start, by which `vitreous resume` sees what has changed
     state/, lock     while it is not finished: what it goes on from (`engine.state`), and the

@@ -16,7 +16,8 @@ from vitreous.train.records import alarms
 from vitreous.train.records.run_folder import read_metrics, read_record
 
 FILES = """\
-- `metrics.jsonl`: one line per epoch; `readings/`: what it looked at, by epoch; `predictions.csv`: every test image
+- `metrics.jsonl`: one line per epoch; `readings/`: what it looked at, by epoch
+- `predictions.csv`: every test image; `classes.csv`: every class; `report.html`: the wrong answers, as pictures
 - `model.safetensors`, `config.json`, `mechanisms.json`: the model, of the last epoch unless it says otherwise above
 - `run.json`: settings, versions, machine
 """
