@@ -13,12 +13,15 @@ import timm
 import torch
 from PIL import Image
 
+from lens.explicit import vit
 from vitreous.base.errors import DataError, HostError
+from vitreous.data import Cutouts
 from vitreous.lens.direction import Direction, centre_bump, find_direction
 from vitreous.lens.foreground import foreground, foreground_of, references, wanted
 from vitreous.lens.formulas.maps import gram_filter
 from vitreous.lens.formulas.scores import auroc, coverage
 from vitreous.lens.layer_features import LayerFeatures, layer_features
+from vitreous.lens.look import look
 
 GRID = (5, 6)
 P = GRID[0] * GRID[1]
@@ -234,3 +237,22 @@ def objects(data, count: int) -> tuple[torch.Tensor, torch.Tensor]:
             images.append(np.asarray(image))
             masks.append(coverage(np.asarray(mask) > 127, (14, 14)))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.stack(masks)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_without_a_direction_no_map_is_called_the_foreground(class_token):
+    """Which side of it is the subject is not known: it has no sign, no score and no curve, and says what it lacks."""
+    model = vit(class_token=class_token, global_pool="token" if class_token else "avg")
+    reading = look(model, Cutouts(3, size=32, seed=1), noise=0, curves=2)
+    assert {key for key in reading.maps if key[1] < 0} == {("foreground_unsigned", -1)}
+    np.testing.assert_array_equal(reading.maps.confidence("foreground_unsigned", -1), [0, 0, 0])
+    (record,) = [record for record in reading.facts["components"] if record["name"] == "foreground_unsigned"]
+    assert record["label"] == "Foreground or background"
+    assert "not known without a calibrated direction" in record["explains"]
+    assert "rule" not in record
+    assert not {"foreground", "foreground_unsigned"} & {
+        *reading.scores()["component"],
+        *(c["component"] for c in reading.curves),
+    }
+    found = foreground(model, torch.zeros(1, 3, 16, 24))
+    assert not found.sign_known

@@ -179,3 +179,22 @@ def test_registers_alone_are_no_class_token(names, expected):
     for name in names:
         holder.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
     assert has_class_token(torch.nn.Sequential(holder)) is expected
+
+
+@pytest.mark.parametrize("spec", ["channelvit", "channelvit+token_merging:tokens=3,layers=0"])
+def test_a_token_per_channel_has_a_map_per_channel(spec):
+    """Three tokens at each place: what the class token gives to each of them, and their mean."""
+    model, images, maps = vit(), pixels(2), {}
+    for part in spec.split("+"):
+        graft(model, parse(part))
+    watch(model, images, lambda call: maps.__setitem__(call.name, (call.map()[:, 0], call.assignment)))
+    readout = seen_by_probes(model, images, "attention_maps")[1]
+    for layer in range(3):
+        whole, assignment = maps[f"blocks.{layer}.attn"]
+        row = whole[:, :, 0]  # (B, H, tokens)
+        if assignment is not None:
+            row = assignment.share(row.mT).mT
+        by_channel = readout.maps[f"attention_channels/{layer}"]
+        close(by_channel, row[..., 1:].unflatten(-1, (3, *GRID)))
+        close(readout.maps[f"attention/{layer}"], by_channel.mean(2))
+    assert not [name for name in seen_by_probes(vit(), images, "attention_maps")[1].maps if "channels" in name]

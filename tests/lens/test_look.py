@@ -301,7 +301,7 @@ def test_scores_against_masks_are_those_computed_by_hand():
     scenes, model = Cutouts(6, size=48, seed=1), vit(img_size=(16, 16))
     reading = look(model, scenes, curves=2)
     table = reading.scores()
-    assert set(table["component"]) == {"attention", "rollout", "u1", "u2", "u3", "k1", "foreground", "centre", "random", "area"}
+    assert set(table["component"]) == {"attention", "rollout", "u1", "u2", "u3", "k1", "centre", "random", "area"}
     views = Views(model, scenes)
     for image in range(6):
         cover = views[image].mask.reshape(4, 4, 4, 4).mean((1, 3))
@@ -320,7 +320,7 @@ def test_scores_against_masks_are_those_computed_by_hand():
     ours = table["energy_inside"][rows(table, component="attention", layer=1, head=0)]
     assert summary["mean"][here] == pytest.approx(np.nanmean(ours))
     assert reading.images[0]["mask"]
-    assert {entry["component"] for entry in reading.curves} == {"attention", "rollout", "u1", "k1", "foreground"}
+    assert {entry["component"] for entry in reading.curves} == {"attention", "rollout", "u1", "k1"}
     for entry in reading.curves:
         assert entry["fractions"] == [0, 2 / 16, 4 / 16, 8 / 16, 1]
         assert entry["insertion"][-1] == pytest.approx(entry["deletion"][0])
@@ -568,6 +568,7 @@ def test_a_direction_signs_the_maps_and_makes_the_foreground(tmp_path):
     readings = [look(model, images, direction=planted(model, sign)) for sign in (1.0, -1.0)]
     rules = {found["name"]: found.get("rule") for found in readings[0].facts["components"]}
     assert (rules["foreground"], rules["u1"]) == ("direction and class attention", "fixed+attention")
+    assert "foreground_unsigned" not in rules
     np.testing.assert_allclose(readings[0].maps["u1", 2], -readings[1].maps["u1", 2], atol=1e-3)
     keys = explicit(model, images)[1].keys[:, 1:]
     output = explicit(model, images)[2].output[:, 1:]

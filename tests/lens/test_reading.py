@@ -117,7 +117,7 @@ def test_equal_readings_are_equal_bytes_and_saving_again_changes_none(made, fold
 
 def test_maps_are_asked_for_by_component_layer_and_head(made):
     maps = made.maps
-    np.testing.assert_array_equal(maps["foreground"], maps["foreground", -1])
+    np.testing.assert_array_equal(maps["foreground_unsigned"], maps["foreground_unsigned", -1])
     np.testing.assert_allclose(maps["attention", 1], maps.heads("attention", 1).mean(1))
     np.testing.assert_array_equal(maps["attention", 1, 1], maps.heads("attention", 1)[:, 1])
     assert maps.heads("u1", 0).shape == (4, 1, 4, 6)

@@ -17,6 +17,7 @@ from vitreous.lens.probe import chosen, records
 from vitreous.lens.reading import FORMAT, Writer, read, read_part
 from vitreous.report import format_1
 from vitreous.report.page import write
+from vitreous.report.unsigned import with_unknown_signs
 
 # Made by the code before format 2 (commit 14e1cc8):
 #     look(vit(depth=1, img_size=(8, 12)), Cutouts(2, size=16, seed=2), out="format_1")
@@ -47,11 +48,27 @@ def test_the_same_model_and_images_give_the_numbers_and_maps_of_the_old_reading(
             np.testing.assert_allclose(ours[name], column, rtol=1e-3, atol=1e-4, err_msg=name)
         else:
             np.testing.assert_array_equal(ours[name], column, err_msg=name)
-    assert set(old.maps) == set(new.maps)
+    named = {("foreground", -1): ("foreground_unsigned", -1)}  # until format 3, also without a sign
+    assert {named.get(key, key) for key in old.maps} == set(new.maps)
     for key in old.maps:
-        np.testing.assert_allclose(new.maps.heads(*key), old.maps.heads(*key), atol=4e-3, err_msg=str(key))
-    components = ({record["name"]: record.get("rule") for record in one.facts["components"]} for one in (old, new))
-    assert next(components) == next(components)
+        ours = new.maps.heads(*named.get(key, key))
+        np.testing.assert_allclose(ours, old.maps.heads(*key), atol=4e-3, err_msg=str(key))
+    theirs, ours = ({record["name"]: record.get("rule") for record in one.facts["components"]} for one in (old, new))
+    assert {named.get((name, -1), (name,))[0]: rule for name, rule in theirs.items()} == ours | {"foreground_unsigned": None}
+
+
+def test_an_old_foreground_map_without_a_direction_has_no_sign(tmp_path):
+    """Which side of it is the subject was never known; with a direction it stays what it was."""
+    reading = read(OLD)
+    assert reading.maps.confidence("foreground", -1).tolist() == [0, 0]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', write([OLD], tmp_path / "old.html").read_text(), re.S)[1])
+    page = data["sources"][0]["readings"][0]
+    for components in (reading.facts["components"], page["components"]):
+        (record,) = [record for record in components if record["name"] == "foreground"]
+        assert (record["label"], record["signed"], record["rule"]) == ("Foreground or background", True, None)
+    assert page["maps"]["foreground/-1"]["confidence"] == [0, 0]
+    known = [{"name": "foreground", "label": "Foreground", "rule": "direction and class attention"}]
+    assert with_unknown_signs(known) == known
 
 
 def test_old_and_new_readings_stand_side_by_side_on_a_page(tmp_path):

@@ -130,7 +130,8 @@ class BatchPass:
         """Let observers see a layer, and let its tensors go."""
         for observer in self.by_layer:
             self.hand(observer, "on_layer", features.key[0], features)
-        features.attention = features.queries = features.keys = features.output = features.tokens = None
+        for name in ("attention", "queries", "by_channel", "keys", "output", "tokens"):
+            setattr(features, name, None)
 
     def finish(self) -> list[Readout]:
         """What each probe read.

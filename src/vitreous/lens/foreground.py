@@ -1,6 +1,6 @@
 """Where the subject of an image is, without training and without masks.
 
-One map per image, higher meaning more foreground.
+One map per image, higher meaning more foreground where a direction tells the sign.
 
     with a direction                      blur(G(z(Zw)))
     with a direction and a class token    blur(G(a + z(Zw)))
@@ -36,6 +36,7 @@ from vitreous.lens.formulas.maps import (
 from vitreous.lens.layer_features import FEATURES, LayerFeatures, layer_features
 from vitreous.lens.probe import BatchInfo
 from vitreous.lens.tap import trace
+from vitreous.report.unsigned import WITHOUT_DIRECTION
 
 # Without a direction: the depths, as shares of all layers, where ViT-Tiny/16 keeps its subject. A
 # guess for other models.
@@ -51,6 +52,11 @@ class Foreground:
     rule: str
 
     @property
+    def sign_known(self) -> bool:
+        """Whether higher means more foreground; without a direction it may mean less."""
+        return WITHOUT_DIRECTION not in self.rule
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(rows, cols) of the patches."""
         return tuple(self.maps.shape[1:])
@@ -64,10 +70,10 @@ def foreground(
     `result.maps` are (B, rows, cols).
 
     images: a tensor (B, C, h, w), normalised for the model, or what `look` takes: a folder, paths,
-    images. direction: of this model, from `find_direction` or `Direction.load`; without one the map
-    is less sure, and `result.rule` says so. class_token=False leaves the class token's attention
-    out. Raises HostError for another model than the direction's, and for one without keys or
-    outputs on a grid; DataError for no images.
+    images. direction: of this model, from `find_direction` or `Direction.load`; without one
+    nothing tells which side of the map is the subject (`result.sign_known` is False).
+    class_token=False leaves the class token's attention out. Raises HostError for another model
+    than the direction's, and for one without keys or outputs on a grid; DataError for no images.
     """
     if direction is not None:
         direction.check(model)
@@ -119,7 +125,7 @@ class BatchReferences:
         """Take in one layer; again does nothing."""
         if features.layer not in self.layers:
             needless = {name: None for letter, name in FEATURES.items() if (features.layer, letter) not in self.needed}
-            self.layers[features.layer] = replace(features, stream=None, **needless)
+            self.layers[features.layer] = replace(features, stream=None, queries=None, by_channel=None, **needless)
 
     def result(self) -> References:
         """What `references` says of these layers, computed once. Raises HostError as it does."""
@@ -206,6 +212,6 @@ def foreground_of(references: References) -> Foreground:
     rule = " and ".join(parts)
     if references.fixed is None:
         parts = parts or {"border distance of keys": references.border}
-        rule = f"{next(iter(parts))}, without a calibrated direction"
+        rule = f"{next(iter(parts))}, {WITHOUT_DIRECTION}"
     maps = blurred(gram_filter(references.rows, sum(parts.values())), references.grid)
     return Foreground(maps.unflatten(1, references.grid), rule)

@@ -47,7 +47,9 @@ class LayerFeatures:
     (B, N, D): all tokens after the block, of all images of the batch, only while `on_layer` runs.
     merged: tokens were merged, dropped or chosen before it: each place has the feature of its
     token, and an equal share of the attention to it. Where no token is, features and maps are 0.
-    prefix: how many tokens without a place come first.
+    prefix: how many tokens without a place come first. by_channel (B, H, G, rows, cols):
+    attention to each of the G tokens that stand at one place, of which `attention` is the mean;
+    None where there is one.
     """
 
     layer: int
@@ -64,6 +66,7 @@ class LayerFeatures:
     stream: Tensor | None = None
     merged: bool = False
     prefix: int = 0
+    by_channel: Tensor | None = None
 
     def feature(self, letter: str) -> Tensor | None:
         """The feature that "k", "o" or "x" stands for."""
@@ -118,10 +121,13 @@ class FeatureCollector:
         layer.merged, layer.prefix, layer.has_class, layer.grid = where.merged, where.prefix, where.has_class, where.grid
         if layer.grid is None:
             return
-        layer.attention = where.picture(self.attention(call, where), shared=True).flatten(-2).nan_to_num()  # (B, H, P)
+        attention = where.per_place(self.attention(call, where), shared=True)  # (B, H, W, M)
+        layer.attention = where.layout.key_picture(attention).flatten(-2).nan_to_num()  # (B, H, P)
+        if where.layout.keys_per_place > 1:
+            layer.by_channel = where.layout.key_pictures(attention)
         if where.loose_queries:
             rows = next(call.rows(QUERIES, call.stochastic))[1][: self.images].transpose(1, 3)  # (B, Q, H, W, M)
-            layer.queries = where.picture(rows).flatten(-2).nan_to_num()
+            layer.queries = where.picture(rows, shared=True).flatten(-2).nan_to_num()
         if call.k is not None:
             keys = where.picture(call.k[: self.images].permute(0, 2, 4, 1, 3).float())  # (B, H, K, rows, cols)
             layer.keys = keys.flatten(3).flatten(1, 2).mT.nan_to_num()

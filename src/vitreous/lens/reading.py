@@ -43,6 +43,7 @@ from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.base.files import writable, write, write_text
 from vitreous.lens.stored_maps import joined_maps, scaled
 from vitreous.report import format_1
+from vitreous.report.unsigned import with_unknown_signs
 
 FORMAT = 3
 CHUNK = 16  # images in a part
@@ -114,6 +115,7 @@ class Maps(Mapping):
     def __init__(self, parts: Sequence[Part], components: Sequence[Mapping[str, Any]] = ()):
         self.parts = parts
         self.per_head = {record["name"]: record["per_head"] for record in components}
+        self.unsigned = {record["name"] for record in components if record.get("sign_known") is False}
 
     @cached_property
     def first(self) -> Part:
@@ -139,7 +141,7 @@ class Maps(Mapping):
         """(image,), 0 to 1; 1 for components that have no sign to be wrong about."""
         name = f"{component}/{layer}/confidence"
         if f"{component}/{layer}" in self.first.tensors and name not in self.first.tensors:
-            return np.ones(len(self[component, layer]), np.float32)
+            return np.full(len(self[component, layer]), component not in self.unsigned, np.float32)
         return self._joined(name)
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
@@ -326,7 +328,9 @@ def read(folder: str | Path) -> Reading:
             raise DataError(
                 f"Found {path} in format {facts['format']}. Expected 1 to {FORMAT}. Read it with the version that wrote it."
             )
+        old = facts["format"] < 3
         facts = (format_1.upgraded(facts) if facts["format"] == 1 else facts) | {"format": FORMAT}
+        facts["components"] = with_unknown_signs(facts["components"]) if old else facts["components"]
         for name in ("layers", "measures", "sources", "components"):
             iter(facts[name])
         paths = [folder / "parts" / f"{number:05d}.safetensors" for number in range(facts["parts"])]

@@ -79,13 +79,17 @@ class TokenCoordinates:
         Each place has the value of its token; shared: its share of it, for attention, of which a
         token that stands for many places gets as much as they together.
         """
+        return self.layout.key_picture(self.per_place(values, shared))
+
+    def per_place(self, values: Tensor, shared: bool) -> Tensor:
+        """Values of present keys (B, ..., W, M) as those of the original ones: see `picture`."""
         if self.inserted:
             values = values[..., : values.shape[-1] - self.inserted]
         if self.assignment is not None:
             flat, assignment = values.flatten(1, -2).mT, first(self.assignment, self.images)  # (B, M, ...)
             flat = assignment.share(flat) if shared else assignment.restore(flat)
             values = flat.mT.unflatten(1, values.shape[1:-1])
-        return self.layout.key_picture(values)
+        return values
 
     def counts(self, call: AttentionCall) -> Tensor:
         """(B or 1, N): how many places each query stands for; 1 for those without one."""

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from vitreous.base.errors import DataError
 from vitreous.report import format_1, packing
 from vitreous.report.folders import parsed, read_csv, read_json
+from vitreous.report.unsigned import with_unknown_signs
 
 FORMAT = 3
 ROW_KEYS = ("layer", "head", "image", "source", "kind")
@@ -35,6 +36,8 @@ class ReadingFolder:
             raise self.incomplete(f"reading.json without its {', '.join(lists)}")
         if number == 1:
             self.facts = format_1.upgraded(self.facts)
+        if number < 3:
+            self.facts["components"] = with_unknown_signs(self.facts["components"])
         self.count = int(self.facts.get("images", 0))
         self.parts: list[Path] = []  # that hold images; those of which none could be read have none
         self.images: list[dict[str, Any]] = []  # of all parts, each with the part it lies in
@@ -155,6 +158,8 @@ def _maps(reading: ReadingFolder, shown: int) -> dict[str, Any]:
         signed, heads = bool(records[component].get("signed")), maps.shape[1] if records[component]["per_head"] else 0
         depth = maps.shape[2 if heads else 1] if maps.ndim == (5 if heads else 4) else 0
         confidence = reading.tensors(f"{component}/{layer}/confidence", shown)
+        if records[component].get("sign_known") is False:
+            confidence = np.zeros(len(maps))
         entries[f"{component}/{layer}"] = {
             "heads": heads,
             "depth": depth,  # slices of a grid of three dimensions; 0: of two

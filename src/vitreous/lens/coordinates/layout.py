@@ -59,6 +59,24 @@ class Layout:
         """One value per key (..., W, M) -> (..., rows, cols) of `key_grid`, like `picture`."""
         return _picture(values, self.key_cells, self.key_grid, "keys")
 
+    @property
+    def keys_per_place(self) -> int:
+        """How many keys stand at every place, as tokens of channels do; 1 where it varies."""
+        if self.key_cells is None or self.images or self.windows > 1:
+            return 1
+        counts = torch.bincount(self.key_cells[self.key_cells >= 0])
+        return int(counts[0]) if len(counts) == math.prod(self.key_grid) and bool((counts == counts[0]).all()) else 1
+
+    def key_pictures(self, values: Tensor) -> Tensor:
+        """One value per key (..., 1, M) -> (..., G, rows, cols).
+
+        G = `keys_per_place`: a picture of the first key at each place, one of the second, ...
+        """
+        cells = self.key_cells[0]
+        order = cells.argsort(stable=True)[(cells < 0).sum() :]  # cell by cell, those of one in their order
+        stacked = values[..., 0, order.to(values.device)].unflatten(-1, (math.prod(self.key_grid), self.keys_per_place))
+        return stacked.mT.unflatten(-1, self.key_grid)
+
 
 def _picture(values: Tensor, cells: Tensor | None, grid: tuple[int, int] | None, side: str) -> Tensor:
     """Values (..., W, N) averaged into the cells of a grid; side: for the message."""

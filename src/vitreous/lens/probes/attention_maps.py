@@ -19,11 +19,17 @@ class MapsObserver(Observer):
         for number in range(0 if features.queries is None else features.queries.shape[1]):
             picture = features.queries[:, number].unflatten(-1, features.grid)
             self.readout.maps[f"query{number + 1}/{features.layer}"] = picture
+        if features.by_channel is not None:
+            self.readout.maps[f"attention_channels/{features.layer}"] = features.by_channel
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMaps(Probe):
-    """The attention of each layer on the grid of its keys."""
+    """The attention of each layer on the grid of its keys.
+
+    Where several tokens stand at each place, as with a token per channel (ChannelViT), also that to
+    each of them, a slice each; the one map is then their mean.
+    """
 
     order: ClassVar[int] = 60
     observer: ClassVar[type[Observer]] = MapsObserver
@@ -33,4 +39,7 @@ class AttentionMaps(Probe):
         *(Component(f"query{n}", f"Query {n}", low=0, high=1, per_head=True, scored=False, curves=False,
                     explains=f"What query {n} looks at, head by head: an object query, a latent or a prompt, without a place.")
           for n in range(1, QUERIES + 1)),
+        Component("attention_channels", "Attention by channel", low=0, high=1, per_head=True, scored=False, curves=False,
+                  explains="Attention to each of the tokens that stand at one place, such as one per channel; the other map is "
+                           "their mean."),
     )  # fmt: skip
