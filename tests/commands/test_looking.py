@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitreous
+from report.made import Made, write_reading
 from vitreous.commands.cli import main
 from vitreous.data import Cutouts
 from vitreous.lens import reading as reading_module
@@ -332,3 +333,13 @@ def test_calibrate_writes_a_direction_that_look_then_uses_and_other_models_refus
     assert Path("third.safetensors").read_bytes() == Path("other.safetensors").read_bytes()
     refused(capsys, "calibrate model many/broken.png --out fourth.safetensors", "no readable photograph among 1")
     assert not Path("fourth.safetensors").exists()
+
+
+def test_readings_without_a_common_image_are_not_compared(elsewhere, capsys):
+    for name, images in (("a", ["x.jpg", "y.jpg"]), ("b", ["z.jpg", "y.jpg"]), ("c", ["u.jpg", "v.jpg"])):
+        write_reading(elsewhere / name, Made(images=2, names=images))
+    assert call("compare a b --out ab") == 0
+    capsys.readouterr()
+    assert call("compare a c --out ac") == 2
+    assert "Found no image that both have, by name (vit_made (a): 2, the first 'x.jpg'" in capsys.readouterr().err
+    assert not (elsewhere / "ac").exists()

@@ -24,6 +24,7 @@ import vitreous
 from data.made import encoded
 from vitreous import graft, grafts
 from vitreous.base.errors import GraftError
+from vitreous.base.statistics import wilson
 from vitreous.commands.cli import main
 from vitreous.data import Cutouts
 from vitreous.data.preprocess import Preprocess
@@ -130,6 +131,41 @@ def test_grafted_models_predict_with_their_mechanisms(photos):
     found = rows("predictions.csv")
     assert [row["predicted"] for row in found] == ["abc"[i] for i in expected.indices]
     assert [float(row["probability"]) for row in found] == pytest.approx(expected.values.tolist(), rel=1e-4)
+
+
+def test_a_labelled_folder_has_its_accuracy(photos, capsys):
+    """By folders named after classes, the outermost that is one; what lies in no such folder does not count."""
+    small("labelled")
+    for name, value in (("test/b/a/x.png", 0), ("test/c/y.png", 1), ("test/c/z.png", 2)):
+        Path(f"photos/{name}").parent.mkdir(parents=True, exist_ok=True)
+        (photos / f"{value}.png").rename(photos / name)
+    shutil.rmtree(photos / "masks", ignore_errors=True)
+    (photos / "top.png").write_bytes((photos / "a/3.png").read_bytes())
+    (photos / "c.png").write_bytes(b"broken")
+    (photos / "test/c/broken.png").write_bytes(b"broken")
+    assert call("predict labelled photos --out p.csv") == 0
+    found = {row["file"]: row for row in rows("p.csv")}
+    assert {name: row["label"] for name, row in found.items()} == {
+        "a/3.png": "a", "a/4.png": "a", "c.png": "", "test/b/a/x.png": "b", "test/c/broken.png": "c", "test/c/y.png": "c",
+        "test/c/z.png": "c", "top.png": "",
+    }  # fmt: skip
+    right = sum(row["predicted"] == row["label"] for row in found.values() if row["label"])
+    low, high = (100 * end for end in wilson(right, 5))
+    said = capsys.readouterr().out
+    assert f"Accuracy: {20 * right:.2f} % ({low:.2f} to {high:.2f} %, the 95 % interval): {right} right of 5 images" in said
+    assert "1 images lie in no such folder and do not count." in said
+    assert call("predict labelled photos --out q.csv --json") == 0
+    accuracy = json.loads(capsys.readouterr().out)["accuracy"]
+    shares = {k: [row["predicted"] == k for row in found.values() if row["label"] == k and row["predicted"]] for k in "abc"}
+    worst = min(shares, key=lambda k: (sum(shares[k]) / len(shares[k]), -len(shares[k])))
+    assert accuracy["value"] == pytest.approx(right / 5)
+    assert accuracy["worst"] == {"class": worst, "right": sum(shares[worst]), "images": len(shares[worst])}
+
+
+def test_folders_that_are_no_classes_are_no_labels(photos, capsys):
+    assert call(f"predict {SHIPPED} photos --json") == 0
+    assert "accuracy" not in json.loads(capsys.readouterr().out)
+    assert "label" not in rows("predictions.csv")[0]
 
 
 def test_images_that_cannot_be_read_have_their_line_and_their_reason(photos, capsys):

@@ -1,4 +1,7 @@
-"""`vitreous predict`: the classes of images, with probabilities, as one CSV file."""
+"""`vitreous predict`: the classes of images, with probabilities, as one CSV file.
+
+Images in folders that are named after classes of the model are labelled: their accuracy is said.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from torch import nn
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import check_new, writable, write
+from vitreous.base.statistics import wilson
 from vitreous.data.problems import cell, conversions, shown
 from vitreous.data.views import Views
 from vitreous.models.classes import multi_label, names_of, probabilities
@@ -87,13 +91,15 @@ def run_predict(
     remarks: list[str] = []
     model = opening(name, remarks.append).to(place)
     views = open_images(model, images)
+    classes = () if multi_label(model) else names_of(model)  # where an image may show several, no folder says all
+    labels = labels_of([views.name(i) for i in range(len(views))], classes)
     result: dict[str, Any] = {"model": name, "predictions": str(path), "images": 0, "classes": Counter(), "skipped": []}
     notes: list[str] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress, writable(path):
         task = progress.add_task("images", total=len(views))
         step = lambda done, of: progress.update(task, completed=done, total=of)  # noqa: E731
         answers = predict(model, views, top=top, batch_size=batch_size, progress=step)
-        write(path, lambda temporary: write_table(temporary, answers, top, result, notes))
+        write(path, lambda temporary: write_table(temporary, answers, top, result, notes, labels))
     result["inputs"] = views.config
     result["remarks"] = [*remarks, *views.images.remarks, *conversions(notes)]
     if multi_label(model):
@@ -102,33 +108,85 @@ def run_predict(
     return result
 
 
-def write_table(path: Path, answers: Iterator[Prediction], top: int, result: dict[str, Any], notes: list[str]) -> None:
+def labels_of(files: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Class of each image: the first of its folders that is named after one, else ""."""
+    known = set(classes)
+    return [next((folder for folder in name.split("/")[:-1] if folder in known), "") for name in files]
+
+
+def write_table(
+    path: Path, answers: Iterator[Prediction], top: int, result: dict[str, Any], notes: list[str], labels: Sequence[str]
+) -> None:
     """Write predictions as they come and count them in `result`.
 
-    What was done to files beside decoding joins `notes`.
+    What was done to files beside decoding joins `notes`. labels: of each image, "" where there is
+    none; with some, the file has a column and `result` the accuracy.
 
     Raises DataError if no image could be read.
     """
+    right: Counter[str] = Counter()
+    labelled: Counter[str] = Counter()
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         numbers = ["", *(f"_{i}" for i in range(2, top + 1))]
-        writer.writerow(["file", *(word + number for number in numbers for word in ("predicted", "probability")), "skipped"])
-        for answer in answers:
+        writer.writerow(
+            [
+                "file",
+                *(word + number for number in numbers for word in ("predicted", "probability")),
+                "skipped",
+                *(["label"] if any(labels) else []),
+            ]
+        )
+        for answer, label in zip(answers, labels, strict=True):
             pairs = zip(answer.classes, answer.probabilities, strict=True)
             values = [text for name, value in pairs for text in (cell(name), f"{value:.7g}")] or [""] * (2 * top)
-            writer.writerow([cell(answer.name), *values, cell(answer.reason)])
+            writer.writerow([cell(answer.name), *values, cell(answer.reason), *([cell(label)] if any(labels) else [])])
             if answer.reason:
                 result["skipped"].append({"file": answer.name, "reason": answer.reason})
             else:
                 notes += answer.notes
                 result["images"] += 1
                 result["classes"][answer.classes[0]] += 1
+                labelled[label] += 1
+                right[label] += answer.classes[0] == label
+    del labelled[""]
+    if labelled:
+        result["accuracy"] = accuracy(labelled, right)
     if not result["images"]:
         first = result["skipped"][0]
         raise DataError(
             f"Found no readable image among {len(result['skipped'])}; of {shown(first['file'])}: {shown(first['reason'])}. "
             "Expected at least one. Check the files."
         )
+
+
+def accuracy(labelled: Counter[str], right: Counter[str]) -> dict[str, Any]:
+    """Share of right ones among labelled images, its interval, and the worst class."""
+    worst = min(labelled, key=lambda label: (right[label] / labelled[label], -labelled[label], label))
+    count, correct = labelled.total(), right.total()
+    return {
+        "value": correct / count,
+        "interval": list(wilson(correct, count)),
+        "right": correct,
+        "labelled": count,
+        "worst": {"class": worst, "right": right[worst], "images": labelled[worst]},
+    }
+
+
+def accuracy_lines(result: dict[str, Any]) -> list[str]:
+    """The accuracy for people; nothing where no image is labelled."""
+    if "accuracy" not in result:
+        return []
+    found = result["accuracy"]
+    low, high = (100 * end for end in found["interval"])
+    worst, others = found["worst"], result["images"] - found["labelled"]
+    lines = [
+        f"Accuracy: {100 * found['value']:.2f} % ({low:.2f} to {high:.2f} %, the 95 % interval): {found['right']:,} right of "
+        f"{found['labelled']:,} images in folders named after classes of the model."
+    ]
+    if found["right"] < found["labelled"]:
+        lines.append(f"Worst class: {shown(worst['class'])}, {worst['right']:,} of {worst['images']:,} right.")
+    return lines + ([f"{others:,} images lie in no such folder and do not count."] if others else [])
 
 
 def say(result: dict[str, Any], console: Console) -> None:
@@ -142,7 +200,7 @@ def say(result: dict[str, Any], console: Console) -> None:
     lines += [f"skipped: {shown(entry['file'])}: {shown(entry['reason'])}" for entry in skipped[:5]]
     if len(skipped) > 5:
         lines.append(f"skipped: {len(skipped) - 5} more, listed in the file")
-    lines += result["remarks"]
+    lines += [*result["remarks"], *accuracy_lines(result)]
     lines.append(f"Done: {result['predictions']} ({result['images']:,} images, {len(skipped):,} skipped)")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from vitreous.base.errors import DataError
 from vitreous.base.files import write_text
 from vitreous.base.metrics import metrics_of
 from vitreous.report import packing
@@ -50,6 +51,21 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return out
+
+
+def check_common(a: Path, b: Path) -> None:
+    """Raise DataError where two readings (of runs, the last) have no image in common."""
+    names = {}
+    for source in open_folders([a, b]):
+        images = ReadingFolder(source.readings[-1]).images if source.readings else []
+        names[source.name] = [str(image.get("name")) for image in images]
+    first, second = (set(images) for images in names.values()) if len(names) == 2 else (set(), set())
+    if first and second and not first & second:
+        shown = "; ".join(f"{name}: {len(images)}, the first {images[0]!r}" for name, images in names.items())
+        raise DataError(
+            f"Found no image that both have, by name ({shown}). Expected some of the same images, since readings are compared "
+            "image by image. Look at both models with the same images."
+        )
 
 
 def render(sources: Sequence[ReportInput]) -> str:
