@@ -181,3 +181,34 @@ def test_other_models_are_followed_once(images, monkeypatch):
     look(Chooser(lambda x: (x[:, [3, 1, 2, 0, 9]], None)).eval(), images, noise=0)
     with pytest.raises(TypeError):
         look(Chooser(largest).eval(), images, noise=0)
+
+
+@pytest.mark.parametrize(("choose", "compared"), [(by_chance, False), (drawn, False), (None, True)])
+def test_noise_is_measured_only_where_the_same_tokens_were_chosen(choose, compared, images):
+    """Between rows of other tokens there is no change to measure."""
+
+    def always(x):
+        """By values that noise does not change: of the order of the patches alone."""
+        return gathered(x, (x.detach() * 0).sum(-1).argsort(dim=1, stable=True)[:, :KEEP])
+
+    model = Chooser(choose or always).eval()
+    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    table = look(model, images, noise=0.05, probes=["robustness", "attention_rows"]).table()
+    assert np.isfinite(table["attention_entropy"]).any()
+    assert np.isfinite(table["perturbation_robustness"]).any() == compared
+
+
+def test_tokens_without_a_place_beside_chosen_ones_are_counted(images):
+    """Mask tokens of a decoder stand for patches, but nothing of the image is in them."""
+    mask = nn.Parameter(torch.randn(1, 1, WIDTH))
+
+    def with_masks(x):
+        some, index = largest(x)
+        return torch.cat([some, mask.expand(len(x), 3, -1)], 1), index
+
+    model = Chooser(with_masks)
+    model.mask = mask
+    reading = look(model.eval(), images, noise=0)
+    assert "3 of 8 tokens have no place and are in no map" in reading.layers[0]["note"]
+    right = on_grid(model.second.maps.mean(2)[..., :KEEP], model.index)
+    assert np.abs(reading.maps.heads("attention", 0) - right).max() < 1e-3

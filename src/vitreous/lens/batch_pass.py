@@ -101,6 +101,8 @@ class BatchPass:
         queries, keys = call.output.shape[3], call.v.shape[3]
         if where.assignment is not None:
             keys = max(keys, where.assignment.places + where.inserted)
+        # where other tokens were chosen in the noisy copy, rows are of other tokens
+        comparable = self.batch.noisy and (not where.chosen or where.steady(call.layout))
         size = max(1, self.batch.block // (call.output[..., 0, 0].numel() * keys))
         step = queries if queries <= FULL_CHECK_ROWS else size  # all rows of a small map are there already, from its check
         for effective in (False, True) if call.mixed else (False,):
@@ -110,7 +112,7 @@ class BatchPass:
                     yield RowBlock(
                         slice(rows.start + start, rows.start + start + part.shape[3]),
                         self.batch.clean(part),
-                        part[len(part) // 2 :] if self.batch.noisy else None,
+                        part[len(part) // 2 :] if comparable else None,
                         effective,
                         not effective or call.stochastic,
                         where.points,

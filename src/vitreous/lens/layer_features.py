@@ -58,7 +58,6 @@ class LayerFeatures:
     has_class: bool = False
     grid: tuple[int, ...] | None = None
     attention: Tensor | None = None
-    queries: Tensor | None = None
     keys: Tensor | None = None
     token_grid: tuple[int, ...] | None = None
     output: Tensor | None = None
@@ -67,6 +66,7 @@ class LayerFeatures:
     merged: bool = False
     prefix: int = 0
     by_channel: Tensor | None = None
+    queries: Tensor | None = None
 
     def feature(self, letter: str) -> Tensor | None:
         """The feature that "k", "o" or "x" stands for."""

@@ -62,6 +62,10 @@ class TokenCoordinates:
         """Of the keys; None where it is not known."""
         return None if self.layout is None else self.layout.key_grid
 
+    def steady(self, layout: Layout) -> bool:
+        """Whether as many copies of the images behind them have the same tokens chosen."""
+        return all(same_points(x[: self.images], x[self.images :]) for x in (layout.queries, layout.keys))
+
     @property
     def loose_queries(self) -> int:
         """How many queries attend to a grid, if none of several has a place in the image."""

@@ -123,6 +123,8 @@ class Capture(Receiver):
         if layout is traced.layout:
             return layout
         where = "no grid is known that has their places" if layout.grid is None else "in maps each image has its own places"
+        absent = int(layout.keys[0, 0, :, 0].isnan().sum()) - layout.prefix if layout.images else 0
+        where += f"; {absent} of {layout.keys.shape[-2]} tokens have no place and are in no map" if absent > 0 else ""
         return replace(layout, note=f"{traced.choice}: {where}")
 
     def call(
