@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from vitreous.lens.look import look
     from vitreous.lens.reading import Reading, read
     from vitreous.mechanism import Mechanism, catalogue, parse
+    from vitreous.models.model_folder import load, save
 
 __version__ = "0.1.0"
 __all__ = [
     "Direction", "Graft", "Mechanism", "Reading", "Removal", "calibrate", "catalogue", "check", "collect_terms", "embed",
-    "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "look", "new_parameters", "no_weight_decay",
-    "parse", "read", "run", "ungraft",
+    "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "load", "look", "new_parameters", "no_weight_decay",
+    "parse", "read", "run", "save", "ungraft",
 ]  # fmt: skip
 HOMES = {  # where each name stands; the imports for type checkers above say the same
     "vitreous.grafting": (
@@ -40,6 +41,7 @@ HOMES = {  # where each name stands; the imports for type checkers above say the
     "vitreous.lens.look": ("look",),
     "vitreous.lens.reading": ("Reading", "read"),
     "vitreous.mechanism": ("Mechanism", "catalogue", "parse"),
+    "vitreous.models.model_folder": ("load", "save"),
 }  # fmt: skip
 
 

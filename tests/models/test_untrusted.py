@@ -111,11 +111,11 @@ def test_a_pickle_is_never_executed(folder, tmp_path, kind, name):
 
 
 def test_a_pickle_beside_the_weights_is_not_even_opened(folder, tmp_path):
-    """timm falls back to pytorch_model.bin; nothing here does."""
+    """Without the other file it is read, as timm does, and nothing in it is run."""
     (folder / "pytorch_model.bin").write_bytes(payloads(tmp_path / "executed")["bare"])
     load(folder)
     (folder / "model.safetensors").unlink()
-    refused(folder, "no file")
+    refused(folder, "cannot be read safely")
     assert not (tmp_path / "executed").exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 from vitreous.base.environment import torch_device
 from vitreous.base.errors import SettingError
@@ -63,7 +62,7 @@ class BenchSettings(Comparison):
         Names tell them apart.
         """
         common = {"model_kwargs": self.model_kwargs, "foreign": self.foreign}
-        brought = model_folder.read_mechanisms(Path(self.model), self.foreign) if model_folder.is_folder(self.model) else []
+        brought = model_folder.read_mechanisms(self.model, self.foreign) if model_folder.is_folder(self.model) else []
         grafted = [*map(str, brought), *self.graft]
         arms = [Arm(" + ".join([self.model, *grafted]), self.model, self.graft, **common)]
         if grafted:

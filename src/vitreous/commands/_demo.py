@@ -175,7 +175,8 @@ def left_behind(folder: Path, scenes: Cutouts, inputs: Preprocess) -> float:
     """
     model = model_folder.load(folder)
     ungraft(model, all=True)
-    never = timm.create_model(f"local-dir:{folder}").eval()
+    name, arguments = model_folder.network_of(folder, read_json(folder / model_folder.CONFIG), {})
+    never = timm.create_model(name, **arguments).eval()
     weights = read_weights(folder / model_folder.WEIGHTS)
     images = next(iter(loader(scenes, inputs, 64)))[0]
     never.load_state_dict({name: weights[name] for name in never.state_dict()})

@@ -51,6 +51,7 @@ def export(
     if to == "onnx":
         formats.check_onnx()
     check_mechanisms(model, to)
+    check_precision(model)
     metadata = metadata_of(model)
     samples = samples_of(model, images)
     check(model, samples["seeded"][:1])
@@ -95,6 +96,16 @@ def check_mechanisms(model: nn.Module, to: str) -> None:
         raise GraftError(
             f"Found {', '.join(wrong)} in the model, whose tag says {tag} = False: {reason}. Expected mechanisms that can be "
             f"written as {to}. Take them out with --to timm, or choose another format."
+        )
+
+
+def check_precision(model: nn.Module) -> None:
+    """Raise HostError for a model in another precision than the images it is compared on."""
+    others = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if others:
+        raise HostError(
+            f"Found parameters of {', '.join(sorted(others))}. Expected torch.float32, in which files are compared. "
+            "Export model.float()."
         )
 
 
