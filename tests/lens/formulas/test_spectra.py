@@ -11,7 +11,6 @@ from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitreous import SVDA, graft
 from vitreous.layers.spectral import singular_values
 from vitreous.lens.formulas import spectra
 from vitreous.lens.formulas.spectra import Energies
@@ -209,19 +208,6 @@ def test_scores_equal_those_of_the_explicit_matrix(n, m, width):
     close(spectra.score(q, k).values, 4 * wanted, 1e-9)
 
 
-# -- learned -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_learned_spectrum_is_sigma():
-    attention = graft(VisionTransformer(**SMALL), SVDA()).blocks[0].attn
-    found = spectra.learned(attention, 3)
-    close(found.values, attention.sigma.detach().double(), 0)
-    assert found.values.shape == (3, 8)
-    assert not found.values.requires_grad
-    assert spectra.learned(attention, 2).values is None
-    assert spectra.learned(nn.Linear(2, 2), 3).values is None
-
-
 def test_with_orthonormal_rows_the_three_sources_agree():
     """If W_Q and W_K of a head have orthonormal rows, singular values of W_Q^T diag(sigma) W_K are |sigma|."""
     rows = torch.linalg.qr(random(24, 8)).Q.mT, torch.linalg.qr(random(24, 8, seed=1)).Q.mT
@@ -230,8 +216,7 @@ def test_with_orthonormal_rows_the_three_sources_agree():
     with torch.no_grad():
         whole.q.weight.copy_(sigma[:, None] * rows[0])
         whole.k.weight.copy_(rows[1])
-    whole.learned_spectrum = lambda: sigma[None]
-    learned, weight = spectra.learned(whole, 1), spectra.weight(whole, 1, 8)
+    learned, weight = spectra.Spectrum("learned", sigma[None]), spectra.weight(whole, 1, 8)
     tokens = torch.linalg.qr(random(30, 24, seed=2)).Q  # the scores of orthonormal features
     score = spectra.score((tokens @ whole.q.weight.mT)[None, None, None], (tokens @ whole.k.weight.mT)[None, None, None])
     close(weight.values[0], sigma.abs(), 1e-9)

@@ -1,6 +1,6 @@
 """Spectra of a head from three sources: learned, of its weights, of its scores.
 
-    learned   what the attention gives as its `learned_spectrum()`: sigma (H, K) of SVDA
+    learned   sigma (H, K) of SVDA and its like: see `lens.learned_spectrum`
     weight    singular values of [W_Q b_Q]^T [W_K b_K]: the bilinear form between two tokens that
               the head has learned
     score     singular values of scale Q K^T on an image, rotary embedding included; masks and
@@ -93,14 +93,6 @@ class Energies:
     q: Tensor
     k: Tensor
     layers: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def learned(module: nn.Module, heads: int) -> Spectrum:
-    """What the module that made the call gives as `learned_spectrum()` (H, K), if it has one."""
-    sigma = module.learned_spectrum() if hasattr(module, "learned_spectrum") else None
-    if sigma is None or len(sigma) != heads:
-        return Spectrum("learned", None, f"no learned spectrum ({heads}, K) in {_class(module)}")
-    return Spectrum("learned", sigma.detach().double())
 
 
 def score(q: Tensor, k: Tensor, scale: float | None = None) -> Spectrum:

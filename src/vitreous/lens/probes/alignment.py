@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitreous.lens.formulas import indicators, spectra
-from vitreous.lens.probe import Measure, Observer, Probe, Readout, Rows, listed
+from vitreous.lens.formulas import indicators
+from vitreous.lens.learned_spectrum import exposed_numbers, learned_spectrum, without_spectrum
+from vitreous.lens.probe import BatchInfo, Measure, Observer, Probe, Readout, Rows, listed
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates
 
@@ -18,18 +19,24 @@ class AlignmentObserver(Observer):
     def initialise(self) -> None:
         self.turned: list[str] = []  # modules whose learned spectrum cannot be taken off
         self.modules = dict(self.model.named_modules())
+        self.exposed: dict[str, Tensor] = {}
+
+    def on_output(self, name: str, call_index: int, output: Any) -> None:
+        self.exposed[name] = output
 
     def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
         if call.kind != "token" or call.q is None or call.q.shape != call.k.shape or not where.same:
             return  # not of tokens, or attention to other tokens
-        q, module = call.q, self.modules.get(call.name)
-        sigma = None if module is None else spectra.learned(module, q.shape[2]).values
-        if sigma is not None:
-            q = without_spectrum(q, sigma)
-            if q is None:
+        q, k, module = call.q, call.k, self.modules.get(call.name)
+        exposed = [value for name, value in self.exposed.items() if name.startswith(f"{call.name}.")]
+        spectrum = None if module is None else learned_spectrum(module, q, k, exposed)
+        if spectrum is not None:
+            of_queries, of_keys = (without_spectrum(x, spectrum.values) for x in (q, k))
+            if of_queries is None and of_keys is None:
                 self.turned += [] if call.name in self.turned else [call.name]
                 return
-        cosine = indicators.angular_alignment(q.flatten(0, 1), call.k.flatten(0, 1)).unflatten(0, q.shape[:2]).mean(dim=1)
+            q, k = (of_queries, k) if of_queries is not None else (q, of_keys)
+        cosine = indicators.angular_alignment(q.flatten(0, 1), k.flatten(0, 1)).unflatten(0, q.shape[:2]).mean(dim=1)
         values = {"angular_alignment": self.batch.clean(cosine)}
         if self.batch.noisy:
             values["angular_alignment_paper"] = cosine[len(cosine) // 2 :]
@@ -59,15 +66,5 @@ class Alignment(Probe):
                 explains="As published: of the noisy image."),
     )  # fmt: skip
 
-
-def without_spectrum(q: Tensor, sigma: Tensor) -> Tensor | None:
-    """Queries (B, W, H, N, K) before a spectrum (H, K) was multiplied on unit rows.
-
-    None if what is left is not of one length.
-
-    A rotation after the spectrum, or a zero in it, leaves other lengths: then there is no way back.
-    """
-    q = q.to(torch.promote_types(q.dtype, torch.float32)) / sigma.to(q.device)[:, None]
-    norm = torch.linalg.vector_norm(q, dim=-1)
-    low, high = norm.amin(dim=(0, 1, 3)), norm.amax(dim=(0, 1, 3))
-    return q if bool((high - low <= 1e-2 * high).all()) else None
+    def outputs(self, model: nn.Module, batch: BatchInfo) -> Iterable[str]:
+        return exposed_numbers(model)

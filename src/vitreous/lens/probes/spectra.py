@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.lens.formulas import spectra
+from vitreous.lens.learned_spectrum import exposed_numbers, learned_spectrum
 from vitreous.lens.probe import BatchInfo, Measure, Observer, Probe, Readout, Rows, Source, listed
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates
@@ -26,8 +27,12 @@ class SpectraObserver(Observer):
         self.energies: dict[str, dict[str, Tensor]] = {}  # {module: {child: energies of its output}}
         self.seen: set[str] = set()  # modules of which a call was seen
         self.notes: dict[str, list[str]] = {}
+        self.exposed: dict[str, Tensor | None] = dict.fromkeys(exposed_numbers(self.model))
 
     def on_output(self, name: str, call_index: int, output: Any) -> None:
+        if name in self.exposed:
+            self.exposed[name] = output
+            return
         parent, _, child = name.rpartition(".")
         if parent not in self.seen and isinstance(output, Tensor) and output.is_floating_point():
             axis = 1 if isinstance(self.modules.get(name), nn.Conv2d) else output.ndim - 1
@@ -51,7 +56,12 @@ class SpectraObserver(Observer):
         weight = spectra.weight(module, heads, width, spectra.Energies(q, k, energies))
         if weight.note:
             self.notes.setdefault(f"weight spectrum: {weight.note}", []).append(call.name)
-        for spectrum in (spectra.learned(module, heads), weight):
+        exposed = [x for name, x in self.exposed.items() if x is not None and name.startswith(f"{call.name}.")]
+        learned = learned_spectrum(module, call.q, call.k, exposed)
+        if learned is not None and learned.parameter:
+            note = f"learned spectrum: the parameter {learned.parameter}, by which queries or keys are multiplied"
+            self.notes.setdefault(note, []).append(call.name)
+        for spectrum in (spectra.Spectrum("learned", None if learned is None else learned.values), weight):
             if spectrum.values is not None:
                 values = {name: value[None] for name, value in spectrum.indicators().items()}
                 self.readout.rows.append(Rows(layer, spectrum.source, call.kind, values))
@@ -111,4 +121,5 @@ class Spectra(Probe):
         """
         if batch.first or not self.weights:
             return ()
-        return (name for name, _ in model.named_modules() if name.rpartition(".")[2] in spectra.NAMES)
+        projections = (name for name, _ in model.named_modules() if name.rpartition(".")[2] in spectra.NAMES)
+        return [*projections, *exposed_numbers(model)]

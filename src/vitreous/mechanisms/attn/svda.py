@@ -107,10 +107,6 @@ class SpectralAttention(Attention):
     def scaled(self, sigma: Tensor) -> Tensor:
         return sigma if self.log_scale is None else sigma * self.log_scale.exp()[:, None]
 
-    def learned_spectrum(self) -> Tensor:
-        """sigma (H, K), which the lens shows beside the spectra of weights and scores."""
-        return self.sigma
-
     def project(self, x: Tensor, state: TokenState = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.scaled(self.exposed(self.sigma))
         if not needs_plain_ops(x) and self.packed_is_ours:
