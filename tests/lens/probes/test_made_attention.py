@@ -76,7 +76,7 @@ def grid(prefix=1, side=SIDE, pitch=8.0):
     """A layout of side x side places after `prefix` tokens without one."""
     axis = (torch.arange(side, dtype=torch.float64) + 0.5) * pitch
     places = torch.cat([torch.full((prefix, 2), torch.nan), torch.cartesian_prod(axis, axis)])[None].double()
-    return SimpleNamespace(queries=places, keys=places, images=0)
+    return SimpleNamespace(queries=places, keys=places, images=0, prefix=0)
 
 
 def column(table, name, source="attention", kind="token", together=False):
@@ -130,7 +130,7 @@ def test_no_more_rows_are_asked_for_than_the_buffers_hold():
 def line(n, pitch=8.0):
     """A layout of n places in a row."""
     places = torch.stack([torch.zeros(n), pitch * torch.arange(n)], dim=-1)[None].double()
-    return SimpleNamespace(queries=places, keys=places, images=0)
+    return SimpleNamespace(queries=places, keys=places, images=0, prefix=0)
 
 
 N, FAR = 12, 200.0  # FAR: a score that leaves nothing to the others, in float32
@@ -259,7 +259,7 @@ def test_a_planted_gaussian_head_returns_its_width(width, prefix):
     far = whole_maps.distances(queries[0], places.keys[0])
     scores = torch.where(far.isnan(), 2.0, -far.square() / (2 * width**2))
     maps = scores.softmax(dim=-1).expand(1, 1, 2, -1, -1)
-    call = of_maps(maps, layout=SimpleNamespace(queries=queries, keys=places.keys, images=0))
+    call = of_maps(maps, layout=SimpleNamespace(queries=queries, keys=places.keys, images=0, prefix=0))
     table = measured(call)
     close(column(table, "attention_width"), width, 1e-4)
     close(column(table, "mean_distance"), width * np.sqrt(np.pi / 2), 0.03)  # a sum on a grid is not quite the integral
@@ -296,7 +296,7 @@ def test_each_window_has_its_own_places_and_padding_has_none():
     call = shown(windows=2, n=4)
     places = torch.tensor([[[0, 0], [0, 8], [8, 0], [8, 8]], [[0, 16], [8, 16], [0, 0], [0, 0]]]).double()
     places[1, 2:] = torch.nan
-    call.layout = SimpleNamespace(queries=places, keys=places, images=0)
+    call.layout = SimpleNamespace(queries=places, keys=places, images=0, prefix=0)
     found = column(measured(call), "mean_distance")
     for image in range(2):
         for head in range(3):
