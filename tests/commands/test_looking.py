@@ -81,7 +81,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_look_at_a_folder_with_masks_writes_a_reading_and_its_report(model, photos, capsys):
-    assert call("look model photos --out reading") == 0
+    assert call("look model photos --out reading --curves 2 --curve-fill black --curve-fractions 0 0.5 1") == 0
     shown = capsys.readouterr()
     assert shown.err == ""
     assert "Report: reading/report.html" in shown.out
@@ -94,7 +94,9 @@ def test_look_at_a_folder_with_masks_writes_a_reading_and_its_report(model, phot
     assert [image["name"] for image in reading.images] == ["0.png", "1.png", "2.png"]
     assert reading.facts["model"]["weights"] == "run"
     assert not reading.facts["random_weights"]
-    assert len(reading.curves) > 0
+    assert {(curve["fill"], tuple(curve["fractions"])) for curve in reading.curves} == {("black", (0, 0.5, 1))}
+    assert {tuple(curve["difference"][1:]) for curve in reading.curves} == {(None, None)}  # of two images: no interval
+    assert reading.facts["settings"]["fill"] == "black"
     names = json.loads((SHIPPED / "config.json").read_text())
     known = set(names.get("label_names") or names["pretrained_cfg"]["label_names"])
     assert {image["predicted"] for image in reading.images} <= known

@@ -29,7 +29,6 @@ from vitreous.lens.reading import Reading
 from vitreous.models.load import weights_source
 from vitreous.report.page import write as write_report
 
-QUICK = 10_000_000  # parameters up to which curves are made unasked: about half a minute on two cores
 DIRECTION = "foreground.safetensors"  # beside model.safetensors, the direction that travels with a model
 
 
@@ -42,11 +41,9 @@ def run_look(name: str, images: Sequence[str], source: ModelSource, options: dic
         console = team.console(Console())
         with team.together():
             model, metadata = open_on_device(name, source, console, team)
-        out, curves = options["out"], options["curves"]
+        out = options["out"]
         folder = team.tell(Path(out) if out else free_folder(Path("readings"), Path(name).resolve().name))
-        if curves is None:
-            curves = 2 if sum(p.numel() for p in model.parameters()) <= QUICK else 0
-        own = {"direction": read_direction(name, options["direction"]), "curves": curves, "out": folder}
+        own = {"direction": read_direction(name, options["direction"]), "out": folder}
         reading = look(model, list(images), console=console, about=metadata, team=team, **options | own)
         if team.first:
             with writable(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tyro import conf
 
@@ -34,9 +34,13 @@ class Look(Command):
     direction: str | None = None
     """File of `vitreous calibrate`
     (default: foreground.safetensors in the model's folder, if it is there)."""
-    curves: int | None = None
-    """Insertion and deletion curves of the maps on so many images
-    (default: 2, or 0 beyond ten million parameters, where they take minutes)."""
+    curves: int = 0
+    """Insertion and deletion curves of the maps on so many images, 0: none;
+    16 or more give intervals."""
+    curve_fill: Literal["mean", "blur", "black"] = "mean"
+    """What a patch that is away shows: its image's mean colour, a blur, or black."""
+    curve_fractions: tuple[float, ...] | None = None
+    """Shares of the patches put in or taken away, from 0 to 1 (default: 0 0.1 0.25 0.5 1)."""
     noise: float = 0.01
     """Deviation of the noise on pixels of [0, 1] under which attention is compared;
     0: leave robustness out."""

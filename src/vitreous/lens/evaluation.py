@@ -81,13 +81,14 @@ def against_model(
     components: Mapping[str, Component],
     seed: int,
     batch_size: int,
+    options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Insertion and deletion curves of maps, and their likeness to those of shuffled weights.
 
-    Heads are averaged.
+    Heads are averaged. options: fill, fractions and black of `faithfulness.curves`.
     """
     images = torch.stack([view.pixels for view in views])
-    options = {"fractions": FRACTIONS, "seed": seed, "batch_size": batch_size}
+    options = {"fractions": FRACTIONS, "seed": seed, "batch_size": batch_size} | options
     by_grid: dict[tuple[int, int], list[str]] = {}
     for name, values in flat_maps(maps, components, "curves").items():
         by_grid.setdefault(tuple(values.shape[-2:]), []).append(name)

@@ -12,7 +12,7 @@ Saenko 2018, arXiv 1806.07421.
 A patch that is away shows the mean colour of its image. That holds nothing of what was where, in a
 photograph as in a made scene, and needs no width to be chosen, while a blur shows an object larger
 than itself still. It is an image that the model was not trained on, however: fill="blur" tells
-whether a result depends on that.
+whether a result depends on that; fill="black" is that of many published tables.
 
 Differs from the paper: steps are patches, not pixels; equal values of a map come in random order,
 so that a map without an opinion is at chance; deletion and insertion use the same fill.
@@ -41,7 +41,8 @@ from vitreous.lens.preserve_state import preserve_state
 from vitreous.models.classes import multi_label, probabilities
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-FILLS = ("mean", "blur")
+FILLS = ("mean", "blur", "black")
+ENOUGH = 16  # images from which an interval over them is given
 BLUR = 0.1  # standard deviation of the blur, in sides of the image
 PROBABILITY, COSINE = "probability of the predicted class", "cosine to the output for the whole image"
 
@@ -95,6 +96,7 @@ def curves(
     batch_size: int = 32,
     numbers: Iterable[int] | None = None,
     seed: int = 0,
+    black: Sequence[float] | None = None,
 ) -> Curves:
     """Insertion and deletion curves of maps on a grid, for images (B, C, h, w).
 
@@ -104,6 +106,7 @@ def curves(
     classes: whether the outputs are logits; None: they are if the output has `logits`, or is a (B,
     classes) tensor or a tuple that begins with one, and the model's `num_classes`, if any, is not
     0. numbers: of the images, by which, with `seed`, equal values are put in order; 0 to B - 1.
+    black: the value of black in each channel, as the model takes it, for that fill.
     batch_size: images in one pass; a map costs two passes per image and inner fraction.
 
     The model runs in eval mode without gradients; its mode and the random state are as before
@@ -116,7 +119,7 @@ def curves(
     turns, inner = order(several, numbers, seed), counts[1:-1]  # (B, M, P), (F - 2)
     like = next(model.parameters(), images)
     images = images.to(like.device, like.dtype)
-    empty = filled(images, fill)
+    empty = filled(images, fill, black)
 
     shape = (*turns.shape[:2], 2, len(inner))  # 2: put in, taken away
     values = torch.empty(shape, dtype=torch.float64)
@@ -179,18 +182,25 @@ def record(curves: Curves, random: Curves, centre: Curves | None = None, *, draw
     if centre is not None:
         base = replace(centre, insertion=centre.insertion[:, None], deletion=centre.deletion[:, None])
         differences["centre"] = compare(curves, base, draws, seed)["difference"]
+    images = int(curves.insertion_area.isfinite().sum())
     return {
         "followed": curves.followed,
         "fill": curves.fill,
-        "images": int(curves.insertion_area.isfinite().sum()),
+        "images": images,
         **{name: value.tolist() for name, value in lists.items()},
         "insertion_area": curves.insertion_area.nanmean().item(),
         "deletion_area": curves.deletion_area.nanmean().item(),
-        "insertion_difference": list(differences["insertion"]),
-        "deletion_difference": list(differences["deletion"]),
-        "difference": list(differences["difference"]),
-        **({"difference_to_centre": list(differences["centre"])} if centre is not None else {}),
+        "insertion_difference": with_interval(differences["insertion"], images),
+        "deletion_difference": with_interval(differences["deletion"], images),
+        "difference": with_interval(differences["difference"], images),
+        **({"difference_to_centre": with_interval(differences["centre"], images)} if centre is not None else {}),
     }
+
+
+def with_interval(difference: tuple[float, float, float], images: int) -> list[float | None]:
+    """[mean, low, high]; of fewer than ENOUGH images no interval, which would be chance."""
+    mean, low, high = difference
+    return [mean, low, high] if images >= ENOUGH else [mean, None, None]
 
 
 # -- images with some of their patches -------------------------------------------------------------
@@ -219,11 +229,18 @@ def pixels(shown: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tenso
     return shown.view(-1, 1, rows, cols)[:, :, row][..., col]
 
 
-def filled(images: Tensor, fill: str) -> Tensor:
+def filled(images: Tensor, fill: str, black: Sequence[float] | None = None) -> Tensor:
     """The images (B, C, h, w) with every patch away.
 
-    They show their mean colour, or a blur of a tenth of each side.
+    They show their mean colour, a blur of a tenth of each side, or black (C values).
     """
+    if fill == "black":
+        if black is None or len(black) != images.shape[1]:
+            raise SettingError(
+                "Found fill='black' where it is not known how pixels were normalised. Expected the value of black in each of "
+                f"{images.shape[1]} channels. Look with a model that has a pretrained_cfg, or give black."
+            )
+        return images.new_tensor(black).view(-1, 1, 1).expand_as(images)
     if fill == "mean":
         return images.mean((-2, -1), keepdim=True).expand_as(images)
     down, across = (gaussian(side, BLUR * side).to(images) for side in images.shape[-2:])
@@ -320,11 +337,16 @@ def _checked(
             f"Found images {tuple(images.shape)}, {len(numbers)} numbers, maps {tuple(maps.shape)} and a grid of {grid[0]} x "
             f"{grid[1]}; expected (B, C, h, w), B, and (B, P) or (B, M, P) with P the patches of the grid. Bring them together."
         )
+    check_settings(fill, fractions)
+    return numbers
+
+
+def check_settings(fill: str, fractions: Sequence[float]) -> None:
+    """Raise SettingError for a fill that is none, or fractions that do not rise from 0 to 1."""
     if len(fractions) < 2 or fractions[0] != 0 or fractions[-1] != 1 or list(fractions) != sorted(set(fractions)):
         raise SettingError(f"Found fractions {tuple(fractions)}; expected them to rise from 0 to 1. Begin with 0, end with 1.")
     if fill not in FILLS:
         raise SettingError(f"Found fill={fill!r}; expected one of {', '.join(FILLS)}. Choose one of them.")
-    return numbers
 
 
 # -- randomised weights ----------------------------------------------------------------------------

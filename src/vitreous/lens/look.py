@@ -28,7 +28,7 @@ from vitreous.grafting import check, grafts
 from vitreous.lens import faithfulness, metadata
 from vitreous.lens.batch_pass import BatchPass, extra_passes, perturbed
 from vitreous.lens.direction import Direction
-from vitreous.lens.evaluation import BASELINES, SCORES, against_masks, against_model
+from vitreous.lens.evaluation import BASELINES, FRACTIONS, SCORES, against_masks, against_model
 from vitreous.lens.formulas import scores
 from vitreous.lens.non_finite import all_finite, outputs_note
 from vitreous.lens.probe import BatchInfo, Component, Probe, Readout, chosen, records, table
@@ -59,6 +59,7 @@ class Plan:
     memory: float
     names: list[str] | None  # of the classes; None: the output is not taken for classes
     loss: Callable[[Any, Any], Tensor] | None = None
+    curve_options: dict[str, Any] = field(default_factory=dict)  # fill, fractions, black
 
 
 @dataclass
@@ -153,6 +154,8 @@ def look(
     direction: Direction | None = None,
     probes: Sequence[str | Probe] | None = None,
     curves: int = 0,
+    curve_fill: str = "mean",
+    curve_fractions: Sequence[float] | None = None,
     noise: float = 0.01,
     batch_size: int = 8,
     memory: float = 1.0,
@@ -175,7 +178,8 @@ def look(
     probes: what to measure, as texts ("spectra:scores=false") or objects; "all", and None: every
         one of `lens/probes` that needs no passes of its own.
     loss: of (output, labels), for probes that need one.
-    curves: on so many images insertion and deletion curves of maps, and those of shuffled weights.
+    curves: on so many images insertion and deletion curves of maps, and those of shuffled weights;
+        intervals from 16 on. curve_fill: of `faithfulness.FILLS`. curve_fractions: 0 to 1, rising.
     noise: deviation on pixels of [0, 1] under which attention is compared; 0 leaves robustness out.
     memory: GiB of working memory beside the model's own.
     out: a folder, written as it goes; an interrupted look goes on there.
@@ -196,14 +200,11 @@ def look(
         raise DataError("Found no images. Expected at least one. Give a tensor (B, C, h, w), paths, or a folder of images.")
     if direction is not None:
         direction.check(model)
-    about = about or {}
+    about, of_curves = about or {}, curve_options(curve_fill, curve_fractions, views)
     names = about.get("classes") or class_names(model)
-    plan = Plan(model, views, chosen(probes, model), direction, noise, seed, batch_size, memory, names, loss)
+    plan = Plan(model, views, chosen(probes, model), direction, noise, seed, batch_size, memory, names, loss, of_curves)
     findings = Findings(notes=dict.fromkeys([*metadata.notes(model, about), *views.remarks]))
-    settings = {"noise": noise, "seed": seed, "curves": curves, "limit": limit}
-    settings["direction"] = metadata.of_direction(direction)
-    if probes is not None:
-        settings["probes"] = [probe.full_text() for probe in plan.probes]
+    settings = settings_of(plan, curves, limit, probes is not None)
     mark = metadata.fingerprint(model, views, count, settings)
     writer = None if out is None else Writer(Path(out), mark)
     if writer is not None and (writer.folder / "reading.json").is_file() and len(writer.done) * CHUNK >= count:
@@ -225,6 +226,24 @@ def look(
     writer.finish(reading)
     team.tell(None)
     return read(writer.folder)
+
+
+def settings_of(plan: Plan, curves: int, limit: int | None, probes_given: bool) -> dict[str, Any]:
+    """What a reading depends on beside model and images: a look goes on with the same alone."""
+    settings = {"noise": plan.noise, "seed": plan.seed, "curves": curves, "limit": limit}
+    settings |= {name: plan.curve_options[name] for name in ("fill", "fractions") if name in plan.curve_options}
+    settings["direction"] = metadata.of_direction(plan.direction)
+    return settings | ({"probes": [probe.full_text() for probe in plan.probes]} if probes_given else {})
+
+
+def curve_options(fill: str, fractions: Sequence[float] | None, views: Views) -> dict[str, Any]:
+    """What differs from the usual in the curves; black as the model takes it."""
+    faithfulness.check_settings(fill, FRACTIONS if fractions is None else fractions)
+    options: dict[str, Any] = {} if fill == "mean" else {"fill": fill}
+    options |= {} if fractions is None else {"fractions": [float(x) for x in fractions]}
+    if fill == "black" and views.mean is not None:
+        options["black"] = [-mean / std for mean, std in zip(views.mean, views.std, strict=True)]
+    return options
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -422,7 +441,7 @@ def all_curves(plan: Plan, findings: Findings, parts: Sequence[Part], count: int
         )
         theirs = {}
     components = records(probes, "components")
-    return against_model(plan.model, views, ours, theirs, components, plan.seed, max(16, plan.batch_size))
+    return against_model(plan.model, views, ours, theirs, components, plan.seed, max(16, plan.batch_size), plan.curve_options)
 
 
 def maps_of(plan: Plan, findings: Findings, views: Sequence[View]) -> dict[str, Tensor]:

@@ -30,5 +30,6 @@ class Robustness(Probe):
         Measure("perturbation_robustness", "Change under noise", "relative", 0, better="lower", short="noise",
                 explains="How far the attention moves when the image is made noisy. Low is robust."),
         Measure("perturbation_robustness_paper", "Change under noise, paper's form", "", 0, better="lower",
-                explains="As published, of all heads together; not comparable between token counts."),
+                explains="As published, of all heads together; noise is on pixels of 0 to 1 (the same on normalised ones, "
+                         "as in the authors' late-block protocol, is less by the std). Not comparable between token counts."),
     )  # fmt: skip

@@ -103,7 +103,9 @@ function faithfulness() {
         value: ({ curve }) => curve.difference?.[0] ?? null,
         text: ({ curve }) =>
           curve.difference
-            ? `${fmt(curve.difference[0], 3)} [${fmt(curve.difference[1], 3)}, ${fmt(curve.difference[2], 3)}]`
+            ? curve.difference[1] === null
+              ? `${fmt(curve.difference[0], 3)} (too few images for an interval)`
+              : `${fmt(curve.difference[0], 3)} [${fmt(curve.difference[1], 3)}, ${fmt(curve.difference[2], 3)}]`
             : "–",
       },
       { label: "Correlation, weights randomised", numeric: true, value: ({ curve }) => curve.randomised ?? null },
