@@ -178,6 +178,11 @@ def results(folder: Path, name: str) -> dict[str, dict[int, dict]]:
     return found
 
 
+def broken(folder: Path, name: str) -> int:
+    """How many stored runs are broken."""
+    return sum("broken" in json.loads(path.read_text(encoding="utf-8")) for path in (folder / name).glob("*.json"))
+
+
 def main(folder: Path, arms: Mapping[str, Arm], words: Iterable[str]) -> None:
     """`run.py DATA [--arm ARM ...] [--seed SEED ...] [--data FOLDER]`: what is stored already is not done again.
 

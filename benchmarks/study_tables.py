@@ -1,0 +1,128 @@
+"""The tables of the two studies of the papers, from their stored results alone: python benchmarks/study_tables.py
+
+Differences are paired by seed (same data, order and host weights at the start), with Student's 95 % interval over the seeds
+that both arms have. The verdict is the project's one rule: better or worse where the interval leaves out 0, no difference
+where all of it lies within one point, else undecided. Broken runs (below the floor of their data) are left out, and counted.
+Seconds are in the result files, as they came on a shared machine; `vitreous bench` and `svda_speed` measure in turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from study import Arm, broken, results  # noqa: E402
+from svd_vit.run import ARMS as SVD_VIT  # noqa: E402
+from svda.run import ARMS as SVDA  # noqa: E402
+
+from vitreous.base.statistics import of_mean, verdict  # noqa: E402
+
+ENOUGH = 3  # seeds before a difference is judged
+Results = Mapping[str, Mapping[int, dict]]
+
+
+def accuracy(part: str):
+    return lambda result: 100 * result["accuracy"][part]
+
+
+def looking(name: str, scenes: str = "usual", factor: float = 1.0):
+    """A number of what the model attends to; the last layer is the network's fourth."""
+    return lambda result: (
+        factor * result["looking"][scenes][name] if name in result.get("looking", {}).get(scenes, {}) else None
+    )
+
+
+def mean(values: Sequence[float | None], digits: int = 1) -> str:
+    """Mean, and lowest to highest."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return ""
+    return f"{statistics.mean(numbers):.{digits}f} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
+def against(ours: Mapping[int, dict], base: Mapping[int, dict], number) -> str:
+    """Mean difference over the seeds of both, its interval, and the verdict."""
+    seeds = sorted(ours.keys() & base.keys())
+    differences = [number(ours[seed]) - number(base[seed]) for seed in seeds]
+    if len(seeds) < ENOUGH:
+        return f"seeds: {len(seeds)}" if seeds else ""
+    low, high = of_mean(differences)
+    return f"{statistics.mean(differences):+.1f} [{low:+.1f}, {high:+.1f}] {verdict([(low / 100, high / 100)])}"
+
+
+def table(arms: Mapping[str, Arm], stored: Results, bases: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """One row per arm that has results: accuracy in %, mean and range over seeds, and differences from each base."""
+    titles = ["arm", "what it is", "seeds", *parts]
+    titles += [f"{part}, to {base}" for base in bases for part in parts]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for name, arm in arms.items():
+        runs = stored.get(name)
+        if not runs:
+            continue
+        cells = [name, arm.what, str(len(runs)), *(mean([accuracy(part)(run) for run in runs.values()]) for part in parts)]
+        for base in bases:
+            cells += ["" if name == base else against(runs, stored.get(base, {}), accuracy(part)) for part in parts]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def attention_table(arms: Mapping[str, Arm], stored: Results) -> list[str]:
+    """What the trained models attend to, on scenes with masks."""
+    columns = {
+        "on the object, %": looking("attention energy_inside, 3", factor=100),
+        "the object's area, %": looking("area energy_inside, -1", factor=100),
+        "AUROC": looking("attention auroc, 3"),
+        "swapped: on the object, %": looking("attention energy_inside, 3", "swapped", 100),
+        "swapped: AUROC": looking("attention auroc, 3", "swapped"),
+        "effective tokens": looking("attention effective_tokens, 3"),
+        "attention entropy, nats": looking("attention attention_entropy, 3"),
+    }
+    digits = {"AUROC": 3, "swapped: AUROC": 3, "attention entropy, nats": 2}
+    lines = ["| arm | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name in arms:
+        if runs := stored.get(name):
+            cells = [mean([number(run) for run in runs.values()], digits.get(title, 1)) for title, number in columns.items()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(folder: Path, title: str, arms: Mapping[str, Arm], bases: Sequence[str], more: Results | None = None) -> str:
+    """The page of one study; more: {data: results} of arms that another study has stored."""
+    text = [f"# {title}", "", __doc__.partition("\n\n")[2].strip(), ""]
+    for data in sorted(path.name for path in folder.iterdir() if path.is_dir() and list(path.glob("*.json"))):
+        stored = dict(results(folder, data)) | dict((more or {}).get(data, {}))
+        seeds = sorted({seed for runs in stored.values() for seed in runs})
+        count = sum(len(runs) for name, runs in stored.items() if name in arms)
+        parts = sorted({part for runs in stored.values() for run in runs.values() for part in run["accuracy"]}, reverse=True)
+        parts = ["test", *(part for part in parts if part != "test")]
+        lost = broken(folder, data)
+        text += [f"## {data}", "", f"Seeds {seeds[0]} to {seeds[-1]}; {count} runs, {lost} of them broken and left out.", ""]
+        text += [*table(arms, stored, bases, parts), ""]
+        if any("looking" in run for runs in stored.values() for run in runs.values()):
+            text += ["The class token's attention in the last layer, heads averaged, on 128 test scenes with masks:", ""]
+            text += [*attention_table(arms, stored), ""]
+    return "\n".join(text)
+
+
+def pages() -> dict[Path, str]:
+    svda, svd_vit = HERE / "svda", HERE / "svd_vit"
+    plain = {data.name: {"plain": results(svda, data.name).get("plain", {})} for data in svda.iterdir() if data.is_dir()}
+    with_plain = {"plain": SVDA["plain"], **SVD_VIT}
+    return {
+        svda / "table.md": page(svda, "SVDA: what its parts cost and win", SVDA, ["plain", "qk-norm"]),
+        svd_vit / "table.md": page(svd_vit, "SVD-ViT's tokens", with_plain, ["plain", "cls-5", "cls-5-late"], plain),
+    }
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.write_text(text.rstrip() + "\n", encoding="utf-8")
+        print(path.relative_to(HERE.parent))
+
+
+if __name__ == "__main__":
+    main()
