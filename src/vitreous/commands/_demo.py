@@ -19,11 +19,10 @@ from rich.table import Table
 from vitreous.base import statistics
 from vitreous.base.files import read_json
 from vitreous.base.metrics import CLASSIFICATION
-from vitreous.commands._looking import DIRECTION
 from vitreous.data import ArraySamples, Cutouts
 from vitreous.data.preprocess import Preprocess
 from vitreous.grafting import ungraft
-from vitreous.lens.direction import Direction
+from vitreous.lens.direction import FILE, Direction
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
 from vitreous.models import model_folder
@@ -78,7 +77,7 @@ def first_look(folder: Path, seed: int, console: Console) -> None:
     scenes = ArraySamples(images, np.concatenate([usual.labels, swapped.labels]), masks)
     model = model_folder.load(SHIPPED)
     about = {"name": "cutouts, shipped", "weights": "run"}
-    reading = look(model, scenes, direction=Direction.load(SHIPPED / DIRECTION), curves=4, seed=seed, out=folder, about=about)
+    reading = look(model, scenes, direction=Direction.load(SHIPPED / FILE), curves=4, seed=seed, out=folder, about=about)
     report = write_report([folder], folder / "report.html")
     console.print("What a small trained model looks at, before anything is trained:", style="bold", highlight=False)
     console.print(f"  {share(reading)}", highlight=False)

@@ -23,13 +23,11 @@ from vitreous.commands._arguments import ModelSource
 from vitreous.data import Samples
 from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.grafting import grafts
-from vitreous.lens.direction import Direction, find_direction
+from vitreous.lens.direction import FILE, Direction, find_direction
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
 from vitreous.models.load import weights_source
 from vitreous.report.page import write as write_report
-
-DIRECTION = "foreground.safetensors"  # beside model.safetensors, the direction that travels with a model
 
 
 def run_look(name: str, images: Sequence[str], source: ModelSource, options: dict[str, Any]) -> None:
@@ -60,7 +58,7 @@ def calibrate(name: str, photos: Sequence[str], out: str | None, source: ModelSo
     In the model's folder unless `out` names a file.
     """
     console = Console()
-    path = Path(out) if out else Path(name) / DIRECTION
+    path = Path(out) if out else Path(name) / FILE
     if not path.parent.is_dir() or path.is_dir():
         raise SettingError(f"Found no folder for a file {path}. Expected a place for it. Give --out FILE.safetensors.")
     model, _ = open_on_device(name, source, console)
@@ -103,7 +101,7 @@ def only_readable(images: Samples, console: Console) -> Samples:
 
 def read_direction(name: str, file: str | None) -> Direction | None:
     """The direction in a file, or else in the model's folder; None where there is none."""
-    path = Path(name) / DIRECTION if file is None else Path(file)
+    path = Path(name) / FILE if file is None else Path(file)
     return Direction.load(path) if file is not None or path.is_file() else None
 
 

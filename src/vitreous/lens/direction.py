@@ -45,6 +45,7 @@ from vitreous.lens.layer_features import FEATURES, LayerFeatures, layer_features
 from vitreous.lens.tap import trace
 
 FORMAT = 1
+FILE = "foreground.safetensors"  # beside model.safetensors: the direction that travels with a model
 SIGMA = 0.25  # of the bump, in sides of the image
 SIDE = 0.6  # of a corner of a photograph, in sides of the photograph
 BEST = 3  # features taken of each kind, with at least

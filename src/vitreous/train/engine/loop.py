@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vitreous.base.errors import HostError, NotReached
+from vitreous.base.errors import DataError, HostError, NotReached
 from vitreous.base.processes import naming_the_lost
+from vitreous.lens.direction import FILE, Direction, find_direction
 from vitreous.lens.look import look
 from vitreous.lens.reading import Reading
 from vitreous.lens.reading import read as read_reading
@@ -149,12 +150,17 @@ def finish_epoch(session: Session, run: Run, stopping: Stopping, shown: Shown) -
         "seconds": progress.seconds + time.perf_counter() - started,
     }
     with writing(run.folder):
-        metrics |= watch(session, run, progress.epoch)
+        direction, reason = calibrate(session)
+        metrics |= watch(session, run, progress.epoch, direction) | ({"uncalibrated": reason} if reason else {})
         stopping.end()  # the last chance: from here on the files of the epoch belong together
         lines = [*read_metrics(run.folder), metrics]
         if early_stopping.to_keep(lines, session.settings.patience, session.task.metrics[0]) is metrics:
             model_folder.save(session.tested.model, run.folder, classes=session.data.classes, inputs=session.inputs.config())
             save_objective(session.tested, run.folder)
+            if direction is not None:
+                direction.save(run.folder / FILE)
+            else:  # that of an earlier epoch is not this model's
+                (run.folder / FILE).unlink(missing_ok=True)
             write_predictions(run, session, outcomes)
         lost = write_quarantine(session, run)
         run.log(metrics)  # this line says that the epoch is finished: all that it promises is there
@@ -183,22 +189,38 @@ def test(session: Session, batches: Loader, pause: Callable[[], None]) -> Output
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def read(session: Session, run: Run, epoch: int) -> Reading | None:
+def calibrate(session: Session) -> tuple[Direction | None, str]:
+    """The direction of the model's features that points at the subject, for its foreground maps.
+
+    It is found on training images, whose labels play no part. Else None and the reason, such as that
+    no feature follows their subjects.
+    """
+    if session.sample is None:
+        return None, ""
+    images = next(iter(session.calibration))[0].to(session.device)
+    try:
+        return find_direction(session.tested.model.eval(), images), ""
+    except (DataError, HostError, NotReached) as error:
+        return None, str(error)
+
+
+def read(session: Session, run: Run, epoch: int, direction: Direction | None = None) -> Reading | None:
     """Write a reading of the sample images, if the attention of the model can be read."""
     if session.sample is None or not session.team.first:
         return None
     about = {"weights": "run", "classes": list(session.data.classes)}
-    return look(session.tested.model, session.sample, inputs=session.inputs.config(), out=run.reading(epoch), about=about)
+    options = {"inputs": session.inputs.config(), "out": run.reading(epoch), "about": about, "direction": direction}
+    return look(session.tested.model, session.sample, **options)
 
 
-def watch(session: Session, run: Run, epoch: int) -> dict[str, Any]:
+def watch(session: Session, run: Run, epoch: int, direction: Direction | None) -> dict[str, Any]:
     """`read` after an epoch; returns indicators by layer and alarms, for its metrics.
 
     Where attention can no longer be read, as of a network whose weights have grown without bound,
     there is no reading, and the metrics hold the reason.
     """
     try:
-        reading = read(session, run, epoch)
+        reading = read(session, run, epoch, direction)
     except (HostError, NotReached) as error:
         shutil.rmtree(run.reading(epoch), ignore_errors=True)
         return {"unread": str(error)}

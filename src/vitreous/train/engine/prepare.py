@@ -45,6 +45,7 @@ from vitreous.train.updates import UPDATES
 
 SAMPLE = 64  # images on which grafts are checked and calibrated
 READING = 16  # test images that are looked at after every epoch
+CALIBRATION = 16  # training images from which the foreground direction is found; more do little better
 
 
 def prepare(
@@ -108,6 +109,7 @@ def prepare(
         ema=ema,
         train=train,
         tests=tests,
+        calibration=batches(spaced(data.train, CALIBRATION), batch_size=CALIBRATION, workers=0),
         sample=spaced(data.tests["test"], READING) if readable((whole or objective).model, sample, remarks) else None,
         remarks=remarks,
         trackers=trackers,
