@@ -1,4 +1,4 @@
-# make demo   trains three small models on made images and prints one table (no download of data)
+# make demo   trains four small models on made images and prints one table (no download of data)
 # make test   the whole offline test suite; ARGS="..." goes to pytest
 #
 # Both set up .venv first: the ordinary PyPI builds of torch and torchvision, in the versions of constraints.txt.

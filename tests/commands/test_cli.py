@@ -175,15 +175,22 @@ def test_what_is_no_command_is_not_imported(capsys):
         assert capsys.readouterr().err.startswith("error: Unknown command ")
 
 
-def test_demo_compares_three_and_names_a_command_that_works(elsewhere, capsys):
+def test_demo_compares_four_and_names_a_command_that_works(elsewhere, capsys):
     assert call("demo --quick --out show") == 0
     shown = capsys.readouterr()
     assert shown.err == ""
-    assert {path.name for path in (elsewhere / "show").iterdir()} == {"plain", "SVDA", "SVD-ViT", "first-look", "report.html"}
+    assert {path.name for path in (elsewhere / "show").iterdir()} == {
+        "plain",
+        "SVDA",
+        "SVDA-sqrt",
+        "SVD-ViT",
+        "first-look",
+        "report.html",
+    }
     rows = ("usual backgrounds", "swapped backgrounds", "attention on the", "effective tokens", "seconds")
     for row in (*rows, "first-look/report.html"):
         assert row in shown.out
-    assert re.search(r"graft removed:\s+│\s+│\s+0 │\s+0 │", shown.out)
+    assert re.search(r"graft\s+│\s+│\s+0 │\s+0 │\s+0 │", shown.out)
     following = re.search(r"^  (?:\S*/)?vitreous (train cutouts)( .*)$", shown.out, re.MULTILINE)
     assert call(f"{following[1]}:train=40,test=24{following[2]} --out more") == 0
 

@@ -10,8 +10,10 @@ import pytest
 import timm
 import torch
 
+import vitreous
 from vitreous import grafts, ungraft
 from vitreous.base.errors import DataError, NotReached, SettingError, VitreousError
+from vitreous.lens.direction import Direction
 from vitreous.lens.reading import read
 from vitreous.train import TrainSettings, load, train
 from vitreous.train.engine.loop import NotFinite
@@ -140,6 +142,18 @@ def test_arms_share_start_and_order(settings):
     assert all(torch.equal(there[name], value) for name, value in plain.model.state_dict().items())
     for (a, _), (b, _) in zip(plain.train, svda.train, strict=True):
         assert torch.equal(a, b)
+
+
+def test_foreground_maps_of_a_run_show_the_object(settings, quiet):
+    """By a direction that is found on the training images; the masks of the scenes only judge it."""
+    shipped = str(Path(vitreous.__file__).parent / "weights/cutouts")
+    folder = train(settings(data="cutouts:train=64,test=24", model=shipped, model_kwargs=(), epochs=1, lr=1e-5), quiet)
+    Direction.load(folder / "foreground.safetensors").check(load(folder))
+    summary = read(folder / "readings/epoch-001").facts["summary"]
+    chosen = (summary["component"] == "foreground") & (summary["measure"] == "auroc")
+    assert summary["mean"][chosen].item() > 0.9
+    before = read(folder / "readings/epoch-000").facts["summary"]  # without a direction, hardly better than chance
+    assert before["mean"][(before["component"] == "foreground") & (before["measure"] == "auroc")].item() < 0.8
 
 
 def test_averaged_weights_are_what_is_saved(settings, quiet):

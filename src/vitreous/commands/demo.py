@@ -10,19 +10,19 @@ from vitreous.commands import Command
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Command):
-    """Look at a small trained model, train three more on made images and compare them.
+    """Look at a small trained model, train four more on made images and compare them.
 
-    The first comes with the package; the three, a plain one, one with SVDA and one with SVD-ViT's
-    tokens, are compared on usual and on swapped backgrounds. Nothing is downloaded; about four
-    minutes on an ordinary machine.
+    The first comes with the package; the four, a plain one, SVDA as published and with another
+    scale, and SVD-ViT's tokens, are compared on usual and on swapped backgrounds. Nothing is
+    downloaded; about five minutes on an ordinary machine.
     """
 
     usage: ClassVar[str] = ""
 
     out: str | None = None
-    """Folder for the three run folders, new or empty (default: the next free runs/demo)."""
+    """Folder for the four run folders, new or empty (default: the next free runs/demo)."""
     seed: int = 0
-    """Of the scenes, the weights and the order of images; the same for the three."""
+    """Of the scenes, the weights and the order of images; the same for the four."""
     quick: bool = False
     """Seconds instead of minutes: to see that it runs, not what it finds."""
 

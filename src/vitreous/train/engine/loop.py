@@ -192,8 +192,8 @@ def test(session: Session, batches: Loader, pause: Callable[[], None]) -> Output
 def calibrate(session: Session) -> tuple[Direction | None, str]:
     """The direction of the model's features that points at the subject, for its foreground maps.
 
-    It is found on training images, whose labels play no part. Else None and the reason, such as that
-    no feature follows their subjects.
+    It is found on training images, whose labels play no part. Else None and the reason, such as
+    that no feature follows their subjects.
     """
     if session.sample is None:
         return None, ""

@@ -80,8 +80,8 @@ class Session:
     """Everything that a run needs, built by `prepare` before anything is written.
 
     sample: test images that are looked at after every epoch; None where attention cannot be read.
-    calibration: training images, without augmentation, from which the model's foreground direction is
-    found for that.
+    calibration: training images, without augmentation, from which the model's foreground direction
+    is found for that.
     recipe: the record of `TrainSettings.with_recipe`. whole: where weights are spread over
     processes, a copy to test, read and save, which `sharding.collect_weights` fills. step_module:
     what a step runs, joined with that of other processes. view_shape: of an image in training, (C,

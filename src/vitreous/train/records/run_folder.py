@@ -8,6 +8,8 @@
     predictions.csv  every test image: label, prediction, its probability, file, names of classes
     classes.csv      every class of every test set: how much of it is found
     mistakes.safetensors    small pictures of the wrong answers that the model is surest of
+    foreground.safetensors    the direction of the model's foreground map (`lens.direction`), if
+                     one was found
     summary.md       the same for people
     manifest.csv     every image of the start, by which `vitreous resume` sees what has changed
     state/, lock     while it is not finished: what it goes on from (`engine.state`), and the
