@@ -187,7 +187,7 @@ def test_demo_compares_four_and_names_a_command_that_works(elsewhere, capsys):
         "first-look",
         "report.html",
     }
-    rows = ("usual scenes", "swapped scenes", "on the object", "effective", "seconds")
+    rows = ("usual", "gain, swapped", "on the object", "effective", "seconds")
     for row in (*rows, "first-look/report.html"):
         assert row in shown.out
     assert re.search(r"graft\s+│\s+│\s+0 │\s+0 │\s+0 │", shown.out)
