@@ -121,7 +121,9 @@ def compare(folder: Path, seed: int) -> Table:
     readings = {
         arm: look(model_folder.load(folder / arm), scenes[arm][0], inputs=scenes[arm][1].config(), seed=seed) for arm in ARMS
     }
-    table = Table(title="cutouts, backgrounds as usual and swapped: accuracy, gain over plain, attention; 95 % intervals", title_justify="left")
+    table = Table(
+        title="cutouts, backgrounds usual or swapped: accuracy, gain over plain, attention (95 %)", title_justify="left"
+    )
     table.add_column("")
     for arm in ARMS:
         table.add_column(arm, justify="right")
@@ -134,9 +136,7 @@ def compare(folder: Path, seed: int) -> Table:
         "swapped": lambda arm: accuracy(right[arm]["swapped"]),
         "lost by swap": lambda arm: difference(right[arm]["swapped"], right[arm]["test"]),
         "gain, usual": lambda arm: None if arm == "plain" else difference(right[arm]["test"], right["plain"]["test"]),
-        "gain, swapped": lambda arm: (
-            None if arm == "plain" else difference(right[arm]["swapped"], right["plain"]["swapped"])
-        ),
+        "gain, swapped": lambda arm: None if arm == "plain" else difference(right[arm]["swapped"], right["plain"]["swapped"]),
         "on the object": lambda arm: on_object(readings[arm]),
         "effective tokens": lambda arm: indicator(readings[arm], "effective_tokens"),
         "attention entropy": lambda arm: indicator(readings[arm], "attention_entropy"),
