@@ -190,7 +190,7 @@ def test(session: Session, batches: Loader, pause: Callable[[], None]) -> Output
 
 
 def calibrate(session: Session) -> tuple[Direction | None, str]:
-    """The direction of the model's features that points at the subject, for its foreground maps.
+    """The direction of the model's features that points at the subject, for foreground maps.
 
     It is found on training images, whose labels play no part. Else None and the reason, such as
     that no feature follows their subjects.
