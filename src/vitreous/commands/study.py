@@ -38,10 +38,10 @@ class Study(Train):
 
 
 def report_study(folder: Path) -> None:
-    """Say where the summary of a study is, and write a report of its arms side by side.
+    """Say where the summary of a study is, and write its report: what the arms come to.
 
-    Each by its first seed.
+    Below, the first runs side by side.
     """
     from vitreous.train.study.study import first_runs
 
-    report_runs(folder, first_runs(folder))
+    report_runs(folder, first_runs(folder), of=[folder])

@@ -63,8 +63,8 @@ def report_run(folder: Path) -> None:
     report_runs(folder, sorted(folder.glob("seed-*")) or [folder])
 
 
-def report_runs(folder: Path, runs: list[Path]) -> None:
-    """Say where the summary of runs is, and write one report of them.
+def report_runs(folder: Path, runs: list[Path], of: list[Path] | None = None) -> None:
+    """Say where the summary of runs is, and write one report of them, or of the folders `of`.
 
     In the first process alone.
     """
@@ -76,4 +76,4 @@ def report_runs(folder: Path, runs: list[Path]) -> None:
     print(f"Done: {folder}/summary.md")
     read = [(run / "readings").is_dir() for run in runs]  # none where the model shows no attention; the summary says why
     if all(read) or (not any(read) and all((run / "predictions.csv").is_file() for run in runs)):
-        print(f"Report: {write(runs, folder / 'report.html')}")
+        print(f"Report: {write(of or runs, folder / 'report.html')}")

@@ -56,6 +56,24 @@ def open_folders(folders: Sequence[Path]) -> list[ReportInput]:
     return [replace(source, name=name) for source, name in zip(sources, unique_names(sources, folders), strict=True)]
 
 
+def open_study(folder: Path) -> tuple[dict[str, Any], list[Path]] | None:
+    """What a page needs of study.json, and the first run of each arm; None for no study."""
+    path = folder / "study.json"
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    try:
+        runs = [folder / f"{arm['folder']}-seed-{record['seeds'][0]}" for arm in record["arms"]]
+        study = {name: record[name] for name in ("command", "seeds", "results")} | {"data": record["settings"]["data"]}
+        # in lists, since the keys of the page's data are sorted
+        return study | {"arms": list(study["results"]["cost"]), "tests": list(study["results"]["tests"])}, runs
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"Found a study in {folder} without results ({error!r}). Expected a finished one. Give its command again: it goes "
+            "on where it stopped."
+        ) from error
+
+
 def unique_names(sources: Sequence[ReportInput], folders: Sequence[Path]) -> list[str]:
     """Names; to equal ones so much of their folder's path is added as differs."""
     names = [source.name for source in sources]

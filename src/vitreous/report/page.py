@@ -22,16 +22,25 @@ from vitreous.base.files import write_text
 from vitreous.base.metrics import metrics_of
 from vitreous.report import packing
 from vitreous.report.answers import answers
-from vitreous.report.folders import ReportInput, open_folders
+from vitreous.report.folders import ReportInput, open_folders, open_study
 from vitreous.report.reading import RECORDS, ReadingFolder, page_content
 
 IMAGES = 64  # on a page, at most
 LIMIT = 15_000_000  # bytes of a page
 SCRIPTS = (
-    "base", "state", "color", "chart", "table", "training", "mistakes", "viewer", "pane", "paint", "indicators", "epochs",
-    "findings", "scores", "curves", "changes", "facts", "main",
+    "base", "state", "color", "chart", "table", "training", "study", "mistakes", "viewer", "pane", "paint", "indicators",
+    "epochs", "findings", "scores", "curves", "changes", "facts", "main",
 )  # fmt: skip
-UNREAD = ("base", "color", "chart", "table", "training", "mistakes", "unread")  # of runs whose attention cannot be read
+UNREAD = (
+    "base",
+    "color",
+    "chart",
+    "table",
+    "training",
+    "study",
+    "mistakes",
+    "unread",
+)  # of runs whose attention cannot be read
 POINTS = 400  # of the loss by update of a run
 
 
@@ -39,15 +48,17 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     """Write the report of these folders to `out`, one self-contained HTML file; returns `out`.
 
     folders: one reading folder; several, which can be compared side by side; one run folder, whose
-    epochs can be scrubbed; or several run folders. The page shows the maps of the first 64 images
-    of each reading, or of fewer where it would grow beyond 15 MB, and says so; its numbers are of
+    epochs can be scrubbed; several run folders; or one of a finished study. The page shows the maps
+    of the first 64 images of each reading, or of fewer where it would grow beyond 15 MB, and says
+    so; its numbers are of
     all images. Equal folders give equal bytes.
 
     Raises DataError for a folder that is neither, is not complete or cannot be read; `out` is then
     as it was.
     """
-    out = Path(out)
-    text = render(open_folders([Path(folder) for folder in folders]))
+    out, folders = Path(out), [Path(folder) for folder in folders]
+    study = open_study(folders[0]) if len(folders) == 1 else None
+    text = render(open_folders(study[1] if study else folders), study[0] if study else None)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return out
@@ -68,13 +79,13 @@ def check_common(a: Path, b: Path) -> None:
         )
 
 
-def render(sources: Sequence[ReportInput]) -> str:
-    """The page as text: as many images as the limits allow."""
+def render(sources: Sequence[ReportInput], study: dict[str, Any] | None = None) -> str:
+    """The page as text: as many images as the limits allow. study: as `open_study` returns it."""
     readings = [[ReadingFolder(folder) for folder in source.readings] for source in sources]
     one = sum(reading.bytes_per_image() for group in readings for reading in group)
     images = max(1, min(IMAGES, LIMIT // max(one, 1)))
     while True:
-        page = fill(payload(sources, readings, images))
+        page = fill(payload(sources, readings, images) | {"study": study})
         if len(page) <= LIMIT or images == 1:  # the page is ASCII but for a few characters of its own
             return page
         images = max(1, min(images - 1, int(images * LIMIT / len(page))))
@@ -128,8 +139,8 @@ def fill(data: dict[str, Any]) -> str:
     return assemble(
         data | {"pictures": pictures},
         SCRIPTS if read else UNREAD,
-        title=together([source["name"] for source in data["sources"]]),
-        kind="run" if data["sources"][0]["run"] else "reading",
+        title=study_title(data["study"]) if data["study"] else together([source["name"] for source in data["sources"]]),
+        kind="study" if data["study"] else "run" if data["sources"][0]["run"] else "reading",
         first=("maps", "maps") if read else ("main", "contents"),
         random=any(reading["random"] for source in data["sources"] for reading in source["readings"]),
     )
@@ -155,6 +166,11 @@ def assemble(data: Any, scripts: Sequence[str], *, title: str, kind: str, first:
         script_hash=Markup(digest(script)),
         data=Markup(packing.script_json(data)),
     )
+
+
+def study_title(study: dict[str, Any]) -> str:
+    arms = study["arms"]
+    return f"{arms[1]} against {arms[0]}" if len(arms) == 2 else f"{len(arms) - 1} arms against {arms[0]}"
 
 
 def together(names: Sequence[str]) -> str:

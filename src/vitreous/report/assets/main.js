@@ -47,6 +47,7 @@ function lead() {
 theme();
 stamp();
 lead();
+if (DATA.study) study();
 mistakes();
 glance();
 viewer();

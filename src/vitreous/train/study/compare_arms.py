@@ -30,11 +30,11 @@ from vitreous.base.statistics import verdict as verdict_of
 from vitreous.train.records.predictions import by_image
 from vitreous.train.records.run_folder import read_metrics, read_rows
 from vitreous.train.records.summary import outcome, run_metrics, table
+from vitreous.train.study.undecided import ENOUGH, what_it_takes
 
 LEVEL = 0.95
 DRAWS = 10_000  # of the bootstrap over test images
 BY = ("interval_by_seed", "interval_by_image")
-ENOUGH = 3  # seeds before "no difference" is said
 
 
 def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
@@ -43,8 +43,9 @@ def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
     arms: {name: its finished run folders, in the order of the seeds}.
 
     Returns level: of the intervals of differences. tests: by test set, "arms" and "differences" by
-    name, all as parts of 1. cost: by arm, seconds of training per image over those of the first
-    arm, seed by seed and their geometric mean.
+    name, all as parts of 1, with the verdict and what would decide an undecided one. cost: by arm,
+    seconds of training per image over those of the first arm, seed by seed and their geometric
+    mean.
     """
     first, *others = arms
     level = 1 - (1 - LEVEL) / max(len(others), 1)
@@ -62,6 +63,10 @@ def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
                 name: one_difference(scores[name], scores[first], answers[name], answers[first], level, same) for name in others
             },
         }
+        for difference in tests[test]["differences"].values():
+            difference["verdict"] = verdict(difference, metric)
+            undecided = difference["verdict"] == "undecided"
+            difference["takes"] = what_it_takes(difference, metric, level) if undecided else ""
     costs = {name: cost(arms[name], arms[first]) for name in arms}
     return {"first": first, "level": level, "metric": asdict(metric), "tests": tests, "cost": costs}
 
@@ -96,6 +101,7 @@ def one_difference(
         "mean": statistics.mean(differences),
         "interval_by_seed": list(of_mean(differences, level)) if len(differences) > 1 else None,
         "interval_by_image": interval,
+        "images": len(per_image),
     }
 
 
@@ -137,6 +143,8 @@ def tables(results: dict[str, Any]) -> list[str]:
                 cells += [""] * 4
             rows.append([*cells, f"{results['cost'][name]['mean']:.2f}"])
         text += [f"## {test}\n", table(rows)]
+        undecided = {name: one["takes"] for name, one in result["differences"].items() if one["takes"]}
+        text += [f"{name} is undecided. {takes}\n" for name, takes in undecided.items()]
     many = len(results["cost"]) - 1
     over = "Student's over the seeds" if seeds > 1 else "Wilson's over the test images, since there is one seed"
     each = f"{100 * results['level']:.1f} % each, so that all {many} comparisons of a test set hold at 95 % (Bonferroni)"
