@@ -221,7 +221,7 @@ def test_weights_that_cannot_be_had_are_never_random_ones_by_accident(name, phot
         ("look model photos --out note.txt", "note.txt"),
         ("look model photos --out note.txt/below", "note.txt"),
         ("look no/such/run photos", "no/such/run"),
-        ("look photos photos", "photos/model.safetensors"),
+        ("look photos photos", "photos/config.json"),
         ("look vit_tinny_patch16_224 photos", "'vit_tiny_patch16_224'"),
         ("look resnet10t photos --random-weights", "showed no attention map"),
         ("look vit_tiny_patch16_224 photos --random-weights --model-kwargs depht=2", "depht"),

@@ -226,9 +226,10 @@ def check_start(session: Session) -> None:
                 "classes follow from the data, and the size from --image-size. Leave it out."
             )
     sizes = [len(rows) for _, rows in session.train.order if len(rows)]
-    smallest = min(size // min(session.settings.accumulate, size) for size in sizes)
+    # one of several processes may have no image at all, where batches are smaller than their number
+    smallest = min((size // min(session.settings.accumulate, size) for size in sizes), default=0)
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in session.model.modules())
-    if smallest > 1 or not norms or session.settings.shard:
+    if smallest != 1 or not norms or session.settings.shard:
         return
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
