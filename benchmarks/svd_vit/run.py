@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from study import Arm, main  # noqa: E402
 
-GATED = "spc:after=3,loadings=squared,read=learned"
+GATED = "spc:after=3,sign=squared,read=learned"
 ARMS = {
     "cls-5": Arm(("extra_tokens",), what="four learned class tokens more, before the first block (the paper's CLS=5)"),
     "spc": Arm(("spc:after=3",), what="SPC as published: U^T X, four tokens"),
@@ -24,7 +24,7 @@ ARMS = {
     "gated": Arm((GATED,), what="learned tokens + gate * LN(sum_j u_ij^2 x_j), ours"),
     "gated-random": Arm((f"{GATED},basis=random",), what="the same along random directions"),
     "gated-mean": Arm((f"{GATED},basis=mean",), what="the same with the token mean"),
-    "spc-squared": Arm(("spc:after=3,loadings=squared",), what="SPC with squared loadings"),
+    "spc-squared": Arm(("spc:after=3,sign=squared",), what="SPC with squared loadings"),
     "spc-random": Arm(("spc:after=3,basis=random",), what="SPC's control: random directions"),
     "spc-trailing": Arm(("spc:after=3,basis=trailing",), what="SPC's control: trailing singular vectors"),
     "spc-mean": Arm(("spc:after=3,basis=mean",), what="SPC's control: the token mean"),

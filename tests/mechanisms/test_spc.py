@@ -130,29 +130,26 @@ def test_gated_starts_as_the_identity_and_learns(after):
     assert (model(images) - before).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("basis", ["svd", "random", "trailing"])
-def test_squared_loadings_are_a_weighted_mean_without_a_sign(basis):
-    """t_i = sum_j u_ji^2 x_j: scipy's SVD as the oracle; a flip of any u_i changes nothing, so no sign rule is needed."""
+@pytest.mark.parametrize(("basis", "columns"), [("svd", slice(0, 4)), ("trailing", slice(-4, None))])
+def test_squared_loadings_are_a_weighted_mean_without_a_sign(basis, columns):
+    """t_i = sum_j u_ji^2 x_j, with scipy's SVD as the oracle, whose signs are other ones."""
     x = tokens()
-    squared = made(x, loadings="squared", basis=basis)
-    for sign in ("class", "sum"):
-        assert torch.equal(squared, made(x, loadings="squared", basis=basis, sign=sign))
-    shifted = made(x + 1, loadings="squared", basis=basis) if basis == "random" else None
-    assert shifted is None or (shifted - squared - 1).abs().max() < 1e-9  # weights that sum to 1
-    if basis == "svd":
-        for b in range(2):
-            u = scipy.linalg.svd(x[b].numpy(), full_matrices=False)[0][:, :4]
-            assert np.abs(squared[b].numpy() - (u**2).T @ x[b].numpy()).max() < 1e-6
+    squared = made(x, sign="squared", basis=basis)
+    for b in range(2):
+        u = scipy.linalg.svd(x[b].numpy(), full_matrices=False)[0][:, columns]
+        assert np.abs(squared[b].numpy() - (u**2).T @ x[b].numpy()).max() < 1e-6
+    random = [made(values, sign="squared", basis="random") for values in (x, x + 1)]
+    assert (random[1] - random[0] - 1).abs().max() < 1e-9  # the weights sum to 1
 
 
-@pytest.mark.parametrize("loadings", ["signed", "squared"])
-def test_learned_tokens_start_as_extra_tokens_and_take_in_components_by_a_gate(loadings):
+@pytest.mark.parametrize("sign", ["mean", "squared"])
+def test_learned_tokens_start_as_extra_tokens_and_take_in_components_by_a_gate(sign):
     model = vit()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     graft(model, ExtraTokens(after=2))
     plain = model(images)
     ungraft(model)
-    graft(model, SPC(after=2, loadings=loadings, read="learned"))
+    graft(model, SPC(after=2, sign=sign, read="learned"))
     step = model.blocks[1].after[0]
     assert torch.equal(model(images), plain)
     model(images).square().sum().backward()
@@ -161,7 +158,7 @@ def test_learned_tokens_start_as_extra_tokens_and_take_in_components_by_a_gate(l
     opened, gate, learned = model(images), step.gate.detach().clone(), step.learned.detach().clone()
     ungraft(model)
     x = model.blocks[:2](model._pos_embed(model.patch_embed(images)))
-    content = made(x, loadings=loadings)
+    content = made(x, sign=sign)
     content = (content - content.mean(-1, keepdim=True)) / (content.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     x = model.norm(model.blocks[2](torch.cat([x, learned + gate * content], dim=1)))
     by_hand = model.head(torch.cat([x[:, :1], x[:, 17:]], dim=1).mean(1))

@@ -35,12 +35,11 @@ class SPC(Mechanism):
     Settings: after (blocks that have run; default depth - 1). components: vectors taken, mixed to `tokens` by SSVA; without
         SSVA the leading `tokens`. basis: svd, or a control: random, trailing, mean. sketch: oversampling + power steps +
         learned (ID-RSVD, at most one power step, else its gradient vanishes). ssva: mix. sign: a vector weighs the tokens
-        that resemble the token mean | the class token positively, or its entries sum to 0 or more. gradient: detach |
-        through.
-        rows: raw | unit (vectors of unit, centred rows: without artifact spikes). loadings: signed (u_i) | squared (u_i^2,
-        which sum to 1 and have no sign: token i is a weighted mean of the tokens). read: mean | gated (no token is
-        inserted; the SPC tokens are added to what the head reads, through gates that start at 0) | learned (a learned
-        token is inserted for each, to which the layer-normed SPC token is added through a gate that starts at 0; ours).
+        that resemble the token mean | the class token positively, or its entries sum to 0 or more; squared: it weighs them
+        by u_i^2, which sums to 1 and has no sign (ours). gradient: detach | through.
+        rows: raw | unit (vectors of unit, centred rows: without artifact spikes). read: mean | gated (no token is inserted;
+        the SPC tokens are added to what the head reads, through gates that start at 0) | learned (a learned token is
+        inserted for each, to which the layer-normed SPC token is added through a gate that starts at 0; ours).
     Raises: HostError on rotary hosts and where the head cannot read tokens; SettingError.
     """
 
@@ -50,7 +49,7 @@ class SPC(Mechanism):
         "spc:after=2,ssva=true",
         "spc:after=2,read=gated",
         "spc:after=2,tokens=2,sketch=4+1+true,rows=unit,sign=class",
-        "spc:after=2,loadings=squared,read=learned",
+        "spc:after=2,sign=squared,read=learned",
     )
 
     after: int | None = None
@@ -59,10 +58,9 @@ class SPC(Mechanism):
     basis: Literal["svd", "random", "trailing", "mean"] = "svd"
     sketch: tuple[int, int, bool] = (8, 2, False)
     ssva: bool = False
-    sign: Literal["mean", "class", "sum"] = "mean"
+    sign: Literal["mean", "class", "sum", "squared"] = "mean"
     gradient: Literal["detach", "through"] = "detach"
     rows: Literal["raw", "unit"] = "raw"
-    loadings: Literal["signed", "squared"] = "signed"
     read: Literal["mean", "gated", "learned"] = "mean"
 
     def __post_init__(self):
@@ -148,7 +146,7 @@ class Components(nn.Module):
                 made = wide.mean(1, keepdim=True).expand(-1, self.taken, -1)
             else:
                 weights = self.basis(wide)
-                weights = weights.square() if settings.loadings == "squared" else weights
+                weights = weights.square() if settings.sign == "squared" else weights
                 made = weights.transpose(1, 2) @ wide  # U^T X
             if self.choice is None:
                 return made
@@ -215,7 +213,7 @@ def sign_reference(x: Tensor, rule: str) -> Tensor | None:
 
     With their mean or with the class token.
     """
-    if rule == "sum":
+    if rule in ("sum", "squared"):
         return None
     towards = x[:, :1] if rule == "class" else x.mean(1, keepdim=True)
     return (x @ towards.transpose(1, 2)).squeeze(-1)
