@@ -76,14 +76,14 @@ function resultOf(found) {
 function classTable(found) {
   return table({
     id: "class-table",
-    caption: "Accuracy by class, with 95 % intervals",
+    caption: "Share of each class that is right, with 95 % intervals",
     rows: found.classes,
     sort: { column: 1, down: false },
     limit: 12,
     columns: [
       { label: "Class", long: true, value: ([k]) => found.names[k] },
       {
-        label: "Accuracy",
+        label: "Share right",
         title: "With Wilson's 95 % interval over these images",
         numeric: true,
         value: ([, images, right]) => right / images,
