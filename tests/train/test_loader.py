@@ -242,6 +242,21 @@ def test_a_worker_that_is_killed_is_replaced_once(tmp_path, deaths, monkeypatch)
         assert all(torch.equal(a, b) for x, y in zip(batches, expected, strict=True) for a, b in zip(x, y, strict=True))
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="no such signal here")
+@pytest.mark.parametrize("own", [signal.SIG_DFL, lambda number, frame: None])
+def test_the_handler_that_another_loader_left_behind_goes(images, own, monkeypatch):
+    """torch's raises in the middle of whatever runs when a worker dies, and stays for the rest of the program."""
+    before = signal.signal(signal.SIGCHLD, own)
+    try:
+        monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+        torch.utils.data._utils.signal_handling._set_SIGCHLD_handler()
+        assert signal.getsignal(signal.SIGCHLD) is not own
+        assert len(list(loader(images, OWN, 5, aug="crop", workers=1))) == 2
+        assert signal.getsignal(signal.SIGCHLD) is own
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("error", [EOFError, ConnectionResetError, ConnectionRefusedError, FileNotFoundError])
 def test_a_worker_that_is_killed_while_it_hands_over_is_replaced(images, error, monkeypatch):
     """What the receiver meets where the sender of a batch is gone before its memory was passed on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import threading
 from collections.abc import Iterator
@@ -52,6 +53,10 @@ def child_signals_as_they_are() -> Iterator[None]:
         yield
         return
     before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", None) == "torch.utils.data._utils.signal_handling":
+        # torch sets it once for the whole program: a loader used earlier has left it behind
+        before = inspect.getclosurevars(before).nonlocals["previous_handler"]
+    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     try:
         yield
     finally:
