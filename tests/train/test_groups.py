@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -14,6 +15,7 @@ from train.interrupting import differing
 from train.test_resume import RECIPE
 from vitreous.train import TrainSettings, train
 from vitreous.train.engine.resume import resume
+from vitreous.train.engine.signals import Stopping
 
 QUIET = Console(quiet=True)
 SETTINGS = RECIPE | {"epochs": 8, "model_kwargs": SMALL, "device": "cpu", "save_every": 1}
@@ -88,3 +90,26 @@ print("done")
 """
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=40, check=True)
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_a_second_interrupt_in_a_del_is_no_traceback(monkeypatch):
+    """Python cannot raise there: it would print one and go on. Other errors are printed as ever."""
+    printed = []
+    hook = lambda ignored: printed.append(ignored.exc_type)  # noqa: E731
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+
+    class Dropped:
+        def __init__(self, act):
+            self.act = act
+
+        def __del__(self):
+            self.act()
+
+    with Stopping(Path("runs/one"), print) as stopping:
+        signal.raise_signal(signal.SIGINT)
+        Dropped(lambda: signal.raise_signal(signal.SIGINT))
+        assert stopping.heard == signal.SIGINT
+        assert printed == []
+        Dropped(lambda: 1 / 0)
+    assert printed == [ZeroDivisionError]
+    assert sys.unraisablehook is hook

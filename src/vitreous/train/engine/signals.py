@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,11 +30,14 @@ class Stopping:
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS}
+            self.hook, sys.unraisablehook = sys.unraisablehook, self.unraisable
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self.before:
+            sys.unraisablehook = self.hook
         if self.heard is not None and isinstance(error, Lost):  # another process had stopped already
             self.say(str(error))
             raise SystemExit(128 + self.heard) from error
@@ -43,6 +47,14 @@ class Stopping:
             raise KeyboardInterrupt
         if self.heard is None:
             self.heard = number
+
+    def unraisable(self, ignored: Any) -> None:
+        """A second Ctrl-C in a `__del__`, where Python ends nothing and prints a traceback.
+
+        The run then ends after its step, by the first one.
+        """
+        if not (self.heard and issubclass(ignored.exc_type, KeyboardInterrupt)):
+            self.hook(ignored)
 
     def agree(self, team: Team) -> bool:
         """Collective: whether any process of the team has received a signal."""
