@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# torch 2.15.0.
 # A query whose keys are all masked: torch.nn.MultiheadAttention gives NaN for it with need_weights=True (the default), and the
 # output bias with need_weights=False. scaled_dot_product_attention gives 0 with its plain and with its fused kernel.
 # So looking at the weights of such a model changes its output.

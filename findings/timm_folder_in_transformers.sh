@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# timm 1.0.31, transformers 5.23.0, torch 2.15.0.
 # timm's own writer of model folders (save_for_hf, which push_to_hf_hub uses) stores the arguments of the network, num_classes
 # among them, under model_args. timm opens such a folder. transformers' AutoModelForImageClassification recognises it as a timm
 # model, then gives num_classes to timm twice.
