@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitreous.base.statistics import bootstrap, paired
+from vitreous.layers.geometry import centre_prior
 from vitreous.lens.direction import Direction, Scan, centre_bump, corners, rows_of
 from vitreous.lens.foreground import foreground_of, references
 from vitreous.lens.formulas.maps import (
@@ -33,7 +34,6 @@ from vitreous.lens.formulas.maps import (
 from vitreous.lens.formulas.scores import (
     auroc,
     baselines,
-    centre_prior,
     ranks,
     scores,
 )

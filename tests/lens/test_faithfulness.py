@@ -11,6 +11,7 @@ from torch import nn
 
 from vitreous.base.errors import DataError, SettingError
 from vitreous.base.statistics import bootstrap
+from vitreous.layers.geometry import centre_prior
 from vitreous.lens import faithfulness as lens
 from vitreous.lens.formulas import scores
 from vitreous.models.model_folder import load
@@ -248,7 +249,7 @@ def test_the_known_region_beats_random_orders_and_bad_explainers_do_not(fill):
     images, cover = planted()
     bad = {
         "random": scores.baselines((6, 8), range(60), seed=7)["random"],
-        "centre": scores.centre_prior((6, 8)).expand(60, -1),
+        "centre": centre_prior((6, 8)).expand(60, -1),
         "edges": patches(images).unflatten(2, (3, 16)).var(-1).mean(-1),
         "area": torch.ones(60, 48),
     }

@@ -11,9 +11,10 @@ from timm.models.deit import VisionTransformerDistilled
 from torch.nn import functional as F
 
 from vitreous import SPC, ExtraTokens, check, graft, ungraft
-from vitreous.base.errors import HostError, SettingError
-from vitreous.layers.stream import TokenState
-from vitreous.mechanisms.tokens.spc import Components, learned_sketch, mixing
+from vitreous.base.errors import HostError, MaskError, SettingError
+from vitreous.layers.geometry import centre_prior
+from vitreous.layers.stream import Assignment, TokenState
+from vitreous.mechanisms.tokens.spc import Components, foreground_weights, learned_sketch, mixing, place_bump, towards_centre
 
 RANDOM = torch.Generator().manual_seed(0)
 
@@ -255,6 +256,149 @@ def test_controls():
     last = [np.abs(scipy.linalg.svd(x[b].numpy(), full_matrices=False)[0][:, -4:]) for b in range(2)]
     assert np.abs(trailing.abs().numpy() - np.stack(last)).max() < 1e-2  # s is down to 2e-3 of 10 there
     assert (trailing.transpose(1, 2) @ trailing - torch.eye(4)).abs().max() < 1e-6
+
+
+# --- basis=calibrated -------------------------------------------------------------------------------------------------
+
+GRID = (3, 4)
+CALIBRATED = TokenState(grid=GRID, prefix=1)
+
+
+def calibrated(**settings) -> Components:
+    return Components(SPC(basis="calibrated", **settings), 24, (0, 1), False).double()
+
+
+def scenes(count: int, seed: int, centre: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, 1 + P, D): two of the patches share a direction, in the middle or in a corner; and which ones (B, P)."""
+    generator = torch.Generator().manual_seed(seed)
+    subject = torch.zeros(count, 3, 4, dtype=torch.bool)
+    subject[:, 1, 1:3] = centre
+    subject[:, 2, 2:] |= not centre
+    x = torch.randn(count, 13, 24, dtype=torch.float64, generator=generator)
+    x[:, 1:, :3] += 4.0  # what all patches share
+    x[:, 1:, 5] += 6.0 * subject.flatten(1)
+    return x, subject.flatten(1)
+
+
+def test_calibrated_weights_against_loops():
+    """w = mean Z^T c, weights softmax(i z) of z = Zw with mean 0 and variance 1, one number after the other."""
+    x = scenes(3, 1, True)[0]
+    bump, summed = [], np.zeros(24)
+    for row in range(3):
+        for column in range(4):
+            bump.append(np.exp(-(((row + 0.5) / 3 - 0.5) ** 2 + ((column + 0.5) / 4 - 0.5) ** 2) / (2 * 0.25**2)))
+    z = []
+    for image in x[:, 1:].numpy():
+        unit = np.stack([row / np.sqrt((row**2).sum()) for row in image])
+        z.append(unit - unit.mean(0))
+        for value, row in zip(bump, z[-1], strict=True):
+            summed += value * row / 3
+    step = calibrated(tokens=3).train()
+    weights = step.basis(x, CALIBRATED)
+    made = step.spc_tokens(x, CALIBRATED)
+    assert weights.shape == (3, 13, 3)
+    assert weights[:, 0].abs().max() == 0  # the class token
+    for b in range(3):
+        along = z[b] @ summed
+        along = (along - along.mean()) / along.std()
+        for i in range(3):
+            odds = np.exp((i + 1) * along)
+            assert np.abs(weights[b, 1:, i].numpy() - odds / odds.sum()).max() < 1e-10
+            assert np.abs(made[b, i].numpy() - (odds / odds.sum()) @ x[b, 1:].numpy()).max() < 1e-10
+
+
+def test_a_planted_direction_is_found_from_central_subjects_and_serves_off_centre():
+    """Also where a corner of the image holds the subject, which the bump alone would not find."""
+    step = calibrated().train()
+    for seed in range(3):
+        step.spc_tokens(scenes(16, seed, True)[0], CALIBRATED)
+    assert step.direction.argmax() == 5
+    before = step.direction.clone()
+    x, subject = scenes(50, 9, False)
+    weights = step.eval().basis(x, CALIBRATED)[:, 1:]
+    share = (weights * subject[..., None]).sum(1).mean(0)
+    assert share[0] > 0.5  # of 2 patches of 12
+    assert (share.diff() > 0).all()  # sharper from token to token
+    assert torch.equal(step.direction, before)  # evaluation does not move it
+    assert "direction" in step.state_dict()
+    assert "direction" not in Components(SPC(), 24, (0, 1), False).state_dict()
+
+
+def test_without_a_direction_yet_the_token_is_the_mean_of_the_patches():
+    x = tokens(count=13)
+    found = calibrated().eval().spc_tokens(x, CALIBRATED)
+    assert (found - x[:, 1:].mean(1, keepdim=True)).abs().max() < 1e-12
+
+
+def test_only_the_direction_of_w_counts_and_even_weights_have_finite_gradients():
+    rows = torch.randn(2, 12, 24, dtype=torch.float64, generator=RANDOM)
+    rows -= rows.mean(1, keepdim=True)
+    w = torch.randn(24, dtype=torch.float64, generator=RANDOM)
+    assert (foreground_weights(rows, 1e-3 * w, 4) - foreground_weights(rows, w, 4)).abs().max() < 1e-12
+    rows.requires_grad_()
+    even = foreground_weights(rows, torch.zeros_like(w), 2)
+    even.square().sum().backward()
+    assert (even - 1 / 12).abs().max() < 1e-12
+    assert rows.grad.isfinite().all()
+
+
+def test_an_image_that_is_not_finite_does_not_move_the_direction():
+    x = scenes(4, 1, True)[0]
+    one, other = calibrated().train(), calibrated().train()
+    one.spc_tokens(x[:3], CALIBRATED)
+    x[3, 5] = torch.nan
+    assert other.spc_tokens(x, CALIBRATED)[:3].isfinite().all()
+    assert torch.equal(one.direction, other.direction)
+    bump = centre_prior(GRID)
+    assert towards_centre(torch.full((2, 12, 24), torch.nan, dtype=torch.float64), bump).abs().max() == 0
+
+
+def test_merged_patches_have_the_mean_bump_of_their_places():
+    index = torch.tensor([[0, 1, 1, *range(2, 12)], [0, *range(1, 12), 11]])  # the first, or the last, two patches merged
+    state = TokenState(grid=GRID, prefix=1, assignment=Assignment(index=index, tokens=12))
+    bump = centre_prior(GRID)
+    expected = torch.stack(
+        [
+            torch.cat([bump[:2].mean()[None], bump[2:]]),
+            torch.cat([bump[:-2], bump[-2:].mean()[None]]),
+        ]
+    )
+    rows = torch.zeros(2, 11, 24, dtype=torch.float64)
+    assert (place_bump(state, rows) - expected).abs().max() < 1e-12
+    channels = TokenState(grid=GRID, prefix=1, groups=2)
+    assert torch.equal(place_bump(channels, torch.zeros(2, 24, 24, dtype=torch.float64)), bump.repeat(2))
+
+
+@pytest.mark.parametrize("gradient", ["detach", "through"])
+def test_checkpointing_moves_the_direction_once_and_gives_the_same_gradients(gradient):
+    """Two image sizes before one backward pass, in which the blocks run again."""
+    images = [torch.randn(3, 3, size, 16, dtype=torch.float64, generator=RANDOM) for size in (16, 24)]
+    outcomes = []
+    for enable in (False, True):
+        model = graft(vit(dynamic_img_size=True), SPC(after=1, basis="calibrated", gradient=gradient)).train()
+        model.set_grad_checkpointing(enable)
+        sum(model(x).square().sum() for x in images).backward()
+        assert model.blocks[0].after[0].direction.norm() > 0
+        outcomes.append(model.state_dict() | {f"{name}'": p.grad for name, p in model.named_parameters()})
+    for name, value in outcomes[0].items():
+        assert torch.equal(value, outcomes[1][name]), name
+
+
+def test_the_running_mean_is_that_of_the_batches():
+    step, expected = calibrated().train(), torch.zeros(24, dtype=torch.float64)
+    for seed in range(4):
+        step.spc_tokens(scenes(5, seed, True)[0], CALIBRATED)
+        once = calibrated().train()
+        once.spc_tokens(scenes(5, seed, True)[0], CALIBRATED)
+        expected = 0.95 * expected + once.direction  # from nothing, a batch leaves its twentieth
+    assert (step.direction - expected).abs().max() < 1e-12
+
+
+def test_patch_dropout_leaves_no_places_to_calibrate_by():
+    model = graft(vit(patch_drop_rate=0.5), SPC(basis="calibrated"))
+    model(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    with pytest.raises(MaskError, match=r"9 tokens whose places.*patch_drop_rate"):
+        model.train()(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
 
 
 def test_inserted_tokens_are_no_part_of_a_later_decomposition():

@@ -25,3 +25,13 @@ def offsets(grid: Sequence[int]) -> Tensor:
 def squared_distances(grid: Sequence[int]) -> Tensor:
     """Squared Euclidean distances between the places: (P, P) int64, in patches."""
     return offsets(grid).square().sum(-1)
+
+
+def centre_prior(grid: Sequence[int], sigma: float = 0.25, at: Sequence[float] | None = None) -> Tensor:
+    """exp(-r^2 / (2 sigma^2)), (P,) float64, r from the image's centre.
+
+    All sides count as one long: an ellipse if not square. at: another centre, (y, x), in sides.
+    """
+    centre = torch.tensor([0.5] * len(grid) if at is None else at, dtype=torch.float64)
+    offset = (places(grid).double() + 0.5) / torch.tensor(grid, dtype=torch.float64) - centre
+    return torch.exp(-offset.square().sum(-1) / (2 * sigma**2))

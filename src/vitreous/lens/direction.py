@@ -37,10 +37,10 @@ from torch.nn.functional import interpolate
 from vitreous.base.errors import DataError, HostError
 from vitreous.base.files import write
 from vitreous.data.views import Views
+from vitreous.layers.geometry import centre_prior
 from vitreous.layers.linear import Linear
 from vitreous.layers.spectral import unit_rows
 from vitreous.lens.formulas.maps import correlation, log_attention, standardised
-from vitreous.lens.formulas.scores import centre_prior
 from vitreous.lens.layer_features import FEATURES, LayerFeatures, layer_features
 from vitreous.lens.tap import trace
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.data.views import View
+from vitreous.layers.geometry import centre_prior
 from vitreous.lens import faithfulness
 from vitreous.lens.formulas import scores
 from vitreous.lens.probe import Component, Measure, Source
@@ -94,7 +95,7 @@ def against_model(
         by_grid.setdefault(tuple(values.shape[-2:]), []).append(name)
     records = []
     for grid, names in by_grid.items():
-        centre = scores.centre_prior(grid).float().expand(len(views), -1)
+        centre = centre_prior(grid).float().expand(len(views), -1)
         ours = torch.stack([*(flat(maps[name]) for name in names), centre], dim=1)  # (B, M + 1, P)
         blind = faithfulness.random_maps(grid, range(len(views)), seed=seed)
         random = faithfulness.curves(model, images, blind, grid, **options)

@@ -221,15 +221,6 @@ def test_maps_and_cover_must_fit():
 # -- baselines ---------------------------------------------------------------------------------------------------------
 
 
-def test_centre_prior_is_a_gaussian_of_a_quarter_of_each_side():
-    rows, cols = GRID
-    found = lens.centre_prior(GRID).reshape(GRID)
-    for row, col in itertools.product(range(rows), range(cols)):
-        y, x = (row + 0.5) / rows - 0.5, (col + 0.5) / cols - 0.5
-        close(found[row, col], np.exp(-(y * y + x * x) / (2 * 0.25**2)))
-    close(lens.centre_prior((3, 3))[4], 1)
-
-
 def test_random_maps_follow_from_the_image_alone():
     whole = lens.baselines(GRID, range(10), seed=1)
     part = lens.baselines(GRID, [3, 7], seed=1)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from vitreous.base.errors import DataError
 from vitreous.base.statistics import bootstrap
+from vitreous.layers.geometry import centre_prior
 
 MEASURES = ("energy_inside", "auroc", "average_precision", "pointing", "iou_otsu", "iou_best")
 BASELINES = ("centre", "random", "area")
@@ -236,15 +237,6 @@ def baselines(grid: tuple[int, int], images: Iterable[int], seed: int = 0) -> di
     random = torch.from_numpy(np.array(noise, np.float64).reshape(len(images), patches))
     centre = centre_prior(grid).expand(len(images), patches)
     return dict(zip(BASELINES, (centre, random, torch.ones_like(random)), strict=True))
-
-
-def centre_prior(grid: tuple[int, int], sigma: float = 0.25, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """exp(-r^2 / (2 sigma^2)), (P,), r from the image's centre.
-
-    Both sides count as one long: an ellipse if not square. at: another centre (y, x), in sides.
-    """
-    y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n - middle for n, middle in zip(grid, at, strict=True))
-    return torch.exp(-(y[:, None].square() + x.square()) / (2 * sigma**2)).flatten()
 
 
 # -- intervals and summaries -----------------------------------------------------------------------

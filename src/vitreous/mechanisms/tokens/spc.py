@@ -11,11 +11,15 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from vitreous import slots
-from vitreous.base.errors import SettingError
+from vitreous.base.errors import MaskError, SettingError
 from vitreous.hosts.read_out import read_tokens
+from vitreous.layers.geometry import centre_prior
 from vitreous.layers.spectral import leading_subspace, unit_rows
-from vitreous.layers.stream import TokenState, insert, split
+from vitreous.layers.stream import PLAIN, TokenState, insert, split
 from vitreous.mechanism import Mechanism
+
+MOMENTUM = 0.05  # share of a training batch in the running direction of basis=calibrated; ten photographs suffice for one
+TINY = 1e-12  # a shorter vector counts as none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +37,17 @@ class SPC(Mechanism):
     At start: changes the output; read=gated leaves it bit for bit.
     Cost: a thin randomised SVD of M x D, and `tokens` more tokens in the blocks that follow. No parameters by default.
     Settings: after (blocks that have run; default depth - 1). components: vectors taken, mixed to `tokens` by SSVA; without
-        SSVA the leading `tokens`. basis: svd, or a control: random, trailing, mean. sketch: oversampling + power steps +
+        SSVA the leading `tokens`. basis: svd, or a control: random, trailing, mean; or calibrated (ours): tokens pooled over
+        the patches along a direction of the features that points at the subject, `foreground_weights`; it is that of the
+        batch in training, and a running mean of those, a buffer, afterwards. sketch: oversampling + power steps +
         learned (ID-RSVD, at most one power step, else its gradient vanishes). ssva: mix. sign: a vector weighs the tokens
         that resemble the token mean | the class token positively, or its entries sum to 0 or more; squared: it weighs them
         by u_i^2, which sums to 1 and has no sign (ours). gradient: detach | through.
         rows: raw | unit (vectors of unit, centred rows: without artifact spikes). read: mean | gated (no token is inserted;
         the SPC tokens are added to what the head reads, through gates that start at 0) | learned (a learned token is
         inserted for each, to which the layer-normed SPC token is added through a gate that starts at 0; ours).
-    Raises: HostError on rotary hosts and where the head cannot read tokens; SettingError.
+    Raises: HostError on rotary hosts, where the head cannot read tokens and, for basis=calibrated, where the patch embedding
+        is not timm's; SettingError; MaskError where basis=calibrated trains on tokens that have no places.
     """
 
     paper: ClassVar[str] = "Murata, Hotta 2026, arXiv 2602.02765"
@@ -50,12 +57,13 @@ class SPC(Mechanism):
         "spc:after=2,read=gated",
         "spc:after=2,tokens=2,sketch=4+1+true,rows=unit,sign=class",
         "spc:after=2,sign=squared,read=learned",
+        "spc:after=2,basis=calibrated",
     )
 
     after: int | None = None
     components: int = 8
     tokens: int = 4
-    basis: Literal["svd", "random", "trailing", "mean"] = "svd"
+    basis: Literal["svd", "random", "trailing", "mean", "calibrated"] = "svd"
     sketch: tuple[int, int, bool] = (8, 2, False)
     ssva: bool = False
     sign: Literal["mean", "class", "sum", "squared"] = "mean"
@@ -83,7 +91,8 @@ class SPC(Mechanism):
 
     @property
     def requires(self) -> tuple[str, ...]:
-        return ("stream", "insert", "reads_inserted", *(("class_token",) if self.sign == "class" else ()))
+        further = ("class_token",) * (self.sign == "class") + ("grid",) * (self.basis == "calibrated")
+        return ("stream", "insert", "reads_inserted", *further)
 
     @property
     def exact_at_init(self) -> bool:
@@ -92,7 +101,8 @@ class SPC(Mechanism):
     def changes(self, model: nn.Module) -> dict[str, Any]:
         after = slots.block_count(model, self.after)
         step = Components(self, slots.width(model), *read_tokens(model))
-        return slots.add_step(model, after - 1, "after", step)
+        opened = slots.open_stream(model, self.name) if self.basis == "calibrated" else {}
+        return opened | slots.add_step(model, after - 1, "after", step)
 
 
 class Components(nn.Module):
@@ -111,6 +121,7 @@ class Components(nn.Module):
         self.mix = nn.Parameter(torch.zeros(m)) if settings.ssva else None
         self.sketch = skip_init(nn.Linear, width, n + oversample, bias=False) if learned else None
         self.gate = nn.Parameter(torch.zeros(m, width)) if settings.read != "mean" else None
+        self.register_buffer("direction", torch.zeros(width) if settings.basis == "calibrated" else None)
         generator = torch.Generator().manual_seed(0)
         # The same start as `extra_tokens`, so that the two differ in the SPC tokens alone.
         self.learned = nn.Parameter(0.02 * torch.randn(m, width, generator=generator)) if settings.read == "learned" else None
@@ -123,7 +134,7 @@ class Components(nn.Module):
 
     def forward(self, x: Tensor, state: TokenState, qkv: None) -> tuple[Tensor, TokenState]:
         tokens, _ = split(x, state)  # (B, M, D): inserted ones are no part of the picture
-        made = self.spc_tokens(tokens)  # (B, tokens, D)
+        made = self.spc_tokens(tokens, state)  # (B, tokens, D)
         if self.gate is None:
             return insert(x, state, made, read_out=True)
         if self.learned is not None:
@@ -135,7 +146,7 @@ class Components(nn.Module):
         start, stop, _ = slice(*self.heads).indices(tokens.shape[1])
         return torch.cat([x[:, :start], x[:, start:stop] + added, x[:, stop:]], dim=1), state
 
-    def spc_tokens(self, x: Tensor) -> Tensor:
+    def spc_tokens(self, x: Tensor, state: TokenState = PLAIN) -> Tensor:
         """x (B, M, D) -> component tokens (B, tokens, D) in float32 or wider, signs settled, SSVA
         done.
         """
@@ -145,17 +156,19 @@ class Components(nn.Module):
             if settings.basis == "mean":
                 made = wide.mean(1, keepdim=True).expand(-1, self.taken, -1)
             else:
-                weights = self.basis(wide)
-                weights = weights.square() if settings.sign == "squared" else weights
+                weights = self.basis(wide, state)
+                weights = weights.square() if settings.sign == "squared" and settings.basis != "calibrated" else weights
                 made = weights.transpose(1, 2) @ wide  # U^T X
             if self.choice is None:
                 return made
             weights = mixing(self.choice, self.mix, wide[:, 0] if self.heads[0] == 0 else wide.mean(1), self.taken)
             return weights @ made
 
-    def basis(self, x: Tensor) -> Tensor:
+    def basis(self, x: Tensor, state: TokenState = PLAIN) -> Tensor:
         """U (B, M, n): per-token weights, one column per component."""
         settings, n = self.settings, self.taken
+        if settings.basis == "calibrated":
+            return self.calibrated(x, state)
         oversample, power, _ = settings.sketch
         if settings.basis == "random":
             return random_basis(x, n)
@@ -169,6 +182,65 @@ class Components(nn.Module):
         sketch = None if self.sketch is None else learned_sketch(rows, self.sketch)
         gradient = "through" if self.sketch is not None else settings.gradient
         return leading_subspace(rows, n, oversample=oversample, power=power, sketch=sketch, sign=sign, gradient=gradient).U
+
+    def calibrated(self, x: Tensor, state: TokenState) -> Tensor:
+        """Weights (B, M, n) of basis=calibrated, 0 for prefix tokens; in training the running mean moves on.
+
+        As in batch normalisation, a training batch goes by its own direction and only evaluation by
+        the running mean. So what a block computes depends on its input alone, and gradient
+        checkpointing, which computes it again in the backward pass, gets the same; the mean stays
+        then. Nor does an image's own bump decide its map, as long as the batch has tens of images.
+        """
+        patches = x[:, state.prefix :]
+        rows = unit_rows(patches.detach() if self.settings.gradient == "detach" else patches)
+        direction = self.direction.to(rows)
+        if self.training:
+            direction = towards_centre(rows.detach(), place_bump(state, rows))
+            if not recomputing():
+                self.direction.lerp_(direction.to(self.direction), MOMENTUM)
+        return F.pad(foreground_weights(rows, direction, self.taken), (0, 0, state.prefix, 0))
+
+
+def towards_centre(rows: Tensor, bump: Tensor) -> Tensor:
+    """w (D,) = mean over images of Z^T c, which points at what tends to be central: subjects.
+
+    rows: Z (B, P, D), unit and centred (`unit_rows`). bump: c, (P,) or (B, P). Images with values
+    that are not finite count for nothing.
+    """
+    each = (bump[..., None, :] @ rows).squeeze(-2)  # (B, D)
+    finite = each.isfinite().all(-1, keepdim=True)
+    return torch.where(finite, each, 0).sum(0) / finite.sum().clamp_min(1)
+
+
+def foreground_weights(rows: Tensor, direction: Tensor, n: int) -> Tensor:
+    """Weights (B, P, n) that sum to 1 over the patches: softmax(i z), i = 1 to n, each sharper than the last.
+
+    z is Zw brought to mean 0 and variance 1 over the patches of an image, so that only the
+    direction of w (D,) counts; 0, and the weights even, where there is no direction yet.
+    rows: Z (B, P, D). Zw: `lens.direction`; pooling by it is ours.
+    """
+    along = rows @ direction  # (B, P), mean 0 as rows are centred
+    z = along * (rows.shape[1] ** 0.5 / torch.linalg.vector_norm(along, dim=1, keepdim=True).clamp_min(TINY))
+    return (z[..., None] * torch.arange(1, n + 1, device=z.device)).softmax(1)
+
+
+def place_bump(state: TokenState, rows: Tensor) -> Tensor:
+    """The bump at the centre of the image (`centre_prior`) at each present patch: (P,), or (B, P) where some were merged."""
+    if state.grid is None:
+        raise MaskError(
+            f"Found {rows.shape[1]} tokens whose places in the images are not known. Expected a token for each place, for the "
+            "bump of spc:basis=calibrated. Switch off what drops patches before the blocks (patch_drop_rate)."
+        )
+    bump = centre_prior(state.grid).to(rows).repeat(state.groups)
+    if state.assignment is None:
+        return bump
+    places = F.pad(bump, (state.prefix, 0))[None, :, None].expand(len(rows), -1, -1)
+    return state.assignment.gather(places)[:, state.prefix :, 0]
+
+
+def recomputing() -> bool:
+    """Whether a backward pass runs: gradient checkpointing then computes what was computed before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def mixing(choice: nn.Linear, mix: Tensor, summary: Tensor, components: int) -> Tensor:
