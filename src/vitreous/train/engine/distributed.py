@@ -60,12 +60,23 @@ def join_processes(session: Session, batch: Batch) -> nn.Module:
 def all_reached(module: StepModule, batch: Batch) -> bool:
     """Whether every parameter that learns gets a gradient in a step; draws nothing."""
     device = next(iter(batch.values())).device
-    before = random_states(device)  # with them put back, several processes train as one does
-    losses, penalties = module(batch, 0.0, True)
+    before = random_states(device)  # with them and buffers put back, several processes train as one does
     learning = [p for p in module.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(sum([*losses.values(), *penalties.values()]), learning, allow_unused=True)
+    with keeping_buffers(module):
+        losses, penalties = module(batch, 0.0, True)
+        gradients = torch.autograd.grad(sum([*losses.values(), *penalties.values()]), learning, allow_unused=True)
     set_random_states(before, device)
     return all(gradient is not None for gradient in gradients)
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Put the values of all buffers, such as running means, back afterwards."""
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in values:
+            buffer.copy_(value)
 
 
 @contextmanager

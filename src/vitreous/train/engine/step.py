@@ -7,12 +7,14 @@ step is that of the whole batch in one piece.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitreous.tasks import Batch, Dice, Losses
-from vitreous.train.engine.distributed import joining
+from vitreous.train.engine.distributed import joining, keeping_buffers
 from vitreous.train.engine.loader import DRAW, cut
 from vitreous.train.engine.session import Session
 from vitreous.train.engine.sharding import whole
@@ -128,8 +130,10 @@ def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Lo
             losses = step_losses(session, piece, last)
             part = len(next(iter(piece.values()))) / count if images else 0
             shares = {name: value * part for name, value in losses.means.items()}
-            # processes average their gradients, but shares of the whole batch have to add up
-            (size * sum(shares.values()) + sum(losses.penalties.values())).backward()
+            # activations that are computed again on the way back would move running means a second time
+            with keeping_buffers(session.objective) if session.settings.checkpointing else nullcontext():
+                # processes average their gradients, but shares of the whole batch have to add up
+                (size * sum(shares.values()) + sum(losses.penalties.values())).backward()
         for name, value in shares.items():
             means[name] = means.get(name, torch.zeros((), device=session.device)) + value.detach()
     penalties = {name: value.detach() for name, value in losses.penalties.items()}
