@@ -61,7 +61,7 @@ def host_attention(variant: str, fused: bool = True, **options) -> nn.Module:
 def inputs(attention: nn.Module) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(B, N, D, generator=generator)
-    if isinstance(attention, TimmAttention):
+    if getattr(attention, "host", type(attention)) is TimmAttention:
         return (x,)
     angle = torch.randn(N - PREFIX, attention.head_dim, generator=generator)
     return x, torch.cat([angle.sin(), angle.cos()], dim=-1)
@@ -162,6 +162,28 @@ def test_masks_mean_the_same():
     assert torch.equal(by_flag, masked(scores, minus, False))
     assert torch.equal(masked(scores, FULL, False), scores)
     assert masked(scores, None, False) is scores
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cls", [Attention, Doubled, Uniform])
+def test_a_query_whose_keys_are_all_hidden_gets_nothing(variant, cls):
+    """As in the fused kernel: 0 before the merge, with finite gradients, whoever computes it."""
+    ours = cls.of(host_attention(variant))
+    mask = LOWER.clone()
+    mask[4] = False
+    for hiding in (mask, torch.zeros(N, N).masked_fill(~mask, float("-inf"))):
+        outputs = []
+        for fused in (True, False):
+            ours.fused_attn = fused
+            x, *rope = inputs(ours)
+            out = ours(x.requires_grad_(), *rope, attn_mask=hiding)
+            _, (_, _, v) = ours.attend(x, *rope)
+            torch.testing.assert_close(out[:, 4], ours.merge(torch.zeros_like(v), x)[:, 4], atol=1e-6, rtol=1e-6)
+            (gradient,) = torch.autograd.grad(out.sum(), x)
+            assert gradient.isfinite().all()
+            outputs += [(out, gradient)]
+        for fused, written_out in zip(*outputs, strict=True):
+            torch.testing.assert_close(fused, written_out, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["plain", "no_bias", "own_head_width", "rope_split", "eva", "eva_bias_apart", "eva_split"])

@@ -15,7 +15,9 @@ from torch import nn
 import contract.tempered
 from contract.tempered import Tempered, TemperedAttention
 from vitreous.base.errors import HostError, SettingError, UnknownName, VitreousError
+from vitreous.hosts.attention import masked
 from vitreous.hosts.host import Host
+from vitreous.layers.stream import PLAIN
 from vitreous.lens.probe import PROBES
 from vitreous.lens.probes.alignment import Alignment
 from vitreous.tasks import TASKS
@@ -220,6 +222,22 @@ class MovesTheHost(TemperedAttention):
 class ForgetsTheMask(TemperedAttention):
     def forward(self, x, *arguments, attn_mask=None, is_causal=False, **others):
         return super().forward(x, *arguments, **others)
+
+
+@breaks("hidden_keys_give_zero")
+class WritesItOut(TemperedAttention):
+    def weigh(self, q, k, v, mask, is_causal, state=PLAIN):
+        return masked(self.scores(q, k, state), mask, is_causal).softmax(-1) @ v
+
+
+@breaks("ends_of_settings_stay_finite")
+class HidesEveryKey(TemperedAttention):
+    """Tokens see those that are nearer than the factor: with start=0 none, not even themselves."""
+
+    def scores(self, *arguments):
+        scores = super().scores(*arguments)
+        at = torch.arange(scores.shape[-1])
+        return scores.masked_fill((at - at[:, None]).abs() >= self.factor, -torch.inf)
 
 
 @breaks("compiles")

@@ -7,7 +7,8 @@
     merge      z (B, H, N, K), x, state -> (B, N, D)
 
 An attention idea overrides one or two of them. As long as `scores` and `normalize` are the plain ones, the fused kernel
-does both at once, with a bias too. Where a step depends on the places of tokens (`wants_state`), blocks of ours hand in
+does both at once, with a bias too. A query whose keys are all hidden, by a mask or a bias, gets 0 on
+every path. Where a step depends on the places of tokens (`wants_state`), blocks of ours hand in
 the state of the stream. Rotary embedding stands between `project` and `biases`.
 """
 
@@ -83,7 +84,12 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=drop, is_causal=is_causal, scale=self.scale
             )
-        weights = self.normalize(masked(self.scores(q, k, state), mask, is_causal), state)
+        scores = masked(self.scores(q, k, state), mask, is_causal)
+        if mask is None:
+            return self.attn_drop(self.normalize(scores, state)) @ v
+        # A query whose keys are all hidden has weights of 0, as in the fused kernel. Softmax has NaN for it, backwards too.
+        hidden = scores.amax(-1, keepdim=True) == float("-inf")
+        weights = self.normalize(scores.masked_fill(hidden, 0.0), state).masked_fill(hidden, 0.0)
         return self.attn_drop(weights) @ v
 
     def written_out(self, q: Tensor) -> bool:

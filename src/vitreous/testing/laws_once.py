@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from timm.utils import ModelEmaV3
 
+from vitreous.base.errors import HostError, SettingError
 from vitreous.grafting import check, graft, ungraft
+from vitreous.hosts.attention import Attention
 from vitreous.mechanism import Mechanism
 from vitreous.testing.check import close, holds
 from vitreous.testing.hosts import anatomy, build, fit, grafted, images
+from vitreous.testing.laws_everywhere import unless_refused
 
 
 def changes_are_pure(mechanism: Mechanism, host: str) -> None:
@@ -100,6 +105,40 @@ def unusual_images_stay_finite(mechanism: Mechanism, host: str) -> None:
     gradients = {"images": x.grad} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     wrong = [name for name, value in ({"the output": out} | gradients).items() if not value.isfinite().all()]
     holds(not wrong, f"values that are not finite in {', '.join(wrong)}")
+
+
+def hidden_keys_give_zero(mechanism: Mechanism, host: str) -> None:
+    """Where a mask hides every key of a query, the output is finite, and the same on every path.
+
+    Those are with and without gradients, and with and without the fused kernel.
+    """
+    model = grafted(mechanism, host)
+    n = model.forward_features(images()).shape[1]
+    mask = torch.ones(n, n, dtype=torch.bool)
+    mask[n // 2] = False
+    for kind in (mask, torch.zeros(n, n).masked_fill(~mask, -torch.inf)):
+        features = unless_refused(model, images(), attn_mask=kind)
+        if features is None:
+            return
+        features.sum().backward()
+        wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        holds(bool(features.isfinite().all()), f"features that are not finite under a mask of {kind.dtype}")
+        holds(not wrong, f"gradients that are not finite in {', '.join(wrong)} under a mask of {kind.dtype}")
+        for fused in (True, False):
+            for module in (module for module in model.modules() if hasattr(module, "fused_attn")):
+                module.fused_attn = fused or not isinstance(module, Attention)  # the host's own has NaN without
+            with torch.no_grad():
+                close(model.forward_features(images(), attn_mask=kind), features, f"without gradients, fused: {fused}", 1e-4)
+
+
+def ends_of_settings_stay_finite(mechanism: Mechanism, host: str) -> None:
+    """Each number among the settings may be 0, 1 or 100: refused in words, or a finite output."""
+    numbers = [name for name, value in vars(mechanism).items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    for name in numbers:
+        for value in (0, 1, 100):
+            with suppress(SettingError, HostError):
+                model = grafted(replace(mechanism, **{name: type(getattr(mechanism, name))(value)}), host)
+                holds(bool(model(images()).isfinite().all()), f"an output that is not finite with {name}={value}")
 
 
 def compiles(mechanism: Mechanism, host: str) -> None:
