@@ -24,6 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 from common import photographs, vit_tiny, write  # noqa: E402
 
 BLOCKS, GRID, ORDERS = (8, 9, 12), (14, 14), 2  # blocks counted from 1
+FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @torch.no_grad()
@@ -63,7 +64,8 @@ def main(data: Path) -> None:
         found: dict[str, list[Curves]] = {name: [] for name in parts}
         for rows in torch.arange(len(images)).split(8):
             for name, values in parts.items():
-                found[name].append(curves(model, images[rows], values[rows], GRID, fill=fill, numbers=rows.tolist()))
+                of = {"fractions": FRACTIONS, "fill": fill, "numbers": rows.tolist()}
+                found[name].append(curves(model, images[rows], values[rows], GRID, **of))
             print(f"{fill}: {rows[-1] + 1} of {len(images)} photographs", flush=True)
         ours, random = (Curves.joined(found[name]) for name in parts)
         centre = ours.of(list(maps).index("centre prior"))

@@ -1,6 +1,7 @@
 """Insertion and deletion against plain loops, planted models whose answer is known, and explainers known to be bad."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,6 +86,42 @@ def test_curves_equal_loops(images, maps):
     alone = lens.curves(model, images, maps[:, 1], GRID, fractions=(0, 0.2, 0.55, 1))
     torch.testing.assert_close(alone.deletion, found.of(1).deletion)
     assert alone.deletion.shape == (4, 4)
+
+
+class Cliff(nn.Module):
+    """Sure of its class as long as less than a share of the image is black, and sure of another one beyond."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        logit = 1000 * ((x == 0).double().mean((1, 2, 3)) - self.share)
+        return torch.stack([torch.zeros_like(logit), logit], dim=-1)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.13, 0.28, 0.68])
+def test_points_are_put_where_a_curve_moves(share):
+    """Against all numbers of patches: the area is as good with 20 points as with 401, where five alone are far off."""
+    images, maps, grid = 1 + drawn(2, 1, 40, 40), drawn(2, 1, 400, seed=3), (20, 20)
+    options = {"fill": "black", "black": [0.0]}
+    whole = lens.curves(Cliff(share), images, maps, grid, fractions=np.linspace(0, 1, 401), **options)
+    few = lens.curves(Cliff(share), images, maps, grid, fractions=lens.FRACTIONS, **options)
+    found = lens.curves(Cliff(share), images, maps, grid, **options)
+    assert found.fractions.tolist() == whole.fractions.tolist()
+    for name in ("insertion_area", "deletion_area"):
+        here, there, coarse = (getattr(curves, name) for curves in (found, whole, few))
+        assert (here - there).abs().max() < lens.TOLERANCE
+        assert (coarse - there).abs().min() > 0.02
+    assert (found.passes > few.passes).all()
+    assert (found.passes <= 2 * lens.MOST).all()
+    assert (few.passes == 6).all()
+
+
+def test_a_curve_that_stands_still_costs_no_more(images):
+    found = lens.curves(Cliff(2.0), images, drawn(4, 12), GRID)
+    assert (found.passes == 6).all()
+    assert torch.equal(found.deletion, torch.ones(4, 13, dtype=torch.float64))
 
 
 def test_a_blurred_image_keeps_its_brightness_and_loses_its_detail(images):
@@ -268,10 +305,10 @@ def test_the_known_region_beats_random_orders_and_bad_explainers_do_not(fill):
 def test_intervals_of_random_explainers_hold_zero_as_often_as_they_should():
     """40 explainers against 40 other orders: 95 % of the intervals should hold 0, fewer than 34 in 0.3 % of all cases."""
     images, _ = planted()
-    both = lens.curves(Planted(), images, lens.random_maps((6, 8), range(60), orders=80), (6, 8))
+    both = lens.curves(Planted(), images, lens.random_maps((6, 8), range(60), orders=80), (6, 8), fractions=lens.FRACTIONS)
     held = 0
     for number in range(40):
-        base = lens.Curves(both.fractions, both.insertion[:, number, None], both.deletion[:, number, None], "", "")
+        base = replace(both, insertion=both.insertion[:, number, None], deletion=both.deletion[:, number, None])
         _, low, high = lens.compare(both.of(number + 40), base)["difference"]
         held += low < 0 < high
     assert held >= 34
@@ -285,7 +322,8 @@ def test_a_record_is_plain_and_leaves_out_what_is_missing(images, maps):
     assert found.insertion[2, 1].isfinite().all()
     entry = json.loads(json.dumps(lens.record(found.of(0), random, found.of(1)), allow_nan=False))
     assert entry["images"] == 3
-    assert len(entry["insertion"]) == len(entry["random_deletion"]) == len(entry["fractions"]) == len(lens.FRACTIONS)
+    assert len(entry["insertion"]) == len(entry["random_deletion"]) == len(entry["fractions"]) == 13  # of 12 patches
+    assert entry["passes"] == pytest.approx(found.passes[:, 0].double().mean().item())
     others = [0, 1, 3]
     assert entry["insertion"] == pytest.approx(found.insertion[others, 0].mean(0).tolist())
     gain = found.insertion_area[:, 0] - random.insertion_area.mean(1) + random.deletion_area.mean(1) - found.deletion_area[:, 0]
@@ -356,7 +394,7 @@ def test_on_a_real_vit_attention_beats_random_orders_and_a_random_explainer_does
     bad = scores.baselines((14, 14), range(16), seed=5)
     maps = torch.stack([attention, bad["random"], *lens.random_maps((14, 14), range(16), orders=1).unbind(1)], 1)
     found = lens.curves(model, images, maps, (14, 14), fractions=(0, 0.3, 0.7, 1))
-    random = lens.Curves(found.fractions, found.insertion[:, 2:], found.deletion[:, 2:], found.followed, found.fill)
+    random = replace(found, insertion=found.insertion[:, 2:], deletion=found.deletion[:, 2:])
     good = lens.compare(found.of(0), random)
     assert good["difference"][1] > 0.15
     assert min(good["insertion"][1], good["deletion"][1]) > 0.05

@@ -40,7 +40,8 @@ class Look(Command):
     curve_fill: Literal["mean", "blur", "black"] = "mean"
     """What a patch that is away shows: its image's mean colour, a blur, or black."""
     curve_fractions: tuple[float, ...] | None = None
-    """Shares of the patches put in or taken away, from 0 to 1 (default: 0 0.1 0.25 0.5 1)."""
+    """Shares of the patches put in or taken away, from 0 to 1 (default: 0 0.1 0.25 0.5 1,
+    and up to 17 more where a curve moves)."""
     noise: float = 0.01
     """Deviation of the noise on pixels of [0, 1] under which attention is compared;
     0: leave robustness out."""

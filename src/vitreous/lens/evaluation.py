@@ -16,7 +16,6 @@ from vitreous.lens.formulas import scores
 from vitreous.lens.probe import Component, Measure, Source
 from vitreous.lens.reading import Columns, joined
 
-FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the patches, in insertion and deletion
 SCORES = (
     Measure("energy_inside", "Energy inside", "", 0, 1, "higher",
             "Share of the map's mass that lies on the object. By chance: the object's area."),
@@ -89,7 +88,7 @@ def against_model(
     Heads are averaged. options: fill, fractions and black of `faithfulness.curves`.
     """
     images = torch.stack([view.pixels for view in views])
-    options = {"fractions": FRACTIONS, "seed": seed, "batch_size": batch_size} | options
+    options = {"seed": seed, "batch_size": batch_size} | options
     by_grid: dict[tuple[int, int], list[str]] = {}
     for name, values in flat_maps(maps, components, "curves").items():
         by_grid.setdefault(tuple(values.shape[-2:]), []).append(name)

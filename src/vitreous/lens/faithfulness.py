@@ -15,7 +15,8 @@ than itself still. It is an image that the model was not trained on, however: fi
 whether a result depends on that; fill="black" is that of many published tables.
 
 Differs from the paper: steps are patches, not pixels; equal values of a map come in random order,
-so that a map without an opinion is at chance; deletion and insertion use the same fill.
+so that a map without an opinion is at chance; deletion and insertion use the same fill. Where no
+fractions are given, each curve gets its points where it moves: the widest of its steps are halved.
 
 Randomised weights: a map that stays as it is when the weights are shuffled does not show what the
 model has learned. Source: Adebayo et al. 2018, arXiv 1810.03292.
@@ -24,7 +25,7 @@ model has learned. Source: Adebayo et al. 2018, arXiv 1810.03292.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +41,10 @@ from vitreous.lens.formulas.scores import ranks
 from vitreous.lens.preserve_state import preserve_state
 from vitreous.models.classes import multi_label, probabilities
 
-FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)  # where every curve is taken, before those of its own
+MOST = 20  # inner points of a curve
+TOLERANCE = 0.01  # of the area of a curve that rises or falls throughout: points enough
+DRAWN = 101  # points of a curve in a record
 FILLS = ("mean", "blur", "black")
 ENOUGH = 16  # images from which an interval over them is given
 BLUR = 0.1  # standard deviation of the blur, in sides of the image
@@ -53,7 +57,7 @@ class Curves:
 
     fractions: (F,) share of the patches put in or taken away. insertion, deletion: (..., F), the
     leading axes those of the maps, the first over images; NaN for a map that is not all finite.
-    followed: PROBABILITY or COSINE. fill: FILLS.
+    followed: PROBABILITY or COSINE. fill: FILLS. passes: (...) of the model, for both curves.
     """
 
     fractions: Tensor
@@ -61,6 +65,7 @@ class Curves:
     deletion: Tensor
     followed: str
     fill: str
+    passes: Tensor
 
     @property
     def insertion_area(self) -> Tensor:
@@ -74,14 +79,13 @@ class Curves:
 
     def of(self, number: int) -> Curves:
         """Those of one of several maps: of maps (B, M, P) that with this number, (B, F)."""
-        return replace(self, insertion=self.insertion[:, number], deletion=self.deletion[:, number])
+        return replace(self, **{name: getattr(self, name)[:, number] for name in ("insertion", "deletion", "passes")})
 
     @staticmethod
     def joined(parts: Sequence[Curves]) -> Curves:
         """Those of all images, from batches that were made alike."""
-        first = parts[0]
-        insertion, deletion = (torch.cat([getattr(part, name) for part in parts]) for name in ("insertion", "deletion"))
-        return replace(first, insertion=insertion, deletion=deletion)
+        names = ("insertion", "deletion", "passes")
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def curves(
@@ -90,7 +94,7 @@ def curves(
     maps: Tensor,
     grid: tuple[int, int],
     *,
-    fractions: Sequence[float] = FRACTIONS,
+    fractions: Sequence[float] | None = None,
     fill: str = "mean",
     classes: bool | None = None,
     batch_size: int = 32,
@@ -102,12 +106,15 @@ def curves(
 
     maps: (B, P) or (B, M, P). grid: (rows, cols).
 
-    images: as the model takes them. fractions: from 0 to 1, rising; brought to whole patches.
+    images: as the model takes them. fractions: from 0 to 1, rising; brought to whole patches. None:
+    each curve has those of FRACTIONS and then, one by one up to MOST, the middle of the gap in
+    which its area is least certain, until that is within TOLERANCE; it is given at every number of
+    patches, by straight lines between its points.
     classes: whether the outputs are logits; None: they are if the output has `logits`, or is a (B,
     classes) tensor or a tuple that begins with one, and the model's `num_classes`, if any, is not
     0. numbers: of the images, by which, with `seed`, equal values are put in order; 0 to B - 1.
     black: the value of black in each channel, as the model takes it, for that fill.
-    batch_size: images in one pass; a map costs two passes per image and inner fraction.
+    batch_size: images in one pass; a map costs two passes per image and inner fraction (`passes`).
 
     The model runs in eval mode without gradients; its mode and the random state are as before
     afterwards. Raises DataError for maps that do not fit the images or the grid, SettingError for
@@ -115,28 +122,74 @@ def curves(
     """
     numbers = _checked(images, maps, grid, fractions, fill, numbers)
     several, patches = maps.reshape(len(maps), -1, maps.shape[-1]), maps.shape[-1]
-    counts = torch.tensor([round(fraction * patches) for fraction in fractions])
-    turns, inner = order(several, numbers, seed), counts[1:-1]  # (B, M, P), (F - 2)
+    turns = order(several, numbers, seed)  # (B, M, P)
     like = next(model.parameters(), images)
     images = images.to(like.device, like.dtype)
     empty = filled(images, fill, black)
-
-    shape = (*turns.shape[:2], 2, len(inner))  # 2: put in, taken away
-    values = torch.empty(shape, dtype=torch.float64)
     with preserve_state(model):
         judge = Judge(model, images, batch_size, classes)
-        emptied = judge.whole(empty)
-        for part in torch.arange(values.numel()).split(batch_size):
-            image, number, away, step = torch.unravel_index(part, shape)
-            shown = (turns[image, number] < inner[step, None]) ^ away.bool()[:, None]  # (n, P)
-            mask, at = pixels(shown, grid, images.shape[-2:]).to(images.device), image.to(images.device)
-            values.view(-1)[part] = judge(torch.where(mask, images[at], empty[at]), image)
 
-    low, high = (end.view(-1, 1, 1).expand(*shape[:2], 1) for end in (emptied, judge.clean))
-    both = torch.cat([low, values[:, :, 0], high], -1), torch.cat([high, values[:, :, 1], low], -1)
+        def measured(image: Tensor, number: Tensor, away: Tensor, count: Tensor) -> Tensor:
+            """What the model says with the first `count` patches put in, or taken away: all (n,)."""
+            values = []
+            for i, m, a, c in zip(*(index.split(batch_size) for index in (image, number, away, count)), strict=True):
+                shown = (turns[i, m] < c[:, None]) ^ a.bool()[:, None]  # (n, P)
+                mask, at = pixels(shown, grid, images.shape[-2:]).to(images.device), i.to(images.device)
+                values.append(judge(torch.where(mask, images[at], empty[at]), i))
+            return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+
+        ends = torch.stack([judge.whole(empty), judge.clean], dim=-1)  # (B, 2)
+        ends = torch.stack([ends, ends.flip(-1)], dim=1)[:, None].expand(-1, several.shape[1], -1, -1)  # 2 curves, 2 ends
+        if fractions is None:
+            counts, values, passes = adaptive(measured, ends, patches)
+        else:
+            counts = torch.tensor([round(fraction * patches) for fraction in fractions])
+            values, passes = regular(measured, ends, counts[1:-1]), torch.tensor(2 * (len(counts) - 2))
+
     finite = several.isfinite().all(-1, keepdim=True).cpu()
-    insertion, deletion = (torch.where(finite, value, torch.nan).reshape(*maps.shape[:-1], -1) for value in both)
-    return Curves(counts.double() / patches, insertion, deletion, judge.followed, fill)
+    insertion, deletion = (torch.where(finite, value, torch.nan).reshape(*maps.shape[:-1], -1) for value in values.unbind(2))
+    passes = passes.expand(several.shape[:2]).reshape(maps.shape[:-1])
+    return Curves(counts.double() / patches, insertion, deletion, judge.followed, fill, passes)
+
+
+Measured = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def regular(measured: Measured, ends: Tensor, inner: Tensor) -> Tensor:
+    """Curves (B, M, 2, F + 2) with the same F inner counts of patches for all; ends: (B, M, 2, 2)."""
+    index = torch.cartesian_prod(*(torch.arange(size) for size in ends.shape[:3]), inner).T
+    values = measured(*index).view(*ends.shape[:3], len(inner))
+    return torch.cat([ends[..., :1], values, ends[..., 1:]], dim=-1)
+
+
+def adaptive(measured: Measured, ends: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts (P + 1), curves (B, M, 2, P + 1) at each of them, and the passes for both of a map (B, M).
+
+    Of a curve that only rises or only falls between two points, the area is known but for half of
+    rise times width. The gap in which that is largest is halved, and the point joins the curve.
+    """
+    inner = torch.tensor(sorted({round(fraction * patches) for fraction in FRACTIONS} - {0, patches}), dtype=torch.int64)
+    values = regular(measured, ends, inner)
+    first = torch.cat([torch.tensor([0]), inner, torch.tensor([patches])])
+    counts, passes = first.expand(values.shape).clone(), torch.full(ends.shape[:3], len(inner))
+    for _ in range(MOST - len(inner)):
+        width = counts.diff(dim=-1)
+        doubt = (values.diff(dim=-1).abs() * width / (2 * patches)).where(width > 1, 0.0)
+        # equal to rounding is equal, so that batches of another size choose the same
+        most, gap = (1e6 * doubt).round().max(-1)
+        wanted = (doubt.sum(-1) > TOLERANCE) & (most > 0)
+        if not wanted.any():
+            break
+        at = wanted.nonzero().T
+        new, value = torch.full(ends.shape[:3], patches), ends[..., 1].clone()  # a curve that has enough repeats its end
+        new[*at] = (counts.gather(-1, gap[..., None])[..., 0] + width.gather(-1, gap[..., None])[..., 0] // 2)[*at]
+        value[*at] = measured(*at, new[*at])
+        counts, place = torch.cat([counts, new[..., None]], dim=-1).sort(dim=-1, stable=True)
+        values = torch.cat([values, value[..., None]], dim=-1).gather(-1, place)
+        passes += wanted
+    every = np.arange(patches + 1)
+    lines = [np.interp(every, *points) for points in zip(counts.flatten(0, 2), values.flatten(0, 2), strict=True)]
+    return torch.from_numpy(every), torch.from_numpy(np.stack(lines)).view(*ends.shape[:3], -1), passes.sum(-1)
 
 
 def random_maps(grid: tuple[int, int], numbers: Iterable[int], orders: int = 2, seed: int = 0) -> Tensor:
@@ -171,6 +224,8 @@ def record(curves: Curves, random: Curves, centre: Curves | None = None, *, draw
     curves: (B, F). random: (B, orders, F). centre: (B, F), those of the centre prior, of the same
     images.
     """
+    points = len(curves.fractions)
+    drawn = torch.linspace(0, points - 1, min(points, DRAWN)).round().long()
     lists = {
         "fractions": curves.fractions,
         "insertion": curves.insertion.nanmean(0),
@@ -187,7 +242,8 @@ def record(curves: Curves, random: Curves, centre: Curves | None = None, *, draw
         "followed": curves.followed,
         "fill": curves.fill,
         "images": images,
-        **{name: value.tolist() for name, value in lists.items()},
+        "passes": curves.passes.double().mean().item(),
+        **{name: value[drawn].tolist() for name, value in lists.items()},
         "insertion_area": curves.insertion_area.nanmean().item(),
         "deletion_area": curves.deletion_area.nanmean().item(),
         "insertion_difference": with_interval(differences["insertion"], images),
@@ -327,7 +383,7 @@ def _logits(output: Any) -> Any:
 
 
 def _checked(
-    images: Tensor, maps: Tensor, grid: tuple[int, int], fractions: Sequence[float], fill: str, numbers: Iterable[int] | None
+    images: Tensor, maps: Tensor, grid: tuple[int, int], fractions: Sequence[float] | None, fill: str, numbers: Iterable[int] | None
 ) -> list[int]:
     """The numbers of the images. Raises as `curves` does."""
     numbers = list(range(len(images)) if numbers is None else numbers)
@@ -341,8 +397,9 @@ def _checked(
     return numbers
 
 
-def check_settings(fill: str, fractions: Sequence[float]) -> None:
+def check_settings(fill: str, fractions: Sequence[float] | None) -> None:
     """Raise SettingError for a fill that is none, or fractions that do not rise from 0 to 1."""
+    fractions = FRACTIONS if fractions is None else fractions
     if len(fractions) < 2 or fractions[0] != 0 or fractions[-1] != 1 or list(fractions) != sorted(set(fractions)):
         raise SettingError(f"Found fractions {tuple(fractions)}; expected them to rise from 0 to 1. Begin with 0, end with 1.")
     if fill not in FILLS:

@@ -28,7 +28,7 @@ from vitreous.grafting import check, grafts
 from vitreous.lens import faithfulness, metadata
 from vitreous.lens.batch_pass import BatchPass, extra_passes, perturbed
 from vitreous.lens.direction import Direction
-from vitreous.lens.evaluation import BASELINES, FRACTIONS, SCORES, against_masks, against_model
+from vitreous.lens.evaluation import BASELINES, SCORES, against_masks, against_model
 from vitreous.lens.formulas import scores
 from vitreous.lens.non_finite import all_finite, outputs_note
 from vitreous.lens.probe import BatchInfo, Component, Probe, Readout, chosen, records, table
@@ -179,7 +179,8 @@ def look(
         one of `lens/probes` that needs no passes of its own.
     loss: of (output, labels), for probes that need one.
     curves: on so many images insertion and deletion curves of maps, and those of shuffled weights;
-        intervals from 16 on. curve_fill: of `faithfulness.FILLS`. curve_fractions: 0 to 1, rising.
+        intervals from 16 on. curve_fill: of `faithfulness.FILLS`. curve_fractions: 0 to 1, rising;
+        default: more of them where a curve moves.
     noise: deviation on pixels of [0, 1] under which attention is compared; 0 leaves robustness out.
     memory: GiB of working memory beside the model's own.
     out: a folder, written as it goes; an interrupted look goes on there.
@@ -238,7 +239,7 @@ def settings_of(plan: Plan, curves: int, limit: int | None, probes_given: bool) 
 
 def curve_options(fill: str, fractions: Sequence[float] | None, views: Views) -> dict[str, Any]:
     """What differs from the usual in the curves; black as the model takes it."""
-    faithfulness.check_settings(fill, FRACTIONS if fractions is None else fractions)
+    faithfulness.check_settings(fill, fractions)
     options: dict[str, Any] = {} if fill == "mean" else {"fill": fill}
     options |= {} if fractions is None else {"fractions": [float(x) for x in fractions]}
     if fill == "black" and views.mean is not None:

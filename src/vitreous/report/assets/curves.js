@@ -66,11 +66,12 @@ function faithfulness() {
       box.layer,
     );
     const shown = found.filter(({ curve }) => curve.component === box.component && curve.layer === box.layer);
-    const { followed, fill: filled, images: count } = shown[0].curve;
+    const { followed, fill: filled, images: count, passes } = shown[0].curve;
     told.textContent = [
       followed && `Followed: ${followed}`,
       filled && `missing patches: ${filled}`,
       count && plural(count, "image"),
+      passes && `${fmt(passes)} passes for each map of an image`,
     ]
       .filter(Boolean)
       .join("; ");
