@@ -130,7 +130,7 @@ def curves(
         judge = Judge(model, images, batch_size, classes)
 
         def measured(image: Tensor, number: Tensor, away: Tensor, count: Tensor) -> Tensor:
-            """What the model says with the first `count` patches put in, or taken away: all (n,)."""
+            """What is said with the first `count` patches put in, or taken away: all (n,)."""
             values = []
             for i, m, a, c in zip(*(index.split(batch_size) for index in (image, number, away, count)), strict=True):
                 shown = (turns[i, m] < c[:, None]) ^ a.bool()[:, None]  # (n, P)
@@ -156,14 +156,14 @@ Measured = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def regular(measured: Measured, ends: Tensor, inner: Tensor) -> Tensor:
-    """Curves (B, M, 2, F + 2) with the same F inner counts of patches for all; ends: (B, M, 2, 2)."""
+    """Curves (B, M, 2, F + 2) at F inner counts of patches; ends: (B, M, 2, 2)."""
     index = torch.cartesian_prod(*(torch.arange(size) for size in ends.shape[:3]), inner).T
     values = measured(*index).view(*ends.shape[:3], len(inner))
     return torch.cat([ends[..., :1], values, ends[..., 1:]], dim=-1)
 
 
 def adaptive(measured: Measured, ends: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts (P + 1), curves (B, M, 2, P + 1) at each of them, and the passes for both of a map (B, M).
+    """Counts (P + 1), curves there (B, M, 2, P + 1), passes for both curves of a map (B, M).
 
     Of a curve that only rises or only falls between two points, the area is known but for half of
     rise times width. The gap in which that is largest is halved, and the point joins the curve.
@@ -383,7 +383,12 @@ def _logits(output: Any) -> Any:
 
 
 def _checked(
-    images: Tensor, maps: Tensor, grid: tuple[int, int], fractions: Sequence[float] | None, fill: str, numbers: Iterable[int] | None
+    images: Tensor,
+    maps: Tensor,
+    grid: tuple[int, int],
+    fractions: Sequence[float] | None,
+    fill: str,
+    numbers: Iterable[int] | None,
 ) -> list[int]:
     """The numbers of the images. Raises as `curves` does."""
     numbers = list(range(len(images)) if numbers is None else numbers)

@@ -133,8 +133,7 @@ def hidden_keys_give_zero(mechanism: Mechanism, host: str) -> None:
 
 def ends_of_settings_stay_finite(mechanism: Mechanism, host: str) -> None:
     """Each number among the settings may be 0, 1 or 100: refused in words, or a finite output."""
-    numbers = [name for name, value in vars(mechanism).items() if isinstance(value, int | float) and not isinstance(value, bool)]
-    for name in numbers:
+    for name in (name for name, value in vars(mechanism).items() if type(value) in (int, float)):
         for value in (0, 1, 100):
             with suppress(SettingError, HostError):
                 model = grafted(replace(mechanism, **{name: type(getattr(mechanism, name))(value)}), host)

@@ -130,7 +130,7 @@ def add_gradients(session: Session, batch: Batch, images: int, count: int) -> Lo
             losses = step_losses(session, piece, last)
             part = len(next(iter(piece.values()))) / count if images else 0
             shares = {name: value * part for name, value in losses.means.items()}
-            # activations that are computed again on the way back would move running means a second time
+            # activations that are computed again would move running means a second time
             with keeping_buffers(session.objective) if session.settings.checkpointing else nullcontext():
                 # processes average their gradients, but shares of the whole batch have to add up
                 (size * sum(shares.values()) + sum(losses.penalties.values())).backward()
