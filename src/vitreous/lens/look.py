@@ -179,8 +179,7 @@ def look(
         one of `lens/probes` that needs no passes of its own.
     loss: of (output, labels), for probes that need one.
     curves: on so many images insertion and deletion curves of maps, and those of shuffled weights;
-        intervals from 16 on. curve_fill: of `faithfulness.FILLS`. curve_fractions: 0 to 1, rising;
-        default: more of them where a curve moves.
+        intervals from 16 on. curve_fill: of `faithfulness.FILLS`. curve_fractions: as in `curves`.
     noise: deviation on pixels of [0, 1] under which attention is compared; 0 leaves robustness out.
     memory: GiB of working memory beside the model's own.
     out: a folder, written as it goes; an interrupted look goes on there.
