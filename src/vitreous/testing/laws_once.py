@@ -108,7 +108,7 @@ def unusual_images_stay_finite(mechanism: Mechanism, host: str) -> None:
 
 
 def hidden_keys_give_zero(mechanism: Mechanism, host: str) -> None:
-    """Where a mask hides every key of a query, the output is finite, and the same on every path.
+    """A query whose keys are all hidden gives a finite output, the same on every path.
 
     Those are with and without gradients, and with and without the fused kernel.
     """
