@@ -166,6 +166,13 @@ def written_out_is_faster(tokens: int, learning: bool, device: torch.device) -> 
     return learning and device.type == "cpu" and 80 <= tokens <= 160
 
 
+def set_fused(model: nn.Module, fused: bool) -> None:
+    """Let each attention of ours in a model use the fused kernel, or no longer."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = fused
+
+
 def joined(attn_mask: Tensor | None, bias: Tensor | None, is_causal: bool) -> tuple[Tensor | None, bool]:
     """(mask, is_causal) for `weigh`: the caller's mask and a bias in one; either has the meaning of `masked`."""
     if bias is None:

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 
 from vitreous.base.errors import HostError, SettingError
 from vitreous.grafting import check, graft, ungraft
-from vitreous.hosts.attention import Attention
+from vitreous.hosts.attention import set_fused
 from vitreous.mechanism import Mechanism
 from vitreous.testing.check import close, holds
 from vitreous.testing.hosts import anatomy, build, fit, grafted, images
@@ -125,8 +125,7 @@ def hidden_keys_give_zero(mechanism: Mechanism, host: str) -> None:
         holds(bool(features.isfinite().all()), f"features that are not finite under a mask of {kind.dtype}")
         holds(not wrong, f"gradients that are not finite in {', '.join(wrong)} under a mask of {kind.dtype}")
         for fused in (True, False):
-            for module in (module for module in model.modules() if hasattr(module, "fused_attn")):
-                module.fused_attn = fused or not isinstance(module, Attention)  # the host's own has NaN without
+            set_fused(model, fused)
             with torch.no_grad():
                 close(model.forward_features(images(), attn_mask=kind), features, f"without gradients, fused: {fused}", 1e-4)
 
