@@ -30,7 +30,7 @@ def accuracy(part: str):
 
 
 def looking(name: str, scenes: str = "usual", factor: float = 1.0):
-    """A number of what the model attends to; the last layer is the network's fourth."""
+    """A number of what the model attends to."""
     return lambda result: (
         factor * result["looking"][scenes][name] if name in result.get("looking", {}).get(scenes, {}) else None
     )
@@ -56,6 +56,7 @@ def against(ours: Mapping[int, dict], base: Mapping[int, dict], number) -> str:
 
 def table(arms: Mapping[str, Arm], stored: Results, bases: Sequence[str], parts: Sequence[str]) -> list[str]:
     """One row per arm that has results: accuracy in %, mean and range over seeds, and differences from each base."""
+    bases = [base for base in bases if base in arms]
     titles = ["arm", "what it is", "seeds", *parts]
     titles += [f"{part}, to {base}" for base in bases for part in parts]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
@@ -70,18 +71,17 @@ def table(arms: Mapping[str, Arm], stored: Results, bases: Sequence[str], parts:
     return lines
 
 
-def attention_table(arms: Mapping[str, Arm], stored: Results) -> list[str]:
-    """What the trained models attend to, on scenes with masks."""
-    columns = {
-        "on the object, %": looking("attention energy_inside, 3", factor=100),
-        "the object's area, %": looking("area energy_inside, -1", factor=100),
-        "AUROC": looking("attention auroc, 3"),
-        "swapped: on the object, %": looking("attention energy_inside, 3", "swapped", 100),
-        "swapped: AUROC": looking("attention auroc, 3", "swapped"),
-        "effective tokens": looking("attention effective_tokens, 3"),
-        "attention entropy, nats": looking("attention attention_entropy, 3"),
-    }
-    digits = {"AUROC": 3, "swapped: AUROC": 3, "attention entropy, nats": 2}
+def attention_table(arms: Mapping[str, Arm], stored: Results, layer: int, scenes: Sequence[str]) -> list[str]:
+    """What the trained models attend to in a layer, on images with masks or boxes."""
+    columns = {"the object's area, %": looking("area energy_inside, -1", factor=100)}
+    for name in scenes:
+        before = "" if name == "usual" else f"{name}: "
+        columns[f"{before}on the object, %"] = looking(f"attention energy_inside, {layer}", name, 100)
+        columns[f"{before}AUROC"] = looking(f"attention auroc, {layer}", name)
+        columns[f"{before}pointing game, %"] = looking(f"attention pointing, {layer}", name, 100)
+    columns["effective tokens"] = looking(f"attention effective_tokens, {layer}")
+    columns["attention entropy, nats"] = looking(f"attention attention_entropy, {layer}")
+    digits = {title: 3 for title in columns if title.endswith("AUROC")} | {"attention entropy, nats": 2}
     lines = ["| arm | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name in arms:
         if runs := stored.get(name):
@@ -90,11 +90,15 @@ def attention_table(arms: Mapping[str, Arm], stored: Results) -> list[str]:
     return lines
 
 
-def page(folder: Path, title: str, arms: Mapping[str, Arm], bases: Sequence[str], more: Results | None = None) -> str:
+def page(
+    folder: Path, title: str, arms_by_data: Mapping[str, Mapping[str, Arm]], bases: Sequence[str], more: Mapping[str, Results]
+) -> str:
     """The page of one study; more: {data: results} of arms that another study has stored."""
     text = [f"# {title}", "", __doc__.partition("\n\n")[2].strip(), ""]
-    for data in sorted(path.name for path in folder.iterdir() if path.is_dir() and list(path.glob("*.json"))):
-        stored = dict(results(folder, data)) | dict((more or {}).get(data, {}))
+    for data, arms in arms_by_data.items():
+        if not list((folder / data).glob("*.json")):
+            continue
+        stored = dict(results(folder, data)) | dict(more.get(data, {}))
         seeds = sorted({seed for runs in stored.values() for seed in runs})
         count = sum(len(runs) for name, runs in stored.items() if name in arms)
         parts = sorted({part for runs in stored.values() for run in runs.values() for part in run["accuracy"]}, reverse=True)
@@ -102,18 +106,21 @@ def page(folder: Path, title: str, arms: Mapping[str, Arm], bases: Sequence[str]
         lost = broken(folder, data)
         text += [f"## {data}", "", f"Seeds {seeds[0]} to {seeds[-1]}; {count} runs, {lost} of them broken and left out.", ""]
         text += [*table(arms, stored, bases, parts), ""]
-        if any("looking" in run for runs in stored.values() for run in runs.values()):
-            text += ["The class token's attention in the last layer, heads averaged, on 128 test scenes with masks:", ""]
-            text += [*attention_table(arms, stored), ""]
+        looks = [run["looking"] for runs in stored.values() for run in runs.values() if "looking" in run]
+        if looks:
+            layer = max(int(key.rpartition(" ")[2]) for key in looks[0]["usual"] if key.startswith("attention auroc"))
+            images = "128 test scenes with masks" if "swapped" in looks[0] else "128 test photographs with boxes"
+            text += [f"The class token's attention in the last layer, heads averaged, on {images}:", ""]
+            text += [*attention_table(arms, stored, layer, list(looks[0])), ""]
     return "\n".join(text)
 
 
 def pages() -> dict[Path, str]:
     svda, svd_vit = HERE / "svda", HERE / "svd_vit"
-    plain = {data.name: {"plain": results(svda, data.name).get("plain", {})} for data in svda.iterdir() if data.is_dir()}
-    with_plain = {"plain": SVDA["plain"], **SVD_VIT}
+    plain = {"cutouts": {"plain": results(svda, "cutouts").get("plain", {})}}  # trained once for both
+    with_plain = SVD_VIT | {"cutouts": {"plain": SVDA["cutouts"]["plain"], **SVD_VIT["cutouts"]}}
     return {
-        svda / "table.md": page(svda, "SVDA: what its parts cost and win", SVDA, ["plain", "qk-norm"]),
+        svda / "table.md": page(svda, "SVDA: what its parts cost and win", SVDA, ["plain", "qk-norm"], {}),
         svd_vit / "table.md": page(svd_vit, "SVD-ViT's tokens", with_plain, ["plain", "cls-5", "cls-5-late"], plain),
     }
 

@@ -30,7 +30,8 @@ def test_every_result_says_how_it_was_made_and_lies_at_its_place():
         result, name = json.loads(path.read_text(encoding="utf-8")), path.parent.parent.name
         assert result.keys() >= NEEDED
         assert path == study.result_path(BENCHMARKS / name, result["data"], result["arm"], result["seed"])
-        assert result["graft"] == list(arms[name][result["arm"]].graft), "the arm has changed since: train it again"
+        arm = arms[name][result["data"]][result["arm"]]
+        assert result["graft"] == list(arm.graft), "the arm has changed since: train it again"
         assert result["seed"] in study.PROTOCOLS[result["data"]].seeds
         assert f"--arm {result['arm']} --seed {result['seed']}" in result["command"]
 
@@ -57,7 +58,7 @@ def test_broken_runs_are_left_out_and_counted(tmp_path):
     assert study.broken(tmp_path, "cutouts") == 1
 
 
-@pytest.mark.parametrize("words", [["fashion-mnist"], ["cutouts", "--arm", "nobody"], ["nothing"]])
+@pytest.mark.parametrize("words", [["fashion-mnist"], ["cutouts", "--arm", "nobody"], ["nothing"], ["animals-last-2"]])
 def test_usage_errors(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         study.main(BENCHMARKS / "svda", study_tables.SVDA, words)
