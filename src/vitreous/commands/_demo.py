@@ -5,9 +5,12 @@ It ends in one table and a report.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitreous.base import statistics
+from vitreous.base.errors import VitreousError
 from vitreous.base.files import read_json
 from vitreous.base.metrics import CLASSIFICATION
 from vitreous.data import ArraySamples, Cutouts
@@ -31,13 +35,12 @@ from vitreous.report.page import write as write_report
 from vitreous.train.engine.loader import loader
 from vitreous.train.records.predictions import by_image
 from vitreous.train.records.run_folder import choose_folder, read_metrics
-from vitreous.train.run import train
-from vitreous.train.settings import TrainSettings
 
 ARMS = {"plain": (), "SVDA": ("svda",), "SVDA-sqrt": ("svda:scale=sqrt",), "SVD-ViT": ("spc",)}
 NETWORK = ("patch_size=4", "embed_dim=64", "depth=4", "num_heads=4", "mlp_ratio=2.0")
-RECIPE = {"data": "cutouts", "epochs": 5, "lr": 2e-3, "warmup_epochs": 0.5, "clip_grad": 1.0}  # tuned on the plain arm
-QUICK = RECIPE | {"data": "cutouts:train=128,test=60", "epochs": 1}
+RECIPE = ("--lr", "2e-3", "--warmup-epochs", "0.5", "--clip-grad", "1.0", "--model-kwargs", *NETWORK)  # tuned on the plain arm
+DATA = ("cutouts", "--epochs", "5")
+QUICK = ("cutouts:train=128,test=60", "--epochs", "1")
 SHIPPED = Path(__file__).parents[1] / "weights" / "cutouts"  # trained by `vitreous train`; its README says how
 LOOKED_AT = 128  # test scenes on which the four are compared by what they look at
 
@@ -50,10 +53,7 @@ def demo(out: str | None, seed: int, quick: bool) -> Path:
     # the last digits.
     torch.set_num_threads(1)
     first_look(folder / "first-look", seed, console)
-    for number, (arm, mechanisms) in enumerate(ARMS.items(), 1):
-        console.print(f"\n{number} of {len(ARMS)}: {arm}", style="bold", highlight=False)
-        recipe = QUICK if quick else RECIPE
-        train(TrainSettings(**recipe, model_kwargs=NETWORK, graft=mechanisms, seed=seed, out=str(folder / arm)), console)
+    train_arms(folder, (*(QUICK if quick else DATA), *RECIPE, "--seed", str(seed)), console)
     console.print()
     console.print(compare(folder, seed))
     report = write_report([folder / arm for arm in ARMS], folder / "report.html")
@@ -71,6 +71,40 @@ def demo(out: str | None, seed: int, quick: bool) -> Path:
     console.print("Next, go on from the plain model with SVDA at a scale that lets it select:", soft_wrap=True)
     console.print(f"  {shlex.join([*following, '--epochs', '2', '--lr', '1e-4'])}", soft_wrap=True, highlight=False)
     return folder
+
+
+def train_arms(folder: Path, words: tuple[str, ...], console: Console) -> None:
+    """`vitreous train` of each arm with these words, in processes of their own.
+
+    As many at a time as the machine has cores; their lines are printed as they come, behind the
+    arm's name. Raises VitreousError if one fails.
+    """
+    cores = os.cpu_count() or 1
+    running: list[subprocess.Popen] = []
+    console.print(
+        f"\nTraining {', '.join(ARMS)}: {min(cores, len(ARMS))} at a time, one thread each.", style="bold", highlight=False
+    )
+
+    def one(arm: str) -> tuple[str, int]:
+        command = [sys.executable, "-m", "vitreous", "train", *words, "--out", str(folder / arm)]
+        command += [word for graft in ARMS[arm] for word in ("--graft", graft)]
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        running.append(child)
+        for line in child.stdout:
+            console.print(f"{arm}: {line.rstrip()}", soft_wrap=True, highlight=False, markup=False)
+        return arm, child.wait()
+
+    with ThreadPoolExecutor(min(cores, len(ARMS))) as pool:
+        try:
+            failed = [arm for arm, status in pool.map(one, ARMS) if status]
+        finally:  # on Ctrl-C the arms that run have it too, and end by themselves
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in running:
+                child.wait()
+    if failed:
+        raise VitreousError(f"Training ended early: {', '.join(failed)}. Expected all to end. The lines above say why.")
 
 
 def first_look(folder: Path, seed: int, console: Console) -> None:
