@@ -29,7 +29,8 @@ class Data(Command):
     usage: ClassVar[str] = "check DATA"
 
     data: Annotated[
-        conf.Positional[str], conf.arg(metavar="DATA", help="A folder, tar archive, .csv table or hf:PATH, as for train")
+        conf.Positional[str],
+        conf.arg(metavar="DATA", help="A folder, tar archive, .csv table or hf:PATH, as for train"),
     ]
     json: Annotated[bool, conf.arg(help="Print everything as JSON")] = False
     outside: Annotated[bool, conf.arg(help="Let a table name files outside its folder")] = False

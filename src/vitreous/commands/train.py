@@ -16,7 +16,8 @@ DataText = Annotated[
     conf.Positional[str],
     conf.arg(
         metavar="DATA",
-        help="cutouts (made scenes), fashion-mnist:PATH, cifar10:PATH, cifar100:PATH, or the PATH of such files, of a folder "
+        help="cutouts (made scenes), fashion-mnist:PATH, cifar10:PATH, cifar100:PATH, "
+        "cub-200-2011:PATH, fgvc-aircraft:PATH, stanford-cars:PATH, food-101:PATH, or the PATH of such files, of a folder "
         "or tar of class folders, or of an .npz",
     ),
 ]

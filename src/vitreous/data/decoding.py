@@ -7,6 +7,7 @@ import stat
 import struct
 import threading
 import warnings
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -47,6 +48,17 @@ class Row(Protocol):
     """What hands out the bytes of an image kept in a table."""
 
     def read_bytes(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """An image file whose last rows of pixels, such as a banner, are no part of the picture."""
+
+    path: Path
+    rows: int
+
+    def read_bytes(self) -> bytes:
+        return read_file(self.path)
 
 
 Source = Path | bytes | Row  # a file, its contents where it was read out of an archive, or a row of a table
@@ -113,7 +125,7 @@ def decode(source: Source, name: str, channels: int) -> Image.Image:
     """
     try:
         with opened(contents(source, name)) as image:
-            return converted(image, name, channels)
+            return cropped(converted(image, name, channels), source, name)
     except BROKEN as error:
         raise unreadable(name, error) from error
 
@@ -123,7 +135,7 @@ def decode_with_notes(source: Source, name: str, channels: int) -> tuple[Image.I
     try:
         with opened(contents(source, name)) as image:
             notes = remarks(image, name)
-            return converted(image, name, channels), notes
+            return cropped(converted(image, name, channels), source, name), notes
     except BROKEN as error:
         raise unreadable(name, error) from error
 
@@ -145,6 +157,20 @@ def converted(image: Image.Image, name: str, channels: int) -> Image.Image:
         return image.convert("L" if channels == 1 else "RGB")
     except BROKEN as error:
         raise unreadable(name, error) from error
+
+
+def cropped(image: Image.Image, source: Source, name: str) -> Image.Image:
+    """A converted image without the rows that its source leaves out."""
+    rows = rows_left(image.height, source, name)
+    return image if rows == image.height else image.crop((0, 0, image.width, rows))
+
+
+def rows_left(height: int, source: Source, name: str) -> int:
+    """How many rows of pixels of an image its source lets count. Raises Unreadable if none."""
+    rows = height - (source.rows if isinstance(source, Cropped) else 0)
+    if rows < 1:
+        raise unreadable(name, ValueError(f"it has {height} rows of pixels, of which the last {source.rows} do not count"))
+    return rows
 
 
 def is_deep(image: Image.Image) -> bool:

@@ -11,6 +11,8 @@ from vitreous.data.decoding import ALPHA, BROKEN, Source, contents, opened, unre
 VOID = 255  # index of pixels without a class, as in PASCAL VOC and Cityscapes
 CLASSES = 100  # beside white, greys from here on may be shades as well as classes
 LEVELS = 64  # distinct values of a picture, from which on it is taken to hold shades
+VOTES = set(range(0, 256, 51))  # greys of the pixels that none, one, ... all of five annotators marked, as in CUB-200-2011
+VOTE_NOTE = "masks of five votes, cut at half"
 CLASS_NOTE = "masks of classes: each index above 0 is foreground"
 VOID_NOTE = f"{CLASS_NOTE}, {VOID} is void and counts as background"
 GREY_NOTE = "masks with greys between black and white, cut at half"
@@ -23,7 +25,8 @@ def decode_mask(source: Source, name: str) -> tuple[np.ndarray, str]:
     Of two values the larger is foreground. Indices of a palette, and small numbers in a grey
     picture, are classes: those above 0 are foreground, 255 is void, which counts as background.
     Where alpha varies, what is opaque is foreground. A few greys between black and white are
-    edges, and cut at half. The note is empty for two values.
+    edges, and cut at half, as are the fifths of white that five annotators' votes make. The note
+    is empty for two values.
 
     Raises Unreadable, or DataError for a picture that is not clearly one of these.
     """
@@ -84,6 +87,8 @@ def of_greys(values: np.ndarray, white: int = 255) -> tuple[np.ndarray, str]:
         return values > 0, ""
     if len(levels) == 2 and (levels[0] == 0 or levels[1] - levels[0] > white // 4):
         return values == levels[1], ""
+    if white == 255 and set(levels.tolist()) <= VOTES:
+        return values > white / 2, VOTE_NOTE
     bright, between = counts[levels == white].sum(), counts[(levels > 0) & (levels < white)].sum()
     if bright > 2 * between:
         return values > white / 2, GREY_NOTE

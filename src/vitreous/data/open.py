@@ -26,9 +26,10 @@ from vitreous.data.sources.named import (
     has_idx,
     idx_folder,
 )
+from vitreous.data.sources.official import LAYOUTS, list_official, official_kind
 from vitreous.data.sources.table import list_table
 
-NAMES = ("cutouts", "fashion-mnist", "cifar10", "cifar100", "hf")
+NAMES = ("cutouts", "fashion-mnist", "cifar10", "cifar100", *LAYOUTS, "hf")
 
 
 def open_data(
@@ -45,9 +46,10 @@ def open_data(
     """Open the data that `spec` names.
 
     spec: "cutouts" or "cutouts:size=64,classes=4,train=2000,test=500,correlation=0.8" (made
-    scenes); "fashion-mnist:PATH", "cifar10:PATH", "cifar100:PATH"; or PATH alone, recognised by
-    what is there: idx files, CIFAR files, an .npz, a folder or tar of class folders, a .csv table
-    (columns file, label, or label:NAME for each of several classes; see
+    scenes); "fashion-mnist:PATH", "cifar10:PATH", "cifar100:PATH"; "cub-200-2011:PATH",
+    "fgvc-aircraft:PATH", "stanford-cars:PATH", "food-101:PATH" (`sources.official`); or PATH
+    alone, recognised by what is there: these or idx files, CIFAR files, an .npz, a folder or tar of
+    class folders, a .csv table (columns file, label, or label:NAME for each of several classes; see
     `sources.table.list_table`); or "hf:PATH", a data set that Hugging Face's `datasets` saved to
     disk.
 
@@ -70,6 +72,9 @@ def open_data(
         data = cutouts(**_options(rest, {"size": image_size} if image_size else {}), seed=seed)
     elif name == "hf" and rest:
         listing = list_saved(Path(rest).expanduser(), outside=outside)
+        data = assemble(listing, image_size=image_size, strict=strict, progress=progress)
+    elif name in LAYOUTS and rest:
+        listing = list_official(name, Path(rest).expanduser())
         data = assemble(listing, image_size=image_size, strict=strict, progress=progress)
     elif name in NAMES:
         data = _named(name, rest, image_size, download)
@@ -148,6 +153,8 @@ def _recognised(path: Path, image_size: int | None, strict: bool, outside: bool,
             return idx_folder(path)
         if name := cifar_kind(path):
             return cifar(name, path)
+        if name := official_kind(path):
+            return assemble(list_official(name, path), image_size=image_size, strict=strict, progress=progress)
         return image_folder(path, image_size=image_size, strict=strict, progress=progress)
     if is_archive(path):
         return image_folder(path, image_size=image_size, strict=strict, progress=progress)

@@ -24,8 +24,10 @@ from vitreous.data.decoding import (
     Unreadable,
     contents,
     converted,
+    cropped,
     opened,
     remarks,
+    rows_left,
     unreadable,
 )
 from vitreous.data.problems import cell, shown
@@ -95,12 +97,13 @@ def examined(source: Source, name: str, channels: int, pixels: bool) -> Examined
         with opened(raw) as image:
             notes, size = remarks(image, name), image.size
             if pixels:
-                whole = converted(image, name, channels)
+                whole = cropped(converted(image, name, channels), source, name)
                 of_pixels = hashlib.blake2b(repr(whole.size).encode() + whole.tobytes(), digest_size=16).hexdigest()
                 return Examined("", notes, whole.size, digest, of_pixels)
             image.draft(None, (1, 1))  # a JPEG is read to its end, but only an eighth of a side is made of it
             converted(image, name, channels)
-            return Examined("", notes, size[::-1] if image.getexif().get(ORIENTATION, 1) > 4 else size, digest)
+            width, height = size[::-1] if image.getexif().get(ORIENTATION, 1) > 4 else size
+            return Examined("", notes, (width, rows_left(height, source, name)), digest)
     except Unreadable as error:
         return Examined(error.reason, contents=digest)
     except BROKEN as error:

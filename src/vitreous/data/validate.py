@@ -18,6 +18,7 @@ from vitreous.data.sources.archives import is_archive
 from vitreous.data.sources.folders import list_folder
 from vitreous.data.sources.huggingface import list_saved
 from vitreous.data.sources.listing import Listing, check_parts, class_order, class_problems, copies, size_problems
+from vitreous.data.sources.official import LAYOUTS, list_official, official_kind
 from vitreous.data.sources.table import list_table
 
 # Suffixes of image formats that are not read.
@@ -50,7 +51,7 @@ class Findings:
 
 
 def check_data(spec: str, *, outside: bool = False, progress: Progress | None = None) -> Findings:
-    """Check what `vitreous train` would read of a folder, tar archive, .csv table or hf:PATH.
+    """Check what `vitreous train` would read of a folder, tar, .csv table or NAME:PATH.
 
     Raises DataError where nothing can be checked: no such place, or no image in it.
     """
@@ -103,14 +104,19 @@ def list_images(spec: str, outside: bool, note: Any) -> Listing:
     """
     if spec.startswith("hf:"):
         return list_saved(Path(spec[3:]).expanduser(), outside=outside, report=note)
+    name, _, rest = spec.partition(":")
+    if name in LAYOUTS and rest:
+        return list_official(name, Path(rest).expanduser())
     path = Path(spec).expanduser()
+    if official := official_kind(path):
+        return list_official(official, path)
     if path.is_dir() or is_archive(path):
         return list_folder(path, note)
     if path.suffix.lower() == ".csv" and path.is_file():
         return list_table(path, outside=outside, report=note)
     raise DataError(
-        f"Found no folder, tar archive or .csv table {spec!r}. Expected images to check. Check the path; named sets such as "
-        "cifar10 are checked when they are opened."
+        f"Found no folder, tar archive or .csv table {spec!r}. Expected images to check. Check the path; sets of arrays "
+        "such as cifar10 are checked when they are opened."
     )
 
 
