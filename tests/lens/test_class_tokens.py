@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitreous import foreground, look
 from vitreous.lens.layer_features import QUERIES
@@ -39,20 +40,20 @@ class Tokens(nn.Module):
         self.counts, self.tokens = counts, tokens
         for name, count in counts.items():
             self.register_parameter(name, nn.Parameter(torch.randn(1, count, WIDTH)))
-        self.table = nn.Parameter(torch.randn(1, SIDE * SIDE + sum(counts.values()), WIDTH))
+        self.pos_embed = nn.Parameter(torch.randn(1, SIDE * SIDE + sum(counts.values()), WIDTH))
         for p in self.parameters():
             p.data.mul_(2)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.embed(images).flatten(2).mT
         named = [getattr(self, name).expand(len(images), -1, -1) for name in self.counts]
-        x = torch.cat([*named, patches], 1) + self.table
+        x = torch.cat([*named, patches], 1) + self.pos_embed
         return self.second(self.first(x, x), x) if self.tokens is None else self.tokens(self, patches, named)
 
 
 def later_registers(model, patches, named):
     """Registers between a class token and patches, put in behind the position table."""
-    x = torch.cat([named[0], patches], 1) + model.table[:, : 1 + SIDE * SIDE]
+    x = torch.cat([named[0], patches], 1) + model.pos_embed[:, : 1 + SIDE * SIDE]
     x = torch.cat([x[:, :1], named[1], x[:, 1:]], 1)
     return model.second(model.first(x, x), x)
 
@@ -115,6 +116,54 @@ def test_queries_are_shown_one_by_one(count, images):
     assert "class" not in foreground(model, images).rule
 
 
+def test_what_was_pooled_from_everything_has_no_map(images):
+    """Latents, or object queries of a second decoder layer, that attend to each other: not to the middle of the image."""
+
+    def perceiver(model, patches, named):
+        latents = model.first(named[0], patches)
+        return model.second(latents, latents)
+
+    reading = look(Tokens(perceiver, latents=3).eval(), images, noise=0)
+    assert ("attention", 0) in reading.maps
+    assert ("attention", 1) not in reading.maps
+    assert reading.layers[1]["grid"] is None
+    assert [layer["note"] for layer in reading.layers][1] == "where its tokens are is not known"
+    untouched = look(Tokens(decoder, queries=3).eval(), images, noise=0)
+    assert untouched.layers[0]["note"] == "where its tokens are is not known"  # equal for all images, of one window
+
+
+def test_frames_that_look_like_heads_are_said(images):
+    """Two frames of each image, each attended on its own: maps of 2 frames x 2 heads, at the same places."""
+
+    def video(model, patches, named):
+        frames = torch.stack([patches, patches / 2], 1)
+        return model.second(frames, frames).mean(1)
+
+    class Frames(Attention):
+        def forward(self, x, y):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(2, 3) for t in (self.q(x), *self.kv(y).chunk(2, -1)))
+            return (torch.softmax(q @ k.mT, -1) @ v).transpose(2, 3).flatten(3)
+
+    model = Tokens(video)
+    model.second = Frames()
+    (layer,) = look(model.eval(), images, noise=0).layers
+    assert layer["heads"] == 4
+    assert "2 x 2 maps have the same places" in layer["note"]
+
+
+def test_tokens_on_no_grid_are_said(images):
+    """Windows of four places and the token of their region, which lies between them."""
+
+    def regions(model, patches, named):
+        fine = F.interpolate(patches.mT.unflatten(-1, (SIDE, SIDE)), scale_factor=2, mode="bilinear")
+        windows = F.unfold(fine, 2, stride=2).unflatten(1, (WIDTH, 4)).permute(0, 3, 2, 1)  # (B, regions, 4, WIDTH)
+        x = torch.cat([patches[:, :, None], windows], 2).flatten(0, 1)
+        return model.second(x, x).unflatten(0, (-1, SIDE * SIDE)).flatten(1, 2)
+
+    (layer,) = look(Tokens(regions).eval(), images, noise=0).layers
+    assert (layer["grid"], layer["note"]) == (None, "its tokens lie on no grid")
+
+
 def test_latents_beside_patches_are_no_class_token(images):
     model = Tokens(resampler, class_latents=3).eval()  # whatever their name
     reading = look(model, images, noise=0)
@@ -150,6 +199,26 @@ def test_tokens_are_named_after_their_parameters(images):
     assert names(Tokens(prompts=2, cls_token=1)) == ["prompts"] * 2
     assert names(Tokens(later_registers, class_token=1, registers=3)) == ["class_token"] * 2
     assert names(Tokens()) == ["", ""]
+    assert names(Tokens(table_in_pieces, cls_token=1)) == ["cls_token"] * 2
+    assert names(vector_with_a_norm_of_its_own()) == ["cls_token"] * 2
+
+
+def table_in_pieces(model, patches, named):
+    """As where positions of the class token and interpolated ones of patches are joined."""
+    x = torch.cat([named[0], patches], 1)
+    x = x + torch.cat([model.pos_embed[:, :1], model.pos_embed[:, 1:]], 1)
+    return model.second(model.first(x, x), x)
+
+
+def vector_with_a_norm_of_its_own():
+    def tokens(model, patches, named):
+        first = model.norm(model.cls_token.reshape(WIDTH).expand(len(patches), 1, WIDTH))
+        x = torch.cat([first, patches], 1)
+        return model.second(model.first(x, x), x)
+
+    model = Tokens(tokens)
+    model.cls_token, model.norm = nn.Parameter(torch.randn(WIDTH)), nn.LayerNorm(WIDTH)
+    return model
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,10 @@ def of_layer(call: AttentionCall, where: TokenCoordinates) -> dict[str, Any]:
             f"its queries have no place in the image: query1 to query{shown} are the maps of {shown} of {where.loose_queries}"
         )
     elif where.grid is None:
-        note = "where its tokens are is not known" if layout is None else layout.note
+        note = "where its tokens are is not known" if layout is None else layout.note or "its tokens lie on no grid"
+    elif layout is not None and len(axes := [n for axis in layout.factors for n, kind in axis if kind == "H" and n > 1]) > 1:
+        shared = " x ".join(map(str, axes))
+        note = f"{shared} maps have the same places: what is counted as heads is also frames, views or channels"
     return {
         "layer": where.layer,
         "name": call.name,

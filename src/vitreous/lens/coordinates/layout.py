@@ -308,10 +308,13 @@ def _without_pooled(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     A pooled mean is not the patch in the middle. The variance of the pixels that a token stands for
     is compared with that of the median token beside it: the mean of all tokens exceeds it by the
     variance of their places. Tokens that are all at one place are compared with those of the other
-    side.
+    side; if all tokens of both sides are at one place, as those that were pooled before, none has
+    a place.
     """
     points = [places.flatten(0, -2)[places[..., 0].flatten().isfinite()] for places in (query, key)]
     spreads = [(float(p[:, 2].median()), float(p[:, :2].var(0, correction=0).sum())) for p in points if len(p)]
+    if max(map(len, points)) > 1 and all(width <= CLOSE for _, width in spreads):
+        return torch.full_like(query, torch.nan), torch.full_like(key, torch.nan)
     sides = []
     for places, own in zip((query, key), points, strict=True):
         if len(own):

@@ -39,10 +39,12 @@ class TokenNames:
     def follow(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Name the tokens of the output of a call. name: without underscores around it."""
         names: Names = ()
-        if not isinstance(out, Tensor) or out.ndim < 2:
+        if not isinstance(out, Tensor) or not out.ndim:
             return
         if name in SAME_TOKENS:
-            names = self.likeliest(tensors((*args, *kwargs.values())), out.shape[-2])
+            inputs = tensors((*args, *kwargs.values()))
+            inputs = inputs[:1] if name == "layer_norm" else inputs
+            names = self.likeliest(inputs, out.shape[-2] if out.ndim > 1 else 1)
         elif name in ("cat", "concat", "concatenate"):
             names = self.join(args, kwargs, out)
         elif name == "getitem":
@@ -54,7 +56,9 @@ class TokenNames:
         """Names of `count` tokens that were added up.
 
         Tokens that were joined come before those of one parameter, and position tables come last.
+        A vector beside another tensor is a bias or a scale.
         """
+        inputs = [x for x in inputs if x.ndim > 1 or len(inputs) == 1]
         options = [names for x in inputs if (names := self.of(x)) and len(names) == count]
         return min(options, key=lambda names: ("" not in names, "pos" in names[0]), default=())
 
@@ -64,7 +68,8 @@ class TokenNames:
         if dim % out.ndim != out.ndim - 2 or not any(self.of(piece) for piece in pieces):
             return ()
         names = tuple(name for piece in pieces for name in self.of(piece) or ("",) * piece.shape[-2])
-        self.joined[len(names)] = names
+        if len(names) not in self.joined or "pos" not in names[0]:  # tables of positions are joined, too
+            self.joined[len(names)] = names
         return names
 
     def cut(self, x: Tensor, index: Any, out: Tensor) -> Names:

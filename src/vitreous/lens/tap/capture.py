@@ -210,6 +210,7 @@ def arrangements(op: AttentionOp, traced: Traced | None, batch: int) -> list[Arr
     if len(grown) != 1 or lead[grown[0]] != batch * traced.lead[grown[0]]:
         return []
     before, factors, after = traced.factors[: grown[0]], traced.factors[grown[0]], traced.factors[grown[0] + 1 :]
+    factors = tuple(factor for factor in factors if factor[0] > 1)  # before or behind a single window is the same
     places = range(len(factors) + 1)
     return [cached_arrangement((*before, (*factors[:i], (batch, "B"), *factors[i:]), *after)) for i in places]
 
