@@ -19,8 +19,9 @@ from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.data import Cutouts
 from vitreous.lens import reading as module
 from vitreous.lens.look import look
-from vitreous.lens.reading import Maps, Part, Reading, Writer, as_csv, from_csv, joined, read, read_part
+from vitreous.lens.reading import Maps, Part, Reading, Writer, read, read_part
 from vitreous.lens.stored_maps import packed
+from vitreous.lens.tables import as_csv, from_csv, joined
 from vitreous.report.reading import ReadingFolder
 
 

@@ -43,6 +43,7 @@ class Made:
     curves: bool = True
     unsure: tuple[int, ...] = (2,)  # images whose u1 has no sure sign
     chunk: int = 16
+    queries: int = 0  # images with the attention of every patch; it is all on one place, see `looked_at`
 
     def name(self, image: int) -> str:
         return self.names[image % len(self.names)] if self.names else f"photo-{image:02d}.jpg"
@@ -51,6 +52,11 @@ class Made:
 def value(measure: str, layer: int, head: int, image: int) -> float:
     """The number that stands in the made table: told apart by layer, head and image in its digits."""
     return round(MEASURES.index(measure) + 0.1 * layer + 0.01 * max(head, 0) + 0.0001 * image, 6)
+
+
+def looked_at(patch: tuple[int, int], layer: int, head: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """The one place that a patch looks at in a made reading."""
+    return (patch[0] + layer + 1) % grid[0], (patch[1] + 2 * head + 1) % grid[1]
 
 
 def write_reading(folder: Path, made: Made | None = None) -> Path:
@@ -104,6 +110,7 @@ def facts(made: Made) -> dict:
         "random_weights": made.random,
         "settings": {"rank": 3, "noise": 0.1}, "versions": {"torch": "2.15.0", "vitreous": "0.1.0"},
         "seed": made.seed, "layers": layers, "components": components, "images": made.images, "chunk": made.chunk,
+        "queries": {"images": list(range(made.queries)), "bytes": 1, "budget": 6, "reasons": {"1": "it attends in windows"}},
         "refused": [{"name": "head.pool", "reason": "a softmax over classes, not over places"}],
         "skipped": [{"name": "broken.jpg", "reason": "not an image that can be read: truncated"}], "notes": made.notes,
     }  # fmt: skip
@@ -157,6 +164,14 @@ def write_part(path: Path, made: Made, scenes: list[dict], images: range, rng: n
             if name[0] in "uk" and name[1:].isdigit():
                 sure = [0.71 if image in made.unsure else 0.99 for image in images]
                 tensors[f"{name}/{layer}/confidence"] = np.array(sure, np.float32)
+    count = max(0, min(made.queries - images.start, n))
+    for layer in range(made.layers) if count else ():
+        rows = np.zeros((count, made.heads, h, w, h, w), np.uint8)
+        for head, row, column in np.ndindex(made.heads, h, w):
+            rows[:, head, row, column, *looked_at((row, column), layer, head, (h, w))] = 255
+        if layer != 1:
+            tensors[f"queries/{layer}"] = rows
+            tensors[f"queries/{layer}/scale"] = np.full(rows.shape[:4], (0.9 - 0.1 * layer) / 255, np.float32)
     tensors["foreground/-1"] = (discs * 3 - 1).astype(np.float16)
     said = []
     for image in images:

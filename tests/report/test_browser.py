@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from report.made import Made, value, write_reading, write_run
+from report.made import Made, looked_at, value, write_reading, write_run
 from vitreous.report.page import write
 
 HOSTILE = [
@@ -38,7 +38,7 @@ HOSTILE = [
 def pages(tmp_path_factory) -> Path:
     """one.html, two.html, random.html, run.html, runs.html, hostile.html."""
     root = tmp_path_factory.mktemp("pages")
-    one = write_reading(root / "one", Made(title="vit_made", images=4, notes=["A note."]))
+    one = write_reading(root / "one", Made(title="vit_made", images=4, notes=["A note."], queries=2))
     shift = {("effective_tokens", 1, 1): 3.0, ("mean_distance", 2, 0): -0.4}
     two = write_reading(root / "two", Made(title="vit_tuned", images=4, looker=(0, 2), shift=shift))
     random = write_reading(root / "random", Made(title="vit_random", images=2, random=True))
@@ -218,6 +218,78 @@ def test_artifact_tokens_and_the_object_are_marked(browser, pages):
             page.get_by_label(name).click()
             drawn.append(page.locator("canvas[data-pane='0']").evaluate("canvas => canvas.toDataURL()"))
         assert len(set(drawn)) == 4
+
+
+# where the large map is highest: [value, row, column]
+PEAK = """canvas => { const map = canvas.closest('.pane').shown.map; const at = map.values.indexOf(Math.max(...map.values));
+    return [map.values[at], Math.floor(at / map.width), at % map.width]; }"""
+
+
+def await_query(page) -> None:
+    """Wait until the large map is that of a patch; the page's policy forbids Playwright's own way."""
+    for _ in range(200):
+        if page.evaluate("Boolean(document.querySelector('.pane').shown.map?.query)"):
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError("the attention of the patch never came")
+
+
+def click_patch(page, row: int, column: int) -> None:
+    """Click the middle of a patch of 14 x 14, and wait until what it looks at is shown."""
+    canvas = page.locator("canvas[data-pane='0']")
+    side = canvas.evaluate("canvas => canvas.getBoundingClientRect().width") / 14
+    canvas.click(position={"x": (column + 0.5) * side, "y": (row + 0.5) * side})
+    await_query(page)
+
+
+def choose(page, group: str, name: str) -> None:
+    page.get_by_role("group", name=group, exact=True).get_by_label(name, exact=True).check(force=True)
+
+
+def test_a_click_on_a_patch_shows_what_it_looks_at(browser, pages):
+    with visit(browser, pages / "one.html") as page:
+        canvas, note = page.locator("canvas[data-pane='0']"), page.locator(".looking-from > p")
+        choose(page, "Map", "u1")
+        choose(page, "Layer", "3")
+        click_patch(page, 4, 9)
+        assert "layer 3" in page.locator(".pane figcaption").text_content()
+        assert "from row 5, column 10" in page.locator(".pane figcaption").text_content()
+        choose(page, "Head", "2")
+        assert canvas.evaluate(PEAK) == [pytest.approx(0.6), *looked_at((4, 9), 3, 2, (14, 14))]
+        choose(page, "Layer", "2")
+        choose(page, "Head", "0")
+        await_query(page)
+        assert canvas.evaluate(PEAK) == [pytest.approx(0.7), *looked_at((4, 9), 2, 0, (14, 14))]
+        choose(page, "Layer", "1")
+        assert note.text_content() == "What each patch looks at is not there for layer 1: it attends in windows."
+        assert "from row" not in page.locator(".pane figcaption").text_content()
+        choose(page, "Layer", "2")
+        page.locator(".thumbs input").nth(3).check(force=True)
+        assert note.text_content() == "What each patch looks at is there for images 1 to 2, not for this one."
+        page.locator(".thumbs input").nth(1).check(force=True)
+        await_query(page)
+        choose(page, "Looking from", "class token")
+        assert "from row" not in page.locator(".pane figcaption").text_content()
+
+
+def test_a_patch_is_chosen_with_the_keyboard(browser, pages):
+    with visit(browser, pages / "one.html") as page:
+        canvas = page.locator("canvas[data-pane='0']")
+        canvas.focus()
+        for key in ("ArrowRight", "ArrowRight", "ArrowDown", "Enter"):
+            page.keyboard.press(key)
+        await_query(page)
+        assert canvas.evaluate(PEAK)[1:] == list(looked_at((1, 1), 2, 1, (14, 14)))  # layer 2, head 1 from the start
+        page.keyboard.press("Escape")
+        assert "from row" not in page.locator(".pane figcaption").text_content()
+
+
+def test_readings_without_queries_say_how_to_get_them(browser, pages):
+    with visit(browser, pages / "random.html") as page:  # the one has them, the other not
+        page.locator("canvas[data-pane='0']").click()
+        note = page.locator(".looking-from > p").text_content()
+        assert note.startswith("A: Click another patch")
+        assert note.endswith("B: What each patch looks at is not in this reading (vitreous look --query-budget).")
 
 
 def test_alarms_of_training_are_findings(browser, tmp_path):

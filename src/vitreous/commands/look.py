@@ -49,6 +49,8 @@ class Look(Command):
     """Images per forward pass."""
     memory: float = 1.0
     """GiB for working memory beside what the model itself needs."""
+    query_budget: float = 6.0
+    """Megabytes for what each patch looks at, of the first images that fit; 0: none."""
     seed: int = 0
     """Of the noise, the random baselines and the resampling."""
     limit: int | None = None

@@ -14,7 +14,7 @@ from vitreous.layers.geometry import centre_prior
 from vitreous.lens import faithfulness
 from vitreous.lens.formulas import scores
 from vitreous.lens.probe import Component, Measure, Source
-from vitreous.lens.reading import Columns, joined
+from vitreous.lens.tables import Columns, joined
 
 SCORES = (
     Measure("energy_inside", "Energy inside", "", 0, 1, "higher",

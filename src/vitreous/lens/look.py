@@ -9,9 +9,8 @@ rows of a table and to maps.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,22 @@ from vitreous.grafting import check, grafts
 from vitreous.lens import faithfulness, metadata
 from vitreous.lens.batch_pass import BatchPass, extra_passes, perturbed
 from vitreous.lens.direction import Direction
-from vitreous.lens.evaluation import BASELINES, SCORES, against_masks, against_model
+from vitreous.lens.evaluation import against_masks, against_model
+from vitreous.lens.findings import Findings
 from vitreous.lens.formulas import scores
 from vitreous.lens.non_finite import all_finite, outputs_note
 from vitreous.lens.probe import BatchInfo, Component, Probe, Readout, chosen, records, table
-from vitreous.lens.reading import CHUNK, FORMAT, Part, Reading, StoredParts, Writer, joined, read, read_part
-from vitreous.lens.stored_maps import joined_maps, packed
-from vitreous.lens.tap import Layouts, Refusal, trace, watch
-from vitreous.lens.tap.attention_call import AttentionCall
+from vitreous.lens.reading import CHUNK, Part, Reading, StoredParts, Writer, read, read_part
+from vitreous.lens.stored_maps import joined_maps, joined_others, packed
+from vitreous.lens.tables import joined
+from vitreous.lens.tap import watch
 from vitreous.lens.tap.attention_op import NOT_FINITE
-from vitreous.lens.token_coordinates import TokenCoordinates, has_class_token
+from vitreous.lens.token_coordinates import has_class_token
 from vitreous.models.classes import class_names
 
 GIB = 2**30
 BLOCK = 1 << 20  # numbers in a block: 4 MiB each in the map's buffer and in ours
+QUERY_BUDGET = 6.0  # megabytes
 EMPTY_MASKS = "Some masks mark no pixel of the view: no map can be scored against them."
 
 
@@ -60,89 +61,7 @@ class Plan:
     names: list[str] | None  # of the classes; None: the output is not taken for classes
     loss: Callable[[Any, Any], Tensor] | None = None
     curve_options: dict[str, Any] = field(default_factory=dict)  # fill, fractions, black
-
-
-@dataclass
-class Findings:
-    """What earlier batches of a look showed of the model.
-
-    It holds for all batches, and each part keeps it for a look that goes on there.
-    """
-
-    layouts: dict[tuple[int, ...], Layouts] = field(default_factory=dict)  # by shape of an image
-    choices: dict[str, str] = field(default_factory=dict)  # of the first batch, for all others: `BatchInfo.choices`
-    details: dict[str, dict[str, str]] = field(default_factory=dict)  # of maps
-    layers: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # records, by call
-    refused: dict[Refusal, None] = field(default_factory=dict)
-    notes: dict[str, None] = field(default_factory=dict)
-    images: int = 0  # seen so far
-
-    def layout(self, model: nn.Module, images: Tensor) -> Layouts:
-        shape = tuple(images.shape[1:])
-        if shape not in self.layouts:
-            self.layouts[shape] = traced(model, images)
-        return self.layouts[shape]
-
-    def remember(self, call: AttentionCall, where: TokenCoordinates) -> None:
-        """Keep what the page says of a layer; its error is the largest of all batches."""
-        record = self.layers.setdefault((call.name, call.call_index), metadata.of_layer(call, where))
-        record["error"] = max(record["error"], call.error)
-        if record["layer"] != where.layer:
-            raise HostError(
-                f"Found {call.name} as attention {where.layer} of a pass, and {record['layer']} of an earlier one. Expected "
-                "the same attentions for all images. Look at fewer images, or leave out those that differ."
-            )
-
-    def as_json(self) -> dict[str, Any]:
-        """What a part keeps."""
-        content = {"layers": list(self.layers.values()), "choices": self.choices, "details": self.details}
-        content |= {"notes": list(self.notes), "refused": [[refusal.name, refusal.reason] for refusal in self.refused]}
-        return copy.deepcopy(content)
-
-    def take_in(self, content: dict[str, Any]) -> None:
-        """What an earlier part kept."""
-        for record in content.get("layers", ()):
-            own = self.layers.setdefault((record["name"], record["number"]), record)
-            own["error"] = max(own["error"], record["error"])
-        self.choices |= content.get("choices", {})
-        self.details |= content.get("details", {})
-        self.notes |= dict.fromkeys(content.get("notes", ()))
-        self.refused |= {Refusal(*refused): None for refused in content.get("refused", ())}
-
-    def metadata(self, parts: Sequence[Part], probes: Sequence[Probe]) -> dict[str, Any]:
-        """What reading.json says beside the model and the settings."""
-        first = next(part for part in parts if part.images)
-        return {
-            "format": FORMAT,
-            "kind": "reading",
-            "layers": list(self.layers.values()),
-            "probes": [str(probe) for probe in probes],
-            "measures": [asdict(record) for record in records(probes, "measures").values()],
-            "sources": [asdict(record) for record in records(probes, "sources").values()],
-            "components": metadata.of_components(first, records(probes, "components"), self.details),
-            "scores": [asdict(record) for record in SCORES],
-            "baselines": [asdict(record) for record in BASELINES],
-            "images": self.images,
-            "chunk": CHUNK,
-            "parts": len(parts),
-            "refused": [{"name": refusal.name, "reason": refusal.reason} for refusal in self.refused],
-            "skipped": [record for part in parts for record in part.skipped],
-            "notes": list(self.notes),
-        }
-
-
-def traced(model: nn.Module, images: Tensor) -> Layouts:
-    """`trace`, with an error of the model's own in words: it may take more than images."""
-    try:
-        return trace(model, images)
-    except VitreousError:
-        raise
-    except Exception as error:
-        raise HostError(
-            f"Found that {type(model).__name__} fails on images {tuple(images[:1].shape)} ({type(error).__name__}: {error}). "
-            "Expected a model that takes a batch of images and nothing else. Give the part that sees the images (such as "
-            "model.vision_model), or images of the size that it takes."
-        ) from error
+    query_budget: float = 0.0
 
 
 def look(
@@ -159,6 +78,7 @@ def look(
     noise: float = 0.01,
     batch_size: int = 8,
     memory: float = 1.0,
+    query_budget: float = QUERY_BUDGET,
     seed: int = 0,
     limit: int | None = None,
     out: str | Path | None = None,
@@ -182,6 +102,7 @@ def look(
         intervals from 16 on. curve_fill: of `faithfulness.FILLS`. curve_fractions: as in `curves`.
     noise: deviation on pixels of [0, 1] under which attention is compared; 0 leaves robustness out.
     memory: GiB of working memory beside the model's own.
+    query_budget: megabytes for what each patch looks at, of the first images that fit; 0: none.
     out: a folder, written as it goes; an interrupted look goes on there.
     team: processes that share the parts of `out`; the first joins them. All give equal arguments.
     console: shows progress.
@@ -191,18 +112,17 @@ def look(
     before afterwards. Raises HostError for a model that shows no attention, DataError for no
     readable image, SettingError for settings.
     """
-    numbers = {"noise": noise, "batch_size": batch_size, "memory": memory, "curves": curves, "seed": seed}
-    check_settings(**numbers, limit=1 if limit is None else limit)
+    check_settings(noise=noise, batch_size=batch_size, memory=memory, curves=curves, seed=seed, query_budget=query_budget)
+    check_settings(limit=1 if limit is None else limit)
     model = unwrapped(model)
     views = Views(model, images, masks, inputs)
-    count = len(views) if limit is None else min(limit, len(views))
-    if count < 1:
-        raise DataError("Found no images. Expected at least one. Give a tensor (B, C, h, w), paths, or a folder of images.")
+    count = image_count(views, limit)
     if direction is not None:
         direction.check(model)
     about, of_curves = about or {}, curve_options(curve_fill, curve_fractions, views)
     names = about.get("classes") or class_names(model)
     plan = Plan(model, views, chosen(probes, model), direction, noise, seed, batch_size, memory, names, loss, of_curves)
+    plan = replace(plan, query_budget=query_budget)
     findings = Findings(notes=dict.fromkeys([*metadata.notes(model, about), *views.remarks]))
     settings = settings_of(plan, curves, limit, probes is not None)
     mark = metadata.fingerprint(model, views, count, settings)
@@ -217,10 +137,9 @@ def look(
         writer = Writer(Path(out), mark)
     parts = all_parts(plan, findings, count, writer, console)
     curve_records = all_curves(plan, findings, parts, min(curves, findings.images))
-    content = metadata.of_model(model, about) | findings.metadata(parts, plan.probes)
-    reading = Reading(content | {"settings": settings, "seed": seed, "fingerprint": mark}, parts, curve_records)
-    if scored := reading.scores():
-        reading.facts["summary"] = scores.summary(scored, seed=seed)
+    content = {"settings": settings, "seed": seed, "fingerprint": mark}
+    content |= metadata.of_model(model, about) | findings.metadata(parts, plan.probes, query_budget)
+    reading = with_summary(Reading(content, parts, curve_records), seed)
     if writer is None:
         return reading
     writer.finish(reading)
@@ -228,11 +147,27 @@ def look(
     return read(writer.folder)
 
 
+def image_count(views: Views, limit: int | None) -> int:
+    """How many images are looked at. Raises DataError for none."""
+    count = len(views) if limit is None else min(limit, len(views))
+    if count < 1:
+        raise DataError("Found no images. Expected at least one. Give a tensor (B, C, h, w), paths, or a folder of images.")
+    return count
+
+
+def with_summary(reading: Reading, seed: int) -> Reading:
+    """The reading with means of its scores, where there are any."""
+    if scored := reading.scores():
+        reading.facts["summary"] = scores.summary(scored, seed=seed)
+    return reading
+
+
 def settings_of(plan: Plan, curves: int, limit: int | None, probes_given: bool) -> dict[str, Any]:
     """What a reading depends on beside model and images: a look goes on with the same alone."""
     settings = {"noise": plan.noise, "seed": plan.seed, "curves": curves, "limit": limit}
     settings |= {name: plan.curve_options[name] for name in ("fill", "fractions") if name in plan.curve_options}
     settings["direction"] = metadata.of_direction(plan.direction)
+    settings |= {} if plan.query_budget == QUERY_BUDGET else {"query_budget": plan.query_budget}
     return settings | ({"probes": [probe.full_text() for probe in plan.probes]} if probes_given else {})
 
 
@@ -261,6 +196,7 @@ def check_settings(**settings: float) -> None:
         "noise": (0, 1),
         "batch_size": (1, 10**6),
         "memory": (0.001, 10**4),
+        "query_budget": (0, 10**6),
         "curves": (0, 10**6),
         "seed": (0, 2**32),
         "limit": (1, 10**12),
@@ -332,12 +268,13 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
         except DataError as error:
             skipped.append({"name": plan.views.name(i), "reason": str(error)})
     part, components = Part({}, [], skipped), records(plan.probes, "components")
-    tensors, rows, scored = [], [], []
+    tensors, others, rows, scored = [], [], [], []
     for start in range(0, len(views), plan.batch_size):
         batch = views[start : start + plan.batch_size]
         first = findings.images + start
         readout, predictions = look_at_batch(plan, findings, batch, first)
         tensors.append(stored(readout, components))
+        others.append({name: value.cpu().numpy() for name, value in readout.others.items()})
         rows.append(table(readout.rows, plan.probes))
         part.images += [metadata.of_image(view, first + i, plan.names, predictions[i]) for i, view in enumerate(batch)]
         if any(view.mask is not None for view in batch):
@@ -345,6 +282,7 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
         if any(view.mask is not None and not view.mask.any() for view in batch):
             findings.notes[EMPTY_MASKS] = None
     part.tensors = joined_maps(tensors, [len(views[i : i + plan.batch_size]) for i in range(0, len(views), plan.batch_size)])
+    part.tensors |= joined_others(others)
     for i, view in enumerate(views):
         part.tensors[f"picture/{findings.images + i}"] = view.jpeg()
         if view.mask is not None:
@@ -382,6 +320,7 @@ def look_at_batch(
     block = max(1, min(BLOCK, int(plan.memory * GIB / 16)))  # four buffers of four bytes
     batch = BatchInfo(images, count, layouts, noisy, first, plan.seed, block, has_class_token(plan.model))
     batch.direction, batch.choices, batch.loss = plan.direction, findings.choices, plan.loss
+    batch.query_budget = plan.query_budget
     batch_pass = BatchPass(plan.model, plan.probes, batch, findings.remember)
     callbacks = {"on_output": batch_pass.on_output, "outputs": batch_pass.outputs}
     seen = watch(plan.model, images, batch_pass.on_attention, layouts=layouts, **callbacks)
@@ -390,6 +329,7 @@ def look_at_batch(
     for each in readouts:
         readout.maps |= each.maps
         readout.confidence |= each.confidence
+        readout.others |= each.others
         findings.details |= each.details
         findings.notes |= dict.fromkeys(each.notes)
     findings.refused |= dict.fromkeys(seen.refused)

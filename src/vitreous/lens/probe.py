@@ -102,7 +102,8 @@ class Readout:
 
     maps: {"NAME/LAYER": (B, [H,] *grid)}. confidence: {map: (B,)} that its sign is right. details:
     {map: {"rule": how it was made, ...}}, the same for all images. notes: what was left out, and
-    why, in words.
+    why, in words. others: tensors that a part keeps as they are, by names that are not of maps,
+    each (n, ...); those of the batches are joined.
     """
 
     rows: list[Rows] = field(default_factory=list)
@@ -110,6 +111,7 @@ class Readout:
     confidence: dict[str, Tensor] = field(default_factory=dict)
     details: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    others: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -120,7 +122,7 @@ class BatchInfo:
 
     first: number of the first image. block: numbers that a buffer may hold. choices: what the first
     batch of a look decided for all others, such as {"u/6": "raw"}; text, kept with the reading.
-    loss: of (output, targets), for probes that need one.
+    loss: of (output, targets), for probes that need one. query_budget: megabytes of the whole look.
     """
 
     images: Tensor
@@ -134,6 +136,7 @@ class BatchInfo:
     direction: Direction | None = None
     choices: dict[str, str] = field(default_factory=dict)
     loss: Callable[[Any, Any], Tensor] | None = None
+    query_budget: float = 0.0
     objects: dict[type, Any] = field(default_factory=dict)
 
     def clean(self, x: Tensor) -> Tensor:

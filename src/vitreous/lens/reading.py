@@ -14,6 +14,8 @@ A folder.
                             95 % intervals
     curves.json             insertion and deletion, where they were asked for
 
+Of the first images a part has what each patch looks at, too: "queries/LAYER" (`lens.query_rows`).
+
 Parts are what an interrupted look goes on from; the other files follow from them. Numbers are -1
 where a row is of all heads (`head`), of no single image (`image`) or of no single layer (`layer`),
 and NaN where a measure does not apply.
@@ -25,10 +27,7 @@ keeps its digits; in formats 1 and 2, which are read as well, they had no scale.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,19 +40,18 @@ from safetensors import safe_open
 
 from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.base.files import writable, write, write_text
+from vitreous.lens.query_rows import query
 from vitreous.lens.stored_maps import joined_maps, scaled
+from vitreous.lens.tables import Columns, as_csv, from_csv, in_order, joined, without_nan
 from vitreous.report import format_1
 from vitreous.report.unsigned import with_unknown_signs
 
 FORMAT = 3
 CHUNK = 16  # images in a part
-WHOLE = ("layer", "head", "image")  # columns of whole numbers, of which -1 means none in particular
-WORDS = ("source", "kind", "component", "measure")
 # In a part as JSON, in the tensor of bytes "about": of metadata only one key has an order, the
 # images.
 ABOUT = ("skipped", "findings", "tables")
-OTHERS = ("rows", "scores", "picture", "mask")  # what a part holds beside maps
-Columns = dict[str, np.ndarray]
+OTHERS = ("rows", "scores", "picture", "mask", "queries")  # what a part holds beside maps
 
 
 @dataclass
@@ -214,6 +212,17 @@ class Reading:
         table = joined([part.columns("scores") for part in self.parts])
         return in_order(table, table["image"]) if table else table
 
+    def query(self, image: int, layer: int, patch: tuple[int, int], head: int = -1) -> np.ndarray:
+        """What a patch looks at: its attention to every place, (rows, columns) float32.
+
+        patch: (row, column) on the grid of the queries; the result is on that of the keys. head: -1
+        for the mean of all. Attention to tokens without a place (class token, registers) is left
+        out, so the sum is at most 1. Each value is wrong by 1/510 of the largest of its head and
+        row at most. All NaN where no query is, all 0 where its token was dropped before. Raises
+        SettingError for what is not stored: `facts["queries"]` says which images and layers are.
+        """
+        return query(self.parts, self.facts.get("queries"), image, layer, patch, head)
+
     def to_pandas(self) -> Any:
         """The table as a pandas DataFrame. Raises SettingError without pandas."""
         try:
@@ -365,77 +374,3 @@ def read_part(path: Path) -> Part:
             f"Found {path}, which cannot be read ({type(error).__name__}: {error}). Expected a part of a reading. Delete it "
             "and look again with the same --out."
         ) from error
-
-
-def joined(tables: Sequence[Columns]) -> Columns:
-    """Tables of the same columns under one another; a column that one lacks is NaN there."""
-    tables = [table for table in tables if table]
-    names = list(dict.fromkeys(name for table in tables for name in table))
-    counts = [len(next(iter(table.values()))) for table in tables]
-    blank = [np.full(count, np.nan) for count in counts]
-    return {
-        name: np.concatenate([table.get(name, empty) for table, empty in zip(tables, blank, strict=True)]) for name in names
-    }
-
-
-def in_order(table: Columns, *values: np.ndarray) -> Columns:
-    """The rows of a table sorted by these values, the first ones first.
-
-    Whatever batches they came from.
-    """
-    order = np.lexsort(values[::-1])
-    return {name: column[order] for name, column in table.items()}
-
-
-def without_nan(value: Any) -> Any:
-    """A tree of lists and dicts with None in place of numbers that are not finite.
-
-    JSON knows no other.
-    """
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def as_csv(columns: Mapping[str, Any]) -> str:
-    """Columns as CSV text; NaN, and -1 of `head`, `image`, `layer`, are empty.
-
-    What a spreadsheet would run is quoted.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    lists = [cells(name, np.asarray(column).tolist()) for name, column in columns.items()]
-    writer.writerows(zip(*lists, strict=True))
-    return text.getvalue()
-
-
-def from_csv(text: str) -> Columns:
-    """The columns that `as_csv` wrote.
-
-    -1 for empty cells of `head`, `image`, `layer`, NaN for other empty ones.
-    """
-    rows = list(csv.DictReader(io.StringIO(text)))
-    columns: Columns = {}
-    for name in rows[0] if rows else ():
-        values = [row[name] for row in rows]
-        if name in WHOLE:
-            columns[name] = np.array([int(value or -1) for value in values])
-        elif name in WORDS:
-            columns[name] = np.array(values)
-        else:
-            columns[name] = np.array([float(value or "nan") for value in values])
-    return columns
-
-
-def cells(name: str, values: list[Any]) -> list[Any]:
-    if name in WHOLE:
-        return ["" if value == -1 else value for value in values]
-    return ["" if value != value else f"{value:.7g}" if isinstance(value, float) else harmless(value) for value in values]
-
-
-def harmless(value: Any) -> Any:
-    """Text that a spreadsheet does not take for a formula."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

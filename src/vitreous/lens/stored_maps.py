@@ -1,4 +1,7 @@
-"""Maps as a part of a reading holds them: float16, each with a scale; batches of them."""
+"""Maps as a part of a reading holds them: float16, each with a scale; batches of them.
+
+And the attention rows of all queries: bytes, each row with a scale.
+"""
 
 from __future__ import annotations
 
@@ -38,3 +41,20 @@ def packed(maps: np.ndarray, lead: int) -> tuple[np.ndarray, np.ndarray]:
 def scaled(maps: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Each map times its own number."""
     return maps * scale.reshape(*scale.shape, *[1] * (maps.ndim - scale.ndim))
+
+
+def packed_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (..., *grid of two axes), not negative, as bytes and the scale of each as float32.
+
+    A value is byte * scale, wrong by 1/510 of the largest of its row at most. The scale is NaN
+    where a row has none, 0 where it is of zeros.
+    """
+    scale = rows.max(axis=(-2, -1)) / np.float32(255)
+    steps = np.divide(rows, scale[..., None, None], where=scale[..., None, None] > 0, out=np.zeros_like(rows))
+    return np.rint(np.nan_to_num(steps)).clip(0, 255).astype(np.uint8), scale
+
+
+def joined_others(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Tensors of batches after one another, of those that have them."""
+    names = dict.fromkeys(name for batch in batches for name in batch)
+    return {name: np.concatenate([batch[name] for batch in batches if name in batch]) for name in names}

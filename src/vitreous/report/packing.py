@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import zlib
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,11 @@ def quantised(maps: np.ndarray, signed: bool) -> str:
         levels[high <= low] = LEVELS // 2  # a map of zeros
     levels = np.where(finite, levels, MISSING).astype(np.uint8)
     return base64.b64encode(np.stack([low, high], axis=1).astype("<f4").tobytes() + levels.tobytes()).decode("ascii")
+
+
+def deflated(*arrays: np.ndarray) -> str:
+    """Base64 of the arrays' bytes after one another, compressed (RFC 1950)."""
+    return base64.b64encode(zlib.compress(b"".join(array.tobytes() for array in arrays))).decode("ascii")
 
 
 def number(value: Any, digits: int = 5) -> float | int | None:

@@ -16,6 +16,8 @@ from vitreous.report.unsigned import with_unknown_signs
 FORMAT = 3
 ROW_KEYS = ("layer", "head", "image", "source", "kind")
 RECORDS = ("measures", "sources", "scores", "baselines")  # what names in tables mean
+QUERY_BYTES = 1_500_000  # of what patches look at, of each reading on a page; one image may have more than that
+QUERY_STEPS = 63  # of a row on a page
 FIELDS = ("title", "model", "settings", "versions", "seed", "layers", "components", "refused", "skipped", "notes")
 
 
@@ -127,6 +129,7 @@ def _page_content(reading: ReadingFolder, shown: int, pictures: dict[str, int]) 
         "shown": shown,
         "images": [_image(reading, image, pictures) for image in reading.images[:shown]],
         "maps": _maps(reading, shown),
+        "queries": queries(reading, shown),
         "artifacts": artifact_shares(reading),
         "table": table,
         "each": each,
@@ -170,6 +173,44 @@ def _maps(reading: ReadingFolder, shown: int) -> dict[str, Any]:
             "cells": packing.quantised(maps, signed),
         }
     return entries
+
+
+def queries(reading: ReadingFolder, shown: int) -> dict[str, Any]:
+    """What patches look at: images and layers of which it is there, and rows by "layer/image".
+
+    Rows: scales (H, queries) as float32 and bytes (H, queries, keys), compressed; of as many images
+    as go into `QUERY_BYTES`, but one. of: how many images the reading has them of. Values are wrong
+    by 1/126 of the largest of their row at most.
+    """
+    record = reading.facts.get("queries") or {"images": [], "reasons": {}}
+    content = {"images": [], "of": len(record["images"]), "layers": {}, "rows": {}, "reasons": record["reasons"]}
+    left = QUERY_BYTES
+    for number in (number for number in record["images"] if number < shown):
+        rows, shapes = _query_rows(reading, number)
+        left -= sum(map(len, rows.values()))
+        if left < 0 and content["images"]:
+            break
+        content["images"].append(number)
+        content["rows"] |= rows
+        content["layers"] |= shapes
+    return content
+
+
+def _query_rows(reading: ReadingFolder, number: int) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """Compressed rows of an image, and the shape of each layer."""
+    rows, shapes = {}, {}
+    part = reading.images[number]["part"]
+    place = number - next(i for i, image in enumerate(reading.images) if image["part"] == part)
+    with reading.opened(part) as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            kind, _, layer = name.partition("/")
+            if kind == "queries" and layer.isdecimal():
+                values, scale = file.get_slice(name)[place], file.get_slice(f"{name}/scale")[place]
+                steps = np.rint(values * (QUERY_STEPS / 255)).astype(np.uint8)
+                rows[f"{layer}/{number}"] = packing.deflated((scale * (255 / QUERY_STEPS)).astype("<f4"), steps)
+                sides = ("heads", "height", "width", "key_height", "key_width")
+                shapes[layer] = dict(zip(sides, values.shape, strict=True))
+    return rows, shapes
 
 
 def artifact_shares(reading: ReadingFolder) -> list[list[float]]:

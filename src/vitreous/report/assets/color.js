@@ -94,7 +94,6 @@ function mapOf(reading, component, layer, image, head, slice = state.slice) {
   }
   const shown = Math.min(slice, depth - 1);
   const confidence = entry.confidence ? entry.confidence[image] : null;
-  const finite = [...all].filter(Number.isFinite);
   return {
     values: all.subarray(shown * size, (shown + 1) * size),
     slice: entry.depth ? shown : null,
@@ -107,6 +106,14 @@ function mapOf(reading, component, layer, image, head, slice = state.slice) {
     signed: entry.signed,
     confidence,
     unsure: entry.signed && confidence !== null && confidence < SURE,
+    ...extent(all),
+  };
+}
+
+/** The least and the largest value, and that below which 98 % are. */
+function extent(all) {
+  const finite = [...all].filter(Number.isFinite);
+  return {
     low: finite.length ? Math.min(...finite) : 0,
     high: finite.length ? Math.max(...finite) : 0,
     top: quantile(finite, 0.98),

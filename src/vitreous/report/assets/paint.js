@@ -30,17 +30,23 @@ function paint(node) {
     mapOf(reading, "artifacts", map ? map.layer : state.layer, node.shown.image, -1);
   if (marks) eachCell(marks, canvas, (value, x, y, width, tall) => value > 0 && cross(context, x, y, width, tall));
   if (state.outline && image && image.mask !== null) outline(context, images[image.mask], CANVAS, height);
-  if (node.cursor && map) {
-    const [width, tall] = [CANVAS / map.width, height / map.height];
-    for (const [color, line] of [
-      ["#000", 6],
-      ["#fff", 3],
-    ]) {
-      context.strokeStyle = color;
-      context.lineWidth = line;
-      context.strokeRect(node.cursor.column * width, node.cursor.row * tall, width, tall);
-    }
+  if (map?.query) {
+    const { height: rows, width: columns } = reading.queries.layers[map.layer];
+    frame(context, map.query, [rows, columns], [CANVAS, height], ["#000", "#fff", QUERY_COLOR], [11, 8, 4]);
   }
+  if (node.cursor && map)
+    frame(context, [node.cursor.row, node.cursor.column], [map.height, map.width], [CANVAS, height], ["#000", "#fff"], [6, 3]);
+}
+
+const QUERY_COLOR = "#1fb6ff"; // on no scale of ours
+
+/** A frame around one cell of a grid (rows, columns), in lines over one another. */
+function frame(context, [row, column], [rows, columns], [width, height], colors, lines) {
+  colors.forEach((color, i) => {
+    context.strokeStyle = color;
+    context.lineWidth = lines[i];
+    context.strokeRect((column * width) / columns, (row * height) / rows, width / columns, height / rows);
+  });
 }
 
 /** How much a value says, 0 to 1: its place in the range, or its distance from zero if it is signed. */

@@ -3,11 +3,8 @@
 function drawPanes(box) {
   const found = state.panes.map((pane) => {
     const reading = readingOf(pane);
-    return {
-      reading,
-      image: imageIn(reading, state.image),
-      map: mapOf(reading, state.component, state.layer, imageIn(reading, state.image), state.head),
-    };
+    const image = imageIn(reading, state.image);
+    return { reading, image, map: shownMap(reading, state.layer, image, state.head) };
   });
   const there = found.map((f) => f.map).filter(Boolean);
   const alike = state.shared && new Set(there.map((m) => m.signed)).size === 1;
@@ -46,6 +43,12 @@ function pane(index) {
     paint(node);
   };
   canvas.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && state.query) set({ query: null });
+    if (event.key === "Enter" && node.cursor && node.shown?.map) {
+      event.preventDefault();
+      const { reading, map } = node.shown;
+      lookFrom(reading, (look.row + 0.5) / map.height, (look.column + 0.5) / map.width);
+    }
     const moves = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
     if (!moves[event.key]) return;
     event.preventDefault();
@@ -65,6 +68,11 @@ function pane(index) {
     look.column = Math.floor(((event.clientX - area.left) / area.width) * map.width);
     say();
   });
+  canvas.addEventListener("click", (event) => {
+    const area = canvas.getBoundingClientRect();
+    const [y, x] = [(event.clientY - area.top) / area.height, (event.clientX - area.left) / area.width];
+    if (node.shown) lookFrom(node.shown.reading, y, x);
+  });
   canvas.addEventListener("pointerleave", () => {
     node.cursor = null;
     if (node.shown) paint(node);
@@ -78,7 +86,7 @@ function showPane(node, index, one, range) {
   const image = reading.images[one.image];
   node.shown = { ...one, range };
   const what = map
-    ? `${componentName(map.component)}, ${where(map.layer, map.head)}${map.heads && map.head < 0 ? ", mean of heads" : ""}${map.slice === null ? "" : `, slice ${map.slice}`}`
+    ? `${componentName(map.component)}, ${where(map.layer, map.head)}${map.heads && map.head < 0 ? ", mean of heads" : ""}${map.query ? `, from ${placeName(map.query)}` : ""}${map.slice === null ? "" : `, slice ${map.slice}`}`
     : "";
   node
     .querySelector("figcaption")
@@ -93,12 +101,13 @@ function showPane(node, index, one, range) {
   badge.textContent = map?.unsure
     ? `Unsigned: which side is the object is not known (confidence ${fmt(map.confidence)}, below ${SURE})`
     : "";
+  node.querySelector("canvas").classList.toggle("askable", Boolean(own(reading.queries.layers, state.layer)));
   node
     .querySelector("canvas")
     .setAttribute(
       "aria-label",
       map
-        ? `${what} over ${image.name}. Values from ${fmt(map.low)} to ${fmt(map.high)}. Arrow keys read single places.${map.unsure ? " The sign is not known." : ""}`
+        ? `${what} over ${image.name}. Values from ${fmt(map.low)} to ${fmt(map.high)}. Arrow keys read single places${Object.hasOwn(reading.queries.layers, map.layer) ? ", Enter shows what the patch there looks at" : ""}.${map.unsure ? " The sign is not known." : ""}`
         : "No map",
     );
   paint(node);
@@ -146,7 +155,7 @@ function imageFacts(reading, place, map) {
       image.predicted + (image.probability === null ? "" : `, probability ${fmt(image.probability)}`),
     ]);
   if (image.label) rows.push(["Label", image.label]);
-  const found = map && reading.scores?.values[`${map.component}/${map.layer}/${map.head}/${place}`];
+  const found = map && !map.query && reading.scores?.values[`${map.component}/${map.layer}/${map.head}/${place}`];
   if (found)
     rows.push([
       "Against the mask",

@@ -35,6 +35,8 @@ const state = {
   layer: 0,
   head: -1,
   slice: 0,
+  query: null, // [row, column] of the patch whose attention is shown; null: of the class token, or of all
+  unpacked: 0, // how often rows of queries became ready
   component: "attention",
   opacity: 65,
   marks: true,

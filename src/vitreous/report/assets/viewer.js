@@ -47,7 +47,7 @@ function viewer() {
       "div",
       { class: "viewer" },
       panes,
-      el("div", { class: "controls" }, component.field, about, layer.field, head.field, slice.field, options),
+      el("div", { class: "controls" }, component.field, about, layer.field, head.field, slice.field, queryChoice(), options),
     ),
     small,
   );
@@ -106,11 +106,11 @@ function viewer() {
       state.slice,
     );
   });
-  section(["panes", "image", "component", "layer", "head", "slice", "opacity", "marks", "outline", "clip", "shared"], () => {
+  section(["panes", "image", "component", "layer", "head", "slice", "query", "unpacked", "opacity", "marks", "outline", "clip", "shared"], () => {
     both.hidden = state.panes.length < 2;
     drawPanes(panes);
   });
-  section(["panes", "image", "component", "layer", "head", "slice"], () => neighbours(small));
+  section(["panes", "image", "component", "layer", "head", "slice", "query", "unpacked"], () => neighbours(small));
   images.forEach((image, number) => {
     image.addEventListener("load", () => [...panes.children].filter((one) => usesPicture(one, number)).forEach(paint), {
       once: true,
@@ -260,10 +260,11 @@ function neighbours(box) {
   const reading = readingOf(state.panes[0]);
   const image = imageIn(reading, state.image);
   const groups = [];
+  const from = state.query && state.component === ATTENTION ? `, from ${placeName(state.query)}` : "";
   const heads = reading.maps[`${state.component}/${state.layer}`]?.heads || 0;
   if (heads > 1) {
     groups.push([
-      `All heads of layer ${state.layer}`,
+      `All heads of layer ${state.layer}${from}`,
       [...Array(heads).keys()].map((head) => ({ label: `head ${head}`, layer: state.layer, head })),
     ]);
   }
@@ -277,7 +278,7 @@ function neighbours(box) {
   const layers = layersOf([reading]).filter((layer) => reading.maps[`${state.component}/${layer}`]);
   if (layers.length > 1) {
     const of = heads > 1 ? `, ${headName(state.head)}` : "";
-    groups.push([`All layers${of}`, layers.map((layer) => ({ label: `layer ${layer}`, layer, head: state.head }))]);
+    groups.push([`All layers${of}${from}`, layers.map((layer) => ({ label: `layer ${layer}`, layer, head: state.head }))]);
   }
   box.replaceChildren(
     ...groups.map(([title, items]) =>
@@ -296,7 +297,7 @@ function neighbours(box) {
 }
 
 function tile(reading, image, { label, layer, head, slice = state.slice }) {
-  const map = mapOf(reading, state.component, layer, image, head, slice);
+  const map = shownMap(reading, layer, image, head, slice);
   if (!map) return null;
   const canvas = el("canvas", { width: map.width, height: map.height, "aria-hidden": "true" });
   const context = canvas.getContext("2d");

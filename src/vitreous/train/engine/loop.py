@@ -210,7 +210,7 @@ def read(session: Session, run: Run, epoch: int, direction: Direction | None = N
         return None
     about = {"weights": "run", "classes": list(session.data.classes)}
     options = {"inputs": session.inputs.config(), "out": run.reading(epoch), "about": about, "direction": direction}
-    return look(session.tested.model, session.sample, **options)
+    return look(session.tested.model, session.sample, query_budget=0, **options)
 
 
 def watch(session: Session, run: Run, epoch: int, direction: Direction | None) -> dict[str, Any]:
