@@ -114,7 +114,12 @@ def test_a_probe_alone_gives_the_same_numbers_as_among_all_others(looked, name):
         np.testing.assert_array_equal(ours, theirs)
     components = {record.name for record in probe.components}
     assert set(alone.maps) == {key for key in reading.maps if key[0] in components}
-    assert probe.measures or probe.components or name == "exposed"
+    others = {
+        key: value for key, value in alone.parts[0].tensors.items() if key.split("/")[0] in ("queries", "tokens", "spectrum")
+    }
+    for key, value in others.items():
+        np.testing.assert_array_equal(value, reading.parts[0].tensors[key])
+    assert probe.measures or probe.components or others or name == "exposed"
 
 
 def test_what_is_not_asked_for_is_not_imported():

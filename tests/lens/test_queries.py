@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitreous import graft, look
 from vitreous.base.errors import SettingError
+from vitreous.lens.query_rows import queries_note
 from vitreous.lens.reading import read
 from vitreous.lens.stored_maps import packed_rows
 from vitreous.lens.tap import trace, watch
@@ -71,7 +72,7 @@ def test_the_budget_says_for_how_many_images(tmp_path):
     reading = look(model, images, batch_size=4, probes="queries", query_budget=18.5 * one / 1e6, out=tmp_path / "out")
     assert reading.facts["queries"]["images"] == list(range(18))  # of two parts
     assert [len(part.tensors["queries/1"]) for part in reading.parts] == [16, 2]
-    assert any("stored for 18 images" in note for note in reading.facts["notes"])
+    assert "stored for 18 images" in queries_note(reading.facts["queries"])[0]
     with pytest.raises(SettingError, match=r"image 18.*larger query_budget"):
         reading.query(18, 0, (0, 0))
     with pytest.raises(SettingError, match=r"layer 7: there is no such layer"):
@@ -80,14 +81,14 @@ def test_the_budget_says_for_how_many_images(tmp_path):
         reading.query(17, 0, (4, 0))
     small = look(model, images[:2], probes="queries", query_budget=0.9 * one / 1e6)
     assert small.facts["queries"]["images"] == []
-    assert any("not stored: one image takes" in note for note in small.facts["notes"])
+    assert "not stored: one image takes" in queries_note(small.facts["queries"])[0]
     assert not [name for name in small.parts[0].tensors if name.startswith("queries")]
 
 
 def test_without_a_budget_there_is_nothing(tmp_path):
     reading = look(ByHand(), pixels(2), query_budget=0)
     assert reading.facts["queries"]["images"] == []
-    assert not any("patch looks at" in note for note in reading.facts["notes"])
+    assert queries_note(reading.facts["queries"]) == []
     with pytest.raises(SettingError, match="Look again with a larger query_budget"):
         reading.query(0, 0, (0, 0))
 

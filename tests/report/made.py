@@ -110,7 +110,8 @@ def facts(made: Made) -> dict:
         "random_weights": made.random,
         "settings": {"rank": 3, "noise": 0.1}, "versions": {"torch": "2.15.0", "vitreous": "0.1.0"},
         "seed": made.seed, "layers": layers, "components": components, "images": made.images, "chunk": made.chunk,
-        "queries": {"images": list(range(made.queries)), "bytes": 1, "budget": 6, "reasons": {"1": "it attends in windows"}},
+        "queries": {"images": list(range(made.queries)), "bytes": 460_000 * bool(made.queries), "budget": 6,
+                    "reasons": {"1": "it attends in windows"}},
         "refused": [{"name": "head.pool", "reason": "a softmax over classes, not over places"}],
         "skipped": [{"name": "broken.jpg", "reason": "not an image that can be read: truncated"}], "notes": made.notes,
     }  # fmt: skip

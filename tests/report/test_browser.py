@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -186,6 +187,7 @@ def test_the_map_is_bright_where_the_object_is(browser, pages):
         page.get_by_label("Clip the highest 2 %").uncheck()
         page.get_by_label("Opacity of the map").fill("100")
         canvas = page.locator("canvas[data-pane='0']")
+        choose(page, "Map", "Attention")
         values = canvas.evaluate(VALUES)
         low, middle, high = map(lightness, canvas.evaluate(PIXELS, [values[0], values[150], values[-1]]))
         assert low < 30
@@ -212,7 +214,8 @@ def test_a_sign_that_is_not_known_is_said(browser, pages):
 
 def test_artifact_tokens_and_the_object_are_marked(browser, pages):
     with visit(browser, pages / "one.html") as page:
-        page.get_by_role("group", name="Layer").get_by_label("3", exact=True).check(force=True)
+        choose(page, "Map", "Attention")
+        choose(page, "Layer", "3")
         drawn = [page.locator("canvas[data-pane='0']").evaluate("canvas => canvas.toDataURL()")]
         for name in ("Mark artifact tokens", "Outline the object", "Clip the highest 2 %"):
             page.get_by_label(name).click()
@@ -282,6 +285,81 @@ def test_a_patch_is_chosen_with_the_keyboard(browser, pages):
         assert canvas.evaluate(PEAK)[1:] == list(looked_at((1, 1), 2, 1, (14, 14)))  # layer 2, head 1 from the start
         page.keyboard.press("Escape")
         assert "from row" not in page.locator(".pane figcaption").text_content()
+
+
+def test_a_look_opens_with_the_foreground_where_its_sign_is_known(browser, pages, tmp_path):
+    with visit(browser, pages / "one.html") as page:
+        assert page.locator("main > section").first.get_attribute("id") == "maps"
+        assert "Foreground, whole model" in page.locator(".pane figcaption").text_content()
+    folder = write_reading(tmp_path / "unknown", Made(images=1))
+    facts = json.loads((folder / "reading.json").read_text())
+    for component in facts["components"]:
+        if component["name"] == "foreground":
+            component["rule"] = "anything, without a calibrated direction"
+    (folder / "reading.json").write_text(json.dumps(facts))
+    with visit(browser, write([folder], tmp_path / "unknown.html")) as page:
+        assert "Attention, layer 2, head 1" in page.locator(".pane figcaption").text_content()
+    with visit(browser, pages / "run.html") as page:
+        assert page.locator("main > section").first.get_attribute("id") == "glance"
+
+
+def test_an_address_opens_the_view_that_it_was_taken_from(browser, pages):
+    with visit(browser, pages / "one.html") as page:
+        choose(page, "Map", "Attention")
+        choose(page, "Layer", "3")
+        choose(page, "Head", "2")
+        page.locator(".thumbs input").nth(1).check(force=True)
+        click_patch(page, 4, 9)
+        caption = page.locator(".pane figcaption").text_content()
+        address = page.get_by_role("link", name="Link to this view").get_attribute("href")
+        page.wait_for_timeout(400)
+        assert page.evaluate("location.hash") == address
+    with visit(browser, pages / "one.html", address) as page:
+        await_query(page)
+        assert page.locator(".pane figcaption").text_content() == caption
+        assert page.locator("canvas[data-pane='0']").evaluate(PEAK)[1:] == list(looked_at((4, 9), 3, 2, (14, 14)))
+        page.evaluate("location.hash = '#maps?image=0&map=u1&layer=0&head=-1'")
+        page.wait_for_timeout(50)
+        assert "photo-00.jpg u1, layer 0" in page.locator(".pane figcaption").text_content()
+    with visit(browser, pages / "runs.html", "#maps?image=1&map=attention&layer=1&head=0&show=1.2_0.1") as page:
+        assert page.locator(".pane figcaption strong").all_text_contents() == ["SVDA, epoch 2", "plain, epoch 1"]
+        assert "layer 1, head 0" in page.locator(".pane figcaption").first.text_content()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["#maps?image=99&map=constructor&layer=-3&head=1e9&query=a.b&show=7.7_x", "#maps?", "#maps?query=99.99&slice=-4&image=-1",
+     "#maps?show=0.0_0.0_0.0&layer=&head=NaN"],
+)  # fmt: skip
+def test_an_address_that_fits_nothing_opens_the_page_as_ever(browser, pages, address):
+    with visit(browser, pages / "one.html", address) as page:
+        assert "photo-00.jpg Foreground, whole model" in page.locator(".pane figcaption").text_content()
+
+
+def test_a_map_is_saved_as_it_is_drawn(browser, pages):
+    with visit(browser, pages / "one.html", "#maps?image=1&map=attention&layer=3&head=2&query=4.9") as page:
+        await_query(page)
+        drawn = page.locator("canvas[data-pane='0']").evaluate("canvas => canvas.toDataURL('image/png')")
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save this map").click()
+        assert download.value.suggested_filename == "photo-01_attention_layer-3_head-2_from-5-10.png"
+        assert Path(download.value.path()).read_bytes() == base64.b64decode(drawn.partition(",")[2])
+
+
+def test_epochs_are_played(browser, pages):
+    with visit(browser, pages / "run.html") as page:
+        caption = page.locator(".pane figcaption strong")
+        page.evaluate("""() => { const real = window.setInterval; window.setInterval = (call) => real(call, 30);
+            window.seen = []; new MutationObserver(() => window.seen.push(
+                document.querySelector('.pane figcaption strong').textContent))
+                .observe(document.querySelector('.pane figcaption'), { childList: true }); }""")
+        page.get_by_role("button", name="Play").click()
+        for _ in range(100):
+            if page.evaluate("document.querySelector('.play').textContent") == "Play":
+                break
+            page.wait_for_timeout(20)
+        assert caption.text_content() == "plain, epoch 3"
+        assert page.evaluate("window.seen") == [f"plain, epoch {epoch}" for epoch in range(4)]
 
 
 def test_readings_without_queries_say_how_to_get_them(browser, pages):
@@ -394,8 +472,11 @@ def test_everything_can_be_done_with_the_keyboard(browser, pages):
         page.keyboard.press("ArrowDown")
         read = page.locator(".pane > .readout").text_content()
         shown = page.locator("canvas[data-pane]").evaluate("canvas => canvas.closest('.pane').shown.map.values[1 * 14 + 1]")
-        assert re.fullmatch(r"Row 2, column 2: [\d.]+", read)
-        assert float(read.split(": ")[1]) == pytest.approx(shown, rel=1e-3)
+        assert re.fullmatch(r"Row 2, column 2: −?[\d.]+", read)
+        assert float(read.split(": ")[1].replace("−", "-")) == pytest.approx(shown, rel=1e-3)
+        tab_to(page, "node.closest('fieldset')?.textContent.startsWith('Map')")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")  # foreground, rollout, attention
         tab_to(page, "node.closest('fieldset')?.textContent.startsWith('Layer')")
         page.keyboard.press("ArrowRight")
         assert "layer 3, head 1" in page.locator(".pane figcaption").text_content()

@@ -25,6 +25,7 @@ from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.grafting import grafts
 from vitreous.lens.direction import FILE, Direction, find_direction
 from vitreous.lens.look import look
+from vitreous.lens.query_rows import queries_note
 from vitreous.lens.reading import Reading
 from vitreous.models.load import weights_source
 from vitreous.report.page import write as write_report
@@ -107,7 +108,7 @@ def read_direction(name: str, file: str | None) -> Direction | None:
 
 def remarks(reading: Reading) -> list[str]:
     """What a reader must know first: notes, and what was refused or skipped."""
-    lines = list(reading.facts["notes"])
+    lines = [*reading.facts["notes"], *queries_note(reading.facts.get("queries"))]
     for word in ("refused", "skipped"):
         records = reading.facts[word]
         lines += [f"{word}: {record['name']}: {record['reason']}" for record in records[:5]]

@@ -13,7 +13,7 @@ from vitreous.base.errors import HostError, VitreousError
 from vitreous.lens import metadata
 from vitreous.lens.evaluation import BASELINES, SCORES
 from vitreous.lens.probe import Probe, records
-from vitreous.lens.query_rows import of_queries, queries_note
+from vitreous.lens.query_rows import of_queries
 from vitreous.lens.reading import CHUNK, FORMAT, Part
 from vitreous.lens.tap import Layouts, Refusal, trace
 from vitreous.lens.tap.attention_call import AttentionCall
@@ -70,8 +70,6 @@ class Findings:
     def metadata(self, parts: Sequence[Part], probes: Sequence[Probe], query_budget: float) -> dict[str, Any]:
         """What reading.json says beside the model and the settings."""
         first = next(part for part in parts if part.images)
-        queries = of_queries(parts, self.details, query_budget)
-        self.notes |= dict.fromkeys(queries_note(queries))
         return {
             "format": FORMAT,
             "kind": "reading",
@@ -82,7 +80,7 @@ class Findings:
             "components": metadata.of_components(first, records(probes, "components"), self.details),
             "scores": [asdict(record) for record in SCORES],
             "baselines": [asdict(record) for record in BASELINES],
-            "queries": queries,
+            "queries": of_queries(parts, self.details, query_budget),
             "images": self.images,
             "chunk": CHUNK,
             "parts": len(parts),

@@ -42,19 +42,15 @@ def of_queries(parts: Sequence[Part], details: Mapping[str, Mapping[str, str]], 
     }
 
 
-def queries_note(record: Mapping[str, Any]) -> list[str]:
+def queries_note(record: Mapping[str, Any] | None) -> list[str]:
     """What a record comes to, in a sentence; nothing where it was not asked for."""
-    size, count = record["bytes"] / 1e6, len(record["images"])
-    if not record["budget"] or not size:
+    if not record or not record["budget"] or not record["bytes"]:
         return []
+    size, budget, count = record["bytes"] / 1e6, record["budget"], len(record["images"])
     if not count:
-        return [
-            f"What each patch looks at is not stored: one image takes {size:.3g} of {record['budget']:g} MB (query_budget)."
-        ]
-    return [
-        f"What each patch looks at is stored for {count} image{'s' * (count > 1)}, {size:.3g} MB each, of "
-        f"{record['budget']:g} MB (query_budget)."
-    ]
+        return [f"What each patch looks at is not stored: one image takes {size:.3g} of {budget:g} MB (query_budget)."]
+    images = f"{count} image{'s' * (count > 1)}"
+    return [f"What each patch looks at is stored for {images}, {size:.3g} MB each, of {budget:g} MB (query_budget)."]
 
 
 def query(

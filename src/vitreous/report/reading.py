@@ -182,8 +182,9 @@ def queries(reading: ReadingFolder, shown: int) -> dict[str, Any]:
     as go into `QUERY_BYTES`, but one. of: how many images the reading has them of. Values are wrong
     by 1/126 of the largest of their row at most.
     """
-    record = reading.facts.get("queries") or {"images": [], "reasons": {}}
-    content = {"images": [], "of": len(record["images"]), "layers": {}, "rows": {}, "reasons": record["reasons"]}
+    record = {"images": [], "reasons": {}, "bytes": 0, "budget": 0} | (reading.facts.get("queries") or {})
+    content = {"images": [], "of": len(record["images"]), "layers": {}, "rows": {}}
+    content |= {name: record[name] for name in ("reasons", "bytes", "budget")}
     left = QUERY_BYTES
     for number in (number for number in record["images"] if number < shown):
         rows, shapes = _query_rows(reading, number)

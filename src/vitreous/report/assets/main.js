@@ -44,13 +44,19 @@ function lead() {
     );
 }
 
+/** The map that a look opens with: where the subject is, if that is known, else attention. */
+function bestMap(reading) {
+  const known = reading.components.find((one) => one.name === "foreground" && one.sign_known !== false);
+  return known && reading.maps["foreground/-1"] ? "foreground" : ATTENTION;
+}
+
 theme();
 stamp();
 lead();
 if (DATA.study) study();
 mistakes();
-glance();
-viewer();
+// of a look the map comes first, of runs and comparisons what they come to
+for (const one of epochs || several ? [glance, viewer] : [viewer, glance]) one();
 differences();
 if (epochs) overEpochs();
 objectScores();
@@ -63,5 +69,9 @@ const start = looker(readingOf(state.panes[0]));
 const layersShown = layersOf(shownReadings());
 state.layer = start ? start.layer : (layersShown[layersShown.length - 1] ?? 0);
 state.head = start ? start.head : -1;
+if (!epochs && !several) state.component = bestMap(readingOf(state.panes[0]));
+links();
+Object.assign(state, viewOf(location.hash));
 for (const one of sections) one.redraw();
+if (location.hash.startsWith(VIEW)) document.getElementById("maps").scrollIntoView({ behavior: "instant" });
 document.documentElement.dataset.ready = "yes";

@@ -78,13 +78,13 @@ function counted(numbers) {
 
 /** What can be asked of single patches here, or why nothing can. */
 function queryNote(reading, layer, image) {
-  const { images: there, of, layers, reasons } = reading.queries;
+  const { images: there, of, layers, reasons, bytes, budget } = reading.queries;
   const kept = there.length < of ? `on this page of ${there.length} of the ${of} images that the reading has it of, ` : "";
   const have = `image${there.length > 1 ? "s" : ""} ${counted(there)}`;
   if (!there.length)
     return of
       ? "What each patch looks at is in the reading, and too large for this page."
-      : "What each patch looks at is not in this reading (vitreous look --query-budget).";
+      : `What each patch looks at is not in this reading${bytes && budget ? `: one image takes ${fmt(bytes / 1e6, 3)} of ${fmt(budget)} MB` : ""} (vitreous look --query-budget).`;
   if (!Object.hasOwn(layers, layer))
     return `What each patch looks at is not there for layer ${layer}: ${own(reasons, layer) || "it has no such map"}.`;
   if (!there.includes(image)) return `What each patch looks at is there for ${kept}${have}, not for this one.`;

@@ -47,7 +47,18 @@ function viewer() {
       "div",
       { class: "viewer" },
       panes,
-      el("div", { class: "controls" }, component.field, about, layer.field, head.field, slice.field, queryChoice(), options),
+      el(
+        "div",
+        { class: "controls" },
+        component.field,
+        about,
+        layer.field,
+        head.field,
+        slice.field,
+        queryChoice(),
+        options,
+        el("div", { class: "map-actions" }, el("button", { type: "button", class: "plain", on: { click: saveMap } }, "Save this map")),
+      ),
     ),
     small,
   );
@@ -231,9 +242,33 @@ function paneRow(index) {
       el("button", { type: "button", class: "step", "aria-label": "One epoch back", on: { click: step(-1) } }, "‹"),
       range,
       el("button", { type: "button", class: "step", "aria-label": "One epoch on", on: { click: step(1) } }, "›"),
+      playButton(range, (at) => change({ at })),
       el("output", {}),
     ),
   );
+}
+
+const PACE = 700; // milliseconds that an epoch is shown
+
+/** Goes through the values of a slider, from the start where it is at its end. */
+function playButton(range, go) {
+  let timer = null;
+  const stop = () => {
+    clearInterval(timer);
+    timer = null;
+    button.textContent = "Play";
+  };
+  const tick = () => {
+    if (Number(range.value) >= Number(range.max)) stop();
+    else go(Number(range.value) + 1);
+  };
+  const start = () => {
+    if (Number(range.value) >= Number(range.max)) go(0);
+    button.textContent = "Stop";
+    timer = setInterval(tick, PACE);
+  };
+  const button = el("button", { type: "button", class: "step play", on: { click: () => (timer ? stop() : start()) } }, "Play");
+  return button;
 }
 
 function showPaneRow(row, pane, letter) {
