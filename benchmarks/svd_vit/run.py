@@ -1,8 +1,8 @@
 """SVD-ViT's tokens against what costs as much: do singular vectors of the patch features add anything as tokens?
 
-    python benchmarks/svd_vit/run.py cutouts       14 arms, 10 seeds, a minute or two each on one core
+    python benchmarks/svd_vit/run.py cutouts       16 arms, 10 seeds, a minute or two each on one core
     python benchmarks/svd_vit/run.py animals-last-5 --data DATA
-                                                   15 arms, 3 seeds: the last five blocks of the real ViT-Tiny/16
+                                                   16 arms, 3 seeds: the last five blocks of the real ViT-Tiny/16
 
 On made scenes plain is stored with the study of SVDA, and SPC joins after block 3 of 4, the paper's place (one before the
 last); what is compared with it joins there too, where the name says `late`.
@@ -26,6 +26,10 @@ SCRATCH = {
     "gated": Arm((GATED,), what="learned tokens + gate * LN(sum_j u_ij^2 x_j), ours"),
     "gated-random": Arm((f"{GATED},basis=random",), what="the same along random directions"),
     "gated-mean": Arm((f"{GATED},basis=mean",), what="the same with the token mean"),
+    "gated-calibrated": Arm(
+        (f"{GATED},basis=calibrated",), what="the same with tokens pooled by the foreground direction, ours"
+    ),
+    "spc-calibrated": Arm(("spc:after=3,basis=calibrated",), what="tokens pooled by the foreground direction, without a gate"),
     "spc-squared": Arm(("spc:after=3,sign=squared",), what="SPC with squared loadings"),
     "spc-random": Arm(("spc:after=3,basis=random",), what="SPC's control: random directions"),
     "spc-trailing": Arm(("spc:after=3,basis=trailing",), what="SPC's control: trailing singular vectors"),
@@ -49,6 +53,7 @@ LAST_5 = {
     "gated": Arm(spc(11, OURS), what="learned tokens + gate * LN(sum_j u_ij^2 x_j), ours"),
     "gated-random": Arm(spc(11, f"{OURS},basis=random"), what="the same along random directions"),
     "gated-mean": Arm(spc(11, f"{OURS},basis=mean"), what="the same with the token mean"),
+    "gated-calibrated": Arm(spc(11, f"{OURS},basis=calibrated"), what="the same, pooled by the foreground direction, ours"),
     "spc-9": Arm(spc(9), what="SPC after block 9"),
     "spc-12": Arm(spc(12), what="SPC after the last block"),
     "registers-late": Arm(("extra_tokens:after=8,kind=register",), what="four registers, behind the first block that learns"),
