@@ -121,6 +121,19 @@ def test_an_empty_mask_and_files_that_are_passed_over_are_said(model, photos, ca
     assert {row["auroc"] for row in scores if row["image"] == "0"} <= {"", "nan"}
 
 
+def test_maps_of_a_class_are_asked_for_and_named(model, photos):
+    names = json.loads((model / "config.json").read_text())["label_names"]
+    assert call("look model photos --noise 0 --class-maps --out predicted") == 0
+    assert call(f"look model photos --noise 0 --class {names[1]} --probes attention_maps relevance --out one") == 0
+    for folder in ("predicted", "one"):
+        reading = read(folder)
+        assert {("relevance", -1), ("grad_attention", 0), ("attention", 0)} <= set(reading.maps)
+        for image in reading.images:
+            expected = image["predicted"] if folder == "predicted" else names[1]
+            assert [image["classes"][name]["name"] for name in ("relevance", "grad_attention")] == [expected] * 2
+    assert read("one").facts["probes"] == ["attention_maps", "relevance:target=1", "grad_attention:target=1"]
+
+
 def looking_views(model, photos):
     from vitreous.data.views import Views
 
@@ -217,6 +230,9 @@ def test_weights_that_cannot_be_had_are_never_random_ones_by_accident(name, phot
         ("look model photos --direction model/model.safetensors", "vitreous calibrate"),
         ("look model photos --weights note.txt", "--weights for model"),
         ("look model photos --device tpu9", "tpu9"),
+        ("look model photos --class sphinx", "class 'sphinx'"),
+        ("look model photos --class 999", "class 999 of"),
+        ("look model photos --probes rolout", "'rollout'"),
         ("look model photos --out photos", "something in photos"),
         ("look model photos --out note.txt", "note.txt"),
         ("look model photos --out note.txt/below", "note.txt"),

@@ -64,7 +64,8 @@ def looked(tmp_path_factory):
     """A reading with a probe from here among ours, on scenes with masks; its folder and its model."""
     model, folder = vit(img_size=(16, 16)), tmp_path_factory.mktemp("looked") / "out"
     scenes = Cutouts(3, size=48, seed=1)
-    return look(model, scenes, probes=["all", Lengths()], curves=1, out=folder), folder, model, scenes
+    passes = [name for name in PROBES.files if PROBES.item(name).passes]
+    return look(model, scenes, probes=["all", *passes, Lengths()], curves=1, out=folder), folder, model, scenes
 
 
 def test_a_probe_from_elsewhere_reaches_table_page_summary_and_command_line(looked, tmp_path):
@@ -140,6 +141,9 @@ def test_two_probes_of_one_measure_and_names_that_are_none_are_refused():
         chosen([Lengths(), Lengths()])
     with pytest.raises(UnknownName, match=r"'rank_colapse'.*rank_collapse"):
         chosen("rank_colapse")
+    beside = [probe.text() for probe in chosen(["all", "spectra:scores=false"])]
+    assert "spectra:scores=false" in beside
+    assert len(beside) == len(chosen(None))
     assert [probe.text() for probe in chosen(["spectra:scores=false", "attention_rows"])] == [
         "attention_rows",
         "spectra:scores=false",
@@ -238,7 +242,7 @@ def test_exposed_values_have_rows_and_maps_at_their_layer(number, expected):
 
 
 def test_every_record_is_complete():
-    probes = chosen(None)
+    probes = chosen(PROBES.files)
     for record in [*records(probes, "measures").values(), *records(probes, "components").values(), *SCORES]:
         assert record.label
         assert record.explains.endswith(".")

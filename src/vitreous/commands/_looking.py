@@ -27,8 +27,11 @@ from vitreous.lens.direction import FILE, Direction, find_direction
 from vitreous.lens.look import look
 from vitreous.lens.query_rows import queries_note
 from vitreous.lens.reading import Reading
+from vitreous.models.classes import class_index
 from vitreous.models.load import weights_source
 from vitreous.report.page import write as write_report
+
+CLASS_MAPS = ("relevance", "grad_attention")  # probes of a class
 
 
 def run_look(name: str, images: Sequence[str], source: ModelSource, options: dict[str, Any]) -> None:
@@ -43,6 +46,8 @@ def run_look(name: str, images: Sequence[str], source: ModelSource, options: dic
         out = options["out"]
         folder = team.tell(Path(out) if out else free_folder(Path("readings"), Path(name).resolve().name))
         own = {"direction": read_direction(name, options["direction"]), "out": folder}
+        wanted = [options.pop(word) for word in ("probes", "class_maps", "for_class")]
+        own["probes"] = probes_of(model, *wanted)
         reading = look(model, list(images), console=console, about=metadata, team=team, **options | own)
         if team.first:
             with writable(folder):
@@ -82,6 +87,14 @@ def open_on_device(name: str, source: ModelSource, console: Console, team: Team 
     shown = Path(name).resolve().name if weights == "run" else name
     metadata = {"name": shown, "weights": weights, "mechanisms": [str(record.mechanism) for record in grafts(model)]}
     return model.to(team.device(torch_device(source.device))), metadata
+
+
+def probes_of(model: nn.Module, named: Sequence[str], class_maps: bool, for_class: str | None) -> list[str] | None:
+    """The probes that were asked for, as texts; None: all that need no passes of their own."""
+    if not class_maps and for_class is None:
+        return list(named) or None
+    target = "" if for_class is None else f":target={class_index(model, for_class)}"
+    return [*(text for text in named or ["all"] if text not in CLASS_MAPS), *(f"{name}{target}" for name in CLASS_MAPS)]
 
 
 def only_readable(images: Samples, console: Console) -> Samples:

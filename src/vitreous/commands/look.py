@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro import conf
 
@@ -20,7 +20,7 @@ class Look(Command):
     examples:
       vitreous look vit_tiny_patch16_224 cat.jpg dog.jpg --out reading/
       vitreous look vit_tiny_patch16_224 photos/ --weights model.safetensors --masks masks/
-      vitreous look runs/cutouts-plain photos/
+      vitreous look runs/cutouts-plain photos/ --class dog
     """
 
     usage: ClassVar[str] = "MODEL IMAGES..."
@@ -34,6 +34,15 @@ class Look(Command):
     direction: str | None = None
     """File of `vitreous calibrate`
     (default: foreground.safetensors in the model's folder, if it is there)."""
+    class_maps: bool = False
+    """Also maps of what speaks for a class, by attention and its gradients:
+    a pass forward and back more, half as much time again."""
+    for_class: Annotated[str | None, conf.arg(name="class", metavar="NAME|INDEX")] = None
+    """The class that those maps are for, and asks for them
+    (default: the class that the model predicts for each image)."""
+    probes: tuple[str, ...] = ()
+    """What is read, such as: all rollout:fusion=max (default: all;
+    docs/how-to/add-a-probe.md)."""
     curves: int = 0
     """Insertion and deletion curves of the maps on so many images, 0: none;
     16 or more give intervals."""

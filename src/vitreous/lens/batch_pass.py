@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitreous.base.errors import DataError, NotReached
+from vitreous.base.errors import DataError, NotReached, VitreousError
 from vitreous.hosts.mixer import mixers_in
 from vitreous.lens.formulas.row_statistics import Distances, RowBlock
 from vitreous.lens.layer_features import FeatureCollector, LayerFeatures
@@ -154,13 +154,14 @@ class BatchPass:
 
 def failure(probe: Probe, place: str, error: Exception) -> str:
     """A note on a probe that failed at a place of the model ("": none in particular)."""
-    return f"{probe.name} was left out{place and f' from {place} on'}: {type(error).__name__}: {error}"
+    reason = str(error) if isinstance(error, VitreousError) else f"{type(error).__name__}: {error}"
+    return f"{probe.name} was left out{place and f' from {place} on'}: {reason}"
 
 
 def extra_passes(model: nn.Module, probes: Sequence[Probe], batch: BatchInfo, targets: Sequence[int]) -> list[Readout]:
     """The passes of those probes that need some of their own.
 
-    Modes, random state and gradients are as before.
+    Modes, random state and gradients are as before. A probe that fails gives a note.
     """
     readouts = []
     for probe in probes:
@@ -171,6 +172,8 @@ def extra_passes(model: nn.Module, probes: Sequence[Probe], batch: BatchInfo, ta
             try:
                 with preserve_state(model):
                     readouts.append(probe.extra(model, batch, targets))
+            except Exception as error:  # whatever it is, the common pass stands
+                readouts.append(Readout(notes=[failure(probe, "", error)]))
             finally:
                 for p, gradient, required in gradients:
                     p.grad = gradient

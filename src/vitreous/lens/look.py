@@ -276,7 +276,9 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
         tensors.append(stored(readout, components))
         others.append({name: value.cpu().numpy() for name, value in readout.others.items()})
         rows.append(table(readout.rows, plan.probes))
-        part.images += [metadata.of_image(view, first + i, plan.names, predictions[i]) for i, view in enumerate(batch)]
+        for i, view in enumerate(batch):
+            classes = {name: numbers[i] for name, numbers in readout.classes.items()}
+            part.images.append(metadata.of_image(view, first + i, plan.names, predictions[i], classes))
         if any(view.mask is not None for view in batch):
             scored.append(against_masks(readout.maps, components, batch, first, plan.seed))
         if any(view.mask is not None and not view.mask.any() for view in batch):
@@ -330,6 +332,7 @@ def look_at_batch(
         readout.maps |= each.maps
         readout.confidence |= each.confidence
         readout.others |= each.others
+        readout.classes |= each.classes
         findings.details |= each.details
         findings.notes |= dict.fromkeys(each.notes)
     findings.refused |= dict.fromkeys(seen.refused)

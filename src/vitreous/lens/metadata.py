@@ -97,8 +97,14 @@ def of_layer(call: AttentionCall, where: TokenCoordinates) -> dict[str, Any]:
     }
 
 
-def of_image(view: View, number: int, names: Sequence[str] | None, prediction: Prediction) -> dict[str, Any]:
-    """One image: its name, size, prediction, label, and whether it has a mask."""
+def of_image(
+    view: View, number: int, names: Sequence[str] | None, prediction: Prediction, classes: Mapping[str, int]
+) -> dict[str, Any]:
+    """One image: its name, size, prediction, label, and whether it has a mask.
+
+    classes: {component: the class that its maps are for}, of those that are for one.
+    """
+    explained = {name: {"class": index, "name": class_name(names, index)} for name, index in classes.items()}
     return {
         "image": number,
         "name": view.name,
@@ -108,6 +114,7 @@ def of_image(view: View, number: int, names: Sequence[str] | None, prediction: P
         "probability": prediction[1],
         "label": names[view.label] if names and 0 <= view.label < len(names) else None,
         "mask": view.mask is not None,
+        **({"classes": explained} if explained else {}),
     }
 
 
@@ -138,9 +145,14 @@ def predictions(model: nn.Module, output: Any, names: Sequence[str] | None, coun
     if not has_classes(model, output):
         return [(None, None)] * count
     probability, best = probabilities(model, answer(output)[:count].float()).max(-1)
-    named = [names[i] if names and i < len(names) else f"class {i}" for i in best.tolist()]
+    named = [class_name(names, i) for i in best.tolist()]
     pairs = zip(named, probability.tolist(), strict=True)
     return [(name, value) if value == value else (None, None) for name, value in pairs]
+
+
+def class_name(names: Sequence[str] | None, index: int) -> str:
+    """The name of a class, or "class 7" where there is none."""
+    return names[index] if names and index < len(names) else f"class {index}"
 
 
 def fingerprint(model: nn.Module, views: Views, count: int, settings: Mapping[str, Any]) -> str:

@@ -100,7 +100,8 @@ class Rows:
 class Readout:
     """What a probe read of one batch.
 
-    maps: {"NAME/LAYER": (B, [H,] *grid)}. confidence: {map: (B,)} that its sign is right. details:
+    maps: {"NAME/LAYER": (B, [H,] *grid)}. classes: {NAME: the class of each image that its maps are
+    for}. confidence: {map: (B,)} that its sign is right. details:
     {map: {"rule": how it was made, ...}}, the same for all images. notes: what was left out, and
     why, in words. others: tensors that a part keeps as they are, by names that are not of maps,
     each (n, ...); those of the batches are joined.
@@ -110,6 +111,7 @@ class Readout:
     maps: dict[str, Tensor] = field(default_factory=dict)
     confidence: dict[str, Tensor] = field(default_factory=dict)
     details: dict[str, dict[str, str]] = field(default_factory=dict)
+    classes: dict[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     others: dict[str, Tensor] = field(default_factory=dict)
 
@@ -137,7 +139,7 @@ class BatchInfo:
     choices: dict[str, str] = field(default_factory=dict)
     loss: Callable[[Any, Any], Tensor] | None = None
     query_budget: float = 0.0
-    objects: dict[type, Any] = field(default_factory=dict)
+    objects: dict[Any, Any] = field(default_factory=dict)
 
     def clean(self, x: Tensor) -> Tensor:
         """The part of x (B, ...) that is of the images themselves, without their noisy copies."""
@@ -265,11 +267,13 @@ def chosen(probes: Sequence[str | Probe] | None, model: nn.Module | None = None)
     Raises UnknownName, and SettingError where two probes give the same measure or map.
     """
     items: list[Probe] = []
+    ours: list[Probe] = []  # of "all": one that is given beside it takes its place
     for probe in ["all"] if probes is None else [probes] if isinstance(probes, str | Probe) else probes:
         if probe == "all":
-            items += [item() for item in map(PROBES.item, PROBES.files) if not item.passes]
+            ours = [item() for item in map(PROBES.item, PROBES.files) if not item.passes]
         else:
             items.append(PROBES.parse(probe, foreign=True) if isinstance(probe, str) else probe)
+    items += [item for item in ours if not any(type(other) is type(item) for other in items)]
     items = items if model is None else [probe.for_model(model) for probe in items]
     names = [record.name for probe in items for record in (*probe.measures, *probe.components)]
     if twice := sorted({name for name in names if names.count(name) > 1}):

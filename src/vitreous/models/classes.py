@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from vitreous.base.errors import HostError
+from vitreous.base.errors import HostError, SettingError, UnknownName
 
 MULTI_LABEL = "multi_label_classification"  # the value of transformers' problem_type in config.json
 
@@ -37,6 +37,27 @@ def names_of(model: nn.Module) -> list[str]:
     recorded = class_names(model) or []
     names = [recorded[i] if i < len(recorded) else f"class {i}" for i in range(count)]
     return names if len(set(names)) == count else [f"{name} ({i})" for i, name in enumerate(names)]
+
+
+def class_index(model: nn.Module, text: str) -> int:
+    """The number of a class, given as such or by its name; one of several names, too.
+
+    "tabby" is enough for ImageNet's "tabby, tabby cat". Raises UnknownName, and SettingError for a
+    number that is none of a class.
+    """
+    names = class_names(model) or []
+    exact = [i for i, name in enumerate(names) if name.lower() == text.lower()]
+    parts = [i for i, name in enumerate(names) if text.lower() in name.lower().split(", ")]
+    for found in (exact, parts):
+        if len(found) == 1:
+            return found[0]
+    if not text.isdecimal():
+        hint = f"Several have this name: {', '.join(map(str, parts))}; give a number." if parts else "Or give its number."
+        raise UnknownName(text, "class", {part for name in names for part in (name, *name.split(", "))}, hint)
+    count = len(names) or getattr(model, "num_classes", 0)
+    if count and int(text) >= count:
+        raise SettingError(f"Found class {text} of {count}. Expected 0 to {count - 1}. Choose one of them.")
+    return int(text)
 
 
 def multi_label(model: nn.Module) -> bool:

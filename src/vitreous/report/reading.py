@@ -239,7 +239,8 @@ def measures(reading: ReadingFolder, shown: int) -> tuple[dict[str, Any], dict[s
     if not set(ROW_KEYS) <= set(columns) or len({len(column) for column in columns.values()}) > 1:
         raise reading.incomplete(f"a table.json without {', '.join(ROW_KEYS)}, or with columns of unlike length,")
     names = [name for name in columns if name not in ROW_KEYS]
-    values = np.array([[np.nan if v is None else v for v in columns[name]] for name in names], float).reshape(len(names), -1)
+    shape = len(names), len(columns["image"])  # of a reading of maps alone there are none
+    values = np.array([[np.nan if v is None else v for v in columns[name]] for name in names], float).reshape(shape)
     groups: dict[tuple, list[int]] = {}
     for row, key in enumerate(zip(*(columns[key] for key in ("source", "kind", "layer", "head")), strict=True)):
         groups.setdefault(key, []).append(row)

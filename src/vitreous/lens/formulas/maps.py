@@ -28,6 +28,7 @@ FEW = 0.04  # share of the patches that may be artifacts: 2 % are, in each late 
 SPIKE = 0.5  # a vector with more of its energy on these few patches is a spike: measured 0.04 to 0.09, or 0.98 to 1.00
 HIGH = 4.0  # times the median norm: artifacts of ViT-Tiny/16 have 20 to 45, its other patches 1.5, objects in small models 3.5
 CONFIDENT = 0.95  # a sign with less confidence is not shown as one
+TOKENS = 1100  # up to which rollout and relevance are followed: their cost grows with the cube
 BLUR = 0.5  # standard deviation, in patches
 
 # Chance that a sign is right: sigmoid(slope |correlation| + agreement [attention agrees] +
@@ -216,6 +217,22 @@ def rollout_map(joint: Tensor, patches: slice, has_class: bool) -> Tensor:
     Without a class token: all patches on average.
     """
     return joint[:, 0, patches] if has_class else joint[:, patches, patches].mean(1)
+
+
+def relevance_step(joint: Tensor, blocks: Iterable[tuple[slice, Tensor]], own: bool = True) -> Tensor:
+    """Relevance through one more layer: R + C R, or C R where queries are others.
+
+    joint: D = R - 1 (B, N, M) of N tokens from the first M of them, zeros at the start: what tokens
+    have of themselves would hide the rest. blocks: rows of (A * dS/dA)+ of the layer, each with the
+    slice of queries (B, H, n, N); C is their mean over heads. own: queries are the N tokens. Chefer
+    et al. 2021, arXiv 2103.15679, equations 5 and 6; without `own` 10, for attention to others.
+    """
+    parts = []
+    for where, rows in blocks:
+        c = rows.mean(1)
+        part = c @ joint + c[..., : joint.shape[-1]]  # C R
+        parts.append(part + joint[:, where] if own else part)
+    return torch.cat(parts, dim=1)
 
 
 # -- filters on the grid ---------------------------------------------------------------------------

@@ -9,12 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from vitreous.hosts.mixer import Mixer
-from vitreous.lens.formulas.maps import rollout_map, rollout_step
+from vitreous.lens.formulas.maps import TOKENS, rollout_map, rollout_step
 from vitreous.lens.probe import Component, Observer, Probe
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates
-
-TOKENS = 1100  # up to which rollout is followed: its cost grows with their cube
 
 
 class RolloutObserver(Observer):

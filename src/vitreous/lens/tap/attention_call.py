@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -111,6 +111,13 @@ class Map(ABC):
         for the same rows.
         """
 
+    def lasting(self) -> Map:
+        """The same map, to be read behind the pass, which other maps share the buffers with.
+
+        For passes with gradients: autograd refuses a model that overwrites what it is made of.
+        """
+        return self
+
 
 class ComputedMap(Map):
     """The map of a fused call, computed again from queries, keys, mask and scale."""
@@ -141,6 +148,10 @@ class ComputedMap(Map):
             values = ~mask if mask.dtype == torch.bool else mask.float()
             values = arrangement.spread(values.expand(*lead, *self.size))
             self.blocked, self.bias = (values, None) if mask.dtype == torch.bool else (None, values)
+
+    def lasting(self) -> Map:
+        self.fresh = None
+        return self
 
     def block(self, rows: slice, effective: bool = False, fresh: bool = False) -> Tensor:
         """Rows of the map; rows whose keys are all masked are 0, as in fused kernels."""
@@ -212,6 +223,8 @@ class AttentionCall:
         (`output_error`).
     first_token: the parameter that the first query comes from, or `POOLED`, if it has no place in
         the image; "": unknown.
+    graph_output: (tensor, function): the output as the model's own tensor, for a pass with
+        gradients, and what brings its gradient to the form of `output`.
     note: anything else to know, in words.
     """
 
@@ -233,6 +246,7 @@ class AttentionCall:
     verified: str
     note: str = ""
     first_token: str = ""
+    graph_output: tuple[Tensor, Callable[[Tensor], Tensor]] | None = field(default=None, repr=False)
     maps: Map | None = field(default=None, repr=False)
 
     def rows(self, size: int = 256, effective: bool = False) -> Iterator[tuple[slice, Tensor]]:

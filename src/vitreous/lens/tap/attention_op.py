@@ -36,6 +36,7 @@ class AttentionOp:
     route: "fused" or "softmax". q, k: `OperandView`s that give (..., N, K) and (..., M, K); None if
         there is no product of queries and keys, or its axes were lost.
     v, output: (..., M, Kv), (..., N, Kv).
+    output_view: the output as an `OperandView`.
     mask, causal, scale: as `scaled_dot_product_attention` got them.
     weighted_sum: of the softmax route. heads: their number, where the module passed it.
     """
@@ -45,6 +46,7 @@ class AttentionOp:
     k: OperandView | None
     v: Tensor
     output: Tensor
+    output_view: OperandView
     mask: Tensor | None = None
     causal: bool = False
     scale: float | None = None
@@ -84,6 +86,7 @@ def fused_attention(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) ->
         k=(k, partial(spread, axes=k.ndim)),
         v=spread(v, v.ndim),
         output=out,
+        output_view=(out, lambda x: x),
         mask=arguments["attn_mask"],
         causal=arguments["is_causal"],
         scale=float(scale),

@@ -132,6 +132,7 @@ class Capture(Receiver):
     ) -> AttentionCall:
         """The `AttentionCall` of an intercepted attention, with the error of its check."""
         v, output = arrangement.merge(op.v), arrangement.merge(op.output)
+        own_output, form = op.output_view
         q, k = (None if side is None else arrangement.merge(side[1](side[0])) for side in (op.q, op.k))
         weighted_sum, state = op.weighted_sum, stack.state
         if weighted_sum is None:
@@ -165,6 +166,7 @@ class Capture(Receiver):
             verified="",
             note=(weighted_sum.note if weighted_sum is not None else "") or self.layouts.unsure.get((name, call_index), ""),
             first_token="" if traced is None else traced.first_token,
+            graph_output=(own_output, lambda x: arrangement.merge(form(x))),
             maps=maps,
         )
         call.error, call.verified = output_error(call)

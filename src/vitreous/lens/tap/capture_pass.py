@@ -71,6 +71,7 @@ def watch(
     layouts: Layouts | None = None,
     on_output: OnOutput | None = None,
     outputs: Container[str] | None = None,
+    gradients: bool = False,
 ) -> PassResult:
     """One forward pass of images (B, C, h, w); every attention goes to `on_attention`.
 
@@ -78,8 +79,10 @@ def watch(
     layouts: from `trace`, for a caller with several batches of one size; None: traced here.
     on_output(name, call_index, output): called at the end of every module's forward, or of those
         named in `outputs`.
-    The pass runs in eval mode, without gradients and, if compiled, eagerly; hooks, modes and random
-    state are as before, also after an error.
+    gradients: build the graph of the pass, from the images on; `AttentionCall.graph_output` is a
+        part of it, and so is the output. Callbacks run without.
+    The pass runs in eval mode, without gradients unless asked for and, if compiled, eagerly; hooks,
+    modes and random state are as before, also after an error.
 
     Raises HostError for a model that cannot be intercepted, or without attention; NotReached if no
     call arrived at all; DataError for images of another form.
@@ -93,7 +96,7 @@ def watch(
         vars(layouts).update(vars(trace(model, images)))
         comparable = True
     capture = Capture(on_attention, layouts, images, comparable)
-    output = run_pass(modules, images, capture, layouts.earlier_tensors, on_output, outputs)
+    output = run_pass(modules, images, capture, layouts.earlier_tensors, on_output, outputs, gradients)
     if len(images) > 1:
         layouts.image = None
     return PassResult(output, capture.refused)
@@ -146,12 +149,15 @@ def run_pass(
     visible: TensorSet,
     on_output: OnOutput | None,
     outputs: Container[str] | None = None,
+    gradients: bool = False,
 ) -> Any:
     """One pass of images through the model, modules[""]; its attentions go to the receiver.
 
+    gradients: with the graph of the pass, whose leaf are the images.
     Returns the model's output. Raises HostError or NotReached if there was no attention.
     """
     model = modules[""]
+    images = images.detach().requires_grad_() if gradients else images
     # tensors in attributes are looked for once, since that walks all attributes of all modules
     if not visible:
         visible.add(attribute_tensors(model))
@@ -160,6 +166,7 @@ def run_pass(
     with (
         torch._C._EnableTorchFunction(),  # a caller inside DisableTorchFunction would otherwise hide the whole pass
         preserve_state(model),
+        torch.set_grad_enabled(gradients),
         force_eager(),
         stack,
         Tap(stack, receiver, visible) as tap,
@@ -253,7 +260,8 @@ class Tap(TorchFunctionMode):
             # before the call, as it may work in place
             self.check_inputs(func, inputs)
         out = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
+        # what is followed is no part of the graph of a pass with gradients
+        with torch._C.DisableTorchFunction(), torch.no_grad():
             self.visible.add(tensors(out))
             self.receiver.follow(func, args, kwargs, out)
             if name == "scaled_dot_product_attention":
@@ -265,11 +273,12 @@ class Tap(TorchFunctionMode):
                 result = self.flow.follow(name, self.stack, func, args, kwargs, inputs, out) if follow else None
             if isinstance(result, WeightedSum):
                 q, k = result.operands() or (None, None)
-                result = AttentionOp("softmax", q, k, result.v, result.output, weighted_sum=result)
+                result = AttentionOp("softmax", q, k, result.v, result.output, result.output_view, weighted_sum=result)
         if isinstance(result, AttentionOp):
             result.heads = self.heads
             # checks are not intercepted, and run in float32 under the autocast of any caller
-            with torch._C.DisableTorchFunction(), torch.autocast(result.output.device.type, enabled=False):
+            quiet = torch.autocast(result.output.device.type, enabled=False)
+            with torch._C.DisableTorchFunction(), torch.no_grad(), quiet:
                 self.receiver.attention(self.stack, result)
         elif result is not None:
             self.receiver.refuse(self.stack.path, result)
