@@ -9,8 +9,11 @@ import torch
 from lens.explicit import GRID, explicit, pixels, vit
 from lens.passes import seen as seen_by_probes
 from vitreous import graft, parse
+from vitreous.base.errors import SettingError
 from vitreous.layers.stream import Stream
+from vitreous.lens.formulas.maps import fused_rollout_step
 from vitreous.lens.layer_features import FeatureCollector, LayerFeatures, layer_features, modules_around
+from vitreous.lens.probe import chosen
 from vitreous.lens.probes import rollout
 from vitreous.lens.tap import trace, watch
 from vitreous.lens.token_coordinates import has_class_token
@@ -72,6 +75,20 @@ def test_a_layer_is_handed_on_once_and_when_all_of_it_is_there():
     complete = []
     followed(vit(), pixels(2), on_layer=lambda layer: complete.append((layer.layer, layer.tokens is not None)))
     assert complete == [(0, True), (1, True), (2, True)]
+
+
+def test_rollout_says_how_heads_are_fused_and_what_is_discarded():
+    model, images = vit(), pixels(2)
+    plain = seen_by_probes(model, images, "rollout")[1]
+    readout = seen_by_probes(model, images, "rollout:fusion=max,discard=0.5")[1]
+    joint = None
+    for layer in explicit(model, images):
+        joint = fused_rollout_step(joint, [(slice(0, 25), layer.attention)], "max", 0.5)
+    close(readout.maps["rollout/2"].flatten(1), joint[:, 0, 1:])
+    assert not plain.details
+    assert readout.details["rollout/2"] == {"rule": "the maximum over heads, without the lowest 50 % of each layer's attention"}
+    with pytest.raises(SettingError, match=r"discard=1\.0"):
+        chosen(["rollout:discard=1"])
 
 
 def test_rollout_ends_where_tokens_are_too_many(monkeypatch):

@@ -284,6 +284,25 @@ def test_rollout_makes_its_own_matrix_and_refuses_other_tokens():
         maps.rollout_step(joint, [(slice(0, 4), noise(1, 2, 4, 4))])
 
 
+@pytest.mark.parametrize(("fusion", "discard"), [("mean", 0.0), ("max", 0.0), ("min", 0.3), ("max", 0.9)])
+def test_rollout_with_heads_fused_and_low_attention_discarded_is_that_of_loops(fusion, discard):
+    layers, joint, n = [noise(2, 3, 7, 7, seed=i).softmax(-1) for i in range(3)], None, 7
+    fuse = {"mean": lambda x: sum(x) / len(x), "max": max, "min": min}[fusion]
+    for a in layers:
+        joint = maps.fused_rollout_step(joint, [(slice(0, 4), a[:, :, :4]), (slice(4, 7), a[:, :, 4:])], fusion, discard)
+    for image in range(2):
+        expected = torch.eye(n, dtype=torch.float64)
+        for a in layers:
+            fused = torch.tensor([[fuse([float(a[image, h, i, j]) for h in range(3)]) for j in range(n)] for i in range(n)])
+            order = sorted((float(fused[i, j]), i, j) for i in range(n) for j in range(n))
+            for _, i, j in order[: int(n * n * discard)]:
+                if (i, j) != (0, 0):
+                    fused[i, j] = 0
+            step = 0.5 * fused.double() + 0.5 * torch.eye(n)
+            expected = step / step.sum(1, keepdim=True) @ expected
+        torch.testing.assert_close(joint[image], expected, rtol=1e-6, atol=1e-8)
+
+
 # -- filters on the grid -----------------------------------------------------------------------------------------------
 
 

@@ -211,6 +211,25 @@ def rollout_step(joint: Tensor | None, blocks: Iterable[tuple[slice, Tensor]], o
     return out
 
 
+def fused_rollout_step(
+    joint: Tensor | None, blocks: Iterable[tuple[slice, Tensor]], fusion: str = "mean", discard: float = 0.0
+) -> Tensor:
+    """`rollout_step` with heads fused by "mean", "max" or "min", and low attention set to 0.
+
+    discard: the share of the entries of each fused map that is set to 0, the lowest ones, except
+    that of token 0 to itself. Rows of 0.5 A + 0.5 I are then brought to sum 1. As in Gildenblat
+    2020 (vit-explain), which divides columns by the sums of rows.
+    """
+    fused = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}[fusion]
+    a = torch.cat([fused(rows, 1) for _, rows in blocks], dim=1)  # (B, N, N)
+    flat, first = a.flatten(1), a[:, 0, 0].clone()
+    lowest = flat.topk(int(flat.shape[1] * discard), largest=False).indices
+    flat.scatter_(1, lowest, 0.0)[:, 0] = first
+    a = 0.5 * flat.view_as(a) + 0.5 * torch.eye(a.shape[-1], device=a.device)
+    a = a / a.sum(-1, keepdim=True)
+    return a if joint is None else a @ joint
+
+
 def rollout_map(joint: Tensor, patches: slice, has_class: bool) -> Tensor:
     """(B, P): what of the patches reached the class token, token 0. Sums to <= 1.
 
