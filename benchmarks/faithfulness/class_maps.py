@@ -2,10 +2,10 @@
 
     python benchmarks/faithfulness/class_maps.py ../shared/data          about 4 minutes on one core
 
-Insertion and deletion curves (fill: the mean colour) on the same 42 ImageNet photographs as run.py, for relevance and attention
-times its gradient after Chefer et al. 2021, beside attention of the class token (mean over heads) and rollout, as they come from
-`look`. Differences in area to two random orders of the same photograph, with 95 % bootstrap intervals over photographs, and, last
-column, in insertion to attention after block 9, the best map for no class of run.py.
+Insertion and deletion curves (fill: the mean colour) on the same 42 ImageNet photographs as run.py, for relevance and
+attention times its gradient after Chefer et al. 2021, beside attention of the class token (mean over heads) and rollout, as
+they come from `look`. Differences in area to two random orders of the same photograph, with 95 % bootstrap intervals over
+photographs, and, last column, in insertion to attention after block 9, the best map for no class of run.py.
 """
 
 from __future__ import annotations

@@ -36,10 +36,12 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from PIL.Image import Image
 from safetensors import safe_open
 
 from vitreous.base.errors import DataError, SettingError, UnknownName
 from vitreous.base.files import writable, write, write_text
+from vitreous.lens import drawing
 from vitreous.lens.query_rows import query
 from vitreous.lens.stored_maps import joined_maps, scaled
 from vitreous.lens.tables import Columns, as_csv, from_csv, in_order, joined, without_nan
@@ -222,6 +224,30 @@ class Reading:
         SettingError for what is not stored: `facts["queries"]` says which images and layers are.
         """
         return query(self.parts, self.facts.get("queries"), image, layer, patch, head)
+
+    def show(
+        self,
+        component: str = "",
+        image: int = 0,
+        layer: int | None = None,
+        head: int = -1,
+        *,
+        patch: tuple[int, int] | None = None,
+        opacity: float = 0.6,
+    ) -> Image:
+        """A map over its picture, as a PIL image that notebooks show.
+
+        component: default: foreground, else relevance, else attention. layer: default: the last.
+        head: -1 for the mean of all. patch: (row, column), to see what this patch looks at instead,
+        as of `query`. opacity: of the map, 0 to 1. Raises UnknownName, SettingError.
+        """
+        return drawing.show(self, component, image, layer, head, patch, opacity)
+
+    def __repr__(self) -> str:
+        return "\n  ".join([f"Reading of {self.facts.get('title')}", *drawing.lines(self)])
+
+    def _repr_html_(self) -> str:
+        return drawing.html(self)
 
     def to_pandas(self) -> Any:
         """The table as a pandas DataFrame. Raises SettingError without pandas."""
