@@ -4,7 +4,7 @@ The 32 animals of Tiny-ImageNet at 112 pixels: what stands before the border is 
 stored in half precision; a training step starts there. That takes a third of the time of a whole step or less, and is the
 late-block protocol of SVDA's authors, but for data, resolution and length.
 
-    python benchmarks/late_blocks.py choose DATA     the learning rates, on every tenth training image, held out for it
+    python benchmarks/late_blocks.py choose DATA [BORDER ...]    the learning rates, on every tenth training image, held out
 
 The learning rate is chosen on those for the plain arm alone, so that it favours no mechanism; the final runs train on all
 training images, with other seeds. The tokens stay in runs/late_blocks.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -44,7 +44,7 @@ from tiny_imagenet.run import TENTH, unpacked  # noqa: E402
 
 WORK = Path("runs/late_blocks")
 SLICE, BATCH, LOOKED_AT = 2000, 64, 128
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 CHOICE = HERE / "late_blocks.json"
 
 
@@ -188,25 +188,36 @@ def calibration_images(images: Samples, inputs: Preprocess) -> Tensor:
     return torch.cat([x for x, _ in loader(some, inputs, 16)])
 
 
-def choose(data: Path) -> None:
-    """The rate of each border by held-out accuracy of the plain arm, with two seeds that are in no table."""
+def choose(data: Path, borders: Iterable[int]) -> None:
+    """The rate of each border by held-out accuracy of the plain arm, with two seeds that are in no table.
+
+    What is stored already is not done again.
+    """
     torch.set_num_threads(1)
-    found: dict[str, Mapping] = json.loads(CHOICE.read_text()) if CHOICE.exists() else {}
-    for border in (10, 7):
-        tokens, scores = held_out(tokens_behind(data, border)), {}
-        for lr in RATES:
+    stored: dict[str, dict] = json.loads(CHOICE.read_text(encoding="utf-8")) if CHOICE.exists() else {}
+    for border in borders:
+        scores = stored.get(str(border), {}).get("held_out", {})
+        for lr in (rate for rate in RATES if f"{rate:g}" not in scores):
             values = []
             for seed in (0, 1):
-                _, _, model = network(data, seed)
+                model = network(data, seed)[2]
                 prepared(model, border, (), False, Tensor)
+                tokens = held_out(tokens_behind(data, border))
                 values.append(trained(model, tokens, border, settings(data, seed=seed, lr=lr), seed)[-1]["tests"]["test"])
             scores[f"{lr:g}"] = round(float(np.mean(values)), 4)
             print(f"border {border}, lr {lr:g}: {values}", file=sys.stderr, flush=True)
-        found[str(border)] = {"held_out": scores, "lr": max(RATES, key=lambda lr: scores[f"{lr:g}"])}
-        write(CHOICE, found | {"command": "python benchmarks/late_blocks.py choose DATA", "versions": versions()})
+            stored[str(border)] = {
+                "held_out": scores,
+                "lr": max((rate for rate in RATES if f"{rate:g}" in scores), key=score(scores)),
+            }
+            write(CHOICE, stored | {"command": "python benchmarks/late_blocks.py choose DATA", "versions": versions()})
+
+
+def score(scores: Mapping[str, float]) -> Callable[[float], float]:
+    return lambda rate: scores[f"{rate:g}"]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "choose":
-        raise SystemExit("usage: python benchmarks/late_blocks.py choose DATA")
-    choose(Path(sys.argv[2]))
+    if len(sys.argv) < 3 or sys.argv[1] != "choose":
+        raise SystemExit("usage: python benchmarks/late_blocks.py choose DATA [BORDER ...]")
+    choose(Path(sys.argv[2]), [int(border) for border in sys.argv[3:]] or (10, 7))
