@@ -126,8 +126,7 @@ def test_what_was_pooled_from_everything_has_no_map(images):
     reading = look(Tokens(perceiver, latents=3).eval(), images, noise=0)
     assert ("attention", 0) in reading.maps
     assert ("attention", 1) not in reading.maps
-    assert reading.layers[1]["grid"] is None
-    assert [layer["note"] for layer in reading.layers][1] == "where its tokens are is not known"
+    assert (reading.layers[1]["grid"], reading.layers[1]["note"]) == (None, "where its tokens are is not known")
     untouched = look(Tokens(decoder, queries=3).eval(), images, noise=0)
     assert untouched.layers[0]["note"] == "where its tokens are is not known"  # equal for all images, of one window
 
@@ -140,15 +139,20 @@ def test_frames_that_look_like_heads_are_said(images):
         return model.second(frames, frames).mean(1)
 
     class Frames(Attention):
+        heads, join = HEADS, False
+
         def forward(self, x, y):
-            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(2, 3) for t in (self.q(x), *self.kv(y).chunk(2, -1)))
-            return (torch.softmax(q @ k.mT, -1) @ v).transpose(2, 3).flatten(3)
+            x = x.flatten(0, 1) if self.join else x  # images and frames in one axis
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in (self.q(x), *self.kv(x).chunk(2, -1)))
+            return (torch.softmax(q @ k.mT, -1) @ v).transpose(-2, -3).flatten(-2).unflatten(0, (len(y), -1)).flatten(1, -3)
 
     model = Tokens(video)
     model.second = Frames()
-    (layer,) = look(model.eval(), images, noise=0).layers
-    assert layer["heads"] == 4
-    assert "2 x 2 maps have the same places" in layer["note"]
+    for model.second.heads, model.second.join, said in ((2, False, "2 x 2 maps"), (2, True, "2 x 2 maps"), (1, True, "2 maps")):
+        (layer,) = look(model.eval(), images, noise=0).layers
+        assert layer["heads"] == 2 * model.second.heads
+        assert f"{said} have the same places" in layer["note"]
+    assert not any(layer["note"] for layer in look(Tokens(cls_token=1).eval(), images, noise=0).layers)
 
 
 def test_tokens_on_no_grid_are_said(images):
@@ -190,6 +194,21 @@ def test_one_class_query_beside_patches_and_a_pooled_token_count(images):
         assert [layer["has_class"] for layer in reading.layers] == [True, True]
         right = model.second.maps[:, :, 0, 1:].unflatten(-1, (SIDE, SIDE)).numpy()
         assert np.abs(reading.maps.heads("attention", 1) - right).max() < 1e-3
+
+
+def test_queries_joined_before_a_class_token_later_are_none(images):
+    """As in EoMT, whose last blocks have object queries of an embedding in front of everything."""
+
+    def late(model, patches, named):
+        x = torch.cat([named[0], patches], 1)
+        x = model.first(x, x)
+        x = torch.cat([model.query.weight[None, :, :].expand(len(x), -1, -1), x], 1)
+        return model.second(x, x)
+
+    model = Tokens(late, cls_token=1)
+    model.query = nn.Embedding(2, WIDTH)
+    layers = look(model.eval(), images, noise=0).layers
+    assert [(layer["has_class"], layer["prefix"]) for layer in layers] == [(True, 1), (False, 3)]
 
 
 def test_tokens_are_named_after_their_parameters(images):

@@ -84,6 +84,12 @@ def columns(net, q, k, v):
     return join(weights.mT @ v)
 
 
+def several_axes(net, q, k, v):
+    """V of a window for each query and key, as in SepViT: its places move as one."""
+    weights = torch.softmax(q @ k.mT * SCALE, dim=-1)
+    return join(torch.einsum("bhij,bhjwd->bhiwd", weights, v.unflatten(-1, (2, -1))).flatten(-2))
+
+
 def letters(net, q, k, v):
     weights = torch.einsum("b h i d, b h j d -> b i j h", q, k).mul(SCALE).softmax(dim=2)
     return torch.einsum("bijh,bhjd->bihd", weights, v).flatten(2)
@@ -135,6 +141,7 @@ SPELLINGS = {
     "baddbmm": added,
     "V A^T": turned,
     "columns": columns,
+    "several axes of V": several_axes,
     "einsum": letters,
     "unfolded": unfolded,
     "cast": cast,
@@ -162,6 +169,23 @@ def test_every_spelling_gives_the_map_that_was_used(attend):
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), atol=1e-2, rtol=1e-2)  # q may hold the scale already
     assert call["error"] < 1e-6
     assert "score entries" in call["verified"]
+
+
+def test_scores_under_a_mask_of_the_lowest_number_are_checked_elsewhere():
+    """As multi_head_attention_forward adds masks of padded keys: s + lowest - lowest is 0, not s."""
+    mask = torch.zeros(1, 1, TOKENS)
+    mask[..., -3:] = torch.finfo(torch.float32).min
+
+    def attend(net, q, k, v):
+        scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=SCALE)
+        return join((scores.softmax(-1) @ v.flatten(0, 1)).unflatten(0, (-1, HEADS)))
+
+    net = Net(attend)
+    found, (call,) = seen(net)
+    q, k, _ = net.given
+    assert found.refused == []
+    torch.testing.assert_close(call["map"][:, 0, :, :, :-3].double(), plain(q, k[:, :, :-3]), atol=1e-6, rtol=1e-5)
+    assert call["error"] < 1e-6
 
 
 def talking(net, q, k, v):

@@ -74,9 +74,6 @@ def of_layer(call: AttentionCall, where: TokenCoordinates) -> dict[str, Any]:
         )
     elif where.grid is None:
         note = "where its tokens are is not known" if layout is None else layout.note or "its tokens lie on no grid"
-    elif layout is not None and len(axes := [n for axis in layout.factors for n, kind in axis if kind == "H" and n > 1]) > 1:
-        shared = " x ".join(map(str, axes))
-        note = f"{shared} maps have the same places: what is counted as heads is also frames, views or channels"
     return {
         "layer": where.layer,
         "name": call.name,
@@ -93,7 +90,7 @@ def of_layer(call: AttentionCall, where: TokenCoordinates) -> dict[str, Any]:
         "grid": None if where.grid is None else list(where.grid),
         "has_class": where.has_class,
         "effective": call.mixed,
-        "note": call.note or note,
+        "note": "; ".join(filter(None, (call.note, note))),
     }
 
 

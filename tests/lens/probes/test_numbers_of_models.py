@@ -207,6 +207,25 @@ def test_planted_gaussian_heads_return_their_widths():
     assert 0.92 < share.min() < share.max() < 1.0
 
 
+class Channels(torch.nn.Module):
+    """One attention whose projection is a filter of one token over (B, C, N)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.to_qkv = torch.nn.Conv2d(3, 12, 8, 8), torch.nn.Conv1d(12, 36, 1)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(1, (2, 6)).mT for t in self.to_qkv(self.embed(x).flatten(2)).chunk(3, 1))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_a_projection_with_channels_first_is_measured_by_its_channels():
+    model = Channels()
+    table, readout = measured(model, pictures(), noisy=False)
+    assert readout.notes == []
+    assert (table["source"] == "weight").sum() == 2
+
+
 def test_batches_make_no_difference():
     model, images = build(), pictures(5)
     whole, _ = measured(model, images, noisy=False)

@@ -74,7 +74,9 @@ class TokenNames:
 
     def cut(self, x: Tensor, index: Any, out: Tensor) -> Names:
         """Names of tokens of which slices were taken."""
-        names, items = self.of(x), index if isinstance(index, tuple) else (index,)
-        if not names or out.ndim != x.ndim or not all(isinstance(item, slice) for item in items):
+        items = [item for item in (index if isinstance(index, tuple) else (index,)) if item is not None]
+        if Ellipsis in items:
             return ()
-        return names[items[x.ndim - 2]] if len(items) > x.ndim - 2 else names
+        names = self.of(x) if all(isinstance(item, slice) for item in items) else ()
+        names = names[items[x.ndim - 2]] if names and len(items) > x.ndim - 2 else names
+        return names if out.ndim > 1 and len(names) == out.shape[-2] else ()  # a new axis may be in the place of theirs

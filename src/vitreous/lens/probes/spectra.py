@@ -35,7 +35,7 @@ class SpectraObserver(Observer):
             return
         parent, _, child = name.rpartition(".")
         if parent not in self.seen and isinstance(output, Tensor) and output.is_floating_point():
-            axis = 1 if isinstance(self.modules.get(name), nn.Conv2d) else output.ndim - 1
+            axis = 1 if isinstance(self.modules.get(name), nn.modules.conv._ConvNd) else output.ndim - 1
             others = [i for i in range(output.ndim) if i != axis]
             self.energies.setdefault(parent, {})[child] = output.detach().float().square().sum(dim=others)
 

@@ -164,7 +164,9 @@ class Capture(Receiver):
             stochastic=True,
             error=0.0,
             verified="",
-            note=(weighted_sum.note if weighted_sum is not None else "") or self.layouts.unsure.get((name, call_index), ""),
+            note=(weighted_sum.note if weighted_sum is not None else "")
+            or self.layouts.unsure.get((name, call_index), "")
+            or ("" if layout is None else heads_note(arrangement)),
             first_token="" if traced is None else traced.first_token,
             graph_output=(own_output, lambda x: arrangement.merge(form(x))),
             maps=maps,
@@ -178,6 +180,19 @@ class Capture(Receiver):
         # an unchanged softmax is stochastic by definition; only changed maps need a look
         call.stochastic = not call.mixed or is_stochastic(call)
         return call
+
+
+def heads_note(arrangement: Arrangement) -> str:
+    """A note where frames, views or channels are counted as heads, since they have equal places.
+
+    They are in an axis of their own, or in that of the batch, beside which heads have another.
+    """
+    heads = [[size for size, kind in axis if kind == "H" and size > 1] for axis in arrangement.factors]
+    mixed = [own for own, axis in zip(heads, arrangement.factors, strict=True) if own and any(kind == "B" for _, kind in axis)]
+    sizes = [size for own in heads for size in own]
+    if len(sizes) < 2 and not (mixed and len(heads) > 1):
+        return ""
+    return f"{' x '.join(map(str, sizes))} maps have the same places: what is counted as heads is also frames, views or channels"
 
 
 def precision(op: AttentionOp) -> float:

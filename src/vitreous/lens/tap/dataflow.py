@@ -226,7 +226,9 @@ def make_product(c: Contraction, name: str, args: Sequence[Any], kwargs: dict[st
     if name in ("baddbmm", "addmm"):
         added = args[0] if args else kwargs["input"]
         # baddbmm and addmm give beta * input + alpha * product
-        values = (values - kwargs.get("beta", 1) * added.expand(out.shape)[coordinates]) / kwargs.get("alpha", 1)
+        added = kwargs.get("beta", 1) * added.expand(out.shape)[coordinates]
+        # beside a mask of -1e4 or the lowest number nothing is left of the product
+        values = ((values - added) / kwargs.get("alpha", 1)).masked_fill(added.abs() >= 1e4, math.nan)
     return Product(c, tuple(out.shape), positions, values)
 
 

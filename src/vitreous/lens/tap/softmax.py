@@ -158,19 +158,20 @@ class DataFlow:
         # labels of one operand alone are queries, or features of V; shared ones are leading axes
         rows = [x for x in own if x not in theirs and x not in c.batch]
         columns = [x for x in theirs if x not in own and x not in c.batch]
-        row, column = rows[-1] if rows else "row", columns[-1] if columns else "column"
-        lead = [x for x in c.labels_out if x not in (row, column)]
+        row, columns = rows[-1] if rows else "row", columns or ["column"]
+        lead = [x for x in c.labels_out if x != row and x not in columns]
         sizes = dict(zip(c.labels_out, out.shape, strict=True)) | {label: a.shape[key[0]]}
         # an attention of one query, or of scalars, lacks the axis
         sizes = {"row": 1, "column": 1} | sizes
         wanted = [*lead, row, label]
         axes = arranged_axes(weights.axes, own, wanted, sizes)
 
-        def form(labels: Sequence[Label], last: Sequence[Label]) -> Callable[[Tensor], Tensor]:
-            """What brings a tensor with these labels to (leading axes, *last)."""
-            return lambda x: arrange(x, labels, [*lead, *last], sizes)
+        def form(labels: Sequence[Label], axis: Label) -> Callable[[Tensor], Tensor]:
+            """What brings a tensor with these labels to (leading axes, axis, features of V)."""
+            ends = len(lead) + 1, len(lead) + len(columns)  # several axes of V alone, as windows that move as one
+            return lambda x: arrange(x, labels, [*lead, axis, *columns], sizes).flatten(*ends)
 
-        form_v, form_output = form(theirs, [label, column]), form(c.labels_out, [row, column])
+        form_v, form_output = form(theirs, label), form(c.labels_out, row)
         return WeightedSum(
             weights=weights,
             axes=axes,
