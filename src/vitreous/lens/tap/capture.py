@@ -192,7 +192,8 @@ def heads_note(arrangement: Arrangement) -> str:
     sizes = [size for own in heads for size in own]
     if len(sizes) < 2 and not (mixed and len(heads) > 1):
         return ""
-    return f"{' x '.join(map(str, sizes))} maps have the same places: what is counted as heads is also frames, views or channels"
+    shared = " x ".join(map(str, sizes))
+    return f"{shared} maps have the same places: what is counted as heads is also frames, views or channels"
 
 
 def precision(op: AttentionOp) -> float:
