@@ -183,7 +183,7 @@ class Capture(Receiver):
 
 
 def heads_note(arrangement: Arrangement) -> str:
-    """A note where frames, views or channels are counted as heads, since they have equal places.
+    """A note where frames, views or channels, with equal places, are counted as heads.
 
     They are in an axis of their own, or in that of the batch, beside which heads have another.
     """
