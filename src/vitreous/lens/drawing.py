@@ -22,6 +22,7 @@ SIGNED = "0f64bf 4386d8 7da8e1 b6cce9 f5f5f5 e5c1b1 d89373 c86432 a4450c"
 UNSIGNED = "20857b 38a397 7cbab2 b6d4cf f2f2f2 d1c7de b6a3ce 9d80bf 865eb1"
 SURE = 0.95  # confidence from which a sign is taken as known
 FIRST = ("foreground", "relevance", "attention")  # the map that is shown first is the first of these
+LARGE = 256  # pixels to which the longer side of a small picture is brought, or nearly
 THUMBS, SIDE = 4, 168  # pictures of a notebook's summary, and pixels of the longer side of each
 
 
@@ -56,11 +57,13 @@ def colours(values: np.ndarray, scale: str, signed: bool) -> np.ndarray:
 
 
 def picture(reading: Reading, image: int) -> Image.Image:
-    """The picture of an image, as the model saw its part of it. Raises SettingError for none."""
+    """What the model saw of an image, enlarged if small. Raises SettingError for none."""
     for part in reading.parts:
         for record in part.images:
             if record["image"] == image:
-                return Image.open(io.BytesIO(part.tensors[f"picture/{image}"].tobytes())).convert("RGB")
+                stored = Image.open(io.BytesIO(part.tensors[f"picture/{image}"].tobytes())).convert("RGB")
+                times = max(1, LARGE // max(stored.size))
+                return stored.resize([times * side for side in stored.size], Image.Resampling.NEAREST)
     raise SettingError(f"Found image {image} of {len(reading.images)}. Expected one of them. Count from 0.")
 
 
