@@ -8,8 +8,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from lens.test_chosen_tokens import Chooser, by_chance, largest
 from vitreous import graft, look
-from vitreous.base.errors import SettingError
+from vitreous.base.errors import SettingError, UnknownName
+from vitreous.layers.stream import Assignment
+from vitreous.lens.coordinates.layout import Layout
+from vitreous.lens.probes.token_groups import token_of_places
 from vitreous.lens.query_rows import queries_note
 from vitreous.lens.reading import read
 from vitreous.lens.stored_maps import packed_rows
@@ -123,6 +127,63 @@ def test_behind_merged_and_dropped_tokens_each_patch_has_the_row_of_its_token(te
                     exact = np.array([0 if index[p] < 0 else shared[int(index[p])] for p in range(17)])
                 stored = reading.query(image, layer, divmod(patch, 4))
                 assert np.abs(stored - exact[1:].reshape(4, 4)).max() <= maps.max() / 510 + 1e-6
+
+
+@pytest.mark.parametrize("choose", [largest, by_chance])
+def test_patches_that_a_model_chooses_have_their_rows_at_their_places(choose):
+    model, images = Chooser(choose), pixels(3)
+    reading = look(model, images, noise=0, probes=["queries", "token_groups"])
+    assert reading.facts["queries"]["images"] == [0, 1, 2]
+    for image, index in enumerate(model.index):  # of the last pass
+        tokens = reading.tokens(0)[image].ravel()
+        assert sorted(tokens[tokens >= 0]) == list(range(len(index)))
+        np.testing.assert_array_equal(tokens[index], range(len(index)))
+        for patch in range(SIDE**2):
+            stored = reading.query(image, 0, divmod(patch, SIDE), 1)
+            if patch not in index:
+                assert np.isnan(stored).all()
+                continue
+            exact = np.zeros(SIDE**2)
+            exact[index] = model.second.maps[image, 1, index.tolist().index(patch)]
+            assert np.abs(stored.ravel() - exact).max() <= exact.max() / 510 + 1e-6
+
+
+@pytest.mark.parametrize("text", ["token_merging:tokens=4", "evit:keep=0.5,layers=1", "evit:keep=0.5,layers=1,fuse=false"])
+def test_which_patches_share_a_token(text):
+    model, images = small_vit().eval(), pixels(2, 64)
+    graft(model, text)
+    reading, assignments = look(model, images, noise=0, probes="token_groups"), []
+    with torch.no_grad():
+        watch(model, images, lambda call: assignments.append(call.assignment), layouts=trace(model, images))
+    assert assignments[0] is None
+    with pytest.raises(UnknownName, match="layer with merged or dropped tokens"):
+        reading.tokens(0)
+    for layer, assignment in enumerate(assignments):
+        if assignment is not None:
+            np.testing.assert_array_equal(reading.tokens(layer).reshape(2, 16), assignment.index[:, 1:])
+    assert any(assignment is not None for assignment in assignments)
+
+
+def test_soft_assignments_show_the_token_that_a_patch_gives_most_to():
+    weights = torch.tensor([[[1, 0, 0.2, 0, 0], [0, 1, 0.7, 0, 0.1]]])  # a class token and 2 x 2 patches
+    cells = torch.tensor([[-1, 0, 1, 2, 3]])
+    layout = Layout((2, 2), torch.zeros(1, 5, 2), torch.zeros(1, 5, 2), (2, 2), (2, 2), 1, 1, 1, cells=cells, key_cells=cells)
+    assert token_of_places(Assignment(weights=weights), layout, 1).tolist() == [[[1, 1], [-1, 1]]]
+
+
+def test_the_spectra_of_a_model_are_those_of_its_weights():
+    model = small_vit().eval()
+    graft(model, "svda:layers=1")
+    with torch.no_grad():
+        model.blocks[1].attn.sigma.copy_(torch.randn(3, 64))
+    spectra = look(model, pixels(1, 64), probes="spectra", noise=0).spectra
+    assert set(spectra) == {("learned", 1), ("weight", 0), ("weight", 1), ("weight", 2)}
+    np.testing.assert_array_equal(spectra["learned", 1], model.blocks[1].attn.sigma.detach())
+    qkv = model.blocks[0].attn.qkv
+    affine = torch.cat([qkv.weight, qkv.bias[:, None]], 1).detach().double().unflatten(0, (3, 3, 64))
+    for head in range(3):
+        exact = np.linalg.svd((affine[0, head].mT @ affine[1, head]).numpy(), compute_uv=False)[:64]
+        np.testing.assert_allclose(spectra["weight", 0][head], exact, rtol=1e-4, atol=1e-5)
 
 
 def test_windows_are_said_to_have_none():

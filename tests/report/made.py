@@ -44,6 +44,8 @@ class Made:
     unsure: tuple[int, ...] = (2,)  # images whose u1 has no sure sign
     chunk: int = 16
     queries: int = 0  # images with the attention of every patch; it is all on one place, see `looked_at`
+    tokens: bool = False  # layers 2 and 3 are behind dropped and merged tokens, see `token_of`
+    spectra: bool = False  # learned ones, see `sigma`
 
     def name(self, image: int) -> str:
         return self.names[image % len(self.names)] if self.names else f"photo-{image:02d}.jpg"
@@ -57,6 +59,17 @@ def value(measure: str, layer: int, head: int, image: int) -> float:
 def looked_at(patch: tuple[int, int], layer: int, head: int, grid: tuple[int, int]) -> tuple[int, int]:
     """The one place that a patch looks at in a made reading."""
     return (patch[0] + layer + 1) % grid[0], (patch[1] + 2 * head + 1) % grid[1]
+
+
+def token_of(row: int, column: int, width: int) -> int:
+    """The token of a patch in a made reading: none in the first row, one for rows 4, 5 and columns 4, 5."""
+    return -1 if row == 0 else 4 * width + 4 if row in (4, 5) and column in (4, 5) else row * width + column
+
+
+def sigma(made: Made, layer: int, head: int) -> list[float]:
+    """The learned spectrum of a made head, in no order."""
+    values = [(1 + layer) * 0.8**k * (-1 if k % 3 == 2 else 1) + 0.01 * head + 0.1 * made.seed for k in range(8)]
+    return values[4:] + values[:4]
 
 
 def write_reading(folder: Path, made: Made | None = None) -> Path:
@@ -173,6 +186,13 @@ def write_part(path: Path, made: Made, scenes: list[dict], images: range, rng: n
         if layer != 1:
             tensors[f"queries/{layer}"] = rows
             tensors[f"queries/{layer}/scale"] = np.full(rows.shape[:4], (0.9 - 0.1 * layer) / 255, np.float32)
+    for layer in range(made.layers):
+        if made.spectra and images.start == 0:
+            values = [sigma(made, layer, head) for head in range(made.heads)]
+            tensors[f"spectrum/learned/{layer}"] = np.array(values, np.float32)
+        if made.tokens and layer > 1:
+            tokens = [[token_of(row, column, w) for column in range(w)] for row in range(h)]
+            tensors[f"tokens/{layer}"] = np.array([tokens] * n, np.int32)
     tensors["foreground/-1"] = (discs * 3 - 1).astype(np.float16)
     said = []
     for image in images:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from report.made import Made, looked_at, value, write_reading, write_run
+from report.made import Made, looked_at, sigma, value, write_reading, write_run
 from vitreous.report.page import write
 
 HOSTILE = [
@@ -39,11 +41,14 @@ HOSTILE = [
 def pages(tmp_path_factory) -> Path:
     """one.html, two.html, random.html, run.html, runs.html, hostile.html."""
     root = tmp_path_factory.mktemp("pages")
-    one = write_reading(root / "one", Made(title="vit_made", images=4, notes=["A note."], queries=2))
+    one = write_reading(root / "one", Made(title="vit_made", images=4, notes=["A note."], queries=2, tokens=True, spectra=True))
     shift = {("effective_tokens", 1, 1): 3.0, ("mean_distance", 2, 0): -0.4}
     two = write_reading(root / "two", Made(title="vit_tuned", images=4, looker=(0, 2), shift=shift))
     random = write_reading(root / "random", Made(title="vit_random", images=2, random=True))
-    runs = [write_run(root / name, epochs=3, name=name, images=2, best=best) for name, best in (("plain", 2), ("SVDA", 1))]
+    runs = [
+        write_run(root / name, epochs=3, name=name, images=2, best=best, spectra=True)
+        for name, best in (("plain", 2), ("SVDA", 1))
+    ]
     write([one], root / "one.html")
     write([one, two], root / "two.html")
     write([one, random], root / "random.html")
@@ -59,7 +64,7 @@ def visit(browser, path: Path, fragment: str = "", **settings) -> Iterator:
     context.set_offline(True)
     said, asked = [], []
     page = context.new_page()
-    page.set_default_timeout(5000)
+    page.set_default_timeout(20000)
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
@@ -360,6 +365,69 @@ def test_epochs_are_played(browser, pages):
             page.wait_for_timeout(20)
         assert caption.text_content() == "plain, epoch 3"
         assert page.evaluate("window.seen") == [f"plain, epoch {epoch}" for epoch in range(4)]
+
+
+def test_the_learned_spectrum_is_drawn_head_by_head(browser, pages):
+    # bars of a small picture: [height, whether it is negative], in their order
+    drawn = """button => ['a', 'b'].flatMap(look => [...button.querySelector(`.bar.${look}`).getAttribute('d')
+        .matchAll(/M([\\d.]+) 40v(-[\\d.]+)/g)].map(([, x, v]) => [Number(x), -Number(v), look]))
+        .sort((a, b) => a[0] - b[0]).map(([, height, look]) => [height, look === 'b'])"""
+    with visit(browser, pages / "one.html") as page:
+        assert page.locator("#spectra .spectrum").count() == 4 * 3
+        top = max(abs(value) for head in range(3) for value in sigma(Made(), 2, head))
+        expected = [[39 * abs(value) / top, value < 0] for value in sorted(sigma(Made(), 2, 1), key=abs, reverse=True)]
+        shown = page.locator("[data-place='2/1']").evaluate(drawn)
+        assert [negative for _, negative in shown] == [negative for _, negative in expected]
+        assert [height for height, _ in shown] == pytest.approx([height for height, _ in expected], abs=0.01)
+        page.locator("[data-place='3/2']").click()
+        assert page.evaluate("document.activeElement.dataset.place") == "3/2"
+        page.locator("#spectrum-chart summary").click()
+        names, rows = heads(page, "#spectrum-chart"), cells(page, "#spectrum-chart")
+        column = [float(row[names.index("head 2")].replace("−", "-")) for row in rows]
+        assert column == pytest.approx(sorted(sigma(Made(), 3, 2), key=abs, reverse=True), rel=1e-3)
+        choose(page, "Heights compare within", "all alike")
+        height = max(height for height, _ in page.locator("[data-place='0/0']").evaluate(drawn))
+        assert height == pytest.approx(39 / max(sigma(Made(), 3, 2)), abs=0.1)
+    with visit(browser, pages / "run.html") as page:
+        assert "plain, epoch 0" in page.locator("#spectra .key").first.text_content()  # behind what is shown
+        page.locator("#spectra").get_by_label("each epoch").check(force=True)
+        page.locator("#spectrum-chart summary").click()
+        assert heads(page, "#spectrum-chart")[1:] == [f"plain, epoch {epoch}" for epoch in range(4)]
+    with visit(browser, pages / "random.html") as page:
+        page.get_by_role("button", name="Show only A").click()
+        page.get_by_label("Reading A").select_option("vit_random")
+        assert not page.locator("#spectra").is_visible()
+
+
+def pixels(canvas, places: list[tuple[int, int]]) -> list[list[int]]:
+    """The colours at the middle of some cells of 14 x 14 of a canvas."""
+    file = base64.b64decode(canvas.evaluate("canvas => canvas.toDataURL()").partition(",")[2])
+    image = Image.open(io.BytesIO(file)).convert("RGB")
+    step = image.width / 14
+    return [list(image.getpixel((int((column + 0.5) * step), int((row + 0.5) * step)))) for row, column in places]
+
+
+def test_merged_and_dropped_tokens_are_drawn(browser, pages):
+    with visit(browser, pages / "one.html", "#maps?image=0&map=attention&layer=3&head=1") as page:
+        canvas, fact = page.locator("canvas[data-pane='0']"), page.locator(".image-facts")
+        page.get_by_label("Mark artifact tokens").uncheck()
+        assert f"{13 * 14 - 3} tokens for 196 patches, one of 4 patches, 14 dropped" in fact.text_content()
+        assert page.locator(".tile", has_text=f"layer 2: {13 * 14 - 3}").count() == 1
+        places = [(0, 3), (2, 3), (4, 4)]
+        dropped, whole, merged = pixels(canvas, places)
+        page.get_by_label("Draw merged and dropped tokens").uncheck()
+        before = pixels(canvas, places)
+        assert lightness(dropped) < 0.4 * lightness(before[0])
+        assert whole == before[1]
+        assert merged != before[2]
+        canvas.focus()
+        for key in ("ArrowRight", *["ArrowDown"] * 4, *["ArrowRight"] * 4):
+            page.keyboard.press(key)
+        assert page.locator(".pane > .readout").text_content().endswith(", one token with 3 other patches")
+        choose(page, "Layer", "1")
+        assert "tokens for" not in fact.text_content()
+    with visit(browser, pages / "run.html") as page:
+        assert not page.get_by_label("Draw merged and dropped tokens").is_visible()
 
 
 def test_readings_without_queries_say_how_to_get_them(browser, pages):

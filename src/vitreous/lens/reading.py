@@ -14,7 +14,8 @@ A folder.
                             95 % intervals
     curves.json             insertion and deletion, where they were asked for
 
-Of the first images a part has what each patch looks at, too: "queries/LAYER" (`lens.query_rows`).
+Of the first images a part has what each patch looks at, too: "queries/LAYER" (`lens.query_rows`);
+behind merged or dropped tokens "tokens/LAYER", and the first one "spectrum/SOURCE/LAYER".
 
 Parts are what an interrupted look goes on from; the other files follow from them. Numbers are -1
 where a row is of all heads (`head`), of no single image (`image`) or of no single layer (`layer`),
@@ -53,7 +54,7 @@ CHUNK = 16  # images in a part
 # In a part as JSON, in the tensor of bytes "about": of metadata only one key has an order, the
 # images.
 ABOUT = ("skipped", "findings", "tables")
-OTHERS = ("rows", "scores", "picture", "mask", "queries")  # what a part holds beside maps
+OTHERS = ("rows", "scores", "picture", "mask", "queries", "tokens", "spectrum")  # what a part holds beside maps
 
 
 @dataclass
@@ -248,6 +249,27 @@ class Reading:
 
     def _repr_html_(self) -> str:
         return drawing.html(self)
+
+    @property
+    def spectra(self) -> dict[tuple[str, int], np.ndarray]:
+        """{("learned" or "weight", layer): (H, K) float32}: the spectrum of each head of the model.
+
+        Learned ones may be negative, in any order; those of the weights fall.
+        """
+        tensors = next((part.tensors for part in self.parts if part.images), {})
+        names = (name.split("/") for name in tensors if name.startswith("spectrum/"))
+        return {(source, int(layer)): tensors[f"spectrum/{source}/{layer}"] for _, source, layer in names}
+
+    def tokens(self, layer: int) -> np.ndarray:
+        """(image, *grid) int32: the token of each patch, -1 where it was dropped before the layer.
+
+        Patches with one number share a token. Raises UnknownName where none was merged or dropped.
+        """
+        name, parts = f"tokens/{layer}", [part for part in self.parts if part.images]
+        if not all(name in part.tensors for part in parts):
+            known = [key.partition("/")[2] for key in parts[0].tensors if key.startswith("tokens/")]
+            raise UnknownName(str(layer), "layer with merged or dropped tokens", known)
+        return np.concatenate([part.tensors[name] for part in parts])
 
     def to_pandas(self) -> Any:
         """The table as a pandas DataFrame. Raises SettingError without pandas."""

@@ -43,6 +43,11 @@ def quantised(maps: np.ndarray, signed: bool) -> str:
     return base64.b64encode(np.stack([low, high], axis=1).astype("<f4").tobytes() + levels.tobytes()).decode("ascii")
 
 
+def plain(array: np.ndarray) -> str:
+    """Base64 of the array's bytes."""
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+
+
 def deflated(*arrays: np.ndarray) -> str:
     """Base64 of the arrays' bytes after one another, compressed (RFC 1950)."""
     return base64.b64encode(zlib.compress(b"".join(array.tobytes() for array in arrays))).decode("ascii")

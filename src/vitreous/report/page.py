@@ -28,9 +28,9 @@ from vitreous.report.reading import RECORDS, ReadingFolder, page_content
 IMAGES = 64  # on a page, at most
 LIMIT = 15_000_000  # bytes of a page
 SCRIPTS = (
-    "base", "state", "color", "chart", "table", "training", "study", "mistakes", "queries", "links", "viewer", "pane", "paint",
-    "indicators",
-    "epochs", "findings", "scores", "curves", "changes", "facts", "main",
+    "base", "state", "color", "chart", "table", "training", "study", "mistakes", "queries", "tokens",
+    "links", "viewer", "pane", "paint", "indicators", "epochs", "findings", "spectra", "scores", "curves",
+    "changes", "facts", "main",
 )  # fmt: skip
 UNREAD = (
     "base",

@@ -88,6 +88,14 @@ class ReadingFolder:
             left -= len(arrays[-1])
         return np.concatenate(arrays) if arrays else None
 
+    def first(self, name: str) -> np.ndarray | None:
+        """One tensor of the first part; None where it has none."""
+        for part in self.parts[:1]:
+            with self.opened(part) as file:
+                if name in set(file.keys()):
+                    return file.get_tensor(name)
+        return None
+
     def map_names(self) -> list[tuple[str, int]]:
         """(component, layer) of every map."""
         if not self.parts:
@@ -130,6 +138,8 @@ def _page_content(reading: ReadingFolder, shown: int, pictures: dict[str, int]) 
         "images": [_image(reading, image, pictures) for image in reading.images[:shown]],
         "maps": _maps(reading, shown),
         "queries": queries(reading, shown),
+        "tokens": token_groups(reading, shown),
+        "spectra": spectra(reading),
         "artifacts": artifact_shares(reading),
         "table": table,
         "each": each,
@@ -212,6 +222,36 @@ def _query_rows(reading: ReadingFolder, number: int) -> tuple[dict[str, str], di
                 sides = ("heads", "height", "width", "key_height", "key_width")
                 shapes[layer] = dict(zip(sides, values.shape, strict=True))
     return rows, shapes
+
+
+def token_groups(reading: ReadingFolder, shown: int) -> dict[str, dict[str, Any]]:
+    """{layer: height, width, and the token of each patch (images, patches) as uint16}, 65535: none.
+
+    Of layers behind merged or dropped tokens; "as" names an earlier one with the same.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for layer in sorted(int(record["layer"]) for record in reading.facts["layers"]):
+        tokens = reading.tensors(f"tokens/{layer}", shown)
+        if tokens is None or tokens.ndim != 3:
+            continue
+        same = next((name for name, other in arrays.items() if np.array_equal(other, tokens)), None)
+        content = {"as": same} if same else {"cells": packing.plain(tokens.astype("<u2"))}
+        entries[str(layer)] = {"height": tokens.shape[1], "width": tokens.shape[2]} | content
+        arrays |= {} if same else {str(layer): tokens}
+    return entries
+
+
+def spectra(reading: ReadingFolder) -> list[dict[str, Any]]:
+    """Of each layer its source and values (H, K) as float32: learned ones, else of the weights."""
+    entries = {}
+    for source in ("learned", "weight"):
+        for layer in (int(record["layer"]) for record in reading.facts["layers"]):
+            values = reading.first(f"spectrum/{source}/{layer}")
+            if values is not None and layer not in entries:
+                shape = {"heads": values.shape[0], "axes": values.shape[1]}
+                entries[layer] = {"layer": layer, "source": source, "values": packing.plain(values.astype("<f4"))} | shape
+    return [entries[layer] for layer in sorted(entries)]
 
 
 def artifact_shares(reading: ReadingFolder) -> list[list[float]]:

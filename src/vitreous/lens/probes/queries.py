@@ -91,5 +91,6 @@ def rows_on_grid(call: AttentionCall, where: TokenCoordinates, count: int) -> Te
     blocks = [block[:count, 0].clone() for _, block in where.map_rows(call, 256, call.stochastic)]
     rows = torch.cat(blocks, dim=2)  # (count, H, N, M)
     n, m = (size - where.inserted for size in rows.shape[2:])
-    pictures = where.layout.key_picture(rows[:, :, :n, None, :m])  # (count, H, N, *grid of keys)
+    # where no key is, there is no attention; (count, H, N, *grid of keys)
+    pictures = where.layout.key_picture(rows[:, :, :n, None, :m]).nan_to_num()
     return where.layout.picture(pictures.movedim(2, -1)[..., None, :]).movedim((-2, -1), (2, 3))

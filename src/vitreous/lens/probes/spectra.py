@@ -63,6 +63,7 @@ class SpectraObserver(Observer):
             self.notes.setdefault(note, []).append(call.name)
         for spectrum in (spectra.Spectrum("learned", None if learned is None else learned.values), weight):
             if spectrum.values is not None:
+                self.readout.others[f"spectrum/{spectrum.source}/{layer}"] = spectrum.values.float()
                 values = {name: value[None] for name, value in spectrum.indicators().items()}
                 self.readout.rows.append(Rows(layer, spectrum.source, call.kind, values))
 
@@ -87,7 +88,8 @@ class Spectra(Probe):
 
     The spectra are those of `lens.formulas.spectra`.
 
-    Rows of weights and of learned spectra come with image 0 alone, of no single image. Settings:
+    Rows of weights and of learned spectra come with image 0 alone, of no single image, and so do
+    their values. Settings:
     scores=false leaves out the spectra of the scores, which take most of the time; weights=false
     the other ones.
     """

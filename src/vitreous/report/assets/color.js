@@ -54,12 +54,18 @@ function lineColor(i, n, ordered = n > HUES.length) {
 
 const decoded = new Map();
 
+/** The bytes of a text in base64. */
+function bytesOf(text) {
+  const letters = atob(text);
+  const bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
+  return bytes;
+}
+
 /** The bytes of a block of maps: [ranges as float32 pairs, cells]. */
 function block(entry) {
   if (!decoded.has(entry)) {
-    const text = atob(entry.cells);
-    const bytes = new Uint8Array(text.length);
-    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+    const bytes = bytesOf(entry.cells);
     const count = bytes.length / (entry.height * entry.width + 8);
     decoded.set(entry, { ranges: new DataView(bytes.buffer, 0, 8 * count), cells: bytes.subarray(8 * count) });
   }

@@ -62,6 +62,7 @@ if (epochs) overEpochs();
 objectScores();
 artifacts();
 indicators();
+spectra();
 faithfulness();
 layers();
 facts();

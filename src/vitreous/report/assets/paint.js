@@ -24,6 +24,8 @@ function paint(node) {
     });
     context.globalAlpha = 1;
   }
+  const tokens = state.groups && map && map.layer >= 0 && tokensOf(reading, map.layer, node.shown.image);
+  if (tokens) drawTokens(context, tokens, CANVAS, height);
   const marks =
     state.marks &&
     state.component !== "artifacts" &&

@@ -37,8 +37,10 @@ function pane(index) {
     look.row = Math.min(Math.max(look.row, 0), map.height - 1);
     look.column = Math.min(Math.max(look.column, 0), map.width - 1);
     const value = map.values[look.row * map.width + look.column];
+    const tokens = tokensOf(node.shown.reading, map.layer, node.shown.image);
+    const place = tokens ? `, ${patchText(tokens, (look.row + 0.5) / map.height, (look.column + 0.5) / map.width)}` : "";
     node.querySelector(".readout").textContent =
-      `Row ${look.row + 1}, column ${look.column + 1}: ${fmt(Number.isNaN(value) ? null : value)}`;
+      `Row ${look.row + 1}, column ${look.column + 1}: ${fmt(Number.isNaN(value) ? null : value)}${place}`;
     node.cursor = look;
     paint(node);
   };
@@ -155,6 +157,8 @@ function imageFacts(reading, place, map) {
       image.predicted + (image.probability === null ? "" : `, probability ${fmt(image.probability)}`),
     ]);
   if (image.label) rows.push(["Label", image.label]);
+  const tokens = map && tokensOf(reading, map.layer, place);
+  if (tokens) rows.push(["Tokens", tokensText(tokens)]);
   const found = map && !map.query && reading.scores?.values[`${map.component}/${map.layer}/${map.head}/${place}`];
   if (found)
     rows.push([

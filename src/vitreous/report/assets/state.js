@@ -40,6 +40,7 @@ const state = {
   component: "attention",
   opacity: 65,
   marks: true,
+  groups: true, // merged and dropped tokens are drawn
   outline: false,
   clip: true,
   shared: true,

@@ -25,12 +25,14 @@ function viewer() {
     on: { input: () => set({ opacity: Number(opacity.value) }) },
   });
   const both = check("Same colours in A and B", "shared");
+  const merged = check("Draw merged and dropped tokens", "groups");
   const options = el(
     "fieldset",
     { class: "choice options" },
     el("legend", {}, "Drawing"),
     el("label", { class: "slider" }, el("span", {}, "Image"), opacity, el("span", {}, "Map")),
     check("Mark artifact tokens", "marks"),
+    merged,
     check("Outline the object", "outline"),
     check("Clip the highest 2 %", "clip"),
     both,
@@ -117,8 +119,9 @@ function viewer() {
       state.slice,
     );
   });
-  section(["panes", "image", "component", "layer", "head", "slice", "query", "unpacked", "opacity", "marks", "outline", "clip", "shared"], () => {
+  section(["panes", "image", "component", "layer", "head", "slice", "query", "unpacked", "opacity", "marks", "groups", "outline", "clip", "shared"], () => {
     both.hidden = state.panes.length < 2;
+    merged.hidden = !shownReadings().some((reading) => Object.keys(reading.tokens).length);
     drawPanes(panes);
   });
   section(["panes", "image", "component", "layer", "head", "slice", "query", "unpacked"], () => neighbours(small));
@@ -315,17 +318,16 @@ function neighbours(box) {
     const of = heads > 1 ? `, ${headName(state.head)}` : "";
     groups.push([`All layers${of}${from}`, layers.map((layer) => ({ label: `layer ${layer}`, layer, head: state.head }))]);
   }
+  const rows = groups.map(([title, items]) => [title, items.map((item) => tile(reading, image, item))]);
+  const reduced = Object.keys(reading.tokens).filter((layer) => tokensOf(reading, layer, image));
+  if (reduced.length) rows.push(["Tokens that layers see, where some were merged or dropped", reduced.map((layer) => tokenTile(reading, image, Number(layer)))]);
   box.replaceChildren(
-    ...groups.map(([title, items]) =>
+    ...rows.map(([title, tiles]) =>
       el(
         "div",
         { class: "multiple" },
         el("h3", {}, title, state.panes.length > 1 ? el("span", { class: "quiet" }, " of A") : null),
-        el(
-          "div",
-          { class: "tiles" },
-          items.map((item) => tile(reading, image, item)),
-        ),
+        el("div", { class: "tiles" }, tiles),
       ),
     ),
   );
@@ -344,18 +346,16 @@ function tile(reading, image, { label, layer, head, slice = state.slice }) {
   });
   context.putImageData(pixels, 0, 0);
   const chosen = layer === state.layer && head === state.head && slice === state.slice;
-  return el(
+  return tileButton(canvas, label, chosen, { layer, head, slice });
+}
+
+const tileButton = (canvas, label, chosen, changes) =>
+  el(
     "button",
-    {
-      type: "button",
-      class: "tile",
-      "aria-pressed": String(chosen),
-      on: { click: () => refocus(label, { layer, head, slice }) },
-    },
+    { type: "button", class: "tile", "aria-pressed": String(chosen), on: { click: () => refocus(label, changes) } },
     canvas,
     el("span", {}, label),
   );
-}
 
 /** Choosing a tile draws the tiles anew; the keyboard stays on the one that was chosen. */
 function refocus(label, changes) {
