@@ -252,7 +252,7 @@ class Reading:
 
     @property
     def spectra(self) -> dict[tuple[str, int], np.ndarray]:
-        """{("learned" or "weight", layer): (H, K) float32}: the spectrum of each head of the model.
+        """{("learned" or "weight", layer): (H, K) float32}: the spectrum of each head.
 
         Learned ones may be negative, in any order; those of the weights fall.
         """
@@ -261,7 +261,7 @@ class Reading:
         return {(source, int(layer)): tensors[f"spectrum/{source}/{layer}"] for _, source, layer in names}
 
     def tokens(self, layer: int) -> np.ndarray:
-        """(image, *grid) int32: the token of each patch, -1 where it was dropped before the layer.
+        """(image, *grid) int32: the token of each patch, -1 where it was dropped before.
 
         Patches with one number share a token. Raises UnknownName where none was merged or dropped.
         """

@@ -225,7 +225,7 @@ def _query_rows(reading: ReadingFolder, number: int) -> tuple[dict[str, str], di
 
 
 def token_groups(reading: ReadingFolder, shown: int) -> dict[str, dict[str, Any]]:
-    """{layer: height, width, and the token of each patch (images, patches) as uint16}, 65535: none.
+    """{layer: height, width, cells: the token of each patch as uint16, 65535 for none}.
 
     Of layers behind merged or dropped tokens; "as" names an earlier one with the same.
     """
@@ -243,7 +243,7 @@ def token_groups(reading: ReadingFolder, shown: int) -> dict[str, dict[str, Any]
 
 
 def spectra(reading: ReadingFolder) -> list[dict[str, Any]]:
-    """Of each layer its source and values (H, K) as float32: learned ones, else of the weights."""
+    """Source and values (H, K) float32 of each layer: learned ones, else of the weights."""
     entries = {}
     for source in ("learned", "weight"):
         for layer in (int(record["layer"]) for record in reading.facts["layers"]):

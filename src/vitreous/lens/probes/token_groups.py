@@ -26,7 +26,7 @@ class GroupsObserver(Observer):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenGroups(Probe):
-    """The token of each patch as an attention behind a reduction sees it, -1 where it was dropped.
+    """The token of each patch in an attention behind a reduction, -1 where it was dropped.
 
     Of soft assignments the token to which a patch gives most. `Reading.tokens` has them.
     """

@@ -44,10 +44,11 @@ function lead() {
     );
 }
 
-/** The map that a look opens with: where the subject is, if that is known, else attention. */
+/** The map that a look opens with: where the subject is, if that is known, else what speaks for a class, else attention. */
 function bestMap(reading) {
-  const known = reading.components.find((one) => one.name === "foreground" && one.sign_known !== false);
-  return known && reading.maps["foreground/-1"] ? "foreground" : ATTENTION;
+  const known = reading.components.filter((one) => one.sign_known !== false).map((one) => one.name);
+  const there = Object.keys(reading.maps).map((name) => name.split("/")[0]);
+  return ["foreground", "relevance"].find((name) => known.includes(name) && there.includes(name)) || ATTENTION;
 }
 
 theme();
