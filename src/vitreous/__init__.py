@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from vitreous.lens.reading import Reading, read
     from vitreous.mechanism import Mechanism, catalogue, parse
     from vitreous.models.model_folder import load, save
+    from vitreous.models.weights import load_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "Direction", "Graft", "Mechanism", "Reading", "Removal", "calibrate", "catalogue", "check", "collect_terms", "embed",
-    "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "load", "look", "new_parameters", "no_weight_decay",
-    "parse", "read", "run", "save", "ungraft",
+    "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "load", "load_weights", "look", "new_parameters",
+    "no_weight_decay", "parse", "read", "run", "save", "ungraft",
 ]  # fmt: skip
 HOMES = {  # where each name stands; the imports for type checkers above say the same
     "vitreous.grafting": (
@@ -42,6 +43,7 @@ HOMES = {  # where each name stands; the imports for type checkers above say the
     "vitreous.lens.reading": ("Reading", "read"),
     "vitreous.mechanism": ("Mechanism", "catalogue", "parse"),
     "vitreous.models.model_folder": ("load", "save"),
+    "vitreous.models.weights": ("load_weights",),
 }  # fmt: skip
 
 

@@ -286,6 +286,11 @@ def after_positions(model: nn.Module) -> tuple[str, nn.Module]:
     return path, getattr(model, path)
 
 
+def before_classifier(model: nn.Module) -> tuple[str, nn.Module]:
+    """(path, module) of the dropout (B, D) -> (B, D) before the one classifier ("classifier" in `requires`)."""
+    return "head_drop", model.head_drop
+
+
 def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Changes:
     """Changes that put a token step at a station ("before", "between", "after") of `blocks.layer`.
 

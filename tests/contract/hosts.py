@@ -50,6 +50,7 @@ LACKING = {
     "halves": PARALLEL,
     "reads_inserted": frozenset({"max"}),
     "class_head": frozenset({"test_vit2", "test_vit3", "test_vit4", "class_avg", "class_map", "class_map_all", "prr", "max"}),
+    "classifier": frozenset({"distilled"}),
     "poolable": frozenset({"distilled", "test_vit3", "class_map", "class_map_all", "prr"}),
 }
 

@@ -322,6 +322,45 @@ def test_an_onnx_file_computes_the_same_for_any_batch_and_says_what_it_is(photos
         assert place.encode() not in Path("model.onnx").read_bytes()  # nothing of the machine it was made on
 
 
+@pytest.mark.parametrize(("precision", "share", "near"), [("half", 0.8, 1e-2), ("int8", 0.7, 0.2)])
+def test_a_narrow_onnx_file_is_compared_with_the_float_file(photos, capsys, precision, share, near):
+    import onnx
+
+    model = load(small("grafted", "svda", "token_merging:tokens=2"))
+    assert call("export grafted --to onnx --out wide.onnx") == 0
+    assert call(f"export grafted --to onnx --precision {precision} --out narrow.onnx --images photos/0.png photos/1.png") == 0
+    report = json.loads(Path("narrow.onnx.json").read_text())
+    assert report["parity"]["largest"] <= 1e-4
+    assert report["bytes"] == Path("narrow.onnx").stat().st_size < share * Path("wide.onnx").stat().st_size
+    assert (
+        f"{precision}: {report['agreement']['given']['same_class']} of 2 given images have the class" in capsys.readouterr().out
+    )
+    for count in (1, 5):
+        pixels = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+        wide, narrow = onnx_logits("wide.onnx", pixels), onnx_logits("narrow.onnx", pixels)
+        assert narrow.dtype == torch.float32
+        assert 0 < (wide - narrow).abs().max() < near
+        torch.testing.assert_close(narrow, model(pixels).detach(), atol=near, rtol=0)
+    facts = {entry.key: entry.value for entry in onnx.load("narrow.onnx").metadata_props}
+    assert facts["precision"] == precision
+    assert json.loads(facts["classes"]) == ["a", "b", "c"]
+    assert not {"onnx.infer", "onnx.quant.pre_process"} & facts.keys()
+
+
+def test_what_cannot_be_narrow_is_refused(photos, monkeypatch, capsys):
+    small("plain-model")
+    before = files()
+    assert call("export plain-model --to torch-export --precision half --out shipped") == 2
+    assert "Found --precision half for torch-export. Expected it for onnx" in capsys.readouterr().err
+    monkeypatch.setattr("onnxruntime.transformers.float16.convert_float_to_float16", lambda *args, **options: 1 / 0)
+    assert call("export plain-model --to onnx --precision half --out shipped") == 2
+    assert "onnxruntime cannot write this model in half" in capsys.readouterr().err
+    monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", lambda model, path, **options: None)
+    assert call("export plain-model --to onnx --precision int8 --out shipped") == 2
+    assert "no product of matrices" in capsys.readouterr().err
+    assert files() == before
+
+
 def test_torch_export_is_read_without_the_package(photos):
     """Also with a mechanism whose steps have an autocast of their own."""
     folder = small("grafted", "token_merging")

@@ -15,7 +15,7 @@ from timm.models.deit import VisionTransformerDistilled
 from vitreous import TokenMerging, check, graft, parse, ungraft
 from vitreous.base.errors import GraftError, HostError, SettingError
 from vitreous.layers.stream import Stream, TokenState, restore, to_grid
-from vitreous.mechanisms.tokens.token_merging import Merge, match
+from vitreous.mechanisms.tokens.token_merging import Merge, match, schedule
 
 
 def vit(cls=None, **kwargs):
@@ -143,15 +143,17 @@ def test_an_average_pooled_head_weighs_by_size():
     torch.testing.assert_close(model.pool(model.forward_features(images())), mean)
 
 
-def test_in_a_model_block_by_block():
-    """The host's parts, walked by hand with the log of sizes on the scores."""
-    model, host = graft(vit(), TokenMerging(tokens=3, layers=(0, 2))), vit().requires_grad_(False)
+@pytest.mark.parametrize("proportional", [True, False])
+def test_in_a_model_block_by_block(proportional):
+    """The host's parts, walked by hand with the log of sizes on the scores, or without."""
+    merging = TokenMerging(tokens=3, layers=(0, 2), proportional=proportional)
+    model, host = graft(vit(), merging), vit().requires_grad_(False)
     x = host._pos_embed(host.patch_embed(images()))
     sizes = torch.ones(2, 17, dtype=torch.float64)
     for i, block in enumerate(host.blocks):
         y = block.norm1(x)
         q, k, v = block.attn.qkv(y).unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.transpose(-2, -1) / 4).exp() * sizes[:, None, None]
+        weights = (q @ k.transpose(-2, -1) / 4).exp() * (sizes[:, None, None] if proportional else 1)
         z = (weights / weights.sum(-1, keepdim=True)) @ v
         x = x + block.attn.proj(z.transpose(1, 2).flatten(2))
         if i in (0, 2):
@@ -160,6 +162,22 @@ def test_in_a_model_block_by_block():
         x = x + block.mlp(block.norm2(x))
     torch.testing.assert_close(streams(model, images())[-1][0], x)
     torch.testing.assert_close(model(images()), host.head(host.norm(x)[:, 0]))
+
+
+def test_a_schedule_is_a_line_with_the_same_sum():
+    """Against the loop of the authors' definition: from r (1 - c) in equal steps to r (1 + c), rounded down."""
+    for r in (0, 1, 8, 13):
+        for c in (-1.0, -0.5, 0.0, 0.3, 1.0):
+            counts = schedule(r, c, 12)
+            least = int(r * (1 - c))
+            for i, count in enumerate(counts):
+                assert count == int(least + (2 * r - least - least) / 11 * i)
+            assert abs(sum(counts) - 12 * r) <= 12
+    assert schedule(8, -1.0, 5) == [16, 12, 8, 4, 0]
+    assert schedule(8, 1.0, 5) == [0, 4, 8, 12, 16]
+    assert schedule(8, 0.0, 1) == [8]
+    model = graft(vit(img_size=32), TokenMerging(tokens=4, inflection=-1.0))
+    assert [tokens.shape[1] for tokens, _ in streams(model, images(1, 32))] == [65 - 8, 65 - 13, 65 - 15, 65 - 15]
 
 
 def test_counts_in_a_deit():

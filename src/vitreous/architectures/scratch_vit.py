@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -9,6 +10,13 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 
 SMALL = {"patch_size": 4, "embed_dim": 256, "num_heads": 4, "depth": 4}
+THEIRS = {
+    r"^embed\.": "patch_embed.",
+    r"\.ff\.0\.": ".mlp.fc1.",
+    r"\.ff\.2\.": ".mlp.fc2.",
+    r"\.mha\.in_proj_": ".qkv.",
+    r"\.mha\.out_proj\.": ".proj.",
+}
 LARGE = {"patch_size": 8, "embed_dim": 96, "num_heads": 2, "depth": 8}
 
 
@@ -48,6 +56,16 @@ class ScratchViT(VisionTransformer):
         super().init_weights("reset", needs_reset)
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
+
+    @staticmethod
+    def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of the authors' own code under timm's names; those of attention with SVDA are SVDA's."""
+        changed = {}
+        for name, value in tensors.items():
+            for theirs, ours in THEIRS.items():
+                name = re.sub(theirs, ours, name)
+            changed[name] = value
+        return changed
 
 
 def _cfg(size: tuple[int, int, int], classes: int) -> dict[str, Any]:

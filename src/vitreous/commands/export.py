@@ -27,6 +27,7 @@ class Export(Command):
 
     examples:
       vitreous export runs/photos --to onnx --out photos.onnx --images new-photos/
+      vitreous export runs/photos --to onnx --precision int8 --out photos.onnx
       vitreous export runs/photos --to timm --out photos-plain
     """
 
@@ -41,6 +42,9 @@ class Export(Command):
     """Images, folders or archives, of which the first 16 are compared, beside seeded noise."""
     tolerance: float = 1e-4
     """Largest difference of a logit that counts as the same."""
+    precision: Literal["float", "half", "int8"] = "float"
+    """Of an ONNX file: half the size, or a quarter with int8 weights of linear layers.
+    Its classes are compared with those of the float file."""
     source: conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
     json: bool = False
     """Say what was done as one JSON object, for programs."""
@@ -52,7 +56,8 @@ class Export(Command):
         check_new(Path(self.out))
         opening: list[str] = []
         model = self.source.open(self.model, opening.append)
-        report = export(model, self.out, self.to, images=self.images, tolerance=self.tolerance)
+        options = {"images": self.images, "tolerance": self.tolerance, "precision": self.precision}
+        report = export(model, self.out, self.to, **options)
         report["remarks"] = [*opening, *report["remarks"]]
         print(json.dumps(report, indent=2) if self.json else "\n".join(report_lines(report, self.out)))
 
@@ -77,6 +82,12 @@ def report_lines(report: dict[str, Any], path: str) -> list[str]:
             for kind, words in kinds.items()
             if kind in without
         ]
+    lines += [
+        f"{report['precision']}: {part['same_class']} of {part['images']} {words} have the class of the float file; logits "
+        f"differ by up to {part['largest']:.2g}"
+        for kind, words in kinds.items()
+        if (part := report.get("agreement", {}).get(kind))
+    ]
     lines += report["remarks"]
     opset = f", opset {report['opset']}" if "opset" in report else ""
     batch = "any batch size" if report["batch"] == "any" else "batch size 1"

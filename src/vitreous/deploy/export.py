@@ -27,6 +27,7 @@ FORMAT = 1
 SEEDED = 4  # images of normal noise, as one batch, and the first of them alone
 GIVEN = 16  # at most, of the images given
 FORMATS = Literal["onnx", "torch-export", "timm"]
+PRECISIONS = Literal["float", "half", "int8"]
 TAGS = {  # of a mechanism: without it, the format cannot hold the model, and why
     "onnx": ("onnx", "it uses operators that ONNX does not have"),
     "torch-export": ("static_shapes", "its number of tokens depends on the image"),
@@ -34,13 +35,21 @@ TAGS = {  # of a mechanism: without it, the format cannot hold the model, and wh
 
 
 def export(
-    model: nn.Module, path: str | Path, to: FORMATS, *, images: Sequence[str | Path] = (), tolerance: float = 1e-4
+    model: nn.Module,
+    path: str | Path,
+    to: FORMATS,
+    *,
+    images: Sequence[str | Path] = (),
+    tolerance: float = 1e-4,
+    precision: PRECISIONS = "float",
 ) -> dict[str, Any]:
     """Write the model (eval mode, on the CPU) in the format `to`; returns its report.
 
     The file is read back as its users will read it and compared on seeded noise and on `images`;
-    parity["largest"] is the largest difference of a logit. Raises DataError beyond the tolerance,
-    and leaves nothing then; HostError, GraftError for models that cannot be written.
+    parity["largest"] is the largest difference of a logit. precision: of an ONNX file; its parity
+    is that of the float file, with which report["agreement"] compares the narrow one. Raises
+    DataError beyond the tolerance, and leaves nothing then; HostError, GraftError for models that
+    cannot be written.
     """
     path, is_folder = Path(path), to == "timm"
     report_path = path / "export.json" if is_folder else path.with_name(path.name + ".json")
@@ -48,11 +57,15 @@ def export(
         check_new(new)
     if not 0 < tolerance < 1:
         raise SettingError(f"Found --tolerance {tolerance}. Expected more than 0, and below 1. Give for example 1e-4.")
+    if precision != "float" and to != "onnx":
+        raise SettingError(
+            f"Found --precision {precision} for {to}. Expected it for onnx, whose runtime has half and int8. Leave it out."
+        )
     if to == "onnx":
         formats.check_onnx()
     check_mechanisms(model, to)
     check_precision(model)
-    metadata = metadata_of(model)
+    metadata = metadata_of(model) | ({} if precision == "float" else {"precision": precision})
     samples = samples_of(model, images)
     check(model, samples["seeded"][:1])
     report = {"format": FORMAT, "to": to, **metadata, "remarks": order_remark(metadata["classes"]) if metadata["named"] else []}
@@ -64,7 +77,11 @@ def export(
         write_model, reader = formats.WRITERS[to]
         report.update(write_model(model, temporary, metadata))
         reference = formats.plain(model)[0] if is_folder else model
-        report["parity"] = parity(reference, reader(temporary), samples, report["batch"], tolerance)
+        run = reader(temporary)
+        report["parity"] = parity(reference, run, samples, report["batch"], tolerance)
+        if precision != "float":
+            formats.narrow(temporary, precision)
+            report["agreement"] = agreement(run, reader(temporary), samples, report["batch"])
         if is_folder and grafts(model):
             report["without_mechanisms"] = removal_effect(model, reference, samples)
         report["bytes"] = sum(file.stat().st_size for file in (temporary.iterdir() if is_folder else [temporary]))
@@ -160,6 +177,17 @@ def parity(model: nn.Module, run: Callable, samples: dict[str, Tensor], batch: s
             f"The file computes other logits than the model: the largest difference is {result['largest']:.3g}. Expected at "
             f"most {tolerance:g}. Nothing was written. Choose another format, or a --tolerance that you can answer for."
         )
+    return result
+
+
+def agreement(wide: Callable, narrow: Callable, samples: dict[str, Tensor], batch: str | int) -> dict[str, Any]:
+    """How far logits and classes of a narrow file are from those of the float file."""
+    result = {}
+    for kind, pixels in samples.items():
+        parts = [pixels] if batch == "any" else pixels.split(1)
+        one, other = (torch.cat([logits_of(run, part) for part in parts]) for run in (wide, narrow))
+        same = int((one.argmax(1) == other.argmax(1)).sum())
+        result[kind] = {"images": len(pixels), "largest": (one - other).abs().max().item(), "same_class": same}
     return result
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -126,6 +127,46 @@ def write_onnx(model: nn.Module, path: Path, metadata: Metadata) -> Metadata:
     path.write_bytes(file.getbuffer())
     packages = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
     return batch | {"opset": out.model.opset_imports[""], "versions": metadata["versions"] | packages}
+
+
+def narrow(path: Path, precision: str) -> None:
+    """Rewrite an ONNX file in "half" precision, or with "int8" weights of matrix products.
+
+    Images and logits stay float32. int8: one scale per output channel; activations get theirs while
+    it runs. Raises HostError where onnxruntime cannot do it.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = onnx.load(path)
+    texts = {entry.key: entry.value for entry in model.metadata_props}
+    del model.graph.value_info[:]  # shapes of the old graph, which the new one would contradict
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # advice of onnxruntime's to prepare the graph, which the exporter has done
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if precision == "half":
+                onnx.save(convert_float_to_float16(model, keep_io_types=True), path)
+            else:
+                products = ["MatMul", "Gemm"]
+                quantize_dynamic(model, path, op_types_to_quantize=products, per_channel=True, weight_type=QuantType.QInt8)
+    except Exception as error:  # of a converter that meets graphs its authors never thought of
+        raise HostError(
+            f"onnxruntime cannot write this model in {precision}: {brief(error)}. Expected operators that it can narrow. Leave "
+            "--precision out."
+        ) from error
+    finally:
+        logging.disable(disabled)
+    narrowed = onnx.load(path)
+    if precision == "int8" and not any(node.op_type == "MatMulInteger" for node in narrowed.graph.node):
+        raise HostError(
+            "Found no product of matrices in the model that int8 could be used for. Expected linear layers. Leave --precision "
+            "out."
+        )
+    onnx.helper.set_model_props(narrowed, texts)
+    onnx.save(narrowed, path)
 
 
 def renamed(value: Any, symbol: str) -> None:

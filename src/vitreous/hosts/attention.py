@@ -222,6 +222,17 @@ def reads_around(attention: nn.Module, child: str) -> bool:
     return fused_eva and has_biases_beside(attention) and not attention.qkv_bias_separate
 
 
+def joined_projections(tensors: dict[str, Tensor], names: tuple[str, str, str]) -> dict[str, Tensor]:
+    """A checkpoint in which projections of queries, keys and values by these names are timm's one, `qkv`."""
+    joined, marker = dict(tensors), f".{names[0]}."
+    for name in filter(lambda name: marker in name, tensors):
+        head, _, tail = name.rpartition(marker)
+        parts = [f"{head}.{part}.{tail}" for part in names]
+        if all(part in tensors for part in parts):
+            joined[f"{head}.qkv.{tail}"] = torch.cat([joined.pop(part) for part in parts])
+    return joined
+
+
 def query_key_parts(attention: nn.Module) -> tuple[tuple[str, int, int], tuple[str, int, int]]:
     """Where the rows of queries and of keys are: (name of a linear, which part of its rows, of how many)."""
     return (("q_proj", 0, 1), ("k_proj", 0, 1)) if attention.qkv is None else (("qkv", 0, 3), ("qkv", 1, 3))

@@ -66,6 +66,10 @@ CAPABILITIES: dict[str, str] = {
         "{pool}, so {mechanism} cannot stand for it. Expected a head that pools without a module. Call "
         "model.reset_classifier(classes, 'avg') before grafting, or use a host without a distilled head."
     ),
+    "classifier": (
+        "This {model} has no dropout before one classifier. Expected a head of that kind for {mechanism}. Use a host with one "
+        "classifier, which is not distilled, or a setting that leaves the head alone."
+    ),
     "reads_inserted": (
         "The head of this model pools with global_pool={global_pool!r}, where inserted tokens have no share. "
         "Expected 'token', 'avg' or attention pooling. {mechanism} cannot be read here; call "

@@ -45,6 +45,7 @@ class ViT:
                 "rotary_free": getattr(model, "rope", None) is None,
                 "class_token": model.cls_token is not None,
                 "class_head": not read_tokens(model)[1],
+                "classifier": type(getattr(model, "head_drop", None)) is nn.Dropout and not hasattr(model, "head_dist"),
                 "poolable": self.own_pool(model) is None,
                 "reads_inserted": model.attn_pool is not None or model.global_pool not in ("max", "avgmax"),
             }.items()

@@ -135,7 +135,7 @@ def fill(model: nn.Module, tensors: Tensors, where: str, *, partial: bool | None
     Raises DataError with every name and shape that differs.
     """
     wanted = model.state_dict()
-    tensors, prefix = renamed(model, tensors, wanted, where)
+    tensors, prefix, changed = renamed(model, tensors, wanted, where)
     first = model.pretrained_cfg.get("first_conv")
     for name in [f"{conv}.weight" for conv in ([first] if isinstance(first, str) else first or ())]:
         if name in tensors and name in wanted and tensors[name].shape[1:2] != wanted[name].shape[1:2]:
@@ -146,6 +146,8 @@ def fill(model: nn.Module, tensors: Tensors, where: str, *, partial: bool | None
     differences += [misfits[name] for name in wanted if name in misfits]
     if prefix:
         say(f"Weights: the names in {Path(where).name} begin with {prefix!r}, which is left out.")
+    if changed:
+        say(f"Weights: {changed} of {len(tensors)} tensors have other names here than in the code of the mechanism's authors.")
     if not differences:
         model.load_state_dict(tensors)
         return
@@ -167,8 +169,23 @@ def fill(model: nn.Module, tensors: Tensors, where: str, *, partial: bool | None
     )
 
 
-def renamed(model: nn.Module, tensors: Tensors, wanted: Tensors, where: str) -> tuple[Tensors, str]:
+def load_weights(
+    model: nn.Module, path: str | Path, *, table: str | None = None, partial: bool = False, say: Say = print
+) -> nn.Module:
+    """Load a file of weights into a model with its grafts; returns the model.
+
+    Names of timm, of a trainer, and of the code of the mechanisms' authors are understood. table,
+    partial: of `read_weights` and `fill`, which also raise. say: called with a line on what was
+    read, renamed and left out.
+    """
+    fill(model, read_weights(Path(path), table, say), str(path), partial=partial, say=say)
+    return model
+
+
+def renamed(model: nn.Module, tensors: Tensors, wanted: Tensors, where: str) -> tuple[Tensors, str, int]:
     """The tensors under names nearest to the model's, and the prefix that was left out.
+
+    Also how many have been renamed from the code of the authors of a mechanism, or of our network.
 
     Raises DataError where timm's conversion fails and no other names come near.
     """
@@ -185,13 +202,28 @@ def renamed(model: nn.Module, tensors: Tensors, wanted: Tensors, where: str) -> 
                 choices.append((convert(dict(names), model), left_out))
             except Exception as error:  # a conversion meets names that its author never thought of
                 failure = error
-    best = min(choices, key=lambda choice: len(set(choice[0]) ^ set(wanted)))
+    plain = len(choices)
+    for names, left_out in choices[:plain]:
+        for owner in (model, *(record.mechanism for record in grafts(model))):
+            names = owner.renamed(names) if hasattr(owner, "renamed") else names
+        choices.append((names, left_out))
+    nearest = min(range(len(choices)), key=lambda i: misfits_of(choices[i][0], wanted))
+    best = choices[nearest]
     if failure and not set(best[0]) & set(wanted):
         raise DataError(
             f"Found weights in {where} under names that timm cannot convert ({brief(failure)}). "
             f"Expected those of {type(model).__name__}. Choose the model that the weights belong to."
         ) from failure
-    return best
+    names, left_out = best
+    before = {name.removeprefix(left_out) for name in tensors}
+    return names, left_out, len(names.keys() - before) if nearest >= plain else 0
+
+
+def misfits_of(tensors: Tensors, wanted: Tensors) -> int:
+    """How many names are on one side alone, or hold another shape."""
+    return len(tensors.keys() ^ wanted.keys()) + sum(
+        tensors[name].shape != wanted[name].shape for name in tensors.keys() & wanted.keys()
+    )
 
 
 def common_prefix(names: Iterable[str], wanted: Iterable[str]) -> str:

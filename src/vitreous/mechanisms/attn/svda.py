@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from vitreous import slots
 from vitreous.base.errors import HostError, SettingError
-from vitreous.hosts.attention import Attention, query_key_weights, written_out_is_faster
+from vitreous.hosts.attention import Attention, joined_projections, query_key_weights, written_out_is_faster
 from vitreous.layers.exposed import Exposed
 from vitreous.layers.stream import PLAIN, TokenState
 from vitreous.layers.unit_norm import needs_plain_ops, unit, unit_rows_in_place
@@ -71,6 +71,10 @@ class SVDA(Mechanism):
             new.initialise(self, generator, share=1 / len(layers))
             changes[f"blocks.{i}.attn"] = new
         return changes
+
+    def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        joined = joined_projections(tensors, ("Wq", "Wk", "Wv"))
+        return {name.replace(".Wo.", ".proj.").replace(".sigmas", ".sigma"): value for name, value in joined.items()}
 
     def calibrate(self, model: nn.Module, images: Tensor) -> None:
         if self.start == "import":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,8 +14,17 @@ from torch.nn.utils import skip_init
 
 from vitreous import slots
 from vitreous.base.errors import SettingError
+from vitreous.hosts.attention import joined_projections
 from vitreous.hosts.block import Block
+from vitreous.layers.adoption import adopt
 from vitreous.mechanism import Mechanism
+
+THEIRS = {  # names in the authors' code
+    r"\.adaptmlp\.(down|up)_proj\.": r".adapter.\1.",
+    r"(^blocks\.\d+)\.fc([12])\.": r"\1.mlp.fc\2.",
+    r"^head\.0\.(?=running)": "head_drop.",
+    r"^head\.1\.": "head.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,24 +36,35 @@ class AdaptFormer(Mechanism):
     Paper: Chen, Ge, Tong, Wang, Song, Wang, Luo 2022, arXiv 2205.13535 (parallel adapter beside the MLP).
     Differs: nothing in the formula. What trains is the run's decision (`--train new+head`), not the mechanism's. On hosts
         that norm behind the MLP, the adapter stands beside that norm, too.
-    At start: equals the host exactly (W_up and both biases are 0).
+    At start: equals the host exactly (W_up and both biases are 0), but for batch_norm, which divides by sqrt(1 + 1e-6).
     Cost: two thin linears per block; (2 D + 1) bottleneck + D parameters each: 1,189,632 on ViT-B.
     Settings: layers (0-based; default all). bottleneck: width of the adapter. strength: the factor s, fixed; 0 switches the
-        adapters off. dropout: inside the bottleneck, 0 to below 1. seed: of W_down, uniform in +-1/sqrt(D).
-    Raises: HostError where attention and MLP cannot be run apart (parallel blocks); GraftError where another
-        mechanism has changed a half of the block; SettingError.
+        adapters off. dropout: inside the bottleneck, 0 to below 1. batch_norm: a batch norm without weights of its own
+        before the classifier, as in the authors' code. seed: of W_down, uniform in +-1/sqrt(D).
+    Raises: HostError where attention and MLP cannot be run apart (parallel blocks), or, with batch_norm, where there is
+        not one classifier; GraftError where another mechanism has changed a half of the block; SettingError.
     """
 
     paper: ClassVar[str] = "Chen et al. 2022, arXiv 2205.13535"
-    requires: ClassVar[tuple[str, ...]] = ("halves",)
-    exact_at_init: ClassVar[bool] = True
-    examples: ClassVar[tuple[str, ...]] = ("adaptformer:layers=1+3,bottleneck=5,strength=1.0,dropout=0.0",)
+    examples: ClassVar[tuple[str, ...]] = (
+        "adaptformer:layers=1+3,bottleneck=5,strength=1.0,dropout=0.0",
+        "adaptformer:bottleneck=5,batch_norm=true",
+    )
 
     layers: tuple[int, ...] | None = None
     bottleneck: int = 64
     strength: float = 0.1
     dropout: float = 0.1
+    batch_norm: bool = False
     seed: int = 0
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return ("halves", "classifier") if self.batch_norm else ("halves",)
+
+    @property
+    def exact_at_init(self) -> bool:
+        return not self.batch_norm
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,7 +82,19 @@ class AdaptFormer(Mechanism):
             new = slots.block_of(model, i, AdaptedBlock)
             new.adapter = Adapter(self, slots.width(model), generator)
             changes[f"blocks.{i}"] = new
+        if self.batch_norm:
+            path, displaced = slots.before_classifier(model)
+            changes[path] = NormedDropout.of(displaced, slots.width(model))
         return changes
+
+    def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        changed = {}
+        for name, value in joined_projections(tensors, ("q_proj", "k_proj", "v_proj")).items():
+            for theirs, ours in THEIRS.items():
+                name = re.sub(theirs, ours, name)
+            changed[name] = value
+        changed.pop("head.0.num_batches_tracked", None)  # a mean of all batches would need it, a moving one does not
+        return changed
 
 
 class AdaptedBlock(Block):
@@ -87,3 +120,21 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.strength * self.up(self.drop(F.relu(self.down(x))))
+
+
+class NormedDropout(nn.Module):
+    """A batch norm (B, D) -> (B, D) without weights of its own, then the host's dropout."""
+
+    host: type[nn.Module]
+
+    @classmethod
+    def of(cls, displaced: nn.Module, width: int) -> NormedDropout:
+        new = adopt(cls, displaced)
+        new.host = type(displaced)
+        new.register_buffer("running_mean", torch.zeros(width))
+        new.register_buffer("running_var", torch.ones(width))
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.batch_norm(x, self.running_mean, self.running_var, training=self.training, momentum=0.1, eps=1e-6)
+        return self.host.forward(self, normed)

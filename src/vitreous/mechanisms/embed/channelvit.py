@@ -59,6 +59,18 @@ class ChannelViT(Mechanism):
         path, displaced = slots.after_positions(model)
         return slots.open_stream(model, self.name, embed) | {path: Fold.of(displaced)}
 
+    def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        changed = {name.replace("classifier.", "head."): value for name, value in tensors.items()}
+        stem = "patch_embed.channel_embed"
+        if f"{stem}.weight" in changed:  # with sampling, an nn.Embedding
+            changed[stem] = changed.pop(f"{stem}.weight")
+        elif stem in changed and changed[stem].ndim == 5:
+            changed[stem] = changed[stem][0, :, :, 0, 0].T.contiguous()  # (1, D, C, 1, 1) -> (C, D)
+        weight = changed.get("patch_embed.proj.weight")
+        if weight is not None and weight.ndim == 5:
+            changed["patch_embed.proj.weight"] = weight.squeeze(2)  # of a convolution over channels, too
+        return changed
+
 
 def present(model: nn.Module, channels: Iterable[int] | None) -> nn.Module:
     """Say which channels the images have from now on, by id and in order.

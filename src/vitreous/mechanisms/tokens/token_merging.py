@@ -28,16 +28,25 @@ class TokenMerging(Mechanism):
         of A stands before B in its old order. A head that pools sees every place, so its mean weighs tokens by size.
     At start: changes the output; tokens=0 leaves it bit for bit.
     Cost: a product of n/2 x n/2 x K per chosen block, `tokens` fewer tokens behind each. No parameters.
-    Settings: tokens: how many patches merge away per block, 0 or more, at most half of those present. layers (0-based;
-        default all).
+    Settings: tokens: how many patches merge away per block, 0 or more, at most half of those present. inflection: -1 to
+        1, how that changes from the first chosen block to the last, with the same sum: -1 falls from 2 * tokens to 0, 0
+        is constant, 1 rises from 0 to 2 * tokens (the r and inflection of the authors' code, rounded down as there).
+        proportional: count tokens by their size in attention; merged tokens are weighted means either way. layers
+        (0-based; default all).
     Raises: HostError on rotary hosts and where halves of a block or its attention are not known; SettingError.
     """
 
     paper: ClassVar[str] = "Bolya et al. 2022, arXiv 2210.09461"
     requires: ClassVar[tuple[str, ...]] = ("stream", "remove", "attention", "halves")
-    examples: ClassVar[tuple[str, ...]] = ("token_merging:tokens=0", "token_merging:tokens=3,layers=0+2")
+    examples: ClassVar[tuple[str, ...]] = (
+        "token_merging:tokens=0",
+        "token_merging:tokens=3,layers=0+2",
+        "token_merging:tokens=2,inflection=-1.0,proportional=false",
+    )
 
     tokens: int = 8
+    inflection: float = 0.0
+    proportional: bool = True
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
@@ -46,6 +55,10 @@ class TokenMerging(Mechanism):
             raise SettingError(
                 f"Found tokens={self.tokens}. Expected how many patches merge away per block, 0 or more. Give such a number."
             )
+        if not -1 <= self.inflection <= 1:
+            raise SettingError(
+                f"Found inflection={self.inflection}. Expected -1 (falling) to 1 (rising); 0 is constant. Give such a number."
+            )
 
     @property
     def exact_at_init(self) -> bool:
@@ -53,24 +66,38 @@ class TokenMerging(Mechanism):
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
         changes: dict[str, Any] = {}
-        for i in sorted(set(slots.layer_indices(model, self.layers))):
-            changes |= slots.add_step(model, i, "between", Merge(self.tokens, slots.prefix(model)))
+        layers = sorted(set(slots.layer_indices(model, self.layers)))
+        for i, tokens in zip(layers, schedule(self.tokens, self.inflection, len(layers)), strict=True):
+            changes |= slots.add_step(model, i, "between", Merge(tokens, slots.prefix(model), self.proportional))
         return changes
 
 
-class Merge(nn.Module):
-    """The token step: x (B, n, D) -> prefix, what is left of A, B with what merged into it, inserted tokens."""
+def schedule(tokens: int, inflection: float, blocks: int) -> list[int]:
+    """How many patches merge away in each block: a line from tokens (1 - inflection) to tokens (1 + inflection)."""
+    first = int(tokens * (1 - inflection))
+    step = (2 * tokens - 2 * first) / max(1, blocks - 1)
+    return [int(first + step * i) for i in range(blocks)]
 
-    def __init__(self, tokens: int, prefix: int):
+
+class Merge(nn.Module):
+    """The token step: x (B, n, D) -> prefix, what is left of A, B with what merged into it, inserted tokens.
+
+    proportional: hand on sizes, which attention counts by; else they are counted anew from where places went.
+    """
+
+    def __init__(self, tokens: int, prefix: int, proportional: bool = True):
         super().__init__()
-        self.tokens, self.prefix = tokens, prefix
+        self.tokens, self.prefix, self.proportional = tokens, prefix, proportional
 
     def forward(self, x: Tensor, state: TokenState, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, TokenState]:
         prefix, end = self.prefix, split(x, state)[0].shape[1]
         merging = min(self.tokens, (end - prefix) // 2)
         if merging == 0:
             return x, state
+        proportional = self.proportional or state.sizes is not None  # an earlier graft counts by sizes
         sizes = x.new_ones(x.shape[:2], dtype=wide(x)) if state.sizes is None else state.sizes
+        if not proportional and state.assignment is not None:
+            sizes = state.assignment.counts(end).to(sizes.dtype)
         a, size_a = x[:, prefix + 1 : end : 2], sizes[:, prefix + 1 : end : 2]
         b, size_b = x[:, prefix:end:2], sizes[:, prefix:end:2]
         with torch.autocast(x.device.type, enabled=False):  # half precision cannot tell similar keys apart
@@ -79,7 +106,8 @@ class Merge(nn.Module):
         tokens = torch.cat([x[:, :prefix], take(a, staying), b], dim=1)
         sizes = torch.cat([sizes[:, :prefix], take(size_a, staying), size_b], dim=1)
         index = destinations(leaving, staying, target, prefix, b.shape[1])
-        return reduce(x, state, Assignment(index=index, tokens=tokens.shape[1]), sizes, tokens=tokens)
+        step = Assignment(index=index, tokens=tokens.shape[1])
+        return reduce(x, state, step, sizes if proportional else None, tokens=tokens)
 
 
 def match(keys: Tensor, merging: int) -> tuple[Tensor, Tensor, Tensor]:
