@@ -112,11 +112,11 @@ def test_an_empty_mask_and_files_that_are_passed_over_are_said(model, photos, ca
     assert "no pixel of the view" not in capsys.readouterr().out
     (mask,) = [path for path in photos.rglob("0.png") if "masks" in path.parts]
     Image.new("L", Image.open(mask).size).save(mask)
-    (photos / "phone.heic").write_bytes(b"")
+    (photos / "phone.psd").write_bytes(b"")
     assert call("look model photos --curves 0 --out after") == 0
     shown = capsys.readouterr().out
     assert "Some masks mark no pixel of the view: no map can be scored against them." in shown
-    assert "1 .heic" in shown
+    assert "1 .psd" in shown
     scores = list(csv.DictReader(io.StringIO(Path("after/scores.csv").read_text())))
     assert {row["auroc"] for row in scores if row["image"] == "0"} <= {"", "nan"}
 

@@ -9,6 +9,7 @@ from PIL import Image, TiffImagePlugin
 
 from data import made
 from vitreous.base.errors import DataError
+from vitreous.data import decoding, open_data
 from vitreous.data.decoding import AVIF, SUFFIXES, Unreadable, decode, decode_with_notes, is_image
 
 GREYS = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint16)
@@ -119,6 +120,8 @@ def test_every_suffix_is_read_as_its_format(suffix):
     kind = next(name for name, suffixes in SUFFIXES.items() if suffix in suffixes)
     if kind == "AVIF" and not AVIF:
         pytest.skip("a Pillow without AVIF")
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
     options = {"JPEG2000": {"no_jp2": suffix == ".j2k"}}.get(kind, {})
     image, notes = decode_with_notes(made.picture(3, (40, 30), kind=kind, **options), f"X{suffix.upper()}", 3)
     assert (image.mode, image.size, notes) == ("RGB", (40, 30), ("palette, converted",) if kind == "GIF" else ())
@@ -129,3 +132,24 @@ def test_every_suffix_is_read_as_its_format(suffix):
 def test_thirty_two_bits_are_refused():
     with pytest.raises(DataError, match="it has 32 bits per pixel"):
         decode(made.encoded(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"), "a.tif", 1)
+
+
+def test_heic_is_read_by_the_extra_and_turned_as_it_says(tmp_path, monkeypatch):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    image = Image.new("RGB", (40, 30), (200, 10, 10))
+    image.paste((10, 10, 200), (0, 0, 20, 30))
+    found = np.asarray(decode(made.encoded(image, "HEIF", quality=95), "x.heic", 3))
+    assert found.shape == (30, 40, 3)
+    assert np.abs(found[15, [5, 35]].astype(int) - [[10, 10, 200], [200, 10, 10]]).max() < 12
+    assert np.asarray(decode(made.encoded(image, "HEIF"), "x.heic", 1)).shape == (30, 40)
+
+
+def test_without_the_extra_the_way_to_it_is_said(tmp_path, monkeypatch):
+    """As Pillow is without it: files are passed over and counted, and one under another suffix is called what it is."""
+    monkeypatch.setattr(decoding, "HEIF", False)
+    for suffix in decoding.SUFFIXES["HEIF"]:
+        monkeypatch.delitem(decoding.FORMAT_OF, suffix, raising=False)
+    with pytest.raises(Unreadable, match=r'kind heic, .* \(HEIC is read with pip install "vitreous\[heic\]"\)'):
+        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "x.jpg", 3)
+    root = made.write(tmp_path, made.tree() | {"train/cat/x.HEIC": b"x"})
+    assert '1 .heic. HEIC is read with pip install "vitreous[heic]".' in " ".join(open_data(str(root)).remarks)

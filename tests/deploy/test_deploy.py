@@ -192,11 +192,11 @@ def test_images_that_cannot_be_read_have_their_line_and_their_reason(photos, cap
 def test_what_was_done_to_files_and_what_was_passed_over_is_said(elsewhere, capsys):
     for name, raw in odd_files().items():
         (elsewhere / name).write_bytes(raw)
-    for name in ("a.heic", "b.heic"):
+    for name in ("a.psd", "b.psd"):
         (elsewhere / name).write_bytes(b"")
     assert call(f"predict {SHIPPED} . --out p.csv --json") == 0
     passed, files = json.loads(capsys.readouterr().out)["remarks"]
-    assert passed.endswith(": 2 .heic.")
+    assert passed.endswith(": 2 .psd.")
     for text in ("2 12 bits in 16, upper 8 of the 12 kept", "3 16 bits, upper 8 kept", "2 white is zero, inverted"):
         assert text in files
     assert call(f"predict {SHIPPED} . --out q.csv") == 0

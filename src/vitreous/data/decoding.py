@@ -8,6 +8,8 @@ import struct
 import threading
 import warnings
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -15,12 +17,14 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from vitreous.base.errors import DataError
+from vitreous.data.problems import HEIF_EXTRA
 from vitreous.data.timeouts import read_in_time
 
 SUFFIXES = {  # by Pillow's name of the format
     "AVIF": (".avif",),
     "BMP": (".bmp",),
     "GIF": (".gif",),
+    "HEIF": (".heic", ".heif", ".hif"),
     "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe", ".mpo"),
     "JPEG2000": (".jp2", ".j2k", ".jpx"),
     "PNG": (".png", ".apng"),
@@ -29,8 +33,10 @@ SUFFIXES = {  # by Pillow's name of the format
     "WEBP": (".webp",),
 }
 AVIF = "avif" in features.modules and features.check("avif")  # not in every build of Pillow
-FORMATS = tuple(name for name in SUFFIXES if name != "AVIF" or AVIF)
-FORMAT_OF = {suffix: name for name, suffixes in SUFFIXES.items() for suffix in suffixes}
+HEIF = find_spec("pillow_heif") is not None  # the extra vitreous[heic]
+FORMATS = tuple(name for name in SUFFIXES if {"AVIF": AVIF, "HEIF": HEIF}.get(name, True))
+PILLOWS = tuple(name for name in FORMATS if name != "HEIF")
+FORMAT_OF = {suffix: name for name, suffixes in SUFFIXES.items() if name != "HEIF" or HEIF for suffix in suffixes}
 ORIENTATION = 0x0112  # EXIF: 2 to 8 are turned or mirrored, 5 to 8 exchange the sides
 PHOTOMETRIC, BITS, BANDS = 262, 258, 277  # tags of TIFF; photometric 0: white is zero
 ALPHA = ("LA", "PA", "RGBA", "La", "RGBa")
@@ -216,10 +222,14 @@ def opened(raw: bytes) -> Image.Image:
     """The image in these bytes, its header read and nothing decoded. Raises one of BROKEN."""
     if not raw:
         raise ValueError("the file is empty")
+    formats = PILLOWS
+    if HEIF and raw[4:8] == b"ftyp":
+        teach_heif()
+        formats = FORMATS
     with OPENING, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow only warns below twice its own limit
         try:
-            image = Image.open(io.BytesIO(raw), formats=FORMATS)
+            image = Image.open(io.BytesIO(raw), formats=formats)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(f"it has more pixels than the limit of {min(PIXELS, Image.MAX_IMAGE_PIXELS):,}") from error
         except Image.UnidentifiedImageError as error:
@@ -232,10 +242,20 @@ def opened(raw: bytes) -> Image.Image:
     return image
 
 
+@cache
+def teach_heif() -> None:
+    """Let Pillow read HEIC files; not before there is one, since loading the package takes time."""
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+
 def unidentified(raw: bytes) -> str:
     """What a file is that Pillow does not open: an image of another kind, or none."""
     if raw[4:8] == b"ftyp":
-        return f"an image of the kind {raw[8:12].decode('ascii', 'replace').strip()}, which Pillow does not read here"
+        kind = raw[8:12].decode("ascii", "replace").strip()
+        extra = "" if HEIF or not kind.startswith(("hei", "hev", "mif")) else f" ({HEIF_EXTRA})"
+        return f"an image of the kind {kind}, which Pillow does not read here{extra}"
     if raw[:4] in (b"II*\0", b"MM\0*"):
         try:
             tags = TiffImagePlugin.ImageFileDirectory_v2(raw[:8])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vitreous.base.errors import DataError
 
+HEIF_EXTRA = 'HEIC is read with pip install "vitreous[heic]"'
 FORMULA = ("=", "+", "-", "@")  # a cell that begins so may be run as a formula by a spreadsheet
 # Told by a reader of the kind of a problem, the file (or folder, or line) that has it, and the
 # error. May raise it, or note it and let the reader go on without that file.
@@ -43,7 +44,8 @@ def conversions(notes: Iterable[str]) -> list[str]:
 def passed_over(suffixes: Mapping[str, int]) -> list[str]:
     """One line that counts files by a suffix that is not read; none where there is none."""
     counts = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(suffixes.items()))
-    return [f"Passed over, since their suffix is not that of an image read here: {shown(counts)}."] if counts else []
+    extra = f" {HEIF_EXTRA}." if {".heic", ".heif", ".hif"} & suffixes.keys() else ""
+    return [f"Passed over, since their suffix is not that of an image read here: {shown(counts)}.{extra}"] if counts else []
 
 
 def order_remark(classes: Sequence[str]) -> list[str]:

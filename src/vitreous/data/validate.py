@@ -22,8 +22,8 @@ from vitreous.data.sources.official import LAYOUTS, list_official, official_kind
 from vitreous.data.sources.table import list_table
 
 # Suffixes of image formats that are not read.
-UNREAD = {".heic", ".heif", ".jxl", ".tga", ".psd", ".svg", ".ico", ".pcx", ".dds", ".exr", ".hdr", ".fits", ".dcm", ".qoi",
-          ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".avifs", ".jpf"}  # fmt: skip
+UNREAD = {".heic", ".heif", ".hif", ".jxl", ".tga", ".psd", ".svg", ".ico", ".pcx", ".dds", ".exr", ".hdr", ".fits", ".dcm",
+          ".qoi", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".avifs", ".jpf"}  # fmt: skip
 
 
 @dataclass(frozen=True)

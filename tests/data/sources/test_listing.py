@@ -25,26 +25,26 @@ def kinds(spec):
 @pytest.mark.parametrize("packed", [False, True])
 def test_files_of_other_suffixes_are_counted_and_said(tmp_path, packed):
     files = (
-        made.tree() | {f"train/cat/{k}.HEIC": b"x" for k in range(3)} | {"train/dog/notes.txt": b"", "train/dog/LICENSE": b""}
+        made.tree() | {f"train/cat/{k}.PSD": b"x" for k in range(3)} | {"train/dog/notes.txt": b"", "train/dog/LICENSE": b""}
     )
-    root = made.write(tmp_path / "photos", files | {"train/dog/.hidden.heic": b""})
+    root = made.write(tmp_path / "photos", files | {"train/dog/.hidden.psd": b""})
     if packed:
         with tarfile.open(tmp_path / "photos.tar", "w") as archive:
             archive.add(root, "photos")
         root = tmp_path / "photos.tar"
-    line = "Passed over, since their suffix is not that of an image read here: 1 without a suffix, 3 .heic, 1 .txt."
+    line = "Passed over, since their suffix is not that of an image read here: 1 without a suffix, 3 .psd, 1 .txt."
     assert line in remarks(root)
     assert line in unlabelled(root).remarks
     findings = check_data(str(root))
     assert findings.remarks == [line]
     assert [(problem.kind, problem.file, problem.what) for problem in findings.problems] == [
-        ("suffix", ".heic", "3 files of an image format that is not read")
+        ("suffix", ".psd", "3 files of an image format that is not read")
     ]
 
 
 def test_a_folder_of_other_suffixes_alone_says_which(tmp_path):
-    made.write(tmp_path, {"a/0.heic": b"", "b/0.heic": b""})
-    with pytest.raises(DataError, match=r"no image in .*\.jfif.*2 \.heic"):
+    made.write(tmp_path, {"a/0.psd": b"", "b/0.psd": b""})
+    with pytest.raises(DataError, match=r"no image in .*\.jfif.*2 \.psd"):
         open_data(str(tmp_path))
 
 

@@ -19,6 +19,7 @@ from vitreous.hosts.block import Block
 from vitreous.layers.adoption import adopt
 from vitreous.mechanism import Mechanism
 
+EPS = 1e-6  # of the batch norm
 THEIRS = {  # names in the authors' code
     r"\.adaptmlp\.(down|up)_proj\.": r".adapter.\1.",
     r"(^blocks\.\d+)\.fc([12])\.": r"\1.mlp.fc\2.",
@@ -36,7 +37,7 @@ class AdaptFormer(Mechanism):
     Paper: Chen, Ge, Tong, Wang, Song, Wang, Luo 2022, arXiv 2205.13535 (parallel adapter beside the MLP).
     Differs: nothing in the formula. What trains is the run's decision (`--train new+head`), not the mechanism's. On hosts
         that norm behind the MLP, the adapter stands beside that norm, too.
-    At start: equals the host exactly (W_up and both biases are 0), but for batch_norm, which divides by sqrt(1 + 1e-6).
+    At start: equals the host exactly (W_up and both biases are 0; the batch norm's variance is 1 - eps until it learns).
     Cost: two thin linears per block; (2 D + 1) bottleneck + D parameters each: 1,189,632 on ViT-B.
     Settings: layers (0-based; default all). bottleneck: width of the adapter. strength: the factor s, fixed; 0 switches the
         adapters off. dropout: inside the bottleneck, 0 to below 1. batch_norm: a batch norm without weights of its own
@@ -46,6 +47,7 @@ class AdaptFormer(Mechanism):
     """
 
     paper: ClassVar[str] = "Chen et al. 2022, arXiv 2205.13535"
+    exact_at_init: ClassVar[bool] = True
     examples: ClassVar[tuple[str, ...]] = (
         "adaptformer:layers=1+3,bottleneck=5,strength=1.0,dropout=0.0",
         "adaptformer:bottleneck=5,batch_norm=true",
@@ -61,10 +63,6 @@ class AdaptFormer(Mechanism):
     @property
     def requires(self) -> tuple[str, ...]:
         return ("halves", "classifier") if self.batch_norm else ("halves",)
-
-    @property
-    def exact_at_init(self) -> bool:
-        return not self.batch_norm
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,9 +130,9 @@ class NormedDropout(nn.Module):
         new = adopt(cls, displaced)
         new.host = type(displaced)
         new.register_buffer("running_mean", torch.zeros(width))
-        new.register_buffer("running_var", torch.ones(width))
+        new.register_buffer("running_var", torch.full((width,), 1 - EPS))
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.batch_norm(x, self.running_mean, self.running_var, training=self.training, momentum=0.1, eps=1e-6)
+        normed = F.batch_norm(x, self.running_mean, self.running_var, training=self.training, momentum=0.1, eps=EPS)
         return self.host.forward(self, normed)
