@@ -59,7 +59,7 @@ class ScratchViT(VisionTransformer):
 
     @staticmethod
     def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint of the authors' own code under timm's names; those of attention with SVDA are SVDA's."""
+        """A checkpoint of the authors' own code under timm's names; SVDA renames what is its own."""
         changed = {}
         for name, value in tensors.items():
             for theirs, ours in THEIRS.items():

@@ -244,7 +244,7 @@ def opened(raw: bytes) -> Image.Image:
 
 @cache
 def teach_heif() -> None:
-    """Let Pillow read HEIC files; not before there is one, since loading the package takes time."""
+    """Let Pillow read HEIC files; called for the first one, since loading takes time."""
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
