@@ -410,6 +410,32 @@ def test_inserted_tokens_are_no_part_of_a_later_decomposition():
     assert (twice[:, 17:21] - twice[:, 21:]).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("text", ["spc:ssva=true", "spc:sketch=8+1+true", "spc:basis=calibrated", "extra_tokens"])
+def test_every_arm_joins_early_late_and_last_of_twelve_blocks(text):
+    """Also behind the last block, where nothing but the head sees the tokens; there the patches' features stay."""
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for after in (3, 11, 12):
+        model = vit(depth=12)
+        plain, features = model(images), model.forward_features(images)
+        graft(model, f"{text}{',' if ':' in text else ':'}after={after}")
+        logits = model.train()(images)
+        assert (logits - plain).abs().max() > 1e-6
+        logits.square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        patches = (model.eval().forward_features(images) - features)[:, 1:].abs().max()
+        assert (patches < 1e-9) == (after == 12)
+
+
+def test_registers_join_before_the_first_block_and_are_not_read():
+    model, images = vit(depth=12), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    plain = model(images)
+    graft(model, "extra_tokens:kind=register")
+    assert (model(images) - plain).abs().max() > 1e-6  # blocks see them
+    ungraft(model)
+    graft(model, "extra_tokens:kind=register,after=12")
+    assert torch.equal(model(images), plain)  # the head does not
+
+
 def test_default_place_is_one_before_the_last_block():
     model = graft(vit(), SPC())
     assert hasattr(model.blocks[1], "after")
