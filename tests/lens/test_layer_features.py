@@ -59,6 +59,13 @@ def test_features_and_attention_of_a_plain_vit_are_those_of_a_pass_written_out(k
         close(rolled[f"rollout/{layer.layer}"].flatten(1), (joint[:, 0] if has_class else joint.mean(1))[:, prefix:])
 
 
+def test_of_a_single_block_the_attention_is_not_taken_for_the_block():
+    model, images = vit(depth=1), pixels(2)
+    (layer,), (written,) = followed(model, images), explicit(model, images)
+    close(layer.output, written.output[:, 1:])
+    close(layer.tokens, written.tokens[:, 1:])
+
+
 def test_only_the_images_that_count_are_kept_and_the_whole_stream_is_shown():
     model, images, streams = vit(), pixels(4), []
     layouts = trace(model, images)
@@ -177,6 +184,10 @@ def test_the_block_is_the_outermost_module_around_one_attention_alone():
         "encoder.layer.0": ("tokens", calls[0]), "encoder.layer.0.attention": ("output", calls[0]),
         "encoder.layer.1": ("tokens", calls[1]), "encoder.layer.1.attention": ("output", calls[1]),
     }  # fmt: skip
+    alone = ("encoder.layer.0.attention.self", 0)
+    one = {("encoder", 0), ("encoder.layer.0", 0)}
+    names = {"encoder.layer.0": ("tokens", alone), "encoder.layer.0.attention": ("output", alone)}
+    assert modules_around([alone], one) == names
     both = [("blocks.0.self_attn", 0), ("blocks.0.cross_attn", 0)]
     assert modules_around(both, {("blocks.0", 0), ("blocks.0.self_attn", 0)}) == {"blocks.0.self_attn": ("tokens", both[0])}
 

@@ -209,6 +209,9 @@ def modules_around(calls: Sequence[Key], located: Collection[Key], mixers: Itera
         own = call[0].split(".")
         names = [".".join(own[:n]) for n in range(1, len(own) + 1)]
         alone = [name for name in names if sum(f"{other}.".startswith(f"{name}.") for other in centres) == 1]
+        if len(centres) == 1:  # nothing else tells a block from the list that it is in, but that lists number their items
+            block = next((i for i, name in enumerate(alone) if name.rpartition(".")[2].isdecimal()), 0)
+            alone = alone[block:]
         first = next((i for i, name in enumerate(alone) if (name, 0) in located), len(alone))
         for kind, name in zip(("tokens", "output"), alone[first:], strict=False):
             around[name] = (kind, call)

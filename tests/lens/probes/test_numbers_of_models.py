@@ -305,9 +305,13 @@ def test_a_merged_token_is_measured_as_the_places_that_it_stands_for(mechanisms)
     model, images, calls = graft(build(), *mechanisms), pictures(4), []
     noisy = images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
     both_, layouts = torch.cat([images, noisy]), trace(model, pictures(1, seed=9))
-    watch(model, both_, lambda call: calls.append((call.map(), call.assignment, call.inserted)), layouts=layouts)
+
+    def see(call):
+        calls.append((call.map(), call.assignment, call.inserted, call.q.double(), call.k.double(), call.scale))
+
+    watch(model, both_, see, layouts=layouts)
     table, readout = measured(model, both_, noisy=True, layouts=layouts)
-    maps, assignment, inserted = calls[1]
+    maps, assignment, inserted, q, k, scale = calls[1]
     assert len({tuple(row.tolist()) for row in assignment.index}) == 8
     far = whole_maps.distances(*[torch.cat([places(1), torch.full((inserted, 2), torch.nan)])] * 2)
     wholes = [over_places(maps[i, 0].double(), assignment.index[i], inserted) for i in range(8)]
@@ -322,6 +326,11 @@ def test_a_merged_token_is_measured_as_the_places_that_it_stands_for(mechanisms)
         close_to("perturbation_robustness", change)
         picture = readout.maps["attention/1"][image].double().flatten(1)
         close(picture, whole[:, 0, 1:17])
+        index = torch.cat([assignment.index[image], torch.arange(q.shape[3] - inserted, q.shape[3])])
+        of_places = [x[image, 0][:, index[index >= 0]] for x in (q, k)]  # (H, places, K)
+        close_to("angular_alignment", torch.nn.functional.cosine_similarity(*of_places, dim=-1).mean(-1))
+        values = torch.linalg.svdvals(of_places[0] @ of_places[1].mT * scale)[:, : min(q.shape[3:])]
+        close(column(table, "effective_rank", 1, source="score")[image], indicators.effective_rank(values))
 
 
 def test_without_a_class_token_a_merged_query_counts_as_the_places_that_it_stands_for():

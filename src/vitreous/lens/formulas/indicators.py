@@ -80,17 +80,20 @@ def relative_sparsity(sigma: Tensor, threshold: float = 1e-3) -> Tensor:
     return (size <= threshold * size.amax(dim=-1, keepdim=True)).to(size.dtype).mean(dim=-1)
 
 
-def angular_alignment(q: Tensor, k: Tensor) -> Tensor:
+def angular_alignment(q: Tensor, k: Tensor, counts: Tensor | None = None) -> Tensor:
     """Cosine between a token's own query and key, mean over tokens, -1 to 1.
 
-    (B, H, N, K) twice -> (B, H).
+    (B, H, N, K) twice -> (B, H). counts: (B or 1, N), how many tokens each stands for.
 
     Rows are brought to unit length here, so q and k may be given as projected, without sigma.
     Rotary embedding turns both alike and changes nothing. A row of zeros counts as cosine 0.
     """
     q, k = _wide(q), _wide(k)
     lengths = [torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12) for x in (q, k)]
-    return ((q * k).sum(dim=-1) / lengths[0] / lengths[1]).mean(dim=-1)
+    cosine = (q * k).sum(dim=-1) / lengths[0] / lengths[1]
+    if counts is None:
+        return cosine.mean(dim=-1)
+    return (cosine * counts[:, None]).sum(dim=-1) / counts.sum(dim=-1, keepdim=True)
 
 
 def head_redundancy(gram: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class AlignmentObserver(Observer):
                 self.turned += [] if call.name in self.turned else [call.name]
                 return
             q, k = (of_queries, k) if of_queries is not None else (q, of_keys)
-        cosine = indicators.angular_alignment(q.flatten(0, 1), k.flatten(0, 1)).unflatten(0, q.shape[:2]).mean(dim=1)
+        counts = None if where.assignment is None else where.counts(call)
+        cosine = indicators.angular_alignment(q.flatten(0, 1), k.flatten(0, 1), counts).unflatten(0, q.shape[:2]).mean(dim=1)
         values = {"angular_alignment": self.batch.clean(cosine)}
         if self.batch.noisy:
             values["angular_alignment_paper"] = cosine[len(cosine) // 2 :]

@@ -43,7 +43,7 @@ class SpectraObserver(Observer):
         if self.batch.first == 0 and self.probe.weights:
             self.add_model(call, where.layer)
         if self.probe.scores and call.q is not None:
-            self.add_scores(call, where.layer)
+            self.add_scores(call, where)
 
     def add_model(self, call: AttentionCall, layer: int) -> None:
         """The rows that follow from the model alone; from the call, which shows H and K."""
@@ -67,15 +67,19 @@ class SpectraObserver(Observer):
                 values = {name: value[None] for name, value in spectrum.indicators().items()}
                 self.readout.rows.append(Rows(layer, spectrum.source, call.kind, values))
 
-    def add_scores(self, call: AttentionCall, layer: int) -> None:
+    def add_scores(self, call: AttentionCall, where: TokenCoordinates) -> None:
         """Spectra of the scores, some images at a time: the decomposition works in float64."""
-        images = max(1, self.batch.block // (2 * call.q[0].numel() + 2 * call.k[0].numel()))
+        images, q, k = max(1, self.batch.block // (2 * call.q[0].numel() + 2 * call.k[0].numel())), call.q, call.k
+        if where.assignment is not None and where.same:
+            # a token of n places is n equal rows and columns: as one, sqrt(n) as long on either side
+            root = where.counts(call).sqrt()[:, None, None, :, None]
+            q, k = q * root, k * root
         parts = [
             {name: value.mean(dim=1) for name, value in spectra.score(q, k, call.scale).indicators().items()}
-            for q, k in zip(*(self.batch.clean(x).split(images) for x in (call.q, call.k)), strict=True)
+            for q, k in zip(*(self.batch.clean(x).split(images) for x in (q, k)), strict=True)
         ]
         values = {name: torch.cat([part[name] for part in parts]) for name in spectra.INDICATORS}
-        self.readout.rows.append(Rows(layer, "score", call.kind, values, self.batch.first))
+        self.readout.rows.append(Rows(where.layer, "score", call.kind, values, self.batch.first))
 
     def finish(self) -> Readout:
         self.readout.notes += [f"{listed(names)}: {note}" for note, names in self.notes.items()]
