@@ -71,7 +71,7 @@ class SpectraObserver(Observer):
         """Spectra of the scores, some images at a time: the decomposition works in float64."""
         images, q, k = max(1, self.batch.block // (2 * call.q[0].numel() + 2 * call.k[0].numel())), call.q, call.k
         if where.assignment is not None and where.same:
-            # a token of n places is n equal rows and columns: as one, sqrt(n) as long on either side
+            # a token of n places is n equal rows and columns: one that is sqrt(n) as long
             root = where.counts(call).sqrt()[:, None, None, :, None]
             q, k = q * root, k * root
         parts = [
