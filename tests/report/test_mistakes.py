@@ -141,6 +141,31 @@ def test_classes_of_several_labels_have_their_average_precision(browser, tmp_pat
         assert page.locator("#confusion").count() == 0
 
 
+def test_images_with_a_wrong_label_among_several_are_shown(browser, tmp_path):
+    run = write_run(tmp_path / "run", epochs=1, images=1)
+    facts = json.loads((run / "run.json").read_text())
+    metric = {"name": "mean_average_precision", "unit": "%", "better": "higher", "label": "mean average precision"}
+    (run / "run.json").write_text(json.dumps(facts | {"task": {"text": "multi_label:threshold=0.6", "metrics": [metric]}}))
+    head = "set,index,present,predicted,wrong,loss,file,present_class,predicted_class,wrong_class"
+    rows = [
+        "test,0,0,0 1,1,0.9,a.jpg,,,",
+        "test,1,0 2,0 2,,0.1,b.jpg,,,",
+        "test,2,1,2,1 2,2.5,c.jpg,,,",
+        "test,3,,2,,3,d.jpg,,,",
+    ]
+    (run / "predictions.csv").write_text("\n".join([head, *rows]) + "\n")
+    rows = [f"test,{k},{name},4,{count},0.5" for k, (name, count) in enumerate((("red", 2), ("blue", 1), ("green", 1)))]
+    (run / "classes.csv").write_text("\n".join(["set,class,name,images,present,average_precision", *rows]) + "\n")
+    safetensors.numpy.save_file({"test/2": picture()}, run / "mistakes.safetensors")
+    with visit(browser, write([run], tmp_path / "run.html")) as page:
+        rule = page.locator("#wrong-rule").text_content()
+        assert rule == "2 of 4 images are wrong: at least one labelled class is on the wrong side of probability 0.6."
+        assert cells(page, "#mistake-table") == [
+            ["c.jpg", "blue", "blue", "green", "2.5"], ["a.jpg", "red", "none", "blue", "0.9"]]  # fmt: skip
+        assert page.locator("#gallery figcaption").all_text_contents() == ["misses bluesees greenloss 2.5c.jpg"]
+        assert "1 more of these mistakes are in the table alone" in page.locator("#mistakes").text_content()
+
+
 def test_runs_whose_attention_cannot_be_read_have_a_page(browser, tmp_path):
     runs = [write_answers(write_run(tmp_path / name, epochs=2, name=name, images=1)) for name in ("a", "b")]
     for run in runs:

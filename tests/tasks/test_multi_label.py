@@ -70,9 +70,11 @@ def test_scores_leave_out_what_is_not_known_and_classes_never_present(objective)
 
 
 def test_rows_name_the_classes_present_and_found(objective):
-    logits = torch.tensor([[2.0, 0.5, 1.0], [-1.0, -1.0, -1.0]])  # a probability of 0.7 is a logit of 0.847
-    target = torch.tensor([[1, 0, 1], [NAN, 0, 0]])
-    assert list(objective.rows({"logits": logits, "target": target})) == [("0 2", "0 2"), ("", "")]
+    logits = torch.tensor([[2.0, 0.5, 1.0], [-1.0, -1.0, -1.0], [2.0, 2.0, 0.0]])  # a probability of 0.7 is a logit of 0.847
+    target = torch.tensor([[1, 0, 1], [NAN, 0, 0], [NAN, 0, 1]])
+    rows = list(objective.rows({"logits": logits, "target": target}))
+    assert [row[:3] for row in rows] == [("0 2", "0 2", ""), ("", "", ""), ("2", "0 1", "1 2")]  # 0 is not labelled there
+    assert [row[3] for row in rows] == pytest.approx(masked_cross_entropy(logits, target).tolist())
 
 
 def test_bad_input():

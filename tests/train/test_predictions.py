@@ -98,7 +98,12 @@ def test_sets_of_classes_have_names_and_average_precision(settings, quiet, tmp_p
     assert [(row["name"], row["images"], row["present"]) for row in table] == [("red", "8", "4"), ("blue", "8", "4")]
     mean = np.mean([float(row["average_precision"]) for row in table])
     assert read_metrics(folder)[-1]["tests"]["test"]["mean_average_precision"] == pytest.approx(mean)
-    assert not (folder / "mistakes.safetensors").exists()
+    wrong = sorted((row for row in rows if row["wrong"]), key=lambda row: -float(row["loss"]))
+    assert [set(row["wrong"].split()) for row in rows] == [
+        set(row["present"].split()) ^ set(row["predicted"].split()) for row in rows
+    ]
+    if wrong:
+        assert set(safetensors.numpy.load_file(folder / "mistakes.safetensors")) == {f"test/{row['index']}" for row in wrong}
 
 
 def test_the_loss_along_an_epoch_is_that_of_its_steps(settings, quiet):

@@ -31,13 +31,15 @@ def answers(folder: Path, pictures: dict[str, int]) -> dict[str, dict[str, Any]]
     """
     rows = read_csv(folder / "predictions.csv")
     try:
+        images, by_set = read_pictures(folder / "mistakes.safetensors"), {}
+        for row in rows:
+            by_set.setdefault(row["set"], []).append(row)
         if rows and {"label", "predicted", "probability"} <= set(rows[0]):
-            names, images = label_names(folder, rows), read_pictures(folder / "mistakes.safetensors")
-            by_set: dict[str, list[dict[str, str]]] = {}
-            for row in rows:
-                by_set.setdefault(row["set"], []).append(row)
+            names = label_names(folder, rows)
             return {test: single(some, names, images, pictures) for test, some in by_set.items()}
-        return several(read_csv(folder / "classes.csv"))
+        found = several(read_csv(folder / "classes.csv"))
+        wrong = {test: several_wrong(by_set.get(test, []), images, pictures) for test in found}
+        return {test: entry | wrong[test] for test, entry in found.items()}
     except (KeyError, ValueError, IndexError) as error:
         raise DataError(
             f"Found tables of predictions in {folder} that do not fit ({type(error).__name__}: {error}). Expected those "
@@ -118,6 +120,24 @@ def several(rows: list[dict[str, str]]) -> dict[str, dict[str, Any]]:
         entry["parts"].append([len(entry["names"]), int(row["images"]), int(row["present"]), packing.number(precision)])
         entry["names"].append(row["name"] or row["class"])
     return by_set
+
+
+def several_wrong(rows: list[dict[str, str]], images: dict[str, bytes], pictures: dict[str, int]) -> dict[str, Any]:
+    """Images of a test set where any labelled class is wrong, the highest loss first.
+
+    mistakes: [file, present, predicted, wrong (lists of classes), loss, picture]. Nothing of a run
+    whose predictions.csv does not say what is wrong.
+    """
+    if not rows or not {"wrong", "loss"} <= set(rows[0]):
+        return {}
+    wrong = sorted((row for row in rows if row["wrong"]), key=lambda row: -float(row["loss"]))
+    mistakes = []
+    for row in wrong[:LISTED]:
+        address = packing.picture(images.get(f"{row['set']}/{row['index']}", b""))
+        number = pictures.setdefault(address, len(pictures)) if address else None
+        classes = [[int(k) for k in row[column].split()] for column in ("present", "predicted", "wrong")]
+        mistakes.append([row.get("file") or f"image {row['index']}", *classes, packing.number(float(row["loss"]), 4), number])
+    return {"images": len(rows), "count": len(wrong), "mistakes": mistakes}
 
 
 def rounded(interval: Sequence[float]) -> list[float | int | None]:

@@ -47,8 +47,8 @@ class MultiLabelObjective(Objective):
     target: (B, classes) float, 1 present, 0 absent, NaN unlabelled.
     """
 
-    columns = ("present", "predicted")
-    class_columns = columns
+    columns = ("present", "predicted", "wrong", "loss")
+    class_columns = columns[:3]
 
     def __init__(self, model: nn.Module, threshold: float):
         super().__init__(model)
@@ -70,10 +70,12 @@ class MultiLabelObjective(Objective):
         }
 
     def rows(self, outputs: Outputs) -> Iterator[tuple]:
-        """The numbers of the classes that are present, and of those that are found."""
-        likely = outputs["logits"].sigmoid() >= self.threshold
-        for present, predicted in zip(outputs["target"] == 1, likely, strict=True):
-            yield tuple(" ".join(map(str, classes.nonzero().flatten().tolist())) for classes in (present, predicted))
+        """The numbers of classes present, found, and wrong where they are labelled; the loss."""
+        target, found = outputs["target"], outputs["logits"].sigmoid() >= self.threshold
+        present = target == 1
+        wrong, losses = (present != found) & ~target.isnan(), masked_cross_entropy(outputs["logits"], target)
+        for *rows, loss in zip(present, found, wrong, losses.tolist(), strict=True):
+            yield *(" ".join(map(str, classes.nonzero().flatten().tolist())) for classes in rows), loss
 
     def by_class(self, outputs: Outputs) -> dict[str, Sequence[Any]]:
         """Test images where a class is labelled, those that show it, and its average precision."""

@@ -7,7 +7,8 @@ const between = ([low, high]) => `[${(100 * low).toFixed(1)}, ${(100 * high).toF
 function mistakes() {
   const runs = DATA.sources.filter((source) => source.answers && Object.keys(source.answers).length);
   if (!runs.length) return;
-  const { node } = part("mistakes", runs.some((run) => firstAnswers(run).parts) ? "Classes" : "Mistakes");
+  const lists = runs.some(({ answers }) => Object.values(answers).some((found) => found.mistakes));
+  const { node } = part("mistakes", lists ? "Mistakes" : "Classes");
   const box = { run: 0, test: "test", pair: null };
   const ofRun = choice("Run", (value) => redraw({ run: value, pair: null }));
   const ofTest = choice("Test set", (value) => redraw({ test: value, pair: null }));
@@ -27,13 +28,11 @@ function mistakes() {
     );
     const found = own(all, box.test);
     body.replaceChildren(
-      ...(found.parts ? partsOf(found) : answersOf(found, box.pair, (pair) => redraw({ pair }))).filter(Boolean),
+      ...(found.parts ? partsOf(found, runs[box.run].run?.task?.text) : answersOf(found, box.pair, (pair) => redraw({ pair }))).filter(Boolean),
     );
   }
   redraw({});
 }
-
-const firstAnswers = (run) => Object.values(run.answers)[0];
 
 /** An image has one class: sentence, confusions, classes, pictures, list. */
 function answersOf(found, pair, pick) {
@@ -56,7 +55,7 @@ function answersOf(found, pair, pick) {
         ? el("div", {}, el("h3", {}, "What is taken for what"), found.whole ? confusion(found, pair, pick) : pairTable(found, pick))
         : null,
     ),
-    ...(found.count ? [el("h3", {}, "The mistakes, the surest first"), chosen, ...gallery(found, shown), list(found, shown, pair)] : []),
+    ...(found.count ? [el("h3", {}, "The mistakes, the surest first"), chosen, ...gallery(shown.map(mistaken(found))), list(found, shown, pair)] : []),
   ];
 }
 
@@ -161,22 +160,25 @@ function pairTable(found, pick) {
   });
 }
 
-function gallery(found, shown) {
-  const pictured = shown.filter((mistake) => mistake[4] !== null);
+/** A mistake of one class as the gallery takes it: {file, picture, caption}. */
+const mistaken =
+  ({ names }) =>
+  ([file, label, predicted, probability, picture]) => ({
+    file,
+    picture,
+    caption: [el("b", {}, names[predicted]), ` ${percent(probability)}`, el("span", {}, `is ${names[label]}`)],
+  });
+
+/** Pictures of mistakes: [{file, picture, caption}], those without a picture are counted alone. */
+function gallery(shown) {
+  const pictured = shown.filter(({ picture }) => picture !== null);
   if (!pictured.length) return [];
-  const figure = ([file, label, predicted, probability, picture]) =>
+  const figure = ({ file, picture, caption }) =>
     el(
       "figure",
       { title: file },
       el("img", { src: DATA.pictures[picture], alt: file }),
-      el(
-        "figcaption",
-        {},
-        el("b", {}, found.names[predicted]),
-        ` ${percent(probability)}`,
-        el("span", {}, `is ${found.names[label]}`),
-        el("span", { class: "file" }, file.split("/").pop()),
-      ),
+      el("figcaption", {}, caption, el("span", { class: "file" }, file.split("/").pop())),
     );
   const rest = shown.length - pictured.length;
   const box = el("div", { class: "gallery", id: "gallery" }, pictured.slice(0, FIRST).map(figure));
@@ -225,8 +227,48 @@ function list(found, shown, pair) {
   );
 }
 
-/** An image may show several classes: average precision of each. */
-function partsOf(found) {
+/** Images with a wrong label among several: how many, pictures, list. */
+function wrongOf(found, task) {
+  const threshold = /threshold=([\d.]+)/.exec(task || "")?.[1] ?? "0.5";
+  const named = (classes) => classes.map((k) => found.names[k] ?? String(k)).join(", ") || "none";
+  const sides = ([, present, , wrong]) => [wrong.filter((k) => present.includes(k)), wrong.filter((k) => !present.includes(k))];
+  const pictures = found.mistakes.map((row) => {
+    const [missed, extra] = sides(row);
+    const caption = [
+      missed.length ? el("span", {}, "misses ", el("b", {}, named(missed))) : null,
+      extra.length ? el("span", {}, "sees ", el("b", {}, named(extra))) : null,
+      el("span", {}, `loss ${fmt(row[4], 3)}`),
+    ];
+    return { file: row[0], picture: row[5], caption };
+  });
+  const left = found.count - found.mistakes.length;
+  return [
+    el("h3", {}, "The mistakes, the highest loss first"),
+    el(
+      "p",
+      { class: "about", id: "wrong-rule" },
+      `${found.count.toLocaleString("en-US")} of ${plural(found.images, "image")} are wrong: at least one labelled class is on the wrong side of probability ${threshold}.`,
+    ),
+    ...gallery(pictures),
+    table({
+      id: "mistake-table",
+      caption: "Images with a wrong label",
+      rows: found.mistakes,
+      limit: 10,
+      columns: [
+        { label: "File", long: true, value: ([file]) => file },
+        { label: "Shows", long: true, value: ([, present]) => named(present) },
+        { label: "Misses", long: true, value: (row) => named(sides(row)[0]) },
+        { label: "Sees, and is not there", long: true, value: (row) => named(sides(row)[1]) },
+        { label: "Loss", title: "Mean over the labelled classes, nats", numeric: true, value: (row) => row[4] },
+      ],
+    }),
+    left > 0 ? el("p", { class: "quiet" }, `${left.toLocaleString("en-US")} more, of lower loss, are in predictions.csv in the folder of the run.`) : null,
+  ];
+}
+
+/** An image may show several classes: average precision of each, and the images with a wrong label. */
+function partsOf(found, task) {
   const scored = found.parts.filter((one) => one[3] !== null);
   const [worst] = [...scored].sort((a, b) => a[3] - b[3]);
   return [
@@ -246,5 +288,6 @@ function partsOf(found) {
         { label: "Average precision", title: "Mean precision over the steps of recall", numeric: true, value: (one) => one[3], text: (one) => (one[3] === null ? "–" : percent(one[3])) },
       ],
     }),
+    ...(found.mistakes?.length ? wrongOf(found, task) : []),
   ];
 }

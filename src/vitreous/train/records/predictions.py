@@ -63,15 +63,17 @@ def class_names(numbers: object, classes: Sequence[str]) -> str:
 def write_mistakes(run: Run, session: Session) -> None:
     """Write pictures of wrong answers, by predictions.csv.
 
-    Nothing for a task without one class per image. Of each test set those of the highest
-    probability, as JPEG bytes under "SET/INDEX". An image that can no longer be read has none.
+    Nothing for a task without classes. Of each test set those of the highest probability, or,
+    where an image may show several classes, of the highest loss, as JPEG bytes under "SET/INDEX".
+    An image that can no longer be read has none.
     """
     pictures: dict[str, np.ndarray] = {}
-    single = {"label", "predicted", "probability"} <= set(session.tested.columns)
-    rows = read_table(run.folder / FILE) if single else []
+    columns = set(session.tested.columns)
+    sure = next((name for name in ("probability", "loss") if name in columns and {"wrong", "label"} & columns), "")
+    rows = read_table(run.folder / FILE) if sure else []
     for name, loader in session.tests.items():
-        wrong = [row for row in rows if row["set"] == name and row["label"] != row["predicted"]]
-        wrong.sort(key=lambda row: -float(row["probability"]))
+        wrong = [row for row in rows if row["set"] == name and is_wrong(row)]
+        wrong.sort(key=lambda row: -float(row[sure]))
         for row in wrong[:PICTURES]:
             data = thumbnail(loader.images, int(row["index"]))
             if data is not None:
@@ -80,6 +82,11 @@ def write_mistakes(run: Run, session: Session) -> None:
         write(run.folder / MISTAKES, lambda path: safetensors.numpy.save_file(pictures, path))
     else:
         (run.folder / MISTAKES).unlink(missing_ok=True)
+
+
+def is_wrong(row: dict[str, str]) -> bool:
+    """Whether the class, or any labelled class of several, is another than predicted."""
+    return bool(row["wrong"]) if "wrong" in row else row["label"] != row["predicted"]
 
 
 def thumbnail(images: Samples, i: int) -> np.ndarray | None:
