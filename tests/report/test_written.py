@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -50,6 +52,32 @@ def test_maps_come_back_within_half_a_step(looked):
             2 * np.abs(expected).max((-2, -1), keepdims=True) if entry["signed"] else np.ptp(expected, (-2, -1), keepdims=True)
         )
         assert (np.abs(found - expected) <= span / 508 * 1.001 + 1e-9).all(), (component, layer)
+
+
+def test_what_patches_look_at_comes_back_within_a_step(looked):
+    reading, shown = looked
+    queries = shown["queries"]
+    assert queries["images"] == reading.facts["queries"]["images"] == [0, 1, 2]
+    for name, text in queries["rows"].items():
+        layer, image = name.split("/")
+        entry, data = queries["layers"][layer], zlib.decompress(base64.b64decode(text))
+        h, w, size = entry["height"], entry["width"], entry["key_height"] * entry["key_width"]
+        scale = np.frombuffer(data, "<f4", entry["heads"] * h * w).reshape(-1, h, w)
+        cells = np.frombuffer(data, np.uint8, offset=scale.nbytes).reshape(-1, h, w, size)
+        for patch in ((0, 0), (h - 1, w // 2)):
+            for head in range(entry["heads"]):
+                expected = reading.query(int(image), int(layer), patch, head).ravel()
+                found = cells[head, *patch] * scale[head, *patch]
+                assert np.abs(found - expected).max() <= expected.max() / 126 * 1.001
+
+
+def test_spectra_are_those_of_the_reading(looked):
+    reading, shown = looked
+    assert [entry["layer"] for entry in shown["spectra"]] == [layer["layer"] for layer in reading.layers]
+    for entry in shown["spectra"]:
+        expected = reading.spectra[entry["source"], entry["layer"]]
+        values = np.frombuffer(base64.b64decode(entry["values"]), "<f4").reshape(entry["heads"], entry["axes"])
+        np.testing.assert_array_equal(values, expected)
 
 
 def test_measures_are_the_means_of_the_table(looked):
