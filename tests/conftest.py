@@ -130,6 +130,7 @@ def offline(tmp_path, monkeypatch) -> Path:
     def unreachable(*args, **kwargs):
         raise OSError("no network in tests")
 
+    monkeypatch.setattr("vitreous.models.hub.answers", lambda: False)
     monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", unreachable)
     return tmp_path

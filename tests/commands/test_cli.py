@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,39 @@ def test_an_interrupt_is_code_130_and_keeps_what_was_done(elsewhere, capsys, mon
     assert [line["epoch"] for line in read_metrics(elsewhere / "here")] == [1]
     assert load("here").num_classes == 6
     assert "1 of 3 epochs" in (elsewhere / "here/summary.md").read_text()
+
+
+INTERRUPT = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {imported!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["vitreous", *{words!r}]
+runpy.run_module("vitreous", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("imported", "words"),
+    [
+        ("vitreous.commands.cli", "list"),
+        ("torch", "look test_vit x.png --random-weights"),
+        ("timm", "train cutouts --epochs 1"),
+        ("vitreous.commands.predict", "predict run x.png"),
+    ],
+)
+def test_ctrl_c_is_quiet_from_the_first_import_on(elsewhere, imported, words):
+    """Sent when a module begins to be imported, wherever that is."""
+    program = INTERRUPT.format(imported=imported, words=words.split())
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    # Python ends by the signal itself where it fell into an exec(), which a shell reports as 130, too
+    assert done.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in done.stderr
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_list_shows_every_mechanism_with_its_settings(capsys):

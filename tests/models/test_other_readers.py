@@ -119,6 +119,7 @@ def test_names_of_the_hub(images, tmp_path, monkeypatch, offline, capsys):
     model = vit("svda")
     vitreous.save(model, tmp_path / "repository")
     asked = []
+    Path("x.png").touch()
 
     def download(repository: str, file: str, revision: str | None = None) -> str:
         asked.append((repository, file, revision))

@@ -21,7 +21,7 @@ from vitreous.base.files import free_folder, writable
 from vitreous.base.processes import ALONE, Team, connected
 from vitreous.commands._arguments import ModelSource
 from vitreous.data import Samples
-from vitreous.data.sources.unlabelled import unlabelled
+from vitreous.data.sources.unlabelled import check_paths, unlabelled
 from vitreous.grafting import grafts
 from vitreous.lens.direction import FILE, Direction, find_direction
 from vitreous.lens.look import look
@@ -39,6 +39,7 @@ def run_look(name: str, images: Sequence[str], source: ModelSource, options: dic
 
     options: the others of the command, by name.
     """
+    check_paths(images)
     with connected(torch_device(source.device)) as team:
         console = team.console(Console())
         with team.together():
@@ -67,6 +68,7 @@ def calibrate(name: str, photos: Sequence[str], out: str | None, source: ModelSo
     path = Path(out) if out else Path(name) / FILE
     if not path.parent.is_dir() or path.is_dir():
         raise SettingError(f"Found no folder for a file {path}. Expected a place for it. Give --out FILE.safetensors.")
+    check_paths(photos)
     model, _ = open_on_device(name, source, console)
     images = only_readable(unlabelled(list(photos)), console)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -25,7 +25,7 @@ examples:
   vitreous look vit_tiny_patch16_224 cat.jpg dog.jpg --out reading/
   vitreous list svda
   vitreous train cutouts --graft svda --model-kwargs patch_size=4 --epochs 3
-  vitreous train photos/ --model vit_tiny_patch16_224 --pretrained --graft spc:after=11 --lr 1e-4
+  vitreous train photos/ --model vit_tiny_patch16_224 --pretrained --graft spc:after=11,read=gated --lr 1e-4
 """
 COMMANDS = {name: file for name, file in item_files(Path(__file__).parent).items() if name != "cli"}
 PIPE_CLOSED = 141  # what a shell reports of a program that wrote into a pipe that nobody reads: 128 + SIGPIPE
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
         code = PIPE_CLOSED
+    except KeyboardInterrupt:  # outside of a command
+        code = 130
     return code
 
 

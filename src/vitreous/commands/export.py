@@ -51,9 +51,11 @@ class Export(Command):
 
     def run(self) -> None:
         from vitreous.base.files import check_new
+        from vitreous.data.sources.unlabelled import check_paths
         from vitreous.deploy.export import export
 
         check_new(Path(self.out))
+        check_paths(self.images)
         opening: list[str] = []
         model = self.source.open(self.model, opening.append)
         options = {"images": self.images, "tolerance": self.tolerance, "precision": self.precision}

@@ -23,6 +23,7 @@ from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import check_new, writable, write
 from vitreous.base.statistics import wilson
 from vitreous.data.problems import cell, conversions, shown
+from vitreous.data.sources.unlabelled import check_paths
 from vitreous.data.views import Views
 from vitreous.models.classes import multi_label, names_of, probabilities
 from vitreous.models.load import logits_of, open_images, open_model, prepared
@@ -89,6 +90,7 @@ def run_predict(
     check_range("batch-size", batch_size, 100_000)
     place = torch_device(device)  # before the model is opened, which may take long
     remarks: list[str] = []
+    check_paths(images)
     model = opening(name, remarks.append).to(place)
     views = open_images(model, images)
     classes = () if multi_label(model) else names_of(model)  # where an image may show several, no folder says all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from vitreous.base.errors import DataError, HostError, SettingError, UnknownName, VitreousError, brief
+from vitreous.models.hub import cache_when_offline
 from vitreous.models.weights import Say, fill, read_weights
 
 
@@ -92,7 +94,8 @@ def tells_apart(model: nn.Module, classes: Sequence[str]) -> bool:
 def build(name: str, **arguments: Any) -> nn.Module:
     """`timm.create_model`, whose many kinds of complaint become ours."""
     try:
-        return timm.create_model(name, **arguments)
+        with cache_when_offline() if arguments.get("pretrained") else nullcontext():
+            return timm.create_model(name, **arguments)
     except TypeError as error:  # an argument that the network does not take
         raise SettingError(
             f"timm cannot build {name}: {error}. Expected arguments that it takes. Mend --model-kwargs."

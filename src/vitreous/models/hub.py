@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, get_session, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from vitreous.base.errors import DataError, brief
 
 HUB, LOCAL = ("hf-hub", "hf_hub"), "local-dir"  # what timm.create_model takes before a colon
+ANSWER = 2.0  # seconds in which the hub has to answer
+
+
+@contextmanager
+def cache_when_offline() -> Iterator[None]:
+    """Where the hub does not answer, its cache alone is asked in the block.
+
+    Its library would ask the network six times for every file, for a minute in all.
+    """
+    if constants.HF_HUB_OFFLINE or answers():
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True  # what the library reads at every request
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def answers() -> bool:
+    """Whether the hub answers in time, whatever it says."""
+    heard: list[bool] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=ANSWER)
+            heard.append(True)
+        except Exception:  # of the client's many kinds
+            heard.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)  # to look up a name has no limit of its own
+    thread.start()
+    thread.join(ANSWER)
+    return heard == [True]
 
 
 def has_prefix(source: str) -> bool:
@@ -31,7 +67,8 @@ def local_folder(source: str | Path, files: Sequence[Sequence[str]]) -> Path:
     if kind == LOCAL:
         return Path(name)
     repository, _, revision = name.partition("@")
-    paths = [fetch(repository, revision or None, names, str(source)) for names in files]
+    with cache_when_offline():
+        paths = [fetch(repository, revision or None, names, str(source)) for names in files]
     return paths[0].parent
 
 

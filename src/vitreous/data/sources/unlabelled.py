@@ -96,6 +96,17 @@ def unlabelled(
     return samples
 
 
+def check_paths(paths: Iterable[str | Path]) -> None:
+    """Raise DataError for the first path that is not there, before anything is opened."""
+    for path in (Path(given).expanduser() for given in paths):
+        if not path.exists():
+            raise nothing_at(path)
+
+
+def nothing_at(path: Path) -> DataError:
+    return DataError(f"Found nothing at {str(path)!r}. Expected an image, a folder or a tar archive. Check the path.")
+
+
 def _files(path: Path, others: Counter[str]) -> tuple[dict[str, Source], dict[str, ObjectBoxes]]:
     """Images of a file, folder or archive by name, and the masks or boxes that come with them.
 
@@ -111,7 +122,7 @@ def _files(path: Path, others: Counter[str]) -> tuple[dict[str, Source], dict[st
             foregrounds |= read_boxes(contents(tables["boxes.csv"], "boxes.csv"), files)
         return files, foregrounds
     if not path.is_file():
-        raise DataError(f"Found nothing at {str(path)!r}. Expected an image, a folder or a tar archive. Check the path.")
+        raise nothing_at(path)
     return {path.name: path}, {}
 
 
