@@ -1,4 +1,4 @@
-"""`vitreous completion`: a shell script by which Tab completes commands, options and items."""
+"""`vitreous completion`: a shell script by which Tab completes what can be typed."""
 
 from __future__ import annotations
 
@@ -77,5 +77,6 @@ def flags(settings: type) -> list[str]:
         if is_dataclass(kind):
             found += flags(kind)
         elif POSITIONAL not in markers:
-            found.append(f"--{field.name.replace('_', '-')}")
+            name = next((marker.name for marker in markers if getattr(marker, "name", None)), field.name)
+            found.append(f"--{name.replace('_', '-')}")
     return found
