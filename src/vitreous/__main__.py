@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> int:
-    """The command line; returns its exit code. Ctrl-C while it is still imported is quiet, too."""
+    """The command line; returns its exit code. Ctrl-C during its import is quiet, too."""
     try:
         from vitreous.commands.cli import main as run
     except KeyboardInterrupt:
