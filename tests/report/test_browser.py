@@ -273,7 +273,7 @@ def test_a_click_on_a_patch_shows_what_it_looks_at(browser, pages):
         assert "from row" not in page.locator(".pane figcaption").text_content()
         choose(page, "Layer", "2")
         page.locator(".thumbs input").nth(3).check(force=True)
-        assert note.text_content() == "What each patch looks at is there for images 1 to 2, not for this one."
+        assert note.text_content() == "What each patch looks at is there for the first 2 images, not for this one."
         page.locator(".thumbs input").nth(1).check(force=True)
         await_query(page)
         choose(page, "Looking from", "class token")

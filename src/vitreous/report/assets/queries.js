@@ -67,31 +67,28 @@ const shownMap = (reading, layer, image, head, slice) =>
 
 const placeName = ([row, column]) => `row ${row + 1}, column ${column + 1}`;
 
-/** Numbers as people count them: "1 to 4", "2, 5". */
-function counted(numbers) {
-  const whole = numbers.every((number, i) => number === numbers[0] + i);
-  return whole && numbers.length > 1
-    ? `${numbers[0] + 1} to ${numbers[numbers.length - 1] + 1}`
-    : numbers.map((number) => number + 1).join(", ");
-}
+/** Images by their places: "the first 4 images", or their names. */
+const imagesAt = (reading, places) =>
+  places.every((place, i) => place === i)
+    ? `the first ${places.length > 1 ? `${places.length} images` : "image"}`
+    : places.map((place) => reading.images[place].name).join(", ");
 
 /** What can be asked of single patches here, or why nothing can. */
 function queryNote(reading, layer, image) {
   const { images: there, of, layers, reasons, bytes, budget } = reading.queries;
-  const kept = there.length < of ? `on this page of ${there.length} of the ${of} images that the reading has it of, ` : "";
-  const have = `image${there.length > 1 ? "s" : ""} ${counted(there)}`;
+  const have = imagesAt(reading, there) + (there.length < of ? ` (the reading has it of ${of})` : "");
   if (!there.length)
     return of
       ? "What each patch looks at is in the reading, and too large for this page."
       : `What each patch looks at is not in this reading${bytes && budget ? `: one image takes ${fmt(bytes / 1e6, 3)} of ${fmt(budget)} MB` : ""} (vitreous look --query-budget).`;
   if (!Object.hasOwn(layers, layer))
     return `What each patch looks at is not there for layer ${layer}: ${own(reasons, layer) || "it has no such map"}.`;
-  if (!there.includes(image)) return `What each patch looks at is there for ${kept}${have}, not for this one.`;
+  if (!there.includes(image)) return `What each patch looks at is there for ${have}, not for this one.`;
   const map = state.query && state.component === ATTENTION ? queryMap(reading, layer, image, -1) : null;
   if (map && map.high === 0) return "This patch has no token here: it was dropped before.";
   return state.query && state.component === ATTENTION
     ? "Click another patch, or press Escape on the map for the class token."
-    : `Click a patch, or press Enter on one, to see what it looks at (${kept}${have}).`;
+    : `Click a patch, or press Enter on one, to see what it looks at: there for ${have}.`;
 }
 
 /** The choice between the class token, or all queries, and the patch that was clicked. */
