@@ -48,6 +48,13 @@ def write_study(folder: Path, readings: bool = True, **metric) -> Path:
             }
         },
         "cost": {name: {"by_seed": [1.0] * 3, "mean": 1.0} for name in arms},
+        "courses": {
+            name: [
+                {"quantity": "test accuracy %", "over": "epoch", "points": [[1, 60.0, 58.0, 61.5], [2, 100 * mean, 70, 76]]},
+                *([{"quantity": "effective rank (axes)", "over": "layer", "points": [[0, 5.0, 4.0, 6.0]]}] * (name == "svda")),
+            ]
+            for name, mean in arms.items()
+        },
     }  # fmt: skip
     record = {
         "format": 1, "command": "vitreous study photos", "seeds": [5, 6, 7], "settings": {"data": "photos"}, "results": results,
@@ -96,6 +103,17 @@ def test_the_forest_plot_stands_where_the_numbers_are(browser, page_of_study):
         assert "even" in drawn[2][1][0].split()
 
 
+def test_courses_of_the_arms_are_drawn_with_the_range_of_their_seeds(browser, page_of_study):
+    with visit(browser, page_of_study) as page:
+        charts = page.locator("#courses .chart")
+        assert charts.locator(".chart-title").all_text_contents() == ["Test accuracy %", "Effective rank (axes)"]
+        assert [charts.nth(i).locator("polyline").count() for i in range(2)] == [3, 0]  # a line each; one layer is a dot
+        assert [charts.nth(i).locator(".whisker").count() for i in range(2)] == [6, 1]
+        assert charts.last.locator(".about").text_content() == "None in plain, <b>spc</b>."
+        charts.last.locator("svg").press("ArrowRight")
+        assert charts.last.locator(".readout").text_content() == "Layer, last epoch 0, svda: 5, seeds from 4 to 6"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_study_on_a_phone(browser, page_of_study, scheme):
     with visit(browser, page_of_study, viewport={"width": 360, "height": 740}, is_mobile=True, color_scheme=scheme) as page:
@@ -116,6 +134,7 @@ def test_a_study_of_an_older_version_or_without_results(browser, tmp_path):
     record = json.loads((folder / "study.json").read_text())
     for one in record["results"]["tests"]["test"]["differences"].values():
         del one["verdict"], one["takes"], one["images"]
+    del record["results"]["courses"]
     (folder / "study.json").write_text(json.dumps(record))
     with visit(browser, write([folder], tmp_path / "study.html")) as page:
         assert page.locator(".verdict-word").all_text_contents() == ["Not judged", "Not judged"]

@@ -14,7 +14,6 @@ from PIL import Image
 from vitreous.base.errors import DataError, SettingError
 from vitreous.commands.compare import Compare
 from vitreous.train.study.courses import EPOCH, LAYER, arms_of, courses, missing, run_folders
-from vitreous.train.study.figures import write_figures
 
 COLUMNS = ("layer", "head", "image", "source", "kind", "angular_alignment", "angular_alignment_paper", "spectral_entropy")
 
@@ -112,8 +111,6 @@ def test_figures_and_tables_are_written(tmp_path, capsys):
     ]  # fmt: skip
     table = (tmp_path / "out/runs.md").read_text()
     assert "| plain | 2 | 20.5 (20 to 21) |" in table
-    write_figures([tmp_path], tmp_path / "again")
-    assert (tmp_path / "again/indicators.svg").read_text() == svg
 
 
 def test_runs_with_nothing_to_show_and_mistaken_options(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -57,6 +58,9 @@ def test_a_study_says_what_its_runs_say_and_goes_on_where_it_was_killed(given, q
     for arm, name in (("plain", "plain"), ("svda:scale=sqrt", "svda-scale=sqrt")):
         scores = [read_metrics(folder / f"{name}-seed-{seed}")[-1]["tests"]["test"]["accuracy"] for seed in (3, 4)]
         assert results(folder)["tests"]["test"]["arms"][arm]["accuracy"] == scores
+        course = results(folder)["courses"][arm][0]
+        assert (course["quantity"], course["over"]) == ("test accuracy %", "epoch")
+        assert course["points"] == [[1, *(pytest.approx(100 * f(scores)) for f in (mean, min, max))]]
     one = {path.name: read_table(path / "manifest.csv") for path in folder.glob("*-seed-*")}
     assert one["plain-seed-3"] == one["svda-scale=sqrt-seed-3"] != one["plain-seed-4"]
 

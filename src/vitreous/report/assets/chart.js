@@ -30,8 +30,8 @@ const W = 330,
   BOTTOM = 38;
 
 /** A figure. series: [{name, look ("line" | "dots"), side ("a" | "b"), color, dashed, hot, points: [{x, y, low, high}]}];
- *  pick(series, point) is called by a click or Enter. */
-function chart({ title, unit = "", about = "", xLabel, series, xName = String, range = null, pick = null, id = null }) {
+ *  spread: what reaches from low to high. pick(series, point) is called by a click or Enter. */
+function chart({ title, unit = "", about = "", xLabel, series, xName = String, range = null, pick = null, id = null, spread = "95 %" }) {
   series = series
     .map((s) => ({ ...s, points: s.points.filter((p) => p.y !== null && p.y !== undefined) }))
     .filter((s) => s.points.length);
@@ -92,7 +92,7 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
   const say = (s, p) => {
     ring.setAttribute("cx", px(p.x));
     ring.setAttribute("cy", py(p.y));
-    const between = p.low !== undefined && p.low !== null ? `, 95 % from ${fmt(p.low)} to ${fmt(p.high)}` : "";
+    const between = p.low !== undefined && p.low !== null ? `, ${spread} from ${fmt(p.low)} to ${fmt(p.high)}` : "";
     readout.textContent = `${capital(xLabel)} ${xName(p.x)}, ${s.name}: ${fmt(p.y)}${between}${unit && !unit.includes(" to ") ? ` ${unit}` : ""}`;
   };
   let at = { s: series.length - 1, p: -1 };

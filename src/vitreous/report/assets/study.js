@@ -29,6 +29,7 @@ function study() {
     forest(),
     el("h3", {}, capital(metric.label)),
     scores(),
+    ...courses(),
     el("p", { class: "quiet" }, `${plural(seeds.length, "seed")}, data ${data}. ${command}`),
     el("p", { class: "quiet" }, "Below, the first run of each arm."),
   );
@@ -83,6 +84,35 @@ function study() {
       ]),
       axis,
     );
+  }
+
+  /** Scores, seconds and indicators over epochs and layers, a line for each arm; none in studies of older versions. */
+  function courses() {
+    if (!results.courses) return [];
+    const of = (arm) => own(results.courses, arm) || [];
+    const same = (a) => (b) => a.quantity === b.quantity && a.over === b.over;
+    const every = arms.flatMap(of);
+    const panels = every.filter((one, i) => every.findIndex(same(one)) === i);
+    const look = (one) => {
+      const lines = arms.map((arm) => ({
+        name: arm,
+        points: (of(arm).find(same(one))?.points || []).map(([x, y, low, high]) => ({ x, y, ...(high > low ? { low, high } : {}) })),
+      }));
+      const lacking = lines.filter((line) => !line.points.length).map((line) => line.name);
+      return chart({
+        title: capital(one.quantity),
+        about: lacking.length ? `None in ${lacking.join(", ")}.` : "",
+        xLabel: one.over === "layer" ? "layer, last epoch" : one.over,
+        spread: "seeds",
+        series: colored(lines),
+      });
+    };
+    return [
+      el("h3", {}, "Over epochs and layers"),
+      el("p", { class: "about" }, "Lines are means over the seeds, bars reach from the lowest to the highest seed."),
+      key(arms.map((arm, i) => [lineColor(i, arms.length), arm])),
+      el("div", { class: "charts", id: "courses" }, panels.map(look)),
+    ];
   }
 
   function scores() {

@@ -157,6 +157,21 @@ def indicators_of(path: Path, paper: bool) -> dict[Indicator, dict[int, float]]:
 # -- tables ----------------------------------------------------------------------------------------
 
 
+def as_record(arms: Mapping[str, Mapping[Key, Course]]) -> dict[str, list[dict[str, Any]]]:
+    """For JSON: of each arm its quantities, with points [at, mean, lowest, highest]."""
+    return {
+        arm: [
+            {"quantity": quantity, "over": over, "points": [[at, *rounded(one)] for at, one in course.items()]}
+            for (quantity, over), course in of.items()
+        ]
+        for arm, of in arms.items()
+    }
+
+
+def rounded(one: Point) -> list[float]:
+    return [float(f"{value:.7g}") for value in (one.mean, one.low, one.high)]
+
+
 def as_csv(arms: Mapping[str, Mapping[Key, Course]]) -> str:
     """All courses, one line for each arm, quantity and epoch or layer."""
     text = io.StringIO()
@@ -165,7 +180,7 @@ def as_csv(arms: Mapping[str, Mapping[Key, Course]]) -> str:
     for arm, of in arms.items():
         for (quantity, over), course in of.items():
             for at, one in course.items():
-                writer.writerow([arm, quantity, over, at, *(f"{v:.7g}" for v in (one.mean, one.low, one.high)), one.runs])
+                writer.writerow([arm, quantity, over, at, *(f"{value:.7g}" for value in rounded(one)), one.runs])
     return text.getvalue()
 
 

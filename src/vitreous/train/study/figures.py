@@ -63,7 +63,7 @@ def write_figures(folders: Sequence[str | Path], out: Path, paper: bool = False)
         for name, figure in figures.items():
             for kind, options in {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 160}}.items():
                 path = out / f"{name}.{kind}"
-                write(path, lambda to, f=figure, k=kind, o=options: f.savefig(to, format=k, bbox_inches="tight", **o))
+                write(path, lambda to, f=figure, k=kind, o=options: f.savefig(to, format=k, **o))
                 files.append(path)
     for name, text in {"runs.md": as_markdown(arms), "runs.csv": as_csv(arms)}.items():
         write_text(out / name, text)

@@ -39,6 +39,7 @@ from vitreous.train.records.progress_display import speaker
 from vitreous.train.records.run_folder import STUDY, taken
 from vitreous.train.settings import TrainSettings
 from vitreous.train.study import compare_arms
+from vitreous.train.study.courses import as_record, courses
 
 FORMAT = 1
 OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run
@@ -92,7 +93,7 @@ def check_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], cons
 
 def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable[[str], Any]) -> None:
     """Compare the finished runs; write and print the results."""
-    results = compare_arms.compare(runs)
+    results = compare_arms.compare(runs) | {"courses": as_record({name: courses(some) for name, some in runs.items()})}
     title = f"# {' against '.join(runs)} on {data}\n" if len(runs) == 2 else f"# {len(runs)} arms on {data}\n"
     listed = [f"- {name}: " + ", ".join(f"`{run.name}`" for run in some) for name, some in runs.items()]
     with writing(folder):
