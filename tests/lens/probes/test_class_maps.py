@@ -120,6 +120,10 @@ def test_the_tokens_that_the_logit_is_read_from_decide_which_rows_count():
             joint = by_loops(layers, image)
             expected = (joint - torch.eye(len(joint), dtype=torch.float64))[prefix:, prefix:].mean(0).reshape(4, 6)
             np.testing.assert_allclose(readout.maps["relevance/-1"][image], expected, **CLOSE)
+        grads = extra(model, images, "grad_attention").maps
+        for number, (a, gradient) in enumerate(layers):
+            expected = (a * gradient).clamp(min=0)[..., prefix:].mean(2).unflatten(-1, (4, 6))
+            np.testing.assert_allclose(grads[f"grad_attention/{number}"], expected, **CLOSE)
 
 
 def test_queries_that_read_from_all_tokens_at_the_end_are_followed():
@@ -211,6 +215,16 @@ def test_what_cannot_be_explained_says_why_and_ends_no_look():
         assert any(re.search(reason, note) for note in reading.facts["notes"]), reason
         assert not any(name == "relevance" for name, _ in reading.maps)
         assert ("attention", 2) in reading.maps
+
+
+def test_a_logit_that_depends_on_no_attention_has_no_maps_of_zeros():
+    model = vit()
+    nn.init.zeros_(model.head.weight)
+    reading = look(model, pixels(2), probes=["relevance", "grad_attention"], noise=0)
+    assert not list(reading.maps)
+    assert [note.partition(":")[0] for note in sorted(reading.facts["notes"])] == [
+        "No attention for a class in blocks.0.attn to blocks.2.attn (3)", "No relevance map",
+    ]  # fmt: skip
 
 
 def test_half_precision_and_frozen_weights_have_maps():

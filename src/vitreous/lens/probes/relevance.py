@@ -15,6 +15,8 @@ from vitreous.lens.probe import BatchInfo, Component, Probe, Readout
 from vitreous.lens.token_coordinates import one_sequence
 from vitreous.models.classes import class_index
 
+UNREACHED = "the logit depends on no attention: its gradient is 0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Relevance(Probe):
@@ -55,7 +57,7 @@ class Relevance(Probe):
 def followed(gradients: ClassGradients) -> Tensor | str:
     """Relevance (B, N) of the tokens that the first attention sees, or why there is none."""
     if gradients.gaps or not gradients.calls:
-        return "; ".join(gradients.gaps[:4]) or "the logits depend on no attention"
+        return "; ".join(gradients.gaps[:4]) or UNREACHED
     joint, read_out = None, False
     for each in gradients.calls:
         if reason := obstacle(each, joint, read_out):
@@ -69,6 +71,8 @@ def followed(gradients: ClassGradients) -> Tensor | str:
         blocks = ((part, block[:, 0]) for part, block in where.map_rows(call, 256))
         joint = relevance_step(joint, blocks, own=not read_out)
     reached = rows_reached(each)
+    if not reached.any():
+        return UNREACHED
     share = reached / reached.sum(1, keepdim=True).clamp(min=1)  # (B, rows)
     return (share[:, None] @ joint)[:, 0]
 
