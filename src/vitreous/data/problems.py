@@ -64,7 +64,7 @@ def order_remark(classes: Sequence[str]) -> list[str]:
     ]
 
 
-def listed(names: Sequence[str]) -> str:
+def name_list(names: Sequence[str]) -> str:
     """The first ten names, quoted so that they can be printed."""
     return ", ".join(repr(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 

@@ -69,7 +69,7 @@ class Views(Sequence[View]):
         self.tensors = images if isinstance(images, Tensor) else None
         if self.tensors is not None:
             check_images(self.tensors)
-            self.given = given_masks(masks, self.tensors)
+            self.tensor_masks = masks_of_tensors(masks, self.tensors)
             values = (
                 self.tensors.detach().float().nan_to_num(0.0, 0.0, 0.0)
             )  # those that are not finite are told image by image
@@ -104,7 +104,7 @@ class Views(Sequence[View]):
 
     def __getitem__(self, i: int) -> View:
         if self.tensors is not None:
-            x, mask = self.tensors[i], None if self.given is None else self.given[i]
+            x, mask = self.tensors[i], None if self.tensor_masks is None else self.tensor_masks[i]
             return View(f"image {i}", x, picture(x, self.mean, self.std), mask, x.shape[-1], x.shape[-2])
         image, mask = self.images.image(i), self.images.mask(i)
         x = self.preprocess(image)
@@ -130,16 +130,16 @@ class Views(Sequence[View]):
         """
         if self.tensors is not None:
             values = self.tensors[:count].detach().cpu().contiguous()
-            given = () if self.given is None else self.given[:count].tobytes()
-            return [list(values.shape), digest(values.flatten().view(torch.uint8).numpy().tobytes()), digest(bytes(given))]
-        sources, known = (getattr(self.images, name, None) for name in ("sources", "foregrounds"))
+            masks = () if self.tensor_masks is None else self.tensor_masks[:count].tobytes()
+            return [list(values.shape), digest(values.flatten().view(torch.uint8).numpy().tobytes()), digest(bytes(masks))]
+        sources, foregrounds = (getattr(self.images, name, None) for name in ("sources", "foregrounds"))
         if sources is None:
             return [[self.name(i), *of_pixels(self.images, i)] for i in range(count)]
-        found = [[self.name(i), of_file(sources[i])] for i in range(count)]
-        for entry in found:
-            if mask := (known or {}).get(entry[0]):
+        entries = [[self.name(i), of_file(sources[i])] for i in range(count)]
+        for entry in entries:
+            if mask := (foregrounds or {}).get(entry[0]):
                 entry.append([mask[0], of_file(mask[1])] if isinstance(mask, tuple) else mask)
-        return found
+        return entries
 
 
 def digest(data: bytes) -> str:
@@ -215,17 +215,17 @@ def check_images(images: Tensor) -> None:
         )
 
 
-def given_masks(masks: Any, images: Tensor) -> np.ndarray | None:
+def masks_of_tensors(masks: Any, images: Tensor) -> np.ndarray | None:
     """Masks (B, h, w) for tensors of images; raises DataError for another shape."""
     if masks is None:
         return None
-    found = np.asarray(masks)
-    if found.shape != (len(images), *images.shape[-2:]):
+    array = np.asarray(masks)
+    if array.shape != (len(images), *images.shape[-2:]):
         raise DataError(
-            f"Found masks of shape {found.shape} for images of shape {tuple(images.shape)}. Expected "
+            f"Found masks of shape {array.shape} for images of shape {tuple(images.shape)}. Expected "
             f"{(len(images), *images.shape[-2:])}. Bring the masks to the size of the tensors."
         )
-    return found.astype(bool)
+    return array.astype(bool)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> np.ndarray:

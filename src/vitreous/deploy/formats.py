@@ -27,7 +27,7 @@ from vitreous.base.errors import DataError, HostError, SettingError, brief
 from vitreous.data.preprocess import Preprocess
 from vitreous.grafting import grafts, ungraft
 from vitreous.models import model_folder
-from vitreous.models.weights import listed
+from vitreous.models.weights import first_items
 
 PROTOBUF = 2_000_000_000  # bytes of weights; an .onnx file, which is one protobuf message, ends at 2 GiB
 EXAMPLES = 2  # images in the batch that is traced: of one, an exporter could take the batch for a constant
@@ -223,7 +223,7 @@ def write_folder(model: nn.Module, folder: Path, metadata: Metadata) -> Metadata
     if gone:
         mechanisms = ", ".join(str(record.mechanism) for record in grafts(model))
         raise DataError(
-            f"Found {mechanisms} in the model, which took the place of {listed(gone, 4)}: the plain network would have "
+            f"Found {mechanisms} in the model, which took the place of {first_items(gone, 4)}: the plain network would have "
             "random numbers there. Expected mechanisms that keep the host's weights. Choose --to onnx or torch-export, which "
             "keep the mechanisms."
         )

@@ -326,6 +326,6 @@ def table(rows: Sequence[Rows], probes: Sequence[Probe]) -> dict[str, np.ndarray
     return {name: columns[name][order] for name in ("layer", "head", "image", "source", "kind", *names)}
 
 
-def listed(names: Sequence[str]) -> str:
+def name_range(names: Sequence[str]) -> str:
     """The names of layers, for a note: the first, the last and how many."""
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"

@@ -85,7 +85,7 @@ def load_pickle(path: Path) -> Any:
         except Exception:  # it lists those of whole archives alone
             objects = []
         if objects:
-            raise pickle.UnpicklingError(f"it holds {listed(sorted(objects), 4)} beside tensors") from error
+            raise pickle.UnpicklingError(f"it holds {first_items(sorted(objects), 4)} beside tensors") from error
         raise
 
 
@@ -106,7 +106,7 @@ def table_key(content: Any, table: str | None, path: Path) -> str | None:
     if table or known or len(tables) < 2:
         return table or known or next(iter(tables), None)
     raise DataError(
-        f"Found {len(tables)} tables of weights in {path}: {listed(tables, 8)}. Expected one, or a key that timm prefers. "
+        f"Found {len(tables)} tables of weights in {path}: {first_items(tables, 8)}. Expected one, or a key that timm prefers. "
         "Choose with --weights-table KEY."
     )
 
@@ -156,14 +156,14 @@ def fill(model: nn.Module, tensors: Tensors, where: str, *, partial: bool | None
         model.load_state_dict(fitting, strict=False)
         say(
             f"Weights: {len(fitting)} of the model's {len(wanted)} tensors are from {Path(where).name}."
-            + f" New: {listed([*absent, *misfits], LISTED)}." * bool(absent or misfits)
-            + f" Left out: {listed(spare, LISTED)}." * bool(spare)
+            + f" New: {first_items([*absent, *misfits], LISTED)}." * bool(absent or misfits)
+            + f" Left out: {first_items(spare, LISTED)}." * bool(spare)
         )
         return
     beside = f", without the prefix {prefix!r} of all names" if prefix else ""
     raise DataError(
         f"The weights in {where} do not fit the model. Found {len(differences)} differences{beside}: "
-        + listed(differences, 8)
+        + first_items(differences, 8)
         + ". Expected the same names and shapes. Use the architecture, arguments and grafts that they were saved with"
         + (", or load what fits, which is then listed, with --partial-weights." if partial is False and fitting else ".")
     )
@@ -246,6 +246,6 @@ def misfit(name: str, tensor: Tensor, value: Tensor) -> str:
     return ""
 
 
-def listed(items: list[str], most: int) -> str:
+def first_items(items: list[str], most: int) -> str:
     """The first items, and how many more there are."""
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

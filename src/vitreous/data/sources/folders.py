@@ -10,7 +10,7 @@ from pathlib import Path
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import Source, contents, is_image
 from vitreous.data.object_boxes import match_masks, part_masks, read_boxes
-from vitreous.data.problems import Report, listed, raised
+from vitreous.data.problems import Report, name_list, raised
 from vitreous.data.quarantine import Progress
 from vitreous.data.samples import Data
 from vitreous.data.sources.archives import list_files
@@ -91,7 +91,7 @@ def _parts(path: Path, files: dict[str, Source], report: Report) -> dict[str, st
             "structure",
             ", ".join(names[:10]),
             DataError(
-                f"Found {listed(names)} at the top of {str(path)!r}; expected one train folder and one of test or val "
+                f"Found {name_list(names)} at the top of {str(path)!r}; expected one train folder and one of test or val "
                 "(or valid, validation, dev), nothing else, or class folders only. Rename the folders or move them away."
             ),
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreous.base.errors import DataError, VitreousError
-from vitreous.data.problems import Report, listed, raised
+from vitreous.data.problems import Report, name_list, raised
 from vitreous.data.sources.listing import PARTS, Listing
 from vitreous.data.sources.table import inside
 
@@ -94,8 +94,8 @@ def columns(table: Any, path: Path, datasets: Any) -> tuple[str, str]:
     chosen = named if len(named) == 1 else [name for name in ("label", "labels") if name in features]
     if len(images) != 1 or len(chosen) != 1:
         raise DataError(
-            f"Found the columns {listed(list(features))} in {str(path)!r}, of which images: {listed(images) or 'none'}, "
-            f"labels: {listed(chosen or named) or 'none'}; expected one Image and one ClassLabel. Cast or remove columns."
+            f"Found the columns {name_list(list(features))} in {str(path)!r}, of which images: {name_list(images) or 'none'}, "
+            f"labels: {name_list(chosen or named) or 'none'}; expected one Image and one ClassLabel. Cast or remove columns."
         )
     return images[0], chosen[0]
 

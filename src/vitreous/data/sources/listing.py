@@ -16,7 +16,7 @@ from PIL import Image
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import Source, decode, decode_with_notes
 from vitreous.data.object_boxes import ObjectBoxes, foreground_mask
-from vitreous.data.problems import Problem, conversions, listed, order_remark, passed_over, shown
+from vitreous.data.problems import Problem, conversions, name_list, order_remark, passed_over, shown
 from vitreous.data.quarantine import Examined, Progress, Quarantined, examine, lines
 from vitreous.data.samples import Data, Samples, pixel_statistics
 from vitreous.data.targets import ClassIndex, ClassSet, Indices, Target
@@ -233,7 +233,7 @@ def class_problems(listing: Listing, readable: Iterable[str]) -> Iterator[Proble
         alike[plain_label(label)].add(label)
     for names in alike.values():
         if len(names) > 1:
-            others = listed(sorted(names)[1:])
+            others = name_list(sorted(names)[1:])
             yield Problem("class", min(names), f"differs in case, spaces or the form of a number alone from {others}")
 
 
@@ -256,7 +256,7 @@ def check_parts(listing: Listing) -> None:
         there = set(listing.parts.values())
         if "train" not in there or len(there) < 2:
             raise DataError(
-                f"Found the parts {listed(sorted(there))} in {listing.name!r}; expected train, and one of test or val (or "
+                f"Found the parts {name_list(sorted(there))} in {listing.name!r}; expected train, and one of test or val (or "
                 "valid, validation), or no parts at all, for a split by content. Add one, or leave the parts out."
             )
     if listing.set_classes:  # every part has the same columns
@@ -274,8 +274,8 @@ def check_parts(listing: Listing) -> None:
     for part, labels in classes.items():
         if strangers := labels - set(trained):
             raise DataError(
-                f"Found {listed(sorted(strangers))} in {'test' if part == alone else part} but not in train, which has "
-                f"{listed(trained)}; expected the same class names. Rename or remove them."
+                f"Found {name_list(sorted(strangers))} in {'test' if part == alone else part} but not in train, which has "
+                f"{name_list(trained)}; expected the same class names. Rename or remove them."
             )
 
 
@@ -320,7 +320,7 @@ def class_names(listing: Listing, quarantined: Sequence[Quarantined], names: dic
         bad = next((bad for bad in quarantined if lacking[0] in listing.class_names(bad.file)), None)
         why = f", such as {bad.file!r}: {bad.reason}" if bad else ""
         raise DataError(
-            f"Found no image that can be read of {listed(lacking)} to train on{why}. Expected at least one of each "
+            f"Found no image that can be read of {name_list(lacking)} to train on{why}. Expected at least one of each "
             "class. Replace the files, or take the class out."
         )
     if not names["test"]:

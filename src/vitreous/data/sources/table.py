@@ -13,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 from vitreous.base.errors import DataError
 from vitreous.data.decoding import contents
 from vitreous.data.object_boxes import Box
-from vitreous.data.problems import Report, listed, raised
+from vitreous.data.problems import Report, name_list, raised
 from vitreous.data.sources.listing import PARTS, Listing
 
 SIDES = ("x0", "y0", "x1", "y1")
@@ -75,13 +75,13 @@ def read_rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, 
         set_classes = tuple(name.removeprefix(SET) for name in columns if name.startswith(SET))
         if "label" in columns and set_classes:
             raise DataError(
-                f"Found the column label and {listed([SET + name for name in set_classes])} in {str(path)!r}; expected one "
+                f"Found the column label and {name_list([SET + name for name in set_classes])} in {str(path)!r}; expected one "
                 "class per image (label), or a set of classes (label:NAME for each). Take one of them out."
             )
         unnamed = "file" not in columns or not ("label" in columns or set_classes) or "" in set_classes
         if unnamed or len(set(columns)) < len(columns):
             raise DataError(
-                f"Found the columns {listed(columns)} in {str(path)!r}; expected file and label (or label:NAME for each of "
+                f"Found the columns {name_list(columns)} in {str(path)!r}; expected file and label (or label:NAME for each of "
                 f"several classes), each once, and any of {', '.join(KNOWN[2:])}, separated by commas. Name them so in the "
                 "first line."
             )

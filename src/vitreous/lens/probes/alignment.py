@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitreous.lens.formulas import indicators
 from vitreous.lens.learned_spectrum import exposed_numbers, learned_spectrum, without_spectrum
-from vitreous.lens.probe import BatchInfo, Measure, Observer, Probe, Readout, Rows, listed
+from vitreous.lens.probe import BatchInfo, Measure, Observer, Probe, Readout, Rows, name_range
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates
 
@@ -45,7 +45,7 @@ class AlignmentObserver(Observer):
 
     def finish(self) -> Readout:
         why = "alignment: the learned spectrum cannot be taken off the queries (rotary embedding, or zeros in it)"
-        self.readout.notes += [f"{listed(self.turned)}: {why}"] if self.turned else []
+        self.readout.notes += [f"{name_range(self.turned)}: {why}"] if self.turned else []
         return self.readout
 
 

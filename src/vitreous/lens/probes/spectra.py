@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitreous.lens.formulas import spectra
 from vitreous.lens.learned_spectrum import exposed_numbers, learned_spectrum
-from vitreous.lens.probe import BatchInfo, Measure, Observer, Probe, Readout, Rows, Source, listed
+from vitreous.lens.probe import BatchInfo, Measure, Observer, Probe, Readout, Rows, Source, name_range
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates
 
@@ -82,7 +82,7 @@ class SpectraObserver(Observer):
         self.readout.rows.append(Rows(where.layer, "score", call.kind, values, self.batch.first))
 
     def finish(self) -> Readout:
-        self.readout.notes += [f"{listed(names)}: {note}" for note, names in self.notes.items()]
+        self.readout.notes += [f"{name_range(names)}: {note}" for note, names in self.notes.items()]
         return self.readout
 
 
