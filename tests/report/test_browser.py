@@ -262,6 +262,7 @@ def test_a_click_on_a_patch_shows_what_it_looks_at(browser, pages):
         click_patch(page, 4, 9)
         assert "layer 3" in page.locator(".pane figcaption").text_content()
         assert "from row 5, column 10" in page.locator(".pane figcaption").text_content()
+        assert page.locator(".controls > .about").text_content() == "What the framed patch looks at, head by head."
         choose(page, "Head", "2")
         assert canvas.evaluate(PEAK) == [pytest.approx(0.6), *looked_at((4, 9), 3, 2, (14, 14))]
         choose(page, "Layer", "2")

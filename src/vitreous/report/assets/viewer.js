@@ -69,7 +69,7 @@ function viewer() {
     choosePanes(compare);
     limits.textContent = limitText();
   });
-  section(["panes", "image", "component", "layer", "head"], () => {
+  section(["panes", "image", "component", "layer", "head", "query", "unpacked"], () => {
     const readings = shownReadings();
     settle(readings);
     strip.field.hidden = !readings[0].shown;
@@ -89,11 +89,12 @@ function viewer() {
       state.component,
     );
     const told = readings.map((r) => r.components.find((c) => c.name === state.component)).find(Boolean);
+    const ofPatch = readings.some((r) => shownMap(r, state.layer, imageIn(r, state.image), state.head)?.query);
     const perHead = readings.some((r) => r.maps[`${state.component}/${state.layer}`]?.heads);
     const alone = !readings.some((r) => r.maps[`${state.component}/${state.layer}`]);
     about.textContent = told
       ? [
-          told.explains,
+          ofPatch ? "What the framed patch looks at, head by head" : told.explains,
           told.rule ? `${told.signed ? "Sign by" : "By"} ${told.rule}` : "",
           alone ? "one map for the whole model" : "",
         ]
