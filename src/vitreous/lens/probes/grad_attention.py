@@ -10,7 +10,7 @@ from torch import nn
 
 from vitreous.lens.class_gradients import class_gradients, rule
 from vitreous.lens.layer_features import FeatureCollector
-from vitreous.lens.probe import BatchInfo, Component, Probe, Readout, listed
+from vitreous.lens.probe import BatchInfo, Component, Probe, Readout, name_range
 from vitreous.models.classes import class_index
 
 
@@ -54,5 +54,5 @@ class GradAttention(Probe):
                 readout.maps[name] = features.attention.unflatten(-1, features.grid)
                 readout.details[name] = {"rule": rule(model, self.target)}
         if unread:
-            readout.notes.append(f"No attention for a class in {listed(unread)}: its gradient is 0")
+            readout.notes.append(f"No attention for a class in {name_range(unread)}: its gradient is 0")
         return readout
