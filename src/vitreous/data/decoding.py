@@ -66,6 +66,9 @@ class Cropped:
     def read_bytes(self) -> bytes:
         return read_file(self.path)
 
+    def __len__(self) -> int:
+        return self.path.stat().st_size
+
 
 Source = Path | bytes | Row  # a file, its contents where it was read out of an archive, or a row of a table
 

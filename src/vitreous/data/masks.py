@@ -87,14 +87,14 @@ def of_greys(values: np.ndarray, white: int = 255) -> tuple[np.ndarray, str]:
         return values > 0, ""
     if len(levels) == 2 and (levels[0] == 0 or levels[1] - levels[0] > white // 4):
         return values == levels[1], ""
-    if white == 255 and set(levels.tolist()) <= VOTES:
-        return values > white / 2, VOTE_NOTE
     bright, between = counts[levels == white].sum(), counts[(levels > 0) & (levels < white)].sum()
     if bright > 2 * between:
         return values > white / 2, GREY_NOTE
     classes = levels[0] == 0 and len(levels) <= min(LEVELS, values.size // 8)
     if classes and (not bright or levels[-2] < CLASSES):
         return (values > 0) & (values != white), VOID_NOTE if bright else CLASS_NOTE
+    if bright and set(levels.tolist()) <= VOTES:
+        return values > white / 2, VOTE_NOTE
     raise Unclear(f"the {len(levels)} values from {levels[0]} to {levels[-1]} may be classes or shades")
 
 

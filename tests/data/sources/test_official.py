@@ -14,7 +14,9 @@ from vitreous.base.errors import DataError
 from vitreous.data.decoding import Cropped, decode
 from vitreous.data.open import open_data
 from vitreous.data.sources.official import LAYOUTS, list_official
+from vitreous.data.sources.unlabelled import unlabelled
 from vitreous.data.validate import check_data
+from vitreous.train.records.reproducibility import manifest
 
 BIRDS = ("001.Black_footed_Albatross", "002.Laysan_Albatross")
 
@@ -66,11 +68,21 @@ def test_cub(tmp_path, beside, inside):
 
 
 def test_cub_masks_serve_a_look_at_its_images(tmp_path):
-    from vitreous.data.sources.unlabelled import unlabelled
-
     top = make_cub(tmp_path) / "CUB_200_2011"
+    certain = votes()
+    certain[5, 6] = 255  # five votes in one pixel alone
+    (top / f"segmentations/{BIRDS[0]}/Bird_1_1.png").write_bytes(encoded(Image.fromarray(certain)))
     images = unlabelled(top / "images", top / "segmentations")
-    np.testing.assert_array_equal(images.mask(1), votes() > 127)
+    np.testing.assert_array_equal(images.mask(1), certain > 127)
+
+
+def test_a_damaged_segmentation_is_a_problem_of_its_own(tmp_path):
+    top = make_cub(tmp_path) / "CUB_200_2011"
+    path = top / f"segmentations/{BIRDS[0]}/Bird_0_0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    problems = [problem for problem in check_data(f"cub-200-2011:{top}").problems if problem.kind == "mask"]
+    assert [problem.file for problem in problems] == [f"segmentations/{BIRDS[0]}/Bird_0_0.png"]
+    assert "cannot be" in problems[0].what
 
 
 @pytest.mark.parametrize(
@@ -126,6 +138,8 @@ def test_aircraft(tmp_path):
         expected[4:, 2:] = True  # pixels are counted from 1, and the box reached into the banner
         np.testing.assert_array_equal(data.train.mask(i), expected)
     assert data.image_size == (20, 30)
+    image = tmp_path / "fgvc-aircraft-2013b/data/images/0000001.jpg"
+    assert manifest(data)[0] == ("train", "0000001.jpg", "0", f"{image.stat().st_size} bytes")
 
 
 def test_an_image_of_nothing_but_its_banner_is_quarantined(tmp_path):
@@ -248,7 +262,7 @@ def test_data_check_reads_official_layouts(tmp_path):
     findings = check_data(f"cub-200-2011:{make_cub(tmp_path / 'birds')}")
     assert findings.problems == [p for p in findings.problems if p.kind == "class"]  # of one image each, as made
     assert findings.masks == 4
-    assert findings.notes == {"masks of five votes, cut at half": 3}
+    assert findings.notes == {}
     assert findings.counts == {"train": dict.fromkeys(BIRDS, 1), "test": dict.fromkeys(BIRDS, 1)}
     planes = check_data(f"fgvc-aircraft:{make_aircraft(tmp_path / 'planes')}")
     assert planes.sizes == [(30, 20)] * 3

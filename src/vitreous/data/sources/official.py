@@ -7,6 +7,7 @@ is quarantined as with any folder.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,15 +15,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vitreous.base.errors import DataError, VitreousError
-from vitreous.data.decoding import Cropped, contents
+from vitreous.data.decoding import BROKEN, Cropped, contents, opened, read_file
 from vitreous.data.object_boxes import LooseBoxes
 from vitreous.data.sources.listing import Listing
 from vitreous.data.sources.table import inside
 
 BANNER = 20  # rows of pixels at the bottom of each aircraft, with the photographer's name
 CARS_TEST = "cars_test_annos_withlabels.mat"
+
+
+@dataclass(frozen=True)
+class Votes:
+    """A mask file whose greys are votes, a fifth of white each: what three of five marked.
+
+    So also where no pixel has all five votes, and greys could be taken for classes.
+    """
+
+    path: Path
+
+    def read_bytes(self) -> bytes:
+        try:
+            with opened(read_file(self.path)) as image:
+                votes = np.asarray(image.convert("L"))
+        except BROKEN as error:
+            raise OSError(f"it cannot be decoded ({error})") from error
+        file = io.BytesIO()
+        Image.fromarray(np.where(votes > 127, 255, 0).astype(np.uint8)).save(file, "PNG")
+        return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,7 @@ def cub(top: Path) -> Listing:
         add(listing, name, top / "images", label, part)
         mask = f"{name.rpartition('.')[0]}.png"
         if masks is not None and (masks / mask).is_file():
-            listing.foregrounds[name] = (f"segmentations/{mask}", masks / mask)
+            listing.foregrounds[name] = (f"segmentations/{mask}", Votes(masks / mask))
         else:
             x, y, width, height = numbers(looked_up(boxes, key, "bounding_boxes.txt"), "bounding_boxes.txt")
             ends = (math.ceil(x + width) - 1, math.ceil(y + height) - 1)
