@@ -185,11 +185,11 @@ def test_records_that_do_not_fit(model, tmp_path, file, content, kind, said):
         load(tmp_path)
 
 
-def test_no_network_is_said_with_a_way_out(monkeypatch):
-    def offline(*_, **__):
+def test_no_network_is_said_with_a_way_out(offline, monkeypatch):
+    def unreachable(*_, **__):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(DataError, match="--weights PATH"):
         create_model("vit_tiny_patch16_224", pretrained=True)
 

@@ -188,7 +188,7 @@ def _cifar_binary(name: str, path: Path) -> Data:
     labels_file = path / ("batches.meta.txt" if name == "cifar10" else "fine_label_names.txt")
     sets = {}
     try:
-        classes = tuple(labels_file.read_text().split())
+        classes = tuple(filter(None, map(str.strip, labels_file.read_text().splitlines())))
         for part, names in (("train", train_files), ("test", [test_file])):
             raw = np.concatenate([np.fromfile(path / file, np.uint8) for file in names])
             records = raw.reshape(-1, label_bytes + 3072)
