@@ -56,7 +56,7 @@ def against(ours: Mapping[int, dict], base: Mapping[int, dict], number) -> str:
 
 def table(arms: Mapping[str, Arm], stored: Results, bases: Sequence[str], parts: Sequence[str]) -> list[str]:
     """One row per arm that has results: accuracy in %, mean and range over seeds, and differences from each base."""
-    bases = [base for base in bases if base in arms]
+    bases = [base for base in bases if base in arms and stored.get(base)]
     titles = ["arm", "what it is", "seeds", *parts]
     titles += [f"{part}, to {base}" for base in bases for part in parts]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]

@@ -125,6 +125,7 @@ class Finder:
         if name == {imported!r}:
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 sys.meta_path.insert(0, Finder())
 sys.argv = ["vitreous", *{words!r}]
 runpy.run_module("vitreous", run_name="__main__")
