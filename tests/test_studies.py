@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 from scipy import stats
+
+from vitreous import graft, grafts, parse
+from vitreous.train.settings import TrainSettings
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -34,6 +38,19 @@ def test_every_result_says_how_it_was_made_and_lies_at_its_place():
         assert result["graft"] == list(arm.graft), "the arm has changed since: train it again"
         assert result["seed"] in study.PROTOCOLS[result["data"]].seeds
         assert f"--arm {result['arm']} --seed {result['seed']}" in result["command"]
+
+
+def test_every_arm_of_every_protocol_can_be_built():
+    for folder, arms_by_data in {"svda": study_tables.SVDA, "svd_vit": study_tables.SVD_VIT}.items():
+        for data, arms in arms_by_data.items():
+            protocol = study.PROTOCOLS[data]
+            name = protocol.recipe.get("model", TrainSettings.model if protocol.border is None else "vit_tiny_patch16_224")
+            for arm in arms.values():
+                settings = TrainSettings("x", model_kwargs=(*protocol.model_kwargs, *arm.model_kwargs), graft=arm.graft)
+                size = {} if "scratch" in name else {"img_size": 32 if protocol.border is None else 112}
+                model = timm.create_model(name, **size, **settings.network_arguments())
+                graft(model, *(parse(text) for text in arm.graft))
+                assert len(grafts(model)) == len(arm.graft), (folder, arm)
 
 
 def made(accuracy: float, seed: int) -> dict:

@@ -3,7 +3,9 @@
     python benchmarks/svda/run.py cutouts                          10 arms, 10 seeds, about a minute each on one core
     python benchmarks/svda/run.py animals-last-2 --data DATA       last two blocks of the real ViT-Tiny/16, 3 epochs, 3 seeds
     python benchmarks/svda/run.py fashion-mnist --data DATA        the follow-up's network, 20,000 images, 3 epochs, 3 seeds
-    python benchmarks/svda/run.py fashion-mnist-full --data DATA   60,000 images, 100 epochs: hours on a GPU
+    python benchmarks/svda/run.py cifar10 --data DATA              the same on 5,000 images, 10 epochs, 3 seeds
+    python benchmarks/svda/run.py fashion-mnist-full --data DATA   60,000 images, 100 epochs: hours on a GPU; so cifar10-full,
+                                                                   cifar100-full, imagenet-100
 
 One file per run in a folder of the data's name; the tables are made by `python benchmarks/study_tables.py`.
 """
@@ -48,7 +50,8 @@ LAST_2 = {
     ),
     "learned": Arm((f"{LATE},start=gentle,scale=learned",), what="SVDA, one learned scale per head, from sqrt(K)"),
 }
-ARMS = {"cutouts": SCRATCH, "animals-last-2": LAST_2, "fashion-mnist": SCRATCH, "fashion-mnist-full": SCRATCH}
+FROM_SCRATCH = ("cutouts", "fashion-mnist", "cifar10", "fashion-mnist-full", "cifar10-full", "cifar100-full", "imagenet-100")
+ARMS = {"animals-last-2": LAST_2} | dict.fromkeys(FROM_SCRATCH, SCRATCH)
 
 if __name__ == "__main__":
     main(HERE, ARMS, sys.argv[1:])

@@ -141,6 +141,7 @@ def network_of(folder: Path, config: dict[str, Any], arguments: dict[str, Any]) 
     inputs, _, recorded = _parse_model_cfg(config, {"file": str(folder), "source": "local-dir"})
     names = {field.name for field in fields(PretrainedCfg)}
     inputs = {key: value for key, value in inputs.items() if key in names}
+    recorded = {key: value for key, value in recorded.items() if key != "pretrained"}  # its weights are in the folder
     if registered := timm.get_pretrained_cfg(name):  # older folders do not say that the network is made for one size
         inputs.setdefault("fixed_input_size", registered.fixed_input_size)
     return name, {"pretrained_cfg": inputs, "pretrained_model_args": dict(recorded), **recorded, **arguments}
