@@ -14,7 +14,7 @@ class Demo(Command):
 
     The first comes with the package; the four, a plain one, SVDA as published and with another
     scale, and SVD-ViT's tokens, are compared on usual and on swapped backgrounds. Nothing is
-    downloaded; about eight minutes on two cores.
+    downloaded; about five minutes on two cores.
     """
 
     usage: ClassVar[str] = ""
