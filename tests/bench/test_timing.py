@@ -137,6 +137,14 @@ def test_a_difference_is_claimed_only_where_both_intervals_miss_one():
     assert Ratio(0.98, 0.97, 0.99, 60, (0.96, 0.999)).verdict == "faster"
 
 
+def test_an_undecided_ratio_says_how_many_rounds_would_decide_it():
+    # half a width is 0.04; to leave out 1 it has to be 0.02, to lie within 2 % of it 0.019
+    assert Ratio(1.02, 1.0, 1.04, 60, (0.98, 1.06)).rounds_to_decide == 240
+    assert Ratio(1.001, 0.98, 1.02, 60, (0.961, 1.041)).rounds_to_decide == math.ceil(60 * (0.04 / 0.019) ** 2)
+    assert Ratio(1.02, 1.0, 1.04, 60, (0.5, 1.5)).rounds_to_decide is None  # too many
+    assert Ratio(1.02, 1.01, 1.03, 60, (1.001, 1.04)).rounds_to_decide is None  # decided
+
+
 def correlated(generator, count: int, rho: float) -> np.ndarray:
     """Heavy-tailed noise around 0 (Student's t, 3 degrees), each value rho of the last one plus news."""
     values = [0.0]

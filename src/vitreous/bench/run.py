@@ -23,7 +23,7 @@ from vitreous.bench.arms import Arm, Cell, own_size
 from vitreous.bench.memory import OUT, Residents, allocated, out_of_memory
 from vitreous.bench.operation_count import operations
 from vitreous.bench.settings import BenchSettings
-from vitreous.bench.timing import interval, ratio, rounds
+from vitreous.bench.timing import MOST, interval, ratio, rounds
 from vitreous.grafting import check, grafts
 from vitreous.report.speed import write as write_report
 from vitreous.train.records.run_folder import choose_folder
@@ -73,7 +73,9 @@ def bench(settings: BenchSettings, console: Console | None = None) -> Path:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / "bench.json", json.dumps(result, indent=1) + "\n")
                 write_report(folder, folder / "report.html")
-            console.print(table(rows, compared(rows), cell))
+            console.print(table(rows, ratios := compared(rows), cell))
+            for line in what_it_takes(ratios):
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
     return folder
 
@@ -154,8 +156,20 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not ours["failed"] and not base["failed"]:
             timed = ratio(ours["seconds"], base["seconds"])
             place = {name: ours[name] for name in ("mode", "batch", "image_size")}
-            ratios.append({**place, "ours": ours["arm"], "base": base["arm"], **asdict(timed), "verdict": timed.verdict})
+            found = {"verdict": timed.verdict, "rounds_to_decide": timed.rounds_to_decide}
+            ratios.append({**place, "ours": ours["arm"], "base": base["arm"], **asdict(timed), **found})
     return ratios
+
+
+def what_it_takes(ratios: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each undecided ratio: how many rounds would decide it."""
+    lines = []
+    for entry in ratios:
+        if entry["verdict"] == "undecided":
+            needed = entry["rounds_to_decide"]
+            takes = f"about {needed} rounds (--rounds {needed})" if needed else f"more than {MOST} times the rounds"
+            lines.append(f"{entry['ours']} beside {entry['base']}: if the ratio stays, it would take {takes} to decide it.")
+    return lines
 
 
 def table(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]], cell: Cell) -> Table:

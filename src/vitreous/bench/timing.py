@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from vitreous.base.statistics import verdict
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SAME = 0.02  # of 1: a ratio nearer to it matters to nobody
+MOST = 100  # times the rounds, beyond which nothing is promised
 ENOUGH = 16  # rounds, eight pairs, which lie on one side of the true median in 1 of 128 cases
 
 
@@ -46,6 +48,18 @@ class Ratio:
         words = {"better": "slower", "worse": "faster"}  # of a number above 0, and below
         found = verdict([np.array(self.surely) - 1], SAME)
         return words.get(found, found)
+
+    @property
+    def rounds_to_decide(self) -> int | None:
+        """Rounds that would decide an undecided ratio; None if decided, or if too many.
+
+        An estimate: that the median stays, and the interval shrinks with the root of the rounds.
+        """
+        if self.verdict != "undecided":
+            return None
+        half, size = (self.surely[1] - self.surely[0]) / 2, abs(self.median - 1)
+        times = (half / max(size, SAME - size)) ** 2
+        return max(math.ceil(self.rounds * times), self.rounds + ENOUGH) if times <= MOST else None
 
 
 def rounds(
