@@ -8,6 +8,7 @@ fused kernels stay as they are, and A itself is the verified map of the tap.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from torch.autograd.graph import get_gradient_edge
 from vitreous.base.errors import HostError, SettingError
 from vitreous.hosts.mixer import mixers_in
 from vitreous.lens.faithfulness import answer, has_classes
-from vitreous.lens.probe import BatchInfo
+from vitreous.lens.probe import BatchInfo, Probe
 from vitreous.lens.tap import watch
 from vitreous.lens.tap.attention_call import AttentionCall, Map
 from vitreous.lens.token_coordinates import Locator, TokenCoordinates
-from vitreous.models.classes import class_names
+from vitreous.models.classes import class_index, class_names
 
 
 class ContributionMap(Map):
@@ -35,6 +36,22 @@ class ContributionMap(Map):
         """Rows of the product; A is always what multiplied V."""
         attention = self.maps.block(rows, effective=True)
         return (self.gradient[..., rows, :] @ self.v.mT).mul_(attention).clamp_(min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassProbe(Probe):
+    """A probe of what speaks for a class, by a pass of its own with gradients.
+
+    target: name or number of a class; "": the one that is predicted.
+    """
+
+    passes: ClassVar[bool] = True
+
+    target: str = ""
+
+    def for_model(self, model: nn.Module) -> Probe:
+        """With the number of the class in place of its name."""
+        return type(self)(target=str(class_index(model, self.target))) if self.target else self
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from typing import ClassVar
 
 from torch import nn
 
-from vitreous.lens.class_gradients import class_gradients, rule
+from vitreous.lens.class_gradients import ClassProbe, class_gradients, rule
 from vitreous.lens.layer_features import FeatureCollector
-from vitreous.lens.probe import BatchInfo, Component, Probe, Readout, name_range
-from vitreous.models.classes import class_index
+from vitreous.lens.probe import BatchInfo, Component, Readout, name_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradAttention(Probe):
+class GradAttention(ClassProbe):
     """(A * dS/dA)+ of each attention A, of the logit S of a class, head by head.
 
     Of the class token's row; the mean of all rows where the logit is not read from one. It is one
@@ -24,18 +23,11 @@ class GradAttention(Probe):
     """
 
     order: ClassVar[int] = 78
-    passes: ClassVar[bool] = True
     components: ClassVar[tuple[Component, ...]] = (
         Component("grad_attention", "Attention for a class", low=0, per_head=True,
                   explains="Attention times the gradient of a class's logit, where it speaks for the class, head by head. "
                            "The class is named with the map."),
     )  # fmt: skip
-
-    target: str = ""
-
-    def for_model(self, model: nn.Module) -> Probe:
-        """With the number of the class in place of its name."""
-        return type(self)(target=str(class_index(model, self.target))) if self.target else self
 
     def extra(self, model: nn.Module, batch: BatchInfo, targets: Sequence[int]) -> Readout:
         gradients = class_gradients(model, batch, self.target)

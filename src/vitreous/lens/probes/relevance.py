@@ -9,17 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitreous.lens.class_gradients import ClassGradients, ExplainedCall, class_gradients, rule
+from vitreous.lens.class_gradients import ClassGradients, ClassProbe, ExplainedCall, class_gradients, rule
 from vitreous.lens.formulas.maps import TOKENS, relevance_step
-from vitreous.lens.probe import BatchInfo, Component, Probe, Readout
+from vitreous.lens.probe import BatchInfo, Component, Readout
 from vitreous.lens.token_coordinates import one_sequence
-from vitreous.models.classes import class_index
 
 UNREACHED = "the logit depends on no attention: its gradient is 0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Relevance(Probe):
+class Relevance(ClassProbe):
     """R + mean over heads of (A * dS/dA)+ R, layer by layer, of the logit S of a class.
 
     Chefer et al. 2021, arXiv 2103.15679 (and 2012.09838, without its relevance of A itself).
@@ -31,18 +30,11 @@ class Relevance(Probe):
     """
 
     order: ClassVar[int] = 76
-    passes: ClassVar[bool] = True
     components: ClassVar[tuple[Component, ...]] = (
         Component("relevance", "Relevance for a class", low=0,
                   explains="What speaks for a class, followed through all layers by attention and its gradient (Chefer et "
                            "al. 2021). The class is named with the map."),
     )  # fmt: skip
-
-    target: str = ""
-
-    def for_model(self, model: nn.Module) -> Probe:
-        """With the number of the class in place of its name."""
-        return type(self)(target=str(class_index(model, self.target))) if self.target else self
 
     def extra(self, model: nn.Module, batch: BatchInfo, targets: Sequence[int]) -> Readout:
         gradients = class_gradients(model, batch, self.target)
