@@ -24,7 +24,7 @@ function bounds(values) {
 
 const W = 330,
   H = 214,
-  LEFT = 44,
+  LEFT = 54,
   RIGHT = 10,
   TOP = 10,
   BOTTOM = 38;
