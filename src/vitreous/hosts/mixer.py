@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,31 @@ from vitreous.layers.stream import PLAIN, TokenState, restore
 M = TypeVar("M", bound="Mixer")
 
 
+@dataclass(frozen=True)
+class Quantity:
+    """What a tensor of `Mixer.reading` is; its number of axes says how it is drawn.
+
+    (C,): a bar for each of C heads or channels. (C, n): a curve each, over `axis`, whose first and
+    last value are `span`, if it is not just counted. (C, rows, columns): a picture each, its origin
+    (offset 0, frequency 0) in cell (rows // 2, columns // 2), as `torch.fft.fftshift` puts it.
+
+    of: what C counts. unit: of the values. explains: one sentence for the page.
+    """
+
+    label: str
+    unit: str = ""
+    of: Literal["channel", "head"] = "channel"
+    axis: str = ""
+    span: tuple[float, float] | None = None
+    explains: str = ""
+
+
 class Mixer(nn.Module):
     """Base of token mixers without attention. A subclass defines `mix`, or `mix_tokens`.
+
+    linear: f(a) + f(b) = f(a + b) for all patches a and b, so that unit vectors give the exact
+    matrix between places (a bias, a norm or a gate by the input makes it False). quantities: what
+    the tensors of `reading` are, by name; a subclass adds its own: {**Mixer.quantities, ...}.
 
     Each group of tokens (a channel with tokens of its own) is a picture of its own. Merged tokens:
     every place is mixed with the token that stands for it, and a token gets the mean of what its
@@ -23,6 +47,24 @@ class Mixer(nn.Module):
     """
 
     wants_state = True  # blocks of ours then hand in the state of the stream
+    linear: ClassVar[bool] = False
+    quantities: ClassVar[dict[str, Quantity]] = {
+        "kernel": Quantity(
+            "Kernel",
+            explains="By how much a place moves the one that lies so far below and to the right, channel by channel.",
+        ),
+        "frequency_response": Quantity(
+            "Frequency response", explains="Factor on each frequency of the picture; frequency 0, its mean, is in the middle."
+        ),
+        "radial_response": Quantity(
+            "Frequency response by frequency",
+            axis="cycles per patch",
+            explains="Factor on frequencies of the picture, averaged over directions.",
+        ),
+        "decay": Quantity(
+            "Decay", of="head", explains="Factor that weights fall by with every step between tokens, head by head."
+        ),
+    }
 
     @classmethod
     def instead_of(cls: type[M], attention: nn.Module) -> M:
@@ -36,6 +78,14 @@ class Mixer(nn.Module):
         hooks = {key: value for key, value in vars(attention).items() if "_hook" in key and "state_dict" not in key}
         vars(new).update(hooks, training=attention.training)
         return new
+
+    def reading(self) -> dict[str, Tensor]:
+        """{name of `quantities`: (C,), (C, n) or (C, rows, columns)}: what is exact and can be drawn.
+
+        Of the parameters alone, without gradients. What depends on the image goes through
+        `layers.exposed.Exposed` instead. `look` stores and draws it.
+        """
+        return {}
 
     def mix(self, patches: Tensor) -> Tensor:
         """(B, *grid, D) -> (B, *grid, D), such as (B, H, W, D)."""
