@@ -35,6 +35,7 @@ sys.path.insert(0, str(HERE))
 import late_blocks  # noqa: E402
 
 LOOKED_AT = 128  # test scenes with masks
+SCORED = ("attention", "area", "exposed_spc_share")  # against masks
 INDICATORS = ("attention_entropy", "effective_tokens", "spectral_entropy", "effective_rank", "angular_alignment")
 
 
@@ -173,13 +174,14 @@ def looked_at(run: Path, seed: int) -> dict[str, dict[str, float]]:
 def measures(reading: Reading) -> dict[str, float]:
     """{"measure, layer": mean over images}: what the model attends to on images with masks or boxes.
 
-    The class token's attention, all heads averaged, against the mask: share of its energy inside (beside the area), AUROC,
-    pointing game. Then the indicators, means over heads.
+    The class token's attention, all heads averaged, and each token's share in the SPC tokens, against the mask: share of the
+    energy inside (beside the area), AUROC, pointing game. Then the indicators, means over heads, and the share of artifact
+    tokens among the patches.
     """
     summary, values = reading.facts["summary"], {}
     for i, measure in enumerate(summary["measure"]):
         component, layer, head = summary["component"][i], int(summary["layer"][i]), int(summary["head"][i])
-        if component in ("attention", "area") and head == -1 and measure in ("energy_inside", "auroc", "pointing"):
+        if component in SCORED and head == -1 and measure in ("energy_inside", "auroc", "pointing"):
             values[f"{component} {measure}, {layer}"] = float(summary["mean"][i])
     table = reading.table()
     for measure in INDICATORS:
@@ -188,6 +190,9 @@ def measures(reading: Reading) -> dict[str, float]:
                 rows = (table["source"] == source) & (table["layer"] == layer) & np.isfinite(table[measure])
                 if rows.any():
                     values[f"{source} {measure}, {layer}"] = float(table[measure][rows].mean())
+    for component, layer in reading.maps:
+        if component == "artifacts":
+            values[f"artifacts, {layer}"] = float(reading.maps[component, layer].mean())
     return {key: round(value, 5) for key, value in values.items()}
 
 

@@ -36,6 +36,17 @@ def looking(name: str, scenes: str = "usual", factor: float = 1.0):
     )
 
 
+def pooled(measure: str, factor: float = 1.0):
+    """Of how much each token has to do with the SPC tokens, at the one place where those are made."""
+
+    def number(result: dict) -> float | None:
+        usual = result.get("looking", {}).get("usual", {})
+        values = [value for key, value in usual.items() if key.startswith(f"exposed_spc_share {measure}, ")]
+        return factor * values[0] if values else None
+
+    return number
+
+
 def mean(values: Sequence[float | None], digits: int = 1) -> str:
     """Mean, and lowest to highest."""
     numbers = [value for value in values if value is not None]
@@ -79,9 +90,13 @@ def attention_table(arms: Mapping[str, Arm], stored: Results, layer: int, scenes
         columns[f"{before}on the object, %"] = looking(f"attention energy_inside, {layer}", name, 100)
         columns[f"{before}AUROC"] = looking(f"attention auroc, {layer}", name)
         columns[f"{before}pointing game, %"] = looking(f"attention pointing, {layer}", name, 100)
+    columns |= {"SPC weights u_i^2 on the object, %": pooled("energy_inside", 100), "their AUROC": pooled("auroc")}
+    columns["artifact tokens, %"] = looking(f"artifacts, {layer}", factor=100)
     columns["effective tokens"] = looking(f"attention effective_tokens, {layer}")
     columns["attention entropy, nats"] = looking(f"attention attention_entropy, {layer}")
-    digits = {title: 3 for title in columns if title.endswith("AUROC")} | {"attention entropy, nats": 2}
+    runs = [run for name in arms for run in stored.get(name, {}).values()]
+    columns = {title: number for title, number in columns.items() if any(number(run) is not None for run in runs)}
+    digits = {title: 3 for title in columns if "AUROC" in title} | {"attention entropy, nats": 2}
     lines = ["| arm | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name in arms:
         if runs := stored.get(name):

@@ -14,6 +14,7 @@ from vitreous import SPC, ExtraTokens, check, graft, ungraft
 from vitreous.base.errors import HostError, MaskError, SettingError
 from vitreous.layers.geometry import centre_prior
 from vitreous.layers.stream import Assignment, TokenState
+from vitreous.lens.look import look
 from vitreous.mechanisms.tokens.spc import Components, foreground_weights, learned_sketch, mixing, place_bump, towards_centre
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -434,6 +435,21 @@ def test_registers_join_before_the_first_block_and_are_not_read():
     ungraft(model)
     graft(model, "extra_tokens:kind=register,after=12")
     assert torch.equal(model(images), plain)  # the head does not
+
+
+@pytest.mark.parametrize("settings", ["", ",sign=squared,read=learned", ",basis=random", ",basis=calibrated"])
+def test_look_draws_how_much_each_token_has_to_do_with_the_spc_tokens(settings):
+    """The mean over components of squared entries of the singular vectors, or of the calibrated weights."""
+    model = graft(vit(), f"spc:after=2{settings}")
+    step, seen = model.blocks[1].steps("after")[0], []
+    step.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:2]))
+    reading = look(model, torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=RANDOM), probes=["exposed"])
+    x, state = next(call for call in seen if len(call[0]) == 2)
+    weights = step.basis(x, state)
+    shares = (weights if "calibrated" in settings else weights.square()).mean(-1)[:, 1:]
+    torch.testing.assert_close(
+        torch.tensor(reading.maps["exposed_spc_share", 1]).flatten(1).double(), shares, atol=2e-3, rtol=0.02
+    )
 
 
 def test_default_place_is_one_before_the_last_block():

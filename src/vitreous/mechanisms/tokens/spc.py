@@ -13,6 +13,7 @@ from torch.nn.utils import skip_init
 from vitreous import slots
 from vitreous.base.errors import MaskError, SettingError
 from vitreous.hosts.read_out import read_tokens
+from vitreous.layers.exposed import Exposed
 from vitreous.layers.geometry import centre_prior
 from vitreous.layers.spectral import leading_subspace, unit_rows
 from vitreous.layers.stream import PLAIN, TokenState, insert, split
@@ -20,6 +21,7 @@ from vitreous.mechanism import Mechanism
 
 MOMENTUM = 0.05  # share of a training batch in the running direction of basis=calibrated; ten photographs suffice for one
 TINY = 1e-12  # a shorter vector counts as none
+SHARE = "How much each token has to do with the SPC tokens, mean over them: the squared entry of the singular vector, 1 in all."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,7 @@ class Components(nn.Module):
         self.sketch = skip_init(nn.Linear, width, n + oversample, bias=False) if learned else None
         self.gate = nn.Parameter(torch.zeros(m, width)) if settings.read != "mean" else None
         self.register_buffer("direction", torch.zeros(width) if settings.basis == "calibrated" else None)
+        self.exposed = Exposed("spc_share", "map", SHARE) if settings.basis != "mean" else None
         generator = torch.Generator().manual_seed(0)
         # The same start as `extra_tokens`, so that the two differ in the SPC tokens alone.
         self.learned = nn.Parameter(0.02 * torch.randn(m, width, generator=generator)) if settings.read == "learned" else None
@@ -156,9 +159,9 @@ class Components(nn.Module):
             if settings.basis == "mean":
                 made = wide.mean(1, keepdim=True).expand(-1, self.taken, -1)
             else:
-                weights = self.basis(wide, state)
-                weights = weights.square() if settings.sign == "squared" and settings.basis != "calibrated" else weights
-                made = weights.transpose(1, 2) @ wide  # U^T X
+                weights = self.basis(wide, state).transpose(1, 2)  # U^T (B, n, M)
+                shares = self.exposed(weights if settings.basis == "calibrated" else weights.square())  # rows sum to 1
+                made = (shares if settings.sign == "squared" else weights) @ wide
             if self.choice is None:
                 return made
             weights = mixing(self.choice, self.mix, wide[:, 0] if self.heads[0] == 0 else wide.mean(1), self.taken)
