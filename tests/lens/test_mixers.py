@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from contract.hosts import build, images
-from contract.spectral import SpectralGate
-from vitreous import graft
+from vitreous import SpectralGate, graft
 from vitreous.base.errors import HostError
 from vitreous.lens.layer_features import layer_features
 from vitreous.lens.look import look
@@ -39,7 +38,7 @@ def test_rollout_ends_at_a_mixer():
 
 
 def test_a_model_of_mixers_alone_is_refused():
-    model = graft(build("class_avg"), SpectralGate(layers=None))
+    model = graft(build("class_avg"), SpectralGate(layers=(0, 1, 2, 3)))
     with pytest.raises(HostError, match=r"showed no attention map, and no softmax.*Expected"):
         look(model, images())
 
