@@ -46,7 +46,11 @@ def rivals(first: str, second: str) -> bool:
     classes = [{name.partition(".")[0] for name in each.overrides} for each in (a, b)]
     alone = {"attn_pool", "blocks.*:between"}  # where there is room for one
     pool = any("attn_pool" in one.places and "class_head" in other.requires for one, other in ((a, b), (b, a)))
-    return bool(classes[0] & classes[1]) or bool(a.places & b.places & alone) or pool
+    displaced = any(  # a mixer takes attention away, and with it whatever stands on it
+        "Mixer" in mine and any(place.startswith("blocks.*.attn") for place in other.places)
+        for mine, other in ((classes[0], b), (classes[1], a))
+    )
+    return bool(classes[0] & classes[1]) or bool(a.places & b.places & alone) or pool or displaced
 
 
 def stacked(first: str, second: str, host: str = PRIMARY) -> torch.nn.Module | None:

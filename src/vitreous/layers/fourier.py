@@ -1,7 +1,7 @@
 """Convolutions of whole pictures by their spectrum: circular (gates) and one-sided (long filters).
 
-A picture is (B, *grid, C), its grid of any number of axes. A half spectrum (*half, C) is complex, as
-`torch.fft.rfftn` gives it over the grid: the last axis of n places has n // 2 + 1 frequencies.
+A picture is (B, *grid, C), its grid of any number of axes. A half spectrum (*half, C) is complex,
+as `torch.fft.rfftn` gives it over the grid: the last axis of n places has n // 2 + 1 frequencies.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def resized(weight: Tensor, grid: Sequence[int], new: Sequence[int]) -> Tensor:
 
 
 def radial_mean(response: Tensor, bins: int) -> Tensor:
-    """Mean of (C, *grid) over all frequencies of one radius: (C, bins), from 0 to 0.5 cycles a patch.
+    """Mean of (C, *grid) over all frequencies of one radius: (C, bins).
 
-    response: frequency 0 in cell n // 2 of each axis, as `torch.fft.fftshift` puts it. Frequencies
-    beyond half a cycle, in the corners, count for the last bin; an empty bin has the one before it.
+    response: frequency 0 in cell n // 2 of each axis, as `torch.fft.fftshift` puts it. The bins go
+    from 0 to 0.5 cycles per place; frequencies beyond, in the corners, count for the last one. An
+    empty bin has the value of the one before it.
     """
     axes = [torch.fft.fftshift(torch.fft.fftfreq(n)) for n in response.shape[1:]]
     radius = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt().flatten()
