@@ -1,4 +1,4 @@
-"""Convolutions of whole pictures by their spectrum: circular (gates) and one-sided (long filters).
+"""Convolutions of pictures by their spectrum: circular (gates) and one-sided (long filters).
 
 A picture is (B, *grid, C), its grid of any number of axes. A half spectrum (*half, C) is complex,
 as `torch.fft.rfftn` gives it over the grid: the last axis of n places has n // 2 + 1 frequencies.
