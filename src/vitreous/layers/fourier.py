@@ -1,4 +1,4 @@
-"""Convolutions of pictures by their spectrum: circular (gates) and one-sided (long filters).
+"""Convolutions of pictures by their spectrum: circular (gates), and one-sided.
 
 A picture is (B, *grid, C), its grid of any number of axes. A half spectrum (*half, C) is complex,
 as `torch.fft.rfftn` gives it over the grid: the last axis of n places has n // 2 + 1 frequencies.
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def gate(x: Tensor, weight: Tensor) -> Tensor:
-    """Each channel times a spectrum: x (B, *grid, C), half spectrum (*half, C) -> (B, *grid, C).
+    """Each channel times a spectrum: (B, *grid, C), (*half, C) complex -> (B, *grid, C).
 
     The circular convolution with `kernel_of(weight, grid)`. What of a weight no real kernel has
     (imaginary parts at frequency 0 and n / 2 of the last axis) counts for nothing.
@@ -24,7 +24,7 @@ def gate(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def kernel_of(weight: Tensor, grid: Sequence[int]) -> Tensor:
-    """The real kernel (*grid, C) of a half spectrum (*half, C), offset 0 in cell 0 of each axis."""
+    """The real kernel (*grid, C) of a half spectrum (*half, C), offset 0 in cell 0."""
     return torch.fft.irfftn(weight, s=tuple(grid), dim=tuple(range(len(grid))))
 
 
@@ -62,9 +62,9 @@ def radial_mean(response: Tensor, bins: int) -> Tensor:
 
 
 def one_sided(x: Tensor, kernel: Tensor) -> Tensor:
-    """y[i] = sum of kernel[a] x[i - a] over all offsets 0 <= a <= i: (B, *grid, C), (*grid, C).
+    """y[i] = sum of kernel[a] x[i - a] over all offsets 0 <= a <= i.
 
-    Offsets go down and to the right only, and nothing wraps: the spectra are of pictures with zeros
+    x, y (B, *grid, C), kernel (*grid, C). Offsets go down and to the right only, and nothing wraps: the spectra are of pictures with zeros
     to twice their size.
     """
     grid, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))

@@ -1,4 +1,4 @@
-"""Spectral gating: in the first blocks a learned filter of each channel stands for attention."""
+"""Spectral gating: a learned filter of each channel in the place of attention."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Gate(Mixer):
 
     @torch.no_grad()
     def reading(self) -> dict[str, Tensor]:
-        """The kernel, the size of the frequency response, and its mean over directions, by channel."""
+        """By channel: kernel, size of the frequency response, its mean over directions."""
         kernel = kernel_of(self.weight(self.grid), self.grid).movedim(-1, 0)
         axes = tuple(range(1, kernel.ndim))
         response = torch.fft.fftshift(torch.fft.fftn(kernel, dim=axes).abs(), dim=axes)
