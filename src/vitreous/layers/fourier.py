@@ -64,8 +64,8 @@ def radial_mean(response: Tensor, bins: int) -> Tensor:
 def one_sided(x: Tensor, kernel: Tensor) -> Tensor:
     """y[i] = sum of kernel[a] x[i - a] over all offsets 0 <= a <= i.
 
-    x, y (B, *grid, C), kernel (*grid, C). Offsets go down and to the right only, and nothing wraps: the spectra are of pictures with zeros
-    to twice their size.
+    x, y (B, *grid, C), kernel (*grid, C). Offsets go down and to the right only, and nothing wraps:
+    the spectra are of pictures with zeros to twice their size.
     """
     grid, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))
     double = tuple(2 * n for n in grid)
