@@ -69,6 +69,28 @@ def test_a_merged_token_stands_at_all_its_places_and_gets_their_mean(soft):
         assert not out[i, 4].any()
 
 
+class MeanOfAll(Mixer):
+    """Each token gets the mean of all, inserted ones too."""
+
+    mixes_inserted = True
+
+    def mix_tokens(self, tokens: Tensor, state: TokenState) -> Tensor:
+        return tokens.mean(1, keepdim=True) + 0 * tokens
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_inserted_tokens_that_are_mixed(merged):
+    """They count once each, beside every place of merged tokens, and get their share."""
+    index = torch.tensor([[0, 1, 1, 2, 3, 3, 1], [0, 3, 2, 1, 1, 1, 1]])
+    assignment = Assignment(index=index, tokens=4) if merged else None
+    x = random(2, 4 + 2 if merged else 7 + 2, 4)
+    state = TokenState(grid=(2, 3), prefix=1, assignment=assignment, read_out=(True, False))
+    out = MeanOfAll()(x, state=state)
+    for i in range(2):
+        places = [x[i, int(token)] for token in index[i]] if merged else list(x[i, :7])
+        torch.testing.assert_close(out[i], (sum([*places, *x[i, -2:]]) / 9).expand_as(x[i]))
+
+
 GRID = TokenState(grid=(2, 3), prefix=1)
 DROPPED = TokenState(grid=(2, 3), prefix=1, assignment=Assignment(index=torch.zeros(1, 7, dtype=int), dropped=True))
 

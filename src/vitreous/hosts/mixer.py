@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous.base.errors import MaskError
-from vitreous.layers.stream import PLAIN, TokenState, restore
+from vitreous.layers.stream import PLAIN, TokenState, restore, split
 
 M = TypeVar("M", bound="Mixer")
 
@@ -42,12 +42,13 @@ class Mixer(nn.Module):
 
     Each group of tokens (a channel with tokens of its own) is a picture of its own. Merged tokens:
     every place is mixed with the token that stands for it, and a token gets the mean of what its
-    places got. Inserted tokens get nothing, and with `mix` neither do those of the prefix: their
-    residual passes.
+    places got. Inserted tokens get nothing, unless `mixes_inserted`, and with `mix` neither do those
+    of the prefix: their residual passes.
     """
 
     wants_state = True  # blocks of ours then hand in the state of the stream
     linear: ClassVar[bool] = False
+    mixes_inserted: ClassVar[bool] = False  # True: `mix_tokens` gets inserted tokens too, behind the patches
     quantities: ClassVar[dict[str, Quantity]] = {
         "kernel": Quantity(
             "Kernel",
@@ -92,7 +93,7 @@ class Mixer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say how it mixes: define mix(self, patches).")
 
     def mix_tokens(self, tokens: Tensor, state: TokenState) -> Tensor:
-        """One token per place, prefix first: (B, N, D) -> (B, N, D)."""
+        """One token per place, prefix first, and inserted ones last, if any: (B, N, D) -> (B, N, D)."""
         prefix, patches = tokens[:, : state.prefix], tokens[:, state.prefix :]
         y = self.mix(patches.reshape(-1, *state.grid, patches.shape[-1])).reshape(patches.shape)
         return torch.cat([torch.zeros_like(prefix, dtype=y.dtype), y], dim=1)
@@ -121,9 +122,13 @@ class Mixer(nn.Module):
                 "off what drops patches before it (patch_drop_rate, evit:fuse=false), or mix in earlier blocks."
             )
         original, inserted = restore(x, state)
-        y = self.mix_tokens(original, state).to(x.dtype)  # (B, N, D)
+        if self.mixes_inserted:
+            mixed = self.mix_tokens(torch.cat([original, inserted], dim=1), state).to(x.dtype)
+            y, beside = split(mixed, state)
+        else:
+            y, beside = self.mix_tokens(original, state).to(x.dtype), torch.zeros_like(inserted)
         y = y if state.assignment is None else state.assignment.gather(y)
-        return torch.cat([y, torch.zeros_like(inserted)], dim=1)
+        return torch.cat([y, beside], dim=1)
 
 
 def mixers_in(model: nn.Module) -> dict[str, Mixer]:
