@@ -1,11 +1,14 @@
-"""Every mechanism has a card, and what a card names is there: code, tests, settings with their defaults."""
+"""Every mechanism and network has a card, and what a card names is there: code, tests, settings with their defaults."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import re
+import typing
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -53,27 +56,41 @@ def leaning(sources: dict[str, str], prototypes: set[str]) -> set[str]:
     }
 
 
-def test_cards_and_mechanisms_are_the_same_list():
-    assert {path.stem for path in CARDS.glob("*.md")} == set(catalogue())
+def networks() -> dict[str, dict[str, type]]:
+    """{file's stem: {name for timm: class}} of the networks that the package registers."""
+    found = {}
+    for path in sorted((SRC / "architectures").glob("[!_]*.py")):
+        module = importlib.import_module(f"vitreous.architectures.{path.stem}")
+        names = re.findall(r"^@register_model\ndef (\w+)\(", path.read_text(), re.M)
+        found[path.stem] = {name: typing.get_type_hints(getattr(module, name))["return"] for name in names}
+    return found
 
 
-@pytest.mark.parametrize("name", catalogue())
-def test_card(name):
-    text, cls = (CARDS / f"{name}.md").read_text(), mechanism_class(name)
+def check_page(text: str, module: ModuleType, tests: Path, header: str) -> None:
+    """The parts that every card has, and each row's code and test are there."""
     assert re.findall(r"^## (.*)$", text, re.M) == SECTIONS
-    for word in (f"`{name}` · slot `{catalogue()[name].parent.name}`", "**Paper.**", "**Idea.**", "**Cost.**", "**Licence.**"):
+    for word in (header, "**Paper.**", "**Idea.**", "**Cost.**", "**Licence.**"):
         assert word in text, word
-    assert ("**Stage.** Prototype" in text) == (cls.stage == "prototype")
-    module = importlib.import_module(cls.__module__)
-    tests = (ROOT / "tests" / "mechanisms" / f"test_{name}.py").read_text()
-    equations = rows(text, "Equation, code, test")
+    equations, source = rows(text, "Equation, code, test"), tests.read_text()
     assert equations
     for equation, code, test in equations:
         found = module
         for part in code.strip("`").split("."):
             assert hasattr(found, part), f"{equation}: no {code}"
             found = getattr(found, part)
-        assert f"def {test.strip('`')}(" in tests, f"{equation}: no {test}"
+        assert f"def {test.strip('`')}(" in source, f"{equation}: no {test}"
+
+
+def test_cards_and_mechanisms_and_networks_are_the_same_list():
+    assert {path.stem for path in CARDS.glob("*.md")} == {*catalogue(), *networks()}
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_card(name):
+    text, cls = (CARDS / f"{name}.md").read_text(), mechanism_class(name)
+    header = f"`{name}` · slot `{catalogue()[name].parent.name}`"
+    check_page(text, importlib.import_module(cls.__module__), ROOT / "tests" / "mechanisms" / f"test_{name}.py", header)
+    assert ("**Stage.** Prototype" in text) == (cls.stage == "prototype")
     stated = {setting.strip("`"): default.strip("`") for setting, default, _ in rows(text, "Settings")}
     expected = {field.name: written(field.default) for field in dataclasses.fields(cls)}
     assert stated.keys() == expected.keys()
@@ -81,6 +98,32 @@ def test_card(name):
     assert not wrong
     for paper in re.findall(r"arXiv (\d{4}\.\d{5})", cls.paper):
         assert paper in text
+
+
+OF_EVERY_NETWORK = {"self", "num_classes", "in_chans", "drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
+
+
+@pytest.mark.parametrize("stem", networks())
+def test_card_of_a_network(stem):
+    """Names, code, tests and settings; a default that differs between the names is written `by name`."""
+    text, variants = (CARDS / f"{stem}.md").read_text(), networks()[stem]
+    module = importlib.import_module(f"vitreous.architectures.{stem}")
+    header = ", ".join(f"`{name}`" for name in variants) + " · network"
+    check_page(text, module, ROOT / "tests" / "architectures" / f"test_{stem}.py", header)
+    takes: dict[str, inspect.Parameter] = {}
+    for cls in set(variants.values()):
+        for base in reversed(cls.__mro__):
+            takes |= inspect.signature(base.__init__).parameters if "__init__" in vars(base) and base is not object else {}
+        own = inspect.signature(cls.__init__).parameters if "__init__" in vars(cls) else {}
+    stated = {setting.strip("`"): default.strip("`") for setting, default, _ in rows(text, "Settings")}
+    named = {name for name, p in own.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    assert stated.keys() <= takes.keys(), "a setting that the network does not take"
+    assert named - OF_EVERY_NETWORK <= stated.keys(), "a setting that the card leaves out"
+    wrong = {s: d for s, d in stated.items() if d != "by name" and d != str(takes[s].default).strip("()")}
+    assert not wrong
+    papers = re.findall(r"arXiv (\d{4}\.\d{5})", " ".join(cls.__doc__ or "" for cls in variants.values()))
+    assert papers
+    assert set(papers) <= set(re.findall(r"\d{4}\.\d{5}", text))
 
 
 # -- stable and prototype ----------------------------------------------------------------------------------------------
