@@ -20,7 +20,7 @@ from vitreous.commands.bench import Bench
 from vitreous.commands.resume import Resume
 from vitreous.commands.study import Study
 from vitreous.commands.train import Train
-from vitreous.train.study.study import arm_grafts
+from vitreous.train.study.study import arm_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
@@ -81,7 +81,7 @@ def test_commands_and_links(page):
             assert Train.read(words[2:]).settings().data
         if words[:2] == ["vitreous", "study"]:
             study = Study.read(words[2:])
-            assert arm_grafts(study.settings(), study.arm)
+            assert arm_settings(study.settings(), study.arm)
         if words[:2] == ["vitreous", "bench"]:
             assert Bench.read(words[2:]).settings().arms()
         for path in (word for word in words if word.startswith("tests/")):

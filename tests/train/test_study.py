@@ -108,6 +108,9 @@ def test_finished_runs_are_kept_and_other_studies_refused(given, quiet, tmp_path
         (("plain", "svda svda"), {}, VitreousError, "already"),
         (("plain", "svda:layers=7"), {}, SettingError, "0 to 1"),
         (("plain", "svda"), {"graft": ("spc",)}, SettingError, "--arm svda"),
+        (("plain", "model=vit_tinny"), {}, UnknownName, "vit_tiny"),
+        (("plain", "model=test_vit model=test_vit2"), {}, SettingError, "two networks"),
+        (("plain", "dept=3"), {}, SettingError, "dept"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(given, quiet, tmp_path, arms, changes, kind, said):
@@ -118,22 +121,40 @@ def test_mistakes_are_named_before_anything_is_trained(given, quiet, tmp_path, a
     assert not Path(given().out).exists()
 
 
+NETWORK = "model=test_vit img_size=16 patch_size=4 embed_dim=24 depth=1 num_heads=3"
+
+
+def test_arms_of_other_networks(given, quiet):
+    folder = study(given(seeds=1), ("plain", "qk_norm=True svda", NETWORK), quiet)
+    models = {
+        run.name: json.loads((run / "run.json").read_text())["model"] for run in sorted(folder.glob("*-seed-3")) if run.is_dir()
+    }
+    assert [model["architecture"] for model in models.values()] == ["test_vit", "vit_tiny_patch16_224", "vit_tiny_patch16_224"]
+    assert [model["mechanisms"] for model in models.values()] == [[], [], ["svda"]]
+    cost = results(folder)["cost"]
+    for arm, run in (("plain", "plain-seed-3"), (NETWORK, next(name for name in models if name.startswith("model=")))):
+        assert cost[arm]["parameters"] == models[run]["parameters"]
+    assert cost["qk_norm=True svda"]["parameters"] > cost["plain"]["parameters"]  # norms of queries and keys, and the spectrum
+    assert f"{cost[NETWORK]['parameters']:,} |" in (folder / "summary.md").read_text()
+    assert again(folder, quiet) == folder
+
+
 def test_default_folders_are_found_again(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, two = given(out=None), given(out=None, lr=1e-3)
     folders = {}
     for settings in (one, two, one):
-        asked = plan(settings, {"plain": (), "svda": ("svda",)})
+        asked = plan(settings, ("plain", "svda"))
         folder = choose(settings, asked)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "study.json").write_text(json.dumps(asked))
         folders.setdefault(settings.lr, set()).add(folder.as_posix())
     assert folders == {5e-4: {"studies/cutouts"}, 1e-3: {"studies/cutouts-2"}}
-    assert choose(replace(two, workers=1), plan(two, {"plain": (), "svda": ("svda",)})).name == "cutouts-2"
+    assert choose(replace(two, workers=1), plan(two, ("plain", "svda"))).name == "cutouts-2"
 
 
 def test_folders_of_arms_are_plain_and_apart(given):
-    arms = {"../x": ("a",), "x": ("b",), "svda:layers=0-1 spc": ("c",)}
+    arms = ("../x", "x", "svda:layers=0-1 spc")
     assert [arm["folder"] for arm in plan(given(), arms)["arms"]] == ["x", "x-2", "svda-layers=0-1-spc"]
 
 

@@ -14,7 +14,7 @@ from vitreous.train.options import Repeated, Running
 
 @dataclass(frozen=True, kw_only=True)
 class Study(Train):
-    """Train arms that differ in their grafts alone, and compare them with paired intervals.
+    """Train arms that differ in grafts or network, and compare them with paired intervals.
 
     Seeds, data, order and recipe are the same for all; the first arm is what the others are
     compared with. Given again, the command goes on where it was stopped.
@@ -22,12 +22,15 @@ class Study(Train):
     example:
       vitreous study photos/ --arm plain --arm svda:scale=sqrt --arm "svda spc:after=11"
           --seeds 3 --pretrained --recipe auto
+      vitreous study cutouts --model-kwargs patch_size=4 --arm plain --arm qk_norm=True
+          --arm "model=vit_small_patch16_224 patch_size=4 depth=3"
     """
 
     usage: ClassVar[str] = "DATA"
 
     arm: Repeated = ()
-    """The grafts of an arm, with spaces between, or plain for none.
+    """The grafts of an arm, with spaces between, or plain for none; name=value is an argument of
+    the network, model=NAME another network (--model-kwargs are then not used).
     The others are compared with the first arm."""
     running: conf.OmitArgPrefixes[Running] = field(default_factory=lambda: Running(seeds=3))
 

@@ -128,6 +128,7 @@ function study() {
         { label: "95 % interval", numeric: true, value: (row) => row.interval?.[0] ?? null, text: (row) => span(row.interval, plain) },
         ...seeds.map((seed, i) => ({ label: `Seed ${seed}`, numeric: true, value: (row) => own(row, metric.name)?.[i] ?? null, text: (row) => plain(row[metric.name][i]) })),
         { label: "Cost", title: `Seconds of training per image over those of ${first}`, numeric: true, value: (row) => results.cost[row.arm].mean, text: (row) => results.cost[row.arm].mean.toFixed(2) },
+        { label: "Parameters", numeric: true, value: (row) => results.cost[row.arm].parameters ?? null, text: (row) => results.cost[row.arm].parameters?.toLocaleString("en") ?? "" },
       ],
     });
   }

@@ -28,7 +28,7 @@ from vitreous.base.metrics import Metric
 from vitreous.base.statistics import MARGIN, bootstrap, of_mean, wilson
 from vitreous.base.statistics import verdict as verdict_of
 from vitreous.train.records.predictions import by_image
-from vitreous.train.records.run_folder import read_metrics, read_rows
+from vitreous.train.records.run_folder import read_metrics, read_record, read_rows
 from vitreous.train.records.summary import outcome, run_metrics, table
 from vitreous.train.study.undecided import ENOUGH, what_it_takes
 
@@ -45,7 +45,7 @@ def compare(arms: dict[str, Sequence[Path]]) -> dict[str, Any]:
     Returns level: of the intervals of differences. tests: by test set, "arms" and "differences" by
     name, all as parts of 1, with the verdict and what would decide an undecided one. cost: by arm,
     seconds of training per image over those of the first arm, seed by seed and their geometric
-    mean.
+    mean, and the number of parameters.
     """
     first, *others = arms
     level = 1 - (1 - LEVEL) / max(len(others), 1)
@@ -106,13 +106,14 @@ def one_difference(
 
 
 def cost(runs: Sequence[Path], base: Sequence[Path]) -> dict[str, Any]:
-    """Seconds of training per image, median over epochs, over those of the first arm."""
+    """Parameters; seconds of training per image (median over epochs) over the first arm's."""
 
     def rate(run: Path) -> float:
         return statistics.median(line["images_per_second"] for line in read_metrics(run))
 
     ratios = [rate(theirs) / rate(ours) for ours, theirs in zip(runs, base, strict=True)]
-    return {"by_seed": ratios, "mean": math.exp(statistics.mean(map(math.log, ratios)))}
+    parameters = read_record(runs[0]).get("model", {}).get("parameters")
+    return {"by_seed": ratios, "mean": math.exp(statistics.mean(map(math.log, ratios))), "parameters": parameters}
 
 
 def alike(runs: Sequence[Path]) -> bool:
@@ -133,7 +134,7 @@ def tables(results: dict[str, Any]) -> list[str]:
     first, seeds = results["first"], len(results["cost"][results["first"]]["by_seed"])
     metric, text = Metric(**results["metric"]), []
     for test, result in results["tests"].items():
-        rows = [["arm", metric.label, "95 % interval", f"to {first}", "by seed", "by image", "", "cost"]]
+        rows = [["arm", metric.label, "95 % interval", f"to {first}", "by seed", "by image", "", "cost", "parameters"]]
         for name, arm in result["arms"].items():
             cells = [name, metric.text(arm["mean"]), span(metric, arm["interval"], signed=False)]
             if difference := result["differences"].get(name):
@@ -141,7 +142,9 @@ def tables(results: dict[str, Any]) -> list[str]:
                 cells += [metric.number(difference["mean"], "+"), by_seed, by_image, verdict(difference, metric)]
             else:
                 cells += [""] * 4
-            rows.append([*cells, f"{results['cost'][name]['mean']:.2f}"])
+            spent = results["cost"][name]
+            count = spent.get("parameters")
+            rows.append([*cells, f"{spent['mean']:.2f}", "" if count is None else f"{count:,}"])
         text += [f"## {test}\n", table(rows)]
         undecided = {name: one["takes"] for name, one in result["differences"].items() if one["takes"]}
         text += [f"{name} is undecided. {takes}\n" for name, takes in undecided.items()]

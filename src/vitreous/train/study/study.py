@@ -1,4 +1,4 @@
-"""A study: the same training with different grafts, paired by seed and compared.
+"""A study: the same training with other grafts or networks, paired by seed and compared.
 
     study.json            arms, seeds, settings; in the end the results (`compare_arms`)
     summary.md            the tables
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import count
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from vitreous.base.environment import command_line
 from vitreous.base.errors import DataError, SettingError
@@ -43,30 +44,31 @@ from vitreous.train.study.courses import as_record, courses
 
 FORMAT = 1
 OWN = ("graft", "seed", "seeds", "out")  # settings that differ from run to run
+Arms = dict[str, dict[str, Any]]  # {name of an arm: the settings in which it differs from the common ones}
 
 
 def study(settings: TrainSettings, arms: Sequence[str], console: Console | None = None) -> Path:
     """Train every arm with every seed, unless finished, and compare; returns the folder.
 
-    settings: of all runs; seeds are counted up from its seed. arms: the grafts of each, with spaces
-    between; plain is none.
+    settings: of all runs; seeds are counted up from its seed. arms: the words of each, as
+    `arm_settings` reads them.
 
     Raises SettingError for fewer than two arms, equal ones, a folder with another study in it, and
     what `train` raises.
     """
     with connected(settings.torch_device()) as team:
-        return study_arms(settings, arm_grafts(settings, arms), team.console(console or Console()), team)
+        return study_arms(settings, arm_settings(settings, arms), team.console(console or Console()), team)
 
 
-def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], console: Console, team: Team) -> Path:
+def study_arms(settings: TrainSettings, arms: Arms, console: Console, team: Team) -> Path:
     """`study`, by a team of processes."""
-    asked, say, opening = plan(settings, grafts), speaker(console), OpenOnce()
+    asked, say, opening = plan(settings, arms), speaker(console), OpenOnce()
     folder = team.first_does(lambda: choose(settings, asked))
     with ExitStack() as locks:
         with team.together():
             if team.first:
                 if not (folder / STUDY).is_file():
-                    check_arms(settings, grafts, console, opening)
+                    check_arms(settings, arms, console, opening)
                 with writing(folder):
                     folder.mkdir(parents=True, exist_ok=True)
                     locks.enter_context(locked(folder, say))
@@ -75,20 +77,24 @@ def study_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], cons
         runs = run_folders(folder, asked)
         free = {name: getattr(settings, name) for name in reproducibility.FREE if name not in OWN}
         for k, seed in enumerate(asked["seeds"]):
-            for name, some in grafts.items():
+            for name, changes in arms.items():
                 say(f"\nArm {name}, seed {seed}")
-                own = replace(settings, graft=some, seed=seed, seeds=1, out=None)
+                own = replace(settings, **changes, seed=seed, seeds=1, out=None)
                 train_or_resume(own, runs[name][k], console, team, opening, free)
         if team.first:
             conclude(folder, settings.data, runs, say)
     return folder
 
 
-def check_arms(settings: TrainSettings, grafts: dict[str, tuple[str, ...]], console: Console, opening: OpenOnce) -> None:
+def check_arms(settings: TrainSettings, arms: Arms, console: Console, opening: OpenOnce) -> None:
     """Raise VitreousError if data, model or one of the arms do not fit together."""
-    model = data_and_model(settings, console, opening)[2]
-    for some in grafts.values():
-        graft(copy.deepcopy(model), *(parse(text, foreign=True) for text in some))
+    models: dict[tuple, nn.Module] = {}
+    for changes in arms.values():
+        own = replace(settings, **changes)
+        network = own.model, own.model_kwargs
+        if network not in models:
+            models[network] = data_and_model(own, Console(quiet=True) if models else console, opening)[2]
+        graft(copy.deepcopy(models[network]), *(parse(text, foreign=True) for text in own.graft))
 
 
 def conclude(folder: Path, data: str, runs: dict[str, list[Path]], say: Callable[[str], Any]) -> None:
@@ -121,8 +127,13 @@ def again(folder: Path, console: Console | None = None) -> Path:
     return study(settings, arms, console)
 
 
-def arm_grafts(settings: TrainSettings, arms: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """{name of the arm: its grafts}. Raises SettingError for what is no comparison."""
+def arm_settings(settings: TrainSettings, arms: Sequence[str]) -> Arms:
+    """{name of the arm: the settings that its words change}.
+
+    A word is plain (nothing), a graft, model=NAME (another network, without the common
+    `model_kwargs`, which are the first one's), or name=value, an argument of the network. Raises
+    SettingError for what is no comparison.
+    """
     if settings.graft:
         raise SettingError("Found --graft. Expected the grafts of each arm in its --arm. Write for example --arm svda.")
     named = [" ".join(arm.split()) for arm in arms]
@@ -131,22 +142,33 @@ def arm_grafts(settings: TrainSettings, arms: Sequence[str]) -> dict[str, tuple[
             f"Found the arms {', '.join(map(repr, named)) or 'none'}. Expected at least two, all different, plain being "
             "the one without grafts. Write for example --arm plain --arm svda:scale=sqrt."
         )
-    grafts = {name: () if name == "plain" else tuple(name.split()) for name in named}
-    for some in grafts.values():
-        replace(settings, graft=some)  # raises for what is no mechanism
-    return grafts
+    changes: Arms = {}
+    for name in named:
+        words = [] if name == "plain" else name.split()
+        arguments = [word for word in words if word.partition("=")[0].isidentifier() and "=" in word]
+        networks = [word.removeprefix("model=") for word in arguments if word.startswith("model=")]
+        if len(networks) > 1:
+            raise SettingError(f"Found the arm {name!r} with two networks. Expected one model=NAME. Make two arms of it.")
+        own = tuple(word for word in arguments if not word.startswith("model="))
+        changes[name] = {
+            "graft": tuple(word for word in words if word not in arguments),
+            "model": networks[0] if networks else settings.model,
+            "model_kwargs": own if networks else (*settings.model_kwargs, *own),
+        }
+        replace(settings, **changes[name])  # raises for what is no mechanism
+    return changes
 
 
-def plan(settings: TrainSettings, grafts: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+def plan(settings: TrainSettings, arms: Iterable[str]) -> dict[str, Any]:
     """The record of a study: arms with the names of their folders, seeds, and common settings."""
     names: list[str] = []
-    for name in grafts:
+    for name in arms:
         short = re.sub(r"[^\w.+=-]+", "-", name)[:60].strip("-.")
         number = 1 + sum(re.fullmatch(re.escape(short) + r"(-\d+)?", other) is not None for other in names)
         names.append(short if number == 1 else f"{short}-{number}")
     common = {name: reproducibility.plain(value) for name, value in asdict(settings).items() if name not in OWN}
     return {
-        "arms": [{"name": arm, "folder": name} for arm, name in zip(grafts, names, strict=True)],
+        "arms": [{"name": arm, "folder": name} for arm, name in zip(arms, names, strict=True)],
         "seeds": list(range(settings.seed, settings.seed + settings.seeds)),
         "settings": {"data": settings.data} | common,
     }
