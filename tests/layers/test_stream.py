@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from vitreous.layers.stream import (
     TokenState,
     insert,
     opened,
+    present_pairs,
     reduce,
     restore,
     split,
@@ -217,3 +219,23 @@ def test_keeping_everything_changes_no_bit():
     assert torch.equal(restore(y, state)[0], x)
     again = step.then(assignment(4, 9, True, 3))
     assert torch.equal(again.index, assignment(4, 9, True, 3).index)
+
+
+def test_pairs_of_a_merged_token_have_the_mean_of_its_places():
+    values = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    source = torch.tensor([[0, 1, 2, 1, 3, 3], [0, 0, 3, 2, -1, 1]])
+    result = Assignment(source, tokens=4).gather_pairs(values)
+    for b, h, i, j in np.ndindex(2, 2, 4, 4):
+        rows, columns = ([p for p in range(6) if source[b, p] == token] for token in (i, j))
+        mean = sum(values[h, p, q] for p in rows for q in columns) / (len(rows) * len(columns))
+        assert torch.isclose(result[b, h, i, j], mean)
+    alone = Assignment(torch.arange(6)[None], tokens=6).gather_pairs(values)
+    assert torch.equal(alone[0], values)
+    assert torch.equal(alone, Assignment(weights=torch.eye(6)[None]).gather_pairs(values))
+
+
+def test_pairs_with_tokens_that_have_no_place():
+    pairs = present_pairs(torch.zeros(1, 3, 3), TokenState(grid=(1, 3), prefix=2, read_out=(True,)), 7.0)
+    assert pairs.shape == (1, 6, 6)
+    assert (pairs[:, 2:5, 2:5] == 0).all()
+    assert (pairs == 7).sum() == 36 - 9

@@ -16,7 +16,7 @@ from vitreous.base.errors import GraftError, HostError, MaskError, SettingError
 from vitreous.layers.geometry import squared_distances
 from vitreous.layers.stream import Assignment, TokenState
 from vitreous.lens.look import look
-from vitreous.mechanisms.attn.gaussian_mask import merged, mixture
+from vitreous.mechanisms.attn.gaussian_mask import mixture
 
 SMALL = {"img_size": (12, 16), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -169,16 +169,12 @@ def test_is_measured_like_any_other_attention():
 
 
 def test_a_merged_token_has_the_mean_of_its_places():
-    torch.manual_seed(3)
-    mask = torch.randn(2, 6, 6, dtype=torch.float64)
-    source = torch.tensor([[0, 1, 2, 1, 3, 3], [0, 0, 3, 2, -1, 1]])
-    result = merged(mask, Assignment(source, tokens=4))
-    for b, h, i, j in np.ndindex(2, 2, 4, 4):
-        rows, columns = ([p for p in range(6) if source[b, p] == token] for token in (i, j))
-        mean = sum(mask[h, p, q] for p in rows for q in columns) / (len(rows) * len(columns))
-        assert torch.isclose(result[b, h, i, j], mean)
-    alone = merged(mask, Assignment(torch.arange(6)[None], tokens=6))
-    assert torch.equal(alone[0], mask)
+    attention = graft(vit(), "gaussian_mask").blocks[0].attn
+    index = torch.tensor([[0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 2]])  # the places 2, 3 and 13 are one
+    merged = attention.mask(12, state(assignment=Assignment(index, tokens=12)))[0]
+    mask = attention.mask(14, state())
+    torch.testing.assert_close(merged[:, 2, 5], mask[:, [2, 3, 13], 6].mean(1), atol=1e-14, rtol=1e-14)
+    torch.testing.assert_close(merged[:, 2, 2], mask[:, [2, 3, 13]][..., [2, 3, 13]].mean((1, 2)), atol=1e-14, rtol=1e-14)
 
 
 def test_tokens_without_places_are_refused():

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from vitreous.base.errors import MaskError
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,11 @@ class Assignment:
         weights = self.as_weights(torch.promote_types(x.dtype, torch.float32))
         weights = weights if sizes is None else weights * sizes[:, None]
         return (normalized(weights, 2) @ x.to(weights.dtype)).to(x.dtype)
+
+    def gather_pairs(self, values: Tensor) -> Tensor:
+        """Of pairs of places, (H, N, N) or (B, H, N, N) -> (B, H, n, n): the mean over the places of either token."""
+        share = normalized(self.as_weights(values.dtype), 2)[:, None]  # (B, 1, n, N)
+        return share @ values @ share.mT
 
 
 def normalized(weights: Tensor, dim: int) -> Tensor:
@@ -258,6 +266,28 @@ def restore(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
     """x (B, n, D) as (one token per original place (B, N, D), inserted tokens (B, m, D)); dropped places are 0."""
     original, inserted = split(x, state)
     return original if state.assignment is None else state.assignment.restore(original), inserted
+
+
+def check_places(state: TokenState, tokens: int, mechanism: str) -> None:
+    """Raise MaskError if the places of so many present tokens are not known."""
+    if state.grid is None:
+        present = tokens - state.inserted
+        original = present if state.assignment is None else state.assignment.places
+        raise MaskError(
+            f"Found {original} tokens whose places in the images are not known. Expected a token for each place. Switch "
+            f"off what drops patches before the blocks (patch_drop_rate), or take {mechanism} out (vitreous.ungraft)."
+        )
+
+
+def present_pairs(pairs: Tensor, state: TokenState, other: float) -> Tensor:
+    """Values of pairs of patches, (H, N, N) or (B, H, N, N), for the n present tokens: (H, n, n) or (B, H, n, n).
+
+    other: the value where one of the two is a prefix or an inserted token. A merged token has the mean over its places.
+    """
+    pairs = F.pad(pairs, (state.prefix, 0, state.prefix, 0), value=other)
+    if state.assignment is not None:
+        pairs = state.assignment.gather_pairs(pairs)
+    return F.pad(pairs, (0, state.inserted, 0, state.inserted), value=other)
 
 
 def to_grid(value: Tensor, state: TokenState, grid: tuple[int, int], prefix: int) -> Tensor:

@@ -7,13 +7,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitreous import slots
-from vitreous.base.errors import MaskError, SettingError
+from vitreous.base.errors import SettingError
 from vitreous.hosts.attention import Attention
 from vitreous.layers.geometry import squared_distances
-from vitreous.layers.stream import PLAIN, Assignment, TokenState, normalized
+from vitreous.layers.stream import PLAIN, TokenState, check_places, present_pairs
 from vitreous.mechanism import Mechanism
 
 EPS = 1e-5  # added to squared deviations, as in the authors' experiments
@@ -81,22 +80,12 @@ class MaskedAttention(Attention):
 
     def mask(self, tokens: int, state: TokenState = PLAIN) -> Tensor:
         """The mask (H, n, n) of n tokens, or (B, H, n, n) where some were merged; float32 or wider."""
-        present = tokens - state.inserted
-        original = present if state.assignment is None else state.assignment.places
-        if state.grid is None:
-            raise MaskError(
-                f"Found {original} tokens whose places in the images are not known. Expected a token for each place. Switch "
-                "off what drops patches before the blocks (patch_drop_rate), or take gaussian_mask out (vitreous.ungraft)."
-            )
-        prefix, channels = state.prefix, state.groups
+        check_places(state, tokens, "gaussian_mask")
         wide = torch.promote_types(self.alpha.dtype, torch.float32)
         with torch.autocast(self.alpha.device.type, enabled=False):
             squares = squared_distances(state.grid).to(self.alpha.device, wide)
-            mask = mixture(squares, self.alpha.to(wide), self.deviation.to(wide)).repeat(1, channels, channels)
-            mask = F.pad(mask, (prefix, 0, prefix, 0), value=1.0)
-            if state.assignment is not None:
-                mask = merged(mask, state.assignment)
-            return F.pad(mask, (0, state.inserted, 0, state.inserted), value=1.0)
+            mask = mixture(squares, self.alpha.to(wide), self.deviation.to(wide)).repeat(1, state.groups, state.groups)
+            return present_pairs(mask, state, 1.0)
 
 
 def mixture(squares: Tensor, alpha: Tensor, deviation: Tensor) -> Tensor:
@@ -104,9 +93,3 @@ def mixture(squares: Tensor, alpha: Tensor, deviation: Tensor) -> Tensor:
     rate = 1 / (2 * (deviation.square() + EPS))
     kernels = (-squares * rate[..., None, None]).exp()  # (H, R, N, N)
     return (alpha[..., None, None] * kernels).sum(1)
-
-
-def merged(mask: Tensor, assignment: Assignment) -> Tensor:
-    """The mean of mask (H, N, N) over the places that each of n tokens stands for: (B, H, n, n)."""
-    share = normalized(assignment.as_weights(mask.dtype), 2)[:, None]  # (B, 1, n, N)
-    return share @ mask @ share.mT
