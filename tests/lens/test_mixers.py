@@ -20,9 +20,12 @@ def test_look_says_which_blocks_have_no_attention_and_reads_the_others(host, tmp
     model, x = graft(build(host), SpectralGate(layers=(1, 2))), images()
     for reading in (look(model, x), look(model, x, out=tmp_path / "reading")):
         assert [note.startswith(NOTE) for note in reading.facts["notes"] if "blocks.1.attn" in note] == [True]
-        assert [layer["name"] for layer in reading.facts["layers"]] == ["blocks.0.attn", "blocks.3.attn"]
+        assert [layer["name"] for layer in reading.facts["layers"] if layer["kind"] == "token"] == [
+            "blocks.0.attn",
+            "blocks.3.attn",
+        ]
         assert all(layer["verified"] for layer in reading.facts["layers"])
-        assert {layer for _, layer in reading.maps} <= {-1, 0, 1}
+        assert {layer for name, layer in reading.maps if not name.startswith("mixing")} <= {-1, 0, 1}
     plain = look(build(host), x)
     assert not any("No attention" in note for note in plain.facts["notes"])
     np.testing.assert_array_equal(reading.maps["attention", 0], plain.maps["attention", 0])  # before the mixers
@@ -37,16 +40,20 @@ def test_rollout_ends_at_a_mixer():
     assert list(first.maps) == []
 
 
-def test_a_model_of_mixers_alone_is_refused():
-    model = graft(build("class_avg"), SpectralGate(layers=(0, 1, 2, 3)))
-    with pytest.raises(HostError, match=r"showed no attention map, and no softmax.*Expected"):
-        look(model, images())
+def test_a_model_of_mixers_alone_has_mixing_maps_and_nothing_else():
+    reading = look(graft(build("class_avg"), SpectralGate(layers=(0, 1, 2, 3))), images())
+    assert {name for name, _ in reading.maps} == {"mixing", "mixing_middle"}
+    assert [layer["kind"] for layer in reading.layers] == ["mixing"] * 4
+    with pytest.raises(HostError, match=r"showed no attention map, and no softmax.*Expected.*--modules"):
+        look(graft(build("class_avg"), SpectralGate(layers=(0, 1, 2, 3))), images(), probes=["attention_maps"])
 
 
 def test_mixers_beside_merged_tokens():
     model = graft(build("dinov2"), "token_merging:layers=1", SpectralGate(layers=(2,)))
     reading = look(model, images())
-    assert [layer["name"] for layer in reading.facts["layers"]] == ["blocks.0.attn", "blocks.1.attn", "blocks.3.attn"]
+    names = [layer["name"] for layer in reading.facts["layers"]]
+    assert names == ["blocks.0.attn", "blocks.1.attn", "blocks.3.attn", "blocks.2.attn"]
+    assert reading.layers[-1]["kind"] == "mixing"
     assert reading.facts["model"]["mechanisms"] == ["token_merging:layers=1", str(SpectralGate(layers=(2,)))]
 
 

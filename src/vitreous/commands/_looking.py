@@ -47,7 +47,7 @@ def run_look(name: str, images: Sequence[str], source: ModelSource, options: dic
         out = options["out"]
         folder = team.tell(Path(out) if out else free_folder(Path("readings"), Path(name).resolve().name))
         own = {"direction": read_direction(name, options["direction"]), "out": folder}
-        wanted = [options.pop(word) for word in ("probes", "class_maps", "for_class")]
+        wanted = [options.pop(word) for word in ("probes", "class_maps", "for_class", "modules")]
         own["probes"] = probes_of(model, *wanted)
         reading = look(model, list(images), console=console, about=metadata, team=team, **options | own)
         if team.first:
@@ -91,12 +91,16 @@ def open_on_device(name: str, source: ModelSource, console: Console, team: Team 
     return model.to(team.device(torch_device(source.device))), metadata
 
 
-def probes_of(model: nn.Module, named: Sequence[str], class_maps: bool, for_class: str | None) -> list[str] | None:
+def probes_of(
+    model: nn.Module, named: Sequence[str], class_maps: bool, for_class: str | None, modules: Sequence[str]
+) -> list[str] | None:
     """The probes that were asked for, as texts; None: all that need no passes of their own."""
+    mixing = [f"mixing:modules={'+'.join(modules)}"] if modules else []
     if not class_maps and for_class is None:
-        return list(named) or None
+        return [*(named or ["all"]), *mixing] if mixing else list(named) or None
     target = "" if for_class is None else f":target={class_index(model, for_class)}"
-    return [*(text for text in named or ["all"] if text not in CLASS_MAPS), *(f"{name}{target}" for name in CLASS_MAPS)]
+    named = [text for text in named or ["all"] if text not in CLASS_MAPS]
+    return [*named, *mixing, *(f"{name}{target}" for name in CLASS_MAPS)]
 
 
 def only_readable(images: Samples, console: Console) -> Samples:

@@ -21,6 +21,7 @@ class Look(Command):
       vitreous look vit_tiny_patch16_224 cat.jpg dog.jpg --out reading/
       vitreous look vit_tiny_patch16_224 photos/ --weights model.safetensors --masks masks/
       vitreous look runs/cutouts-plain photos/ --class dog
+      vitreous look convnext_tiny photos/ --modules 'stages.*.blocks.*'
     """
 
     usage: ClassVar[str] = "MODEL IMAGES..."
@@ -43,6 +44,9 @@ class Look(Command):
     probes: tuple[str, ...] = ()
     """What is read, such as: all rollout:fusion=max (default: all;
     docs/how-to/add-a-probe.md)."""
+    modules: tuple[str, ...] = ()
+    """Mixing maps of these modules, such as 'stages.*.blocks.*' (* stands for a part without dots):
+    which place moves which, of models without attention, too (default: of mixers of ours)."""
     curves: int = 0
     """Insertion and deletion curves of the maps on so many images, 0: none;
     16 or more give intervals."""

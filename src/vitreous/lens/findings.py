@@ -31,14 +31,15 @@ class Findings:
     choices: dict[str, str] = field(default_factory=dict)  # of the first batch, for all others: `BatchInfo.choices`
     details: dict[str, dict[str, str]] = field(default_factory=dict)  # of maps
     layers: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # records, by call
+    mixing: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # those of modules with a mixing map
     refused: dict[Refusal, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
     images: int = 0  # seen so far
 
-    def layout(self, model: nn.Module, images: Tensor) -> Layouts:
+    def layout(self, model: nn.Module, images: Tensor, required: bool = True) -> Layouts:
         shape = tuple(images.shape[1:])
         if shape not in self.layouts:
-            self.layouts[shape] = traced(model, images)
+            self.layouts[shape] = traced(model, images, required)
         return self.layouts[shape]
 
     def remember(self, call: AttentionCall, where: TokenCoordinates) -> None:
@@ -51,9 +52,16 @@ class Findings:
                 "the same attentions for all images. Look at fewer images, or leave out those that differ."
             )
 
+    def remember_modules(self, records: Sequence[dict[str, Any]]) -> None:
+        """Keep what the page says of modules with a mixing map; errors as of layers."""
+        for record in records:
+            own = self.mixing.setdefault((record["name"], record["number"]), record)
+            own["error"] = max(own["error"], record["error"])
+
     def as_json(self) -> dict[str, Any]:
         """What a part keeps."""
         content = {"layers": list(self.layers.values()), "choices": self.choices, "details": self.details}
+        content |= {"mixing": list(self.mixing.values())}
         content |= {"notes": list(self.notes), "refused": [[refusal.name, refusal.reason] for refusal in self.refused]}
         return copy.deepcopy(content)
 
@@ -62,6 +70,7 @@ class Findings:
         for record in content.get("layers", ()):
             own = self.layers.setdefault((record["name"], record["number"]), record)
             own["error"] = max(own["error"], record["error"])
+        self.remember_modules(content.get("mixing", ()))
         self.choices |= content.get("choices", {})
         self.details |= content.get("details", {})
         self.notes |= dict.fromkeys(content.get("notes", ()))
@@ -73,7 +82,7 @@ class Findings:
         return {
             "format": FORMAT,
             "kind": "reading",
-            "layers": list(self.layers.values()),
+            "layers": [*self.layers.values(), *self.mixing.values()],
             "probes": [str(probe) for probe in probes],
             "measures": [asdict(record) for record in records(probes, "measures").values()],
             "sources": [asdict(record) for record in records(probes, "sources").values()],
@@ -90,10 +99,10 @@ class Findings:
         }
 
 
-def traced(model: nn.Module, images: Tensor) -> Layouts:
+def traced(model: nn.Module, images: Tensor, required: bool = True) -> Layouts:
     """`trace`, with an error of the model's own in words: it may take more than images."""
     try:
-        return trace(model, images)
+        return trace(model, images, required)
     except VitreousError:
         raise
     except Exception as error:

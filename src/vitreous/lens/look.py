@@ -63,6 +63,11 @@ class Plan:
     curve_options: dict[str, Any] = field(default_factory=dict)  # fill, fractions, black
     query_budget: float = 0.0
 
+    @property
+    def required(self) -> bool:
+        """Whether the model has to have attention: no probe reads anything else of it."""
+        return not any(probe.reads_modules(self.model) for probe in self.probes)
+
 
 def look(
     model: nn.Module,
@@ -96,7 +101,8 @@ def look(
     inputs: how images are prepared, in the words of a pretrained_cfg, in place of the model's own.
     direction: of `find_direction`, for signs and the foreground map.
     probes: what to measure, as texts ("spectra:scores=false") or objects; "all", and None: every
-        one of `lens/probes` that needs no passes of its own.
+        one of `lens/probes` that needs no passes of its own, and mixing maps of mixers;
+        "mixing:modules=stages.*.blocks.*" of other modules, and of models without attention.
     loss: of (output, labels), for probes that need one.
     curves: on so many images insertion and deletion curves of maps, and those of shuffled weights;
         intervals from 16 on. curve_fill: of `faithfulness.FILLS`. curve_fractions: as in `curves`.
@@ -123,7 +129,9 @@ def look(
     names = about.get("classes") or class_names(model)
     plan = Plan(model, views, chosen(probes, model), direction, noise, seed, batch_size, memory, names, loss, of_curves)
     plan = replace(plan, query_budget=query_budget)
-    findings = Findings(notes=dict.fromkeys([*metadata.notes(model, about), *views.remarks]))
+    findings = Findings(
+        notes=dict.fromkeys([*metadata.notes(model, about, "mixing" in {probe.name for probe in plan.probes}), *views.remarks])
+    )
     settings = settings_of(plan, curves, limit, probes is not None)
     mark = metadata.fingerprint(model, views, count, settings)
     writer = None if out is None else Writer(Path(out), mark)
@@ -311,8 +319,8 @@ def look_at_batch(
     images, count = torch.stack([view.pixels for view in views]), len(views)
     like = next((p for p in plan.model.parameters() if p.is_floating_point()), images)
     images = images.to(like.device)
-    layouts = findings.layout(plan.model, images)
-    if grafts(plan.model) and not findings.layers:
+    layouts = findings.layout(plan.model, images, plan.required)
+    if grafts(plan.model) and not findings.layers and not findings.mixing:
         check(plan.model, images[:1].to(like.dtype))
     noisy = plan.noise > 0 and plan.views.mean is not None
     if plan.noise > 0 and not noisy:
@@ -322,11 +330,13 @@ def look_at_batch(
     block = max(1, min(BLOCK, int(plan.memory * GIB / 16)))  # four buffers of four bytes
     batch = BatchInfo(images, count, layouts, noisy, first, plan.seed, block, has_class_token(plan.model))
     batch.direction, batch.choices, batch.loss = plan.direction, findings.choices, plan.loss
-    batch.query_budget = plan.query_budget
-    batch_pass = BatchPass(plan.model, plan.probes, batch, findings.remember)
-    callbacks = {"on_output": batch_pass.on_output, "outputs": batch_pass.outputs}
+    batch.query_budget, batch.masks = plan.query_budget, [view.mask for view in views]
+    # most probes have nothing to say of a model without attention
+    probes = [probe for probe in plan.probes if layouts.calls or probe.reads_modules(plan.model)]
+    batch_pass = BatchPass(plan.model, probes, batch, findings.remember)
+    callbacks = {"on_output": batch_pass.on_output, "outputs": batch_pass.outputs, "required": plan.required}
     seen = watch(plan.model, images, batch_pass.on_attention, layouts=layouts, **callbacks)
-    readouts = batch_pass.finish() + extra_passes(plan.model, plan.probes, batch, [view.label for view in views])
+    readouts = batch_pass.finish() + extra_passes(plan.model, probes, batch, [view.label for view in views])
     readout = Readout([row for readout in readouts for row in readout.rows])
     for each in readouts:
         readout.maps |= each.maps
@@ -335,6 +345,13 @@ def look_at_batch(
         readout.classes |= each.classes
         findings.details |= each.details
         findings.notes |= dict.fromkeys(each.notes)
+        findings.remember_modules(each.layers)
+    if not findings.layers and not findings.mixing:
+        reasons = "; ".join(note for each in readouts for note in each.notes)
+        raise HostError(
+            f"{type(plan.model).__name__} showed no attention and no mixing map ({reasons}). Expected modules that mix places. "
+            "Name others: --modules 'stages.*.blocks.*'."
+        )
     findings.refused |= dict.fromkeys(seen.refused)
     if not all_finite(seen.output) or any(refusal.reason == NOT_FINITE for refusal in seen.refused):
         findings.notes[outputs_note(plan.model, images)] = None
@@ -368,7 +385,7 @@ def all_curves(plan: Plan, findings: Findings, parts: Sequence[Part], count: int
     And what shuffled weights leave of the maps.
     """
     probes = [probe for probe in plan.probes if any(component.curves for component in probe.components)]
-    if not count or not probes:
+    if not count or not probes or not findings.layers:
         return []
     skipped = {record["name"] for part in parts for record in part.skipped}
     readable = (i for i in range(len(plan.views)) if plan.views.name(i) not in skipped)

@@ -49,13 +49,17 @@ def of_model(model: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def notes(model: nn.Module, given: Mapping[str, Any]) -> list[str]:
-    """What is known before any image is seen: random weights, blocks without attention."""
+def notes(model: nn.Module, given: Mapping[str, Any], mixing: bool) -> list[str]:
+    """What is known before any image is seen: random weights, blocks without attention.
+
+    mixing: whether these have mixing maps.
+    """
     lines = ([WARNING] if given.get("weights") == "random" else []) + weights_note(model)
     if mixers := [f"{name} ({type(module).__name__})" for name, module in mixers_in(model).items()]:
+        instead = "there are mixing maps instead" if mixing else "nothing is read of it (probes: all mixing)"
         lines.append(
-            f"No attention in {', '.join(mixers)}: tokens are mixed in another way there, and nothing is read of it. Layers "
-            "count the attentions that are left."
+            f"No attention in {', '.join(mixers)}: tokens are mixed in another way there, and {instead}. Layers count the "
+            f"attentions that are left{', then the mixing maps' * mixing}."
         )
     return lines
 

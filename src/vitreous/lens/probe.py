@@ -104,7 +104,8 @@ class Readout:
     for}. confidence: {map: (B,)} that its sign is right. details:
     {map: {"rule": how it was made, ...}}, the same for all images. notes: what was left out, and
     why, in words. others: tensors that a part keeps as they are, by names that are not of maps,
-    each (n, ...); those of the batches are joined.
+    each (n, ...); those of the batches are joined. layers: records of modules that were measured
+    and are no attention, as `layers` of a reading has them.
     """
 
     rows: list[Rows] = field(default_factory=list)
@@ -114,6 +115,7 @@ class Readout:
     classes: dict[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     others: dict[str, Tensor] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -125,6 +127,7 @@ class BatchInfo:
     first: number of the first image. block: numbers that a buffer may hold. choices: what the first
     batch of a look decided for all others, such as {"u/6": "raw"}; text, kept with the reading.
     loss: of (output, targets), for probes that need one. query_budget: megabytes of the whole look.
+    masks: of the images, (h, w) each, None where there is none.
     """
 
     images: Tensor
@@ -139,6 +142,7 @@ class BatchInfo:
     choices: dict[str, str] = field(default_factory=dict)
     loss: Callable[[Any, Any], Tensor] | None = None
     query_budget: float = 0.0
+    masks: Sequence[np.ndarray | None] = ()
     objects: dict[Any, Any] = field(default_factory=dict)
 
     def clean(self, x: Tensor) -> Tensor:
@@ -222,7 +226,8 @@ class Probe(Settings):
     An `observer` follows each batch.
 
     order: where its measures and maps stand among those of others. passes: it needs passes of its
-    own (`extra`); such probes run only where they are asked for by name.
+    own (`extra`); such probes run only where they are asked for by name, or where `by_default` says
+    so.
     """
 
     measures: ClassVar[tuple[Measure, ...]] = ()
@@ -235,6 +240,14 @@ class Probe(Settings):
     def for_model(self, model: nn.Module) -> Probe:
         """The probe as it is for this model, for those whose measures or maps depend on it."""
         return self
+
+    def by_default(self, model: nn.Module | None) -> bool:
+        """Whether it is among "all"; model: None, where it is not known."""
+        return not self.passes
+
+    def reads_modules(self, model: nn.Module) -> bool:
+        """Whether it reads something of this model even if that has no attention."""
+        return False
 
     def outputs(self, model: nn.Module, batch: BatchInfo) -> Iterable[str]:
         """Names of the modules whose output it wants to see."""
@@ -261,7 +274,8 @@ PROBES = Catalogue("lens/probes", Probe, "probe")
 def chosen(probes: Sequence[str | Probe] | None, model: nn.Module | None = None) -> list[Probe]:
     """Probes from text forms or objects, in order.
 
-    None, and the text "all": those of `lens/probes` without `passes`.
+    None, and the text "all": those of `lens/probes` without `passes`, and others that this model
+    calls for (`Probe.by_default`).
 
     A dotted name imports a class of another package. model: which they are for.
     Raises UnknownName, and SettingError where two probes give the same measure or map.
@@ -270,7 +284,7 @@ def chosen(probes: Sequence[str | Probe] | None, model: nn.Module | None = None)
     ours: list[Probe] = []  # of "all": one that is given beside it takes its place
     for probe in ["all"] if probes is None else [probes] if isinstance(probes, str | Probe) else probes:
         if probe == "all":
-            ours = [item() for item in map(PROBES.item, PROBES.files) if not item.passes]
+            ours = [item for item in (PROBES.item(name)() for name in PROBES.files) if item.by_default(model)]
         else:
             items.append(PROBES.parse(probe, foreign=True) if isinstance(probe, str) else probe)
     items += [item for item in ours if not any(type(other) is type(item) for other in items)]

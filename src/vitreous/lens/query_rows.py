@@ -36,7 +36,7 @@ def of_queries(parts: Sequence[Part], details: Mapping[str, Mapping[str, str]], 
     of_layers = {name.split("/")[1]: why["reason"] for name, why in details.items() if name.startswith("queries/")}
     return {
         "images": [image["image"] for part in filled for image in part.images[: with_rows(part)]],
-        "bytes": int(details.get("queries", {}).get("bytes", 0)),
+        "bytes": sum(int(details.get(name, {}).get("bytes", 0)) for name in ("queries", "mixing")),
         "budget": budget,
         "reasons": of_layers,
     }
@@ -67,12 +67,13 @@ def query(
         numbers = [one["image"] for one in part.images]
         if image in numbers:
             break
-    if f"queries/{layer}" not in part.tensors:
+    place = numbers.index(image)
+    if len(part.tensors.get(f"queries/{layer}", ())) <= place:
         raise SettingError(
             f"Found no attention of single patches in layer {layer}: {reasons.get(str(layer), 'there is no such layer')}. "
             "Expected another layer. Take one of reading.layers."
         )
-    rows, scale = (part.tensors[name][numbers.index(image)] for name in (f"queries/{layer}", f"queries/{layer}/scale"))
+    rows, scale = (part.tensors[name][place] for name in (f"queries/{layer}", f"queries/{layer}/scale"))
     heads, *grid = scale.shape
     if not (-1 <= head < heads and all(0 <= at < size for at, size in zip(patch, grid, strict=True))):
         raise SettingError(

@@ -15,7 +15,8 @@ A folder.
     curves.json             insertion and deletion, where they were asked for
 
 Of the first images a part has what each patch looks at, too: "queries/LAYER" (`lens.query_rows`);
-behind merged or dropped tokens "tokens/LAYER", and the first one "spectrum/SOURCE/LAYER".
+behind merged or dropped tokens "tokens/LAYER", and the first one "spectrum/SOURCE/LAYER" and
+"exact/QUANTITY/LAYER", of what mixers tell of themselves (`hosts.mixer.Mixer.reading`).
 
 Parts are what an interrupted look goes on from; the other files follow from them. Numbers are -1
 where a row is of all heads (`head`), of no single image (`image`) or of no single layer (`layer`),
@@ -54,7 +55,7 @@ CHUNK = 16  # images in a part
 # In a part as JSON, in the tensor of bytes "about": of metadata only one key has an order, the
 # images.
 ABOUT = ("skipped", "findings", "tables")
-OTHERS = ("rows", "scores", "picture", "mask", "queries", "tokens", "spectrum")  # what a part holds beside maps
+OTHERS = ("rows", "scores", "picture", "mask", "queries", "tokens", "spectrum", "exact")  # what a part holds beside maps
 
 
 @dataclass
@@ -178,7 +179,10 @@ class Reading:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """One record per captured attention: name, kind, route, heads, grid, verification."""
+        """One record per captured attention: name, kind, route, heads, grid, verification.
+
+        Behind them those of modules with a mixing map, of kind "mixing".
+        """
         return self.facts["layers"]
 
     @property
@@ -259,6 +263,17 @@ class Reading:
         tensors = next((part.tensors for part in self.parts if part.images), {})
         names = (name.split("/") for name in tensors if name.startswith("spectrum/"))
         return {(source, int(layer)): tensors[f"spectrum/{source}/{layer}"] for _, source, layer in names}
+
+    @property
+    def exact(self) -> dict[tuple[str, int], np.ndarray]:
+        """{("kernel", layer): (C, ...) float32}: what mixers tell of themselves, see `Quantity`.
+
+        Of more than 16 channels the first is the root mean square of all, the others are the
+        largest; "channels" in the layer's record, under "exact", says which.
+        """
+        tensors = next((part.tensors for part in self.parts if part.images), {})
+        names = (name.split("/") for name in tensors if name.startswith("exact/"))
+        return {(quantity, int(layer)): tensors[f"exact/{quantity}/{layer}"] for _, quantity, layer in names}
 
     def tokens(self, layer: int) -> np.ndarray:
         """(image, *grid) int32: the token of each patch, -1 where it was dropped before.

@@ -33,6 +33,9 @@ class ExposedObserver(Observer):
 
     def finish(self) -> Readout:
         count = self.batch.count
+        if not self.calls:
+            self.without_attention()
+            return self.readout
         for name, x in self.outputs.items():
             _, kind, heads, keys, where = max(self.calls, key=lambda call: shared_path(call[0], name))  # the first of equals
             module = self.values[name]
@@ -47,6 +50,17 @@ class ExposedObserver(Observer):
                 row = Rows(where.layer, "exposed", kind, {f"exposed_{module.name}": x}, together=not by_head)
                 self.readout.rows.append(row)
         return self.readout
+
+    def without_attention(self) -> None:
+        """Rows of the numbers of a model without attention; layers count what has the same name."""
+        layers: dict[str, int] = {}
+        for name, x in self.outputs.items():
+            module = self.values[name]
+            if module.kind == "number":
+                layer = layers[module.name] = layers.get(module.name, -1) + 1
+                values = {f"exposed_{module.name}": x.float().mean().reshape(1, 1)}
+                if self.batch.first == 0:
+                    self.readout.rows.append(Rows(layer, "exposed", "mixing", values, together=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +92,9 @@ class Exposed(Probe):
         object.__setattr__(probe, "measures", measures)  # frozen, and a class constant of all other probes
         object.__setattr__(probe, "components", components)
         return probe
+
+    def reads_modules(self, model: nn.Module) -> bool:
+        return any(isinstance(module, Value) for module in model.modules())
 
     def outputs(self, model: nn.Module, batch: BatchInfo) -> Iterable[str]:
         return (name for name, module in model.named_modules() if isinstance(module, Value))

@@ -72,6 +72,7 @@ def watch(
     on_output: OnOutput | None = None,
     outputs: Container[str] | None = None,
     gradients: bool = False,
+    required: bool = True,
 ) -> PassResult:
     """One forward pass of images (B, C, h, w); every attention goes to `on_attention`.
 
@@ -81,6 +82,7 @@ def watch(
         named in `outputs`.
     gradients: build the graph of the pass, from the images on; `AttentionCall.graph_output` is a
         part of it, and so is the output. Callbacks run without.
+    required: whether a model without attention is an error.
     The pass runs in eval mode, without gradients unless asked for and, if compiled, eagerly; hooks,
     modes and random state are as before, also after an error.
 
@@ -89,14 +91,14 @@ def watch(
     """
     modules = dict(model.named_modules())
     images = prepare_images(modules, images)
-    layouts = trace(model, images) if layouts is None else layouts
+    layouts = trace(model, images, required) if layouts is None else layouts
     # where the batch stands among the axes is seen once, by an image that was traced alone
     comparable = layouts.image is not None and is_first(layouts.image, images)
     if len(images) > 1 and layouts.image is not None and not comparable:
-        vars(layouts).update(vars(trace(model, images)))
+        vars(layouts).update(vars(trace(model, images, required)))
         comparable = True
     capture = Capture(on_attention, layouts, images, comparable)
-    output = run_pass(modules, images, capture, layouts.earlier_tensors, on_output, outputs, gradients)
+    output = run_pass(modules, images, capture, layouts.earlier_tensors, on_output, outputs, gradients, required)
     if len(images) > 1:
         layouts.image = None
     return PassResult(output, capture.refused)
@@ -109,12 +111,12 @@ def is_first(image: Tensor, images: Tensor) -> bool:
         return torch.equal(image, images[:1])
 
 
-def trace(model: nn.Module, images: Tensor) -> Layouts:
+def trace(model: nn.Module, images: Tensor, required: bool = True) -> Layouts:
     """Layouts of every call, from a pass of the first image. Raises as `watch`."""
     modules = dict(model.named_modules())
     images = prepare_images(modules, images)[:1]
     tracer = Tracer(images, dict(model.named_parameters()))
-    run_pass(modules, images, tracer, tracer.layouts.earlier_tensors, tracer.on_output)
+    run_pass(modules, images, tracer, tracer.layouts.earlier_tensors, tracer.on_output, required=required)
     return tracer.layouts
 
 
@@ -150,10 +152,12 @@ def run_pass(
     on_output: OnOutput | None,
     outputs: Container[str] | None = None,
     gradients: bool = False,
+    required: bool = True,
 ) -> Any:
     """One pass of images through the model, modules[""]; its attentions go to the receiver.
 
-    gradients: with the graph of the pass, whose leaf are the images.
+    gradients: with the graph of the pass, whose leaf are the images. required: whether it is an
+    error that there was no attention.
     Returns the model's output. Raises HostError or NotReached if there was no attention.
     """
     model = modules[""]
@@ -174,7 +178,7 @@ def run_pass(
         output = model(images)
     # `layouts` outlive the pass, and may not grow with every batch
     visible.tidy()
-    if receiver.count:
+    if receiver.count or (tap.calls and not required):
         return output
     name = type(model).__name__
     if not tap.calls:
@@ -190,7 +194,8 @@ def run_pass(
         )
     raise HostError(
         f"{name} showed no attention map" + (f" ({reasons})" if reasons else ", and no softmax") + ". Expected scaled dot "
-        "product attention, or a product, a softmax and a product with V. Use a model with attention between tokens."
+        "product attention, or a product, a softmax and a product with V. Use a model with attention between tokens, or name "
+        "the modules that mix places, for mixing maps: --modules 'blocks.*' (probes=['all', 'mixing:modules=blocks.*'])."
     )
 
 

@@ -46,7 +46,7 @@ class Layouts:
     """Where the queries and keys of every call are, from a pass with one image.
 
     calls: by (call name, call index). outputs: layouts of module outputs, by (module name, call
-        index).
+        index); feature_axes: the axis of each of these outputs that holds features.
     image: the traced image (1, C, h, w), until a batch that begins with it was compared with it.
     orders: which of the possible arrangements of each call holds, found by that comparison.
     unsure: notes on calls of which it could not be told.
@@ -56,6 +56,7 @@ class Layouts:
 
     calls: dict[Key, Traced] = field(default_factory=dict)
     outputs: dict[Key, Layout] = field(default_factory=dict)
+    feature_axes: dict[Key, int] = field(default_factory=dict)
     image: Tensor | None = field(default=None, repr=False)
     orders: dict[Key, int] = field(default_factory=dict)
     unsure: dict[Key, str] = field(default_factory=dict)
@@ -170,28 +171,31 @@ class Tracer(Receiver):
             output_layout = self.layouts_by_count.get(count)
         else:
             output = output[0] if isinstance(output, tuple) and output else output  # tokens, and what else a block hands on
-            output_layout = self.layout_of_output(output) if isinstance(output, Tensor) and output.ndim in (3, 4) else None
+            output_layout, features = None, -1
+            if isinstance(output, Tensor) and output.ndim in (3, 4):
+                output_layout, features = self.layout_of_output(output)
             if output_layout is not None and self.coordinates.choice(output):
                 output_layout = without_places(output_layout)  # which token is where differs from image to image
             elif output_layout is not None:
+                self.layouts.feature_axes[name, call_index] = features
                 self.layouts_by_count[output_layout.queries.shape[1]] = output_layout
         if output_layout is not None:
             self.layouts.outputs[name, call_index] = output_layout
 
-    def layout_of_output(self, output: Tensor) -> Layout | None:
-        """The layout of an output with one axis of features, or None."""
+    def layout_of_output(self, output: Tensor) -> tuple[Layout | None, int]:
+        """The layout of an output with one axis of features, or None, and that axis."""
         places = self.coordinates.of(output)
         if places is None or len(output) != 1:
-            return None
+            return None, -1
         places = thin(places, range(places.ndim - 1))
         # the axes of places are those along which coordinates differ; the one left holds features
         varying = [axis for axis in range(1, output.ndim) if places.shape[axis] > 1]
         if len(varying) != output.ndim - 2 or varying[-1] - varying[0] != len(varying) - 1:
-            return None
+            return None, -1
         constant = next(axis for axis in range(1, output.ndim) if axis not in varying)
         places = places.movedim(constant, -2).flatten(1, -3)  # (1, N, 1, 4)
         # layouts take long to find, and most modules leave tokens where they are
         key = places.numpy().tobytes()
         if key not in self.layouts_by_places:
             self.layouts_by_places[key] = layout(places, None, self.coordinates.size)
-        return self.layouts_by_places[key]
+        return self.layouts_by_places[key], constant
