@@ -127,11 +127,10 @@ def look(
         direction.check(model)
     about, of_curves = about or {}, curve_options(curve_fill, curve_fractions, views)
     names = about.get("classes") or class_names(model)
-    plan = Plan(model, views, chosen(probes, model), direction, noise, seed, batch_size, memory, names, loss, of_curves)
-    plan = replace(plan, query_budget=query_budget)
-    findings = Findings(
-        notes=dict.fromkeys([*metadata.notes(model, about, "mixing" in {probe.name for probe in plan.probes}), *views.remarks])
-    )
+    items = chosen(probes, model)
+    plan = Plan(model, views, items, direction, noise, seed, batch_size, memory, names, loss, of_curves, query_budget)
+    notes = [*metadata.notes(model, about, [probe.name for probe in items]), *views.remarks]
+    findings = Findings(notes=dict.fromkeys(notes))
     settings = settings_of(plan, curves, limit, probes is not None)
     mark = metadata.fingerprint(model, views, count, settings)
     writer = None if out is None else Writer(Path(out), mark)

@@ -49,11 +49,12 @@ def of_model(model: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def notes(model: nn.Module, given: Mapping[str, Any], mixing: bool) -> list[str]:
+def notes(model: nn.Module, given: Mapping[str, Any], probes: Sequence[str]) -> list[str]:
     """What is known before any image is seen: random weights, blocks without attention.
 
-    mixing: whether these have mixing maps.
+    probes: names of those of the look.
     """
+    mixing = "mixing" in probes
     lines = ([WARNING] if given.get("weights") == "random" else []) + weights_note(model)
     if mixers := [f"{name} ({type(module).__name__})" for name, module in mixers_in(model).items()]:
         instead = "there are mixing maps instead" if mixing else "nothing is read of it (probes: all mixing)"
