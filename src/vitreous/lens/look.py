@@ -101,8 +101,7 @@ def look(
     inputs: how images are prepared, in the words of a pretrained_cfg, in place of the model's own.
     direction: of `find_direction`, for signs and the foreground map.
     probes: what to measure, as texts ("spectra:scores=false") or objects; "all", and None: every
-        one of `lens/probes` that needs no passes of its own, and mixing maps of mixers;
-        "mixing:modules=stages.*.blocks.*" of other modules, and of models without attention.
+        one without passes of its own, and "mixing" of mixers (of others: "mixing:modules=...").
     loss: of (output, labels), for probes that need one.
     curves: on so many images insertion and deletion curves of maps, and those of shuffled weights;
         intervals from 16 on. curve_fill: of `faithfulness.FILLS`. curve_fractions: as in `curves`.
@@ -129,8 +128,7 @@ def look(
     names = about.get("classes") or class_names(model)
     items = chosen(probes, model)
     plan = Plan(model, views, items, direction, noise, seed, batch_size, memory, names, loss, of_curves, query_budget)
-    notes = [*metadata.notes(model, about, [probe.name for probe in items]), *views.remarks]
-    findings = Findings(notes=dict.fromkeys(notes))
+    findings = Findings(notes=dict.fromkeys([*metadata.notes(model, about, items), *views.remarks]))
     settings = settings_of(plan, curves, limit, probes is not None)
     mark = metadata.fingerprint(model, views, count, settings)
     writer = None if out is None else Writer(Path(out), mark)

@@ -19,7 +19,7 @@ from vitreous.lens.direction import Direction
 from vitreous.lens.faithfulness import answer, has_classes
 from vitreous.lens.layer_features import QUERIES
 from vitreous.lens.non_finite import weights_note
-from vitreous.lens.probe import Component
+from vitreous.lens.probe import Component, Probe
 from vitreous.lens.reading import Part
 from vitreous.lens.tap.attention_call import AttentionCall
 from vitreous.lens.token_coordinates import TokenCoordinates
@@ -49,12 +49,12 @@ def of_model(model: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def notes(model: nn.Module, given: Mapping[str, Any], probes: Sequence[str]) -> list[str]:
+def notes(model: nn.Module, given: Mapping[str, Any], probes: Sequence[Probe]) -> list[str]:
     """What is known before any image is seen: random weights, blocks without attention.
 
-    probes: names of those of the look.
+    probes: those of the look.
     """
-    mixing = "mixing" in probes
+    mixing = any(probe.name == "mixing" for probe in probes)
     lines = ([WARNING] if given.get("weights") == "random" else []) + weights_note(model)
     if mixers := [f"{name} ({type(module).__name__})" for name, module in mixers_in(model).items()]:
         instead = "there are mixing maps instead" if mixing else "nothing is read of it (probes: all mixing)"
