@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -62,8 +62,10 @@ class Gate(Mixer):
     """The gate of one block; complex_weight (*half, D, 2), real and imaginary part, of `grid`."""
 
     linear = True
+    quantities: ClassVar = Mixer.quantities | {"radial_response": replace(Mixer.quantities["radial_response"], span=(0, 0.5))}
 
-    def initialise(self, grid: Sequence[int], width: int, generator: torch.Generator) -> None:
+    def initialise(self, grid: Sequence[int], width: int, generator: torch.Generator | None = None) -> None:
+        """generator: None draws from torch's global state, as constructors of networks do."""
         self.grid = tuple(grid)
         shape = *self.grid[:-1], self.grid[-1] // 2 + 1, width, 2
         self.complex_weight = nn.Parameter(0.02 * torch.randn(shape, generator=generator))
@@ -72,6 +74,11 @@ class Gate(Mixer):
         """The half spectrum on a grid, complex, in at least single precision."""
         wide = torch.promote_types(self.complex_weight.dtype, torch.float32)
         return resized(torch.view_as_complex(self.complex_weight.to(wide)), self.grid, grid)
+
+    def set_grid(self, grid: Sequence[int]) -> None:
+        """Keep the kernel, and store its spectrum for another grid."""
+        weight = torch.view_as_real(self.weight(grid).detach()).to(self.complex_weight.dtype)
+        self.grid, self.complex_weight = tuple(grid), nn.Parameter(weight.contiguous())
 
     def mix(self, patches: Tensor) -> Tensor:
         with torch.autocast(patches.device.type, enabled=False):  # half precision has no such transform
