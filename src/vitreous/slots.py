@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from timm.layers import PatchEmbed, use_reentrant_ckpt
 from torch import nn
@@ -18,6 +18,7 @@ from vitreous.base.errors import GraftError, HostError, SettingError
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention, reads_around
 from vitreous.hosts.block import STATIONS, Block, check_halves
+from vitreous.hosts.directions import Directions, projections_of, unsuitable
 from vitreous.hosts.host import class_names, host_of
 from vitreous.hosts.mixer import Mixer
 from vitreous.hosts.read_out import read_tokens
@@ -25,6 +26,7 @@ from vitreous.hosts.stream_ends import Embed, StreamEnd
 from vitreous.layers.linear import Linear
 
 Changes = dict[str, Any]
+D = TypeVar("D", bound=Directions)
 
 
 def check_checkpointing() -> None:
@@ -38,7 +40,8 @@ def check_checkpointing() -> None:
 
 
 def depth(model: nn.Module) -> int:
-    return len(model.blocks)
+    """The number of blocks, in running order."""
+    return len(host_of(model).blocks)
 
 
 def prefix(model: nn.Module) -> int:
@@ -48,6 +51,11 @@ def prefix(model: nn.Module) -> int:
 
 def width(model: nn.Module) -> int:
     return host_of(model).width(0)
+
+
+def walks(model: nn.Module) -> bool:
+    """True if attention, blocks and tokens of the model can be exchanged; False where only linear layers can."""
+    return "walk" in host_of(model).offers
 
 
 def heads(model: nn.Module) -> int:
@@ -62,8 +70,8 @@ def layer_indices(model: nn.Module, layers: Iterable[int] | None) -> tuple[int, 
     wrong = [i for i in chosen if not 0 <= i < n]
     if wrong:
         raise SettingError(
-            f"Found layers={'+'.join(map(str, wrong))}, but this model has {n} blocks. Expected 0 to {n - 1}, counted as "
-            "in blocks.i. Give layers in that range."
+            f"Found layers={'+'.join(map(str, wrong))}, but this model has {n} blocks. Expected 0 to {n - 1}, counted in "
+            "the order in which they run. Give layers in that range."
         )
     return chosen
 
@@ -210,6 +218,39 @@ def adapt_linears(
     return changes
 
 
+def adapt_directions(model: nn.Module, layer: int, cls: type[D], mechanism: str) -> dict[str, D]:
+    """Changes that put a `cls` in the place of each linear layer of the attention at `layer` that gives queries or keys.
+
+    Raises HostError where the attention has no such layers, naming those that have; GraftError where a graft is there already.
+    """
+    host = host_of(model)
+    path = host.attention(layer)
+    attention = model.get_submodule(path)
+    if reason := unsuitable(attention):
+        others = [i for i in range(depth(model)) if unsuitable(model.get_submodule(host.attention(i))) is None]
+        advice = f"Choose layers={'+'.join(map(str, others))}, or some of these" if others else "Use another host"
+        raise HostError(
+            f"{path} is a {class_names([type(attention)])}, {reason}. Expected attention whose linear layers give queries and "
+            f"keys for a softmax of their products. {advice} for {mechanism}."
+        )
+    changes = {}
+    for name, parts in projections_of(attention).items():
+        inner = f"{path}.{name}"
+        linear = model.get_submodule(inner)
+        if not {"q", "k"} & set(parts):
+            continue
+        if isinstance(linear, Directions):
+            raise GraftError(
+                f"{inner} already holds {type(linear).__name__}, which makes unit vectors of queries and keys; {mechanism} "
+                "would undo it. Expected plain attention. Take the other graft out first (vitreous.ungraft), or choose other "
+                "layers."
+            )
+        if not isinstance(linear, Linear):
+            plain_linear(model, inner, mechanism)
+        changes[inner] = cls.holding(linear, parts, attention)
+    return changes
+
+
 def plain_linear(model: nn.Module, path: str, mechanism: str) -> nn.Linear:
     """The linear layer at a path, if it is one that a mechanism may take over; else HostError or GraftError."""
     linear = model.get_submodule(path)
@@ -330,6 +371,8 @@ def check_running(model: nn.Module) -> None:
 
 def read_out_moved(model: nn.Module) -> str | None:
     """Why the read-out at `norm` no longer fits the head, or None. `reset_classifier(n, pool)` can change the head."""
+    if not walks(model):
+        return None
     steps = any(block.steps(station) for block in model.blocks if isinstance(block, Block) for station in STATIONS)
     if steps and isinstance(model.norm, StreamEnd):
         heads, pooled = read_tokens(model)

@@ -48,6 +48,7 @@ LACKING = {
     "remove": ROTARY,
     "class_token": frozenset({"test_vit2", "test_vit3", "test_vit4"}),
     "attention": PARALLEL | {"diff_attention"},
+    "projections": PARALLEL | {"diff_attention"},
     "halves": PARALLEL,
     "reads_inserted": frozenset({"max"}),
     "class_head": frozenset({"test_vit2", "test_vit3", "test_vit4", "class_avg", "class_map", "class_map_all", "prr", "max"}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import accumulate, groupby
 
 import torch
 from timm.layers import PatchEmbed
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 from vitreous.base.errors import HostError, SettingError, UnknownName
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.block import HALVES, Block
+from vitreous.hosts.by_attention import ByAttention
 from vitreous.hosts.eva import EvaViT
 from vitreous.hosts.stream_ends import StreamEnd
 from vitreous.hosts.vit import WALKS, ViT
 from vitreous.layers.stream import Assignment, Stream, opened, reduce, take
 
-FAMILIES = (ViT(), EvaViT())
-SEPARATE = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc1": ("fc1_g", "fc1_x")}
+FAMILIES = (ViT(), EvaViT(), ByAttention())
+SEPARATE = {
+    "qkv": ("q_proj", "k_proj", "v_proj", "q", "k", "v", "kv", "wq", "wk", "wv"),
+    "fc1": ("fc1_g", "fc1_x"),
+}
 
 # word: the error where a mechanism requires it and the model does not offer it. The fields are filled by `Host.require`.
 CAPABILITIES: dict[str, str] = {
@@ -40,6 +45,10 @@ CAPABILITIES: dict[str, str] = {
         "slot here, such as svda."
     ),
     "attention": (
+        "blocks.0 is a {block}, whose attn is {attention}. Expected one of {attentions} (matched by class, "
+        "since others of the same name work differently). {mechanism} cannot be grafted into this model."
+    ),
+    "projections": (
         "blocks.0 is a {block}, whose attn is {attention}. Expected one of {attentions} (matched by class, "
         "since others of the same name work differently). {mechanism} cannot be grafted into this model."
     ),
@@ -81,7 +90,7 @@ CAPABILITIES: dict[str, str] = {
 class Host:
     """A model and what it offers; made by `host_of`. It holds nothing but the model.
 
-    blocks: dotted paths in running order. stages: ranges of blocks that share a grid and a width.
+    blocks: dotted paths in running order. stages: ranges of blocks that share a width.
     prefix: class, distillation and register tokens before the patches. offers: words of `CAPABILITIES`.
     """
 
@@ -90,11 +99,12 @@ class Host:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        return tuple(f"blocks.{i}" for i in range(len(self.model.blocks)))
+        return self.family.blocks(self.model)
 
     @property
     def stages(self) -> tuple[range, ...]:
-        return (range(len(self.model.blocks)),)
+        runs = [len(list(run)) for _, run in groupby(range(len(self.blocks)), self.width)]
+        return tuple(range(stop - run, stop) for run, stop in zip(runs, accumulate(runs), strict=True))
 
     @property
     def prefix(self) -> int:
@@ -106,24 +116,24 @@ class Host:
 
     def width(self, block: int) -> int:
         """Features of a token at a block."""
-        return self.model.embed_dim
+        return self.family.width(self.model, block)
 
     def heads(self, block: int) -> int:
         """Attention heads of a block, or of the first one that has any."""
-        modules = (m for b in (self.model.blocks[block], self.model.blocks) for m in b.modules())
+        modules = (m for path in (self.blocks[block], *self.blocks) for m in self.model.get_submodule(path).modules())
         return next(module.num_heads for module in modules if hasattr(module, "num_heads"))
 
     def attention(self, block: int) -> str:
         """Dotted path of a block's attention."""
-        return f"{self.blocks[block]}.attn"
+        return self.family.attention(self.model, block)
 
     def linears(self, block: int) -> dict[str, str]:
         """{name: dotted path} of the linear layers of a block: qkv, proj, fc1, fc2, ...; a second fc1 by its whole path."""
         path, linears = self.blocks[block], {}
-        for inner, module in self.model.blocks[block].named_modules():
+        for inner, module in self.model.get_submodule(path).named_modules():
             if isinstance(module, nn.Linear):
                 name = inner.rpartition(".")[2]
-                linears[inner if name in linears else name] = f"{path}.{inner}"
+                linears[inner if name in linears else name] = f"{path}.{inner}".lstrip(".")
         return linears
 
     def linears_called(self, name: str, block: int) -> tuple[str, ...]:
@@ -146,6 +156,8 @@ class Host:
         missing = next((word for word in CAPABILITIES if word in words - offers), None)
         if missing is None:
             return
+        if sentence := self.family.sentence(self.model, missing):
+            raise HostError(sentence.format(mechanism=mechanism))
         model, block = self.model, self.model.blocks[0]
         raise HostError(
             CAPABILITIES[missing].format(
@@ -174,9 +186,17 @@ def host_of(model: nn.Module) -> Host:
         raise HostError(
             f"The model is a {type(model).__module__}.{type(model).__name__}. Expected timm's VisionTransformer (ViT, DeiT, "
             "DINOv2, SigLIP, CLIP, ...) or Eva (EVA-02, DINOv3, ...), or a subclass that keeps their "
-            f"{' and '.join(WALKS)}. Create such a model with timm.create_model."
+            f"{' and '.join(WALKS)}; for linear layers also a model with an attention class that is known (Swin, PVTv2, "
+            "...) or has `projections`. Create such a model with timm.create_model."
         )
     return Host(model, family)
+
+
+def walkable(model: nn.Module) -> Host:
+    """The model as a host whose blocks can be run one by one. Raises HostError."""
+    host = host_of(model)
+    host.require(("walk",), "a walk over the blocks")
+    return host
 
 
 def embed(model: nn.Module, images: Tensor, *, keep: Tensor | None = None, context: Tensor | None = None) -> Stream:
@@ -185,7 +205,7 @@ def embed(model: nn.Module, images: Tensor, *, keep: Tensor | None = None, conte
     keep: (B, n) indices of the patches that enter, chosen after positions were added; the others have no token, and read as
     0 where places are restored. context: (B, M, D') tokens of another modality. Raises HostError.
     """
-    host = host_of(model)
+    host = walkable(model)
     x, rope = host.family.begin(model, images)
     x, state = opened(x)
     prefix = host.prefix
@@ -216,7 +236,7 @@ def run(
     is_causal: bool = False,
 ) -> Stream:
     """The stream behind blocks start to stop - 1 (None: all): any split gives the same. Raises HostError."""
-    family, masks = host_of(model).family, {}
+    family, masks = walkable(model).family, {}
     if attn_mask is not None or is_causal:
         masks = {"attn_mask": attn_mask, "is_causal": is_causal}
     x, state = stream.x, stream.state
@@ -229,7 +249,7 @@ def run(
 
 def finish(model: nn.Module, stream: Stream) -> Tensor:
     """The model's answer to a stream behind its last block: norm, pool, head. Raises HostError."""
-    host_of(model)
+    walkable(model)
     return model.forward_head(model.norm(stream if isinstance(model.norm, StreamEnd) else stream.x))
 
 

@@ -31,14 +31,14 @@ class ViT:
     def offers(self, model: nn.Module) -> set[str]:
         """The words of `host.CAPABILITIES` that hold for this model."""
         attentions = [getattr(block, "attn", None) for block in model.blocks]
+        known = any(isinstance(attn, (Attention, Mixer, *ATTENTIONS)) for attn in attentions)  # a mixer is refused by name
         return {"stream", "walk"} | {
             word
             for word, offered in {
                 "insert": self.tokens_change,
                 "remove": self.tokens_change,
-                "attention": any(
-                    isinstance(attn, (Attention, Mixer, *ATTENTIONS)) for attn in attentions
-                ),  # a mixer is refused by name
+                "attention": known,
+                "projections": known,
                 "halves": any(map(halves_of, model.blocks)),
                 "linear": any(isinstance(module, nn.Linear) for module in model.blocks.modules()),
                 "grid": isinstance(model.patch_embed, Embed) or type(model.patch_embed) is PatchEmbed,
@@ -51,6 +51,22 @@ class ViT:
             }.items()
             if offered
         }
+
+    def blocks(self, model: nn.Module) -> tuple[str, ...]:
+        """Dotted paths of the blocks, in running order."""
+        return tuple(f"blocks.{i}" for i in range(len(model.blocks)))
+
+    def attention(self, model: nn.Module, block: int) -> str:
+        """Dotted path of a block's attention."""
+        return f"blocks.{block}.attn"
+
+    def width(self, model: nn.Module, block: int) -> int:
+        """Features of a token at a block."""
+        return model.embed_dim
+
+    def sentence(self, model: nn.Module, word: str) -> str | None:
+        """What is said where a word of `host.CAPABILITIES` is missing, if it is not the sentence there."""
+        return None
 
     def prefix(self, model: nn.Module) -> int:
         """The number of class, distillation and register tokens that stand before the patches."""

@@ -9,8 +9,13 @@ from typing import Any
 import timm
 import torch
 from timm.layers import DiffAttention
+from timm.models.cait import Cait
+from timm.models.crossvit import CrossVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.twins import Twins
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,6 +67,21 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "grouped": vit(Eva, **DINOV3, qkv_fused=False, num_kv_heads=1, qk_norm=True),
 }
 
+# In these only mechanisms of linear layers stand: windows, reduced keys, talking heads, class
+# attention, two branches.
+STAGES: dict[str, Any] = {"depths": (2, 2), "embed_dims": (16, 16), "num_heads": (1, 2), "sr_ratios": (2, 1)}
+LINEAR_HOSTS: dict[str, Callable[[], nn.Module]] = {
+    "swin": partial(
+        SwinTransformer, SIZE, num_classes=CLASSES, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 2), mlp_ratio=2.0
+    ),
+    "pvt": partial(PyramidVisionTransformerV2, num_classes=CLASSES, mlp_ratios=(2, 2), **STAGES),
+    "twins": partial(Twins, SIZE, num_classes=CLASSES, mlp_ratios=(2, 2), wss=(4, 2), **STAGES),
+    "cait": vit(Cait, depth=2, depth_token_only=1, init_values=1.0),
+    "crossvit": partial(
+        CrossVit, SIZE, patch_size=(8, 16), num_classes=CLASSES, embed_dim=(16, 32), depth=((1, 1, 0),), num_heads=(2, 2)
+    ),
+}
+
 
 def small_hosts() -> dict[str, Callable[[], nn.Module]]:
     """{name: function that builds it} of the hosts that the contract is checked in.
@@ -77,7 +97,7 @@ def build(host: str) -> nn.Module:
     """The host in eval mode, the same at every call; the global random state stays as it is."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        model = HOSTS[host]()
+        model = (HOSTS | LINEAR_HOSTS)[host]()
         with torch.no_grad():
             # the usual start is so small that blocks do next to nothing
             for parameter in model.parameters():
@@ -126,7 +146,8 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
     """
     features = model.forward_features(x)
     logits = model.forward_head(features)
-    return F.cross_entropy(logits, torch.arange(len(x)) % CLASSES) + features.tanh().sum(-1).mean()
+    lists = features if isinstance(features, list) else [features]  # of branches
+    return F.cross_entropy(logits, torch.arange(len(x)) % CLASSES) + sum(part.tanh().sum(-1).mean() for part in lists)
 
 
 def fit(model: nn.Module, parameters: Iterable[nn.Parameter], steps: int = 2, lr: float = 0.05) -> None:

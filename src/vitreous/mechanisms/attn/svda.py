@@ -13,6 +13,7 @@ from torch.autograd import Function
 from vitreous import slots
 from vitreous.base.errors import HostError, SettingError
 from vitreous.hosts.attention import Attention, joined_projections, query_key_weights, written_out_is_faster
+from vitreous.hosts.directions import Directions
 from vitreous.layers.exposed import Exposed
 from vitreous.layers.stream import PLAIN, TokenState
 from vitreous.layers.unit_norm import needs_plain_ops, unit, unit_rows_in_place
@@ -34,18 +35,24 @@ class SVDA(Mechanism):
     Paper: Arampatzakis, Pavlidis, Mitianoudis, Papamarkos 2026, arXiv 2602.10994 (operator); regularisers and start as
         in the authors' experiments.
     Differs: fused kernel (sigma multiplies the queries). On rotary hosts the order is normalise, sigma, rotate (ours).
+        On hosts other than timm's ViT and Eva it stands in the linear layers that give queries and keys
+        (`hosts.directions`), and all that the host does with scores stays: windows, relative positions, reduced keys,
+        talking heads, class attention (ours).
     At start: changes the output; start=import comes near a pretrained host, once `vitreous.calibrate` has seen images.
     Cost: two row norms and one product per block, in few passes on the CPU (`layers.rows`); H * K parameters per block (+ H
         with scale=learned).
-    Settings: layers (0-based; default all). scale: paper = 1/sqrt(K), under which attention is nearly uniform because a
+    Settings: layers (0-based; default all; on hosts with stages or branches every attention counts as one, in the order
+        in which they run: Swin-T has 0 to 11, CaiT's class attention comes last, CrossViT counts in each block both
+        branches, then both fusions). scale: paper = 1/sqrt(K), under which attention is nearly uniform because a
         score cannot exceed max|sigma|/sqrt(K); one; sqrt = sqrt(K); learned = one positive factor per head, from sqrt(K).
         start: scratch = N(1, 0.1^2), gentle = 1 + 0.005 N(0, 1) for pretrained blocks, import = fitted to the host's own
         attention (`import_spectrum`). orthogonality, entropy: weights of the two penalties (0 = off). seed: of the start.
-    Raises: HostError where attention is not timm's plain, rotary or EVA one; import is for plain ones.
+    Raises: HostError where attention is not timm's plain, rotary or EVA one, nor of a class in
+        `hosts.directions.PROJECTIONS` or with `projections` of its own; import is for plain ones.
     """
 
     paper: ClassVar[str] = "Arampatzakis et al. 2026, arXiv 2602.10994"
-    requires: ClassVar[tuple[str, ...]] = ("attention",)
+    requires: ClassVar[tuple[str, ...]] = ("projections",)
     no_decay: ClassVar[tuple[str, ...]] = ("sigma", "log_scale")
     examples: ClassVar[tuple[str, ...]] = ("svda:scale=learned,start=gentle,layers=0+2",)
 
@@ -65,11 +72,20 @@ class SVDA(Mechanism):
     def changes(self, model: nn.Module) -> dict[str, Any]:
         layers = slots.layer_indices(model, self.layers)
         generator = torch.Generator().manual_seed(self.seed)
-        changes = {}
+        whole, changes = slots.walks(model), {}
+        if self.start == "import" and not whole:
+            raise HostError(
+                f"Found svda:start=import for a {type(model).__name__}. Expected timm's plain attention, whose scores alone a "
+                "spectrum can be fitted to. Use svda:start=gentle here."
+            )
         for i in layers:
-            new = SpectralAttention.of(slots.plain_attention(model, i, "svda"))
-            new.initialise(self, generator, share=1 / len(layers))
-            changes[f"blocks.{i}.attn"] = new
+            if whole:
+                new = {f"blocks.{i}.attn": SpectralAttention.of(slots.plain_attention(model, i, "svda"))}
+            else:
+                new = slots.adapt_directions(model, i, SpectralDirections, "svda")
+            for module in new.values():
+                module.initialise(self, generator, share=1 / len(layers))
+            changes |= new
         return changes
 
     def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,7 +97,46 @@ class SVDA(Mechanism):
             import_spectrum(model, images)
 
 
-class SpectralAttention(Attention):
+class Spectral(nn.Module):
+    """What holds a spectrum sigma (H, K) between unit queries and unit keys."""
+
+    def draw(self, settings: SVDA, generator: torch.Generator, heads: int, width: int) -> None:
+        """Draw sigma, and start the heads' factors where those are learned."""
+        noise = torch.randn(heads, width, generator=generator)
+        self.sigma = nn.Parameter(1 + STARTS.get(settings.start, 0.0) * noise)
+        self.log_scale = None
+        if settings.scale == "learned":
+            self.log_scale = nn.Parameter(torch.full((heads,), width**0.5).log())
+        self.exposed = Exposed("sigma", "number", "The learned weight of each latent direction of a head, free in sign.")
+
+    def scaled(self, sigma: Tensor) -> Tensor:
+        return sigma if self.log_scale is None else sigma * self.log_scale.exp()[:, None]
+
+
+class SpectralDirections(Spectral, Directions):
+    """A host's layer that gives queries, keys or both: unit vectors, queries by the spectrum sigma (H, K)."""
+
+    def initialise(self, settings: SVDA, generator: torch.Generator, share: float) -> None:
+        """As `SpectralAttention.initialise`; sigma stands where the queries are."""
+        self.weights = {"orthogonality": settings.orthogonality, "entropy": settings.entropy * share}
+        if "q" in self.parts:
+            self.draw(settings, generator, self.heads, self.head_dim)
+            self.factor = SCALES.get(settings.scale, SCALES["one"])(self.head_dim) / self.host_scale
+
+    def query_weight(self) -> Tensor:
+        """sigma, times the scale of the settings over that of the host, by which it multiplies the scores behind."""
+        return self.scaled(self.exposed(self.sigma)) * self.factor
+
+    def penalties(self) -> dict[str, Tensor]:
+        """As `SpectralAttention.penalties`, of what this layer holds: over the layers of an attention the same sum."""
+        projections = [w for w in map(self.rows, "qk") if w is not None]
+        terms = {"orthogonality": lambda: orthogonality(torch.stack(projections))}
+        if "q" in self.parts:
+            terms["entropy"] = lambda: spectral_entropy(self.sigma).mean()
+        return {f"svda_{name}": self.weights[name] * term() for name, term in terms.items() if self.weights[name]}
+
+
+class SpectralAttention(Spectral, Attention):
     """The host's attention with unit queries and keys and a spectrum sigma (H, K).
 
     The spectrum stands between them.
@@ -89,15 +144,9 @@ class SpectralAttention(Attention):
 
     def initialise(self, settings: SVDA, generator: torch.Generator, share: float) -> None:
         """Draw sigma and set the scale; share: this layer's part in means over layers."""
-        heads, width = self.num_heads, self.head_dim
-        noise = torch.randn(heads, width, generator=generator)
-        self.sigma = nn.Parameter(1 + STARTS.get(settings.start, 0.0) * noise)
+        self.draw(settings, generator, self.num_heads, self.head_dim)
         self.host_scale = self.scale
-        self.scale = SCALES.get(settings.scale, SCALES["one"])(width)
-        self.log_scale = None
-        if settings.scale == "learned":
-            self.log_scale = nn.Parameter(torch.full((heads,), width**0.5).log())
-        self.exposed = Exposed("sigma", "number", "The learned weight of each latent direction of a head, free in sign.")
+        self.scale = SCALES.get(settings.scale, SCALES["one"])(self.head_dim)
         self.weights = {"orthogonality": settings.orthogonality, "entropy": settings.entropy * share}
 
     @property
@@ -107,9 +156,6 @@ class SpectralAttention(Attention):
         Times the heads' factors where those are learned.
         """
         return self.scaled(self.sigma)
-
-    def scaled(self, sigma: Tensor) -> Tensor:
-        return sigma if self.log_scale is None else sigma * self.log_scale.exp()[:, None]
 
     def project(self, x: Tensor, state: TokenState = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.scaled(self.exposed(self.sigma))

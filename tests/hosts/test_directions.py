@@ -1,0 +1,428 @@
+"""SVDA at the linear slot: the formula, the graft on a plain ViT, and hosts of which only the linear layers are known."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import timm
+import torch
+from timm.models.beit import Beit
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.volo import VOLO
+from timm.models.xcit import Xcit
+from torch import nn
+from torch.nn import functional as F
+
+from contract.low_rank import LowRank
+from vitreous import SVDA, check, graft, grafts, host_of, new_parameters, slots, ungraft
+from vitreous.base.errors import GraftError, HostError, NotReached, SettingError
+from vitreous.grafting import penalties
+from vitreous.hosts.by_attention import ByAttention
+from vitreous.hosts.directions import Directions, attentions_in
+from vitreous.hosts.host import Host, embed
+from vitreous.lens.look import look
+from vitreous.lens.tap import trace, watch
+from vitreous.mechanisms.attn.svda import SpectralAttention, SpectralDirections
+from vitreous.models import model_folder
+from vitreous.testing import contract_checks
+from vitreous.testing.hosts import LINEAR_HOSTS, build, images
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+VOLO_SETTINGS = {
+    "layers": (1, 1), "img_size": 32, "embed_dims": (16, 32), "stem_hidden_dim": 8, "num_heads": (2, 2), "num_classes": 5,
+    "outlook_attention": (True, False), "downsamples": (True, False),
+}  # fmt: skip
+THREE_PARTS = re.compile(r"^\S.+?\. Expected .+?\. \S.+\.$", re.DOTALL)
+
+# -- laws ------------------------------------------------------------------------------------------------------------
+
+ITEMS = ("svda", "svda:scale=learned,start=gentle,layers=0+2")
+LAWS = (  # that ask nothing of a stream of tokens, of masks or of a walk over blocks
+    "changes_are_pure", "grafting_is_repeatable", "conversion_reaches_everything", "copies_are_whole", "moving_average_follows",
+    "unusual_images_stay_finite", "ends_of_settings_stay_finite", "compiles", "exports", "exact_at_init",
+    "batch_mates_do_not_matter", "calls_agree", "double_precision_agrees", "autocast", "new_parameters_learn",
+    "plain_checkpoint_loads", "removal_is_exact", "training_new_parameters_keeps_the_host", "training_is_kept",
+    "saved_weights_load", "gradient_checkpointing",
+)  # fmt: skip
+UNCHECKPOINTED = ("twins", "crossvit")  # timm has no gradient checkpointing there
+GRAPHS = {"compiles": "crossvit", "exports": "swin"}  # 10 to 20 s each: in all hosts by --full
+
+
+def holds_for(check, full):
+    """Whether a law is held against a host."""
+    law = check.law.__name__
+    if law == "gradient_checkpointing":
+        return check.host not in UNCHECKPOINTED
+    return law in LAWS and (full or check.host == GRAPHS.get(law, check.host))
+
+
+def pytest_generate_tests(metafunc):
+    if "law_of_linears" in metafunc.fixturenames:
+        first, second = ITEMS
+        checks = [c for host in LINEAR_HOSTS for c in contract_checks(first, hosts=[host])]
+        checks += contract_checks(second, hosts=["pvt"])
+        full = metafunc.config.getoption("full")
+        metafunc.parametrize("law_of_linears", [c for c in checks if holds_for(c, full)], ids=lambda c: c.name)
+
+
+def test_contract(law_of_linears):
+    law_of_linears.run()
+
+
+@pytest.mark.parametrize("name", LINEAR_HOSTS)
+def test_low_rank_adapters_stand_there_too(name):
+    model, x = build(name), images()
+    before = model(x)
+    graft(model, LowRank(linears=("qkv", "proj"), start=0.5))
+    check(model, x)
+    assert (model(x) - before).abs().max() > 1e-3
+    ungraft(model)
+    assert torch.equal(model(x), before)
+    assert torch.equal(graft(model, LowRank(linears=("qkv", "proj")))(x), before)
+
+
+@pytest.mark.parametrize("name", LINEAR_HOSTS)
+def test_svda_on_an_adapter_is_svda_on_the_merged_weight(name):
+    adapter, x = LowRank(linears=("qkv",), start=0.5), images()
+    model = check(graft(build(name), adapter, "svda"), x)
+    merged = build(name)
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if hasattr(module, "effective_weight"):
+                merged.get_submodule(path).weight.copy_(module.effective_weight())
+    graft(merged, "svda")
+    torch.testing.assert_close(model(x), merged(x), atol=1e-4, rtol=1e-4)
+    assert (model(x) - graft(build(name), "svda")(x)).abs().max() > 1e-3
+    assert torch.allclose(penalties(model)["svda_orthogonality"], penalties(merged)["svda_orthogonality"])
+    ungraft(model, all=True)
+    assert torch.equal(model(x), build(name)(x))
+    with pytest.raises(GraftError, match=r"already holds SpectralDirections.*Expected a plain"):
+        graft(model, "svda", adapter)
+
+
+# -- the formula -----------------------------------------------------------------------------------------------------
+
+
+class Weighted(Directions):
+    def query_weight(self):
+        return self.sigma
+
+
+@pytest.mark.parametrize("parts", ["qkv", "q", "k", "kv", "kqv"])
+def test_a_layer_equals_loops(parts):
+    torch.manual_seed(0)
+    owner = nn.Module()
+    owner.num_heads = 2
+    layer = Weighted.holding(nn.Linear(5, len(parts) * 6).double(), parts, owner)
+    layer.sigma = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    expected = F.linear(x, layer.weight, layer.bias).detach()
+    for b in range(2):
+        for n in range(4):
+            for p, part in enumerate(parts):
+                for h in range(2):
+                    row = expected[b, n, 6 * p + 3 * h : 6 * p + 3 * h + 3]
+                    length = 1.0 if part == "v" else math.sqrt(sum(r.item() ** 2 for r in row))
+                    for d in range(3):
+                        row[d] = row[d] / length * (layer.sigma[h, d] if part == "q" else 1.0)
+    assert (layer(x) - expected).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("scale", ["paper", "one", "sqrt", "learned"])
+def test_window_attention_equals_the_papers_formula_with_the_hosts_bias(scale):
+    model = graft(build("swin").double(), SVDA(scale=scale))
+    attention = model.layers[0].blocks[0].attn
+    layer, heads, width = attention.qkv, 2, 8
+    number = {"paper": width**-0.5, "one": 1.0, "sqrt": width**0.5}.get(scale) or layer.log_scale[0].exp().item()
+    x = torch.randn(1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k, v = F.linear(x[0], layer.weight, layer.bias).detach().view(16, 3, heads, width).unbind(1)
+    rows_q, rows_k, sigma, table = (t.tolist() for t in (q, k, layer.sigma, attention.relative_position_bias_table))
+    out = torch.zeros(16, heads, width, dtype=torch.float64)
+    for h in range(heads):
+        for i in range(16):
+            scores = []
+            for j in range(16):
+                product = sum(s * a * b for s, a, b in zip(sigma[h], rows_q[i][h], rows_k[j][h], strict=True))
+                lengths = math.hypot(*rows_q[i][h]) * math.hypot(*rows_k[j][h])
+                row = (i // 4 - j // 4 + 3) * 7 + i % 4 - j % 4 + 3
+                scores.append(number * product / lengths + table[row][h])
+            total = sum(map(math.exp, scores))
+            out[i, h] = sum(math.exp(score) / total * v[j, h] for j, score in enumerate(scores))
+    assert (attention(x)[0] - attention.proj(out.flatten(1))).abs().max() < 1e-12
+    assert attention.relative_position_bias_table.abs().max() > 0.1
+
+
+@pytest.fixture
+def on_linears(monkeypatch):
+    """A plain ViT, taken as a host of which only the linear layers are known."""
+
+    def function(model, text):
+        with monkeypatch.context() as patch:
+            for module in ("vitreous.slots", "vitreous.grafting"):
+                patch.setattr(f"{module}.host_of", lambda model: Host(model, ByAttention()))
+            return graft(model, text)
+
+    return function
+
+
+WIDTHS = {4: 1, 16: 2, 64: 1, 8: 3, 32: 1, 24: 2}  # K: heads
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scale", ["paper", "one", "sqrt", "learned"])
+def test_on_a_plain_vit_it_is_the_graft_that_is_there(scale, width, on_linears):
+    """Bit for bit where the factor that makes up for the host's scale is a power of two; rounding elsewhere.
+
+    The factor is 1 for `paper`, K for `sqrt`, sqrt(K) for `one` and `learned`.
+    """
+    settings = SMALL | {"num_heads": WIDTHS[width], "embed_dim": width * WIDTHS[width]}
+
+    def host():
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", **settings).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
+
+    text = f"svda:scale={scale}"
+    there, ours = graft(host(), text), on_linears(host(), text)
+    assert isinstance(there.blocks[0].attn, SpectralAttention)
+    assert isinstance(ours.blocks[0].attn.qkv, SpectralDirections)
+    factor = {"paper": 1, "sqrt": width}.get(scale, width**0.5)
+    x = images()
+    if math.log2(factor).is_integer():
+        assert torch.equal(ours(x), there(x))
+    torch.testing.assert_close(ours(x), there(x), atol=1e-5, rtol=1e-5)
+    for model in (ours, there):
+        (model(x).square().mean() + sum(penalties(model).values())).backward()
+    torch.testing.assert_close(ours.blocks[0].attn.qkv.sigma.grad, there.blocks[0].attn.sigma.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.blocks[0].attn.qkv.weight.grad, there.blocks[0].attn.qkv.weight.grad, atol=1e-5, rtol=1e-4)
+    assert (ours(x) - host()(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "parts"), [("swin", ["qkv"]), ("pvt", ["q", "kv"]), ("cait", ["qkv"])])
+def test_penalties_are_those_of_the_rows_of_queries_and_keys(name, parts):
+    model = graft(build(name).double(), SVDA(orthogonality=2.0, entropy=3.0))
+    attentions = [model.get_submodule(host_of(model).attention(i)) for i in range(len(host_of(model).blocks))]
+    orthogonality, entropies = 0.0, []
+    for attention in attentions:
+        names = parts if hasattr(attention, parts[-1]) else ["q", "k"]
+        for child in names:
+            layer = getattr(attention, child)
+            size = layer.out_features // len(child)
+            for p, part in enumerate(child):
+                if part in "qk":
+                    rows = layer.weight[p * size : (p + 1) * size]
+                    orthogonality += (rows @ rows.T - torch.eye(size)).square().mean()
+        sigma = getattr(attention, names[0]).sigma
+        energy = sigma.square() / sigma.square().sum(-1, keepdim=True)
+        entropies += [-(energy * energy.log()).sum(-1).mean()]
+    found = penalties(model)
+    torch.testing.assert_close(found["svda_orthogonality"], 2 * orthogonality)
+    torch.testing.assert_close(found["svda_entropy"], 3 * sum(entropies) / len(entropies), rtol=1e-6, atol=0)
+    assert penalties(graft(build(name), SVDA(orthogonality=0.0, entropy=0.0))) == {}
+
+
+# -- the lens --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LINEAR_HOSTS)
+def test_look_shows_the_attention_that_runs_and_the_spectrum_in_it(name):
+    model, x = graft(build(name), "svda:scale=sqrt"), images(2)
+    calls = []
+    seen = watch(model, x, lambda call: calls.append((call.name, call.error)), layouts=trace(model, x))
+    paths = [host_of(model).attention(i) for i in range(slots.depth(model))]
+    assert [path for path, _ in calls] == paths  # blocks are counted in the order in which they run
+    assert not seen.refused
+    assert max(error for _, error in calls) <= 4e-7
+    reading = look(model, x, noise=0.1)
+    table = reading.table()
+    spectra = reading.spectra
+    for layer, path in enumerate(paths):
+        attention = model.get_submodule(path)
+        sigma = next(module.sigma for module in attention.children() if hasattr(module, "sigma"))
+        assert torch.equal(torch.as_tensor(spectra["learned", layer]), sigma.detach().float())
+        here = table["layer"] == layer
+        assert {"learned", "weight", "score", "attention"} <= set(table["source"][here])
+        rank = table["effective_rank"][here & (table["source"] == "learned")]
+        assert ((rank >= 1) & (rank <= sigma.shape[1])).all()
+    notes = " ".join(reading.facts["notes"])
+    assert "normalised, pooled or weighted between weights and product" in notes
+    assert "could not be confirmed" not in notes
+    alignment = table["angular_alignment"]
+    assert (abs(alignment[~(alignment != alignment)]) <= 1 + 1e-6).all()
+
+
+# -- which layers, and refusals --------------------------------------------------------------------------------------
+
+
+def test_layers_count_attentions_in_running_order():
+    expected = {
+        "swin": ["layers.0.blocks.0.attn", "layers.0.blocks.1.attn", "layers.1.blocks.0.attn"],
+        "pvt": ["stages.0.blocks.0.attn", "stages.0.blocks.1.attn", "stages.1.blocks.0.attn", "stages.1.blocks.1.attn"],
+        "twins": ["blocks.0.0.attn", "blocks.0.1.attn", "blocks.1.0.attn", "blocks.1.1.attn"],
+        "cait": ["blocks.0.attn", "blocks.1.attn", "blocks_token_only.0.attn"],
+        "crossvit": [
+            "blocks.0.blocks.0.0.attn",
+            "blocks.0.blocks.1.0.attn",
+            "blocks.0.fusion.0.attn",
+            "blocks.0.fusion.1.attn",
+        ],
+    }
+    for name, paths in expected.items():
+        model = build(name)
+        assert [path for _, path in attentions_in(model)] == paths
+        graft(model, "svda:layers=1+2")
+        assert {change.path.rpartition(".")[0] for change in grafts(model)[0].changes} == set(paths[1:3])
+        with pytest.raises(SettingError, match=rf"layers=9.*{len(paths)} blocks"):
+            graft(build(name), "svda:layers=9")
+    stages = {"swin": 2, "pvt": 1, "cait": 1, "crossvit": 3}  # runs of blocks of one width
+    for name, count in stages.items():
+        assert len(host_of(build(name)).stages) == count
+    assert [host_of(build("swin")).width(i) for i in range(3)] == [16, 16, 32]
+    assert [host_of(build("pvt")).heads(i) for i in range(4)] == [1, 1, 2, 2]
+
+
+def refused(model, text):
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(HostError) as caught:
+        graft(model, text)
+    assert THREE_PARTS.match(str(caught.value)), str(caught.value)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    return str(caught.value)
+
+
+def test_outlook_attention_is_refused_and_the_layers_that_fit_are_named():
+    message = refused(VOLO(**VOLO_SETTINGS), "svda")
+    assert "network.0.0.attn is a timm.models.volo.OutlookAttention" in message
+    assert "Choose layers=1+2+3" in message
+    model, x = VOLO(**VOLO_SETTINGS).eval(), images()
+    before = model(x)
+    check(graft(model, "svda:layers=1+2+3"), x)
+    assert (model(x) - before).abs().max() > 1e-6
+    assert ungraft(model).changed == ()
+    assert torch.equal(model(x), before)
+
+
+REFUSED = {
+    "unit length already": partial(SwinTransformerV2, 32, window_size=4, embed_dim=16, depths=(1,), num_heads=(2,)),
+    "never calls the layer": partial(Beit, **SMALL),
+    "channels attend to each other": partial(Xcit, cls_attn_layers=1, **SMALL | {"patch_size": 16}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_attention_that_has_no_such_layers_is_refused_by_name(reason):
+    model = REFUSED[reason]()
+    message = refused(model, "svda")
+    assert reason in message
+    assert "attn is a timm.models." in message
+
+
+@pytest.mark.parametrize("text", ["spc", "gaussian_mask", "adaptformer", "token_merging", "ggem", "channelvit"])
+def test_mechanisms_of_other_slots_are_refused(text):
+    for name in LINEAR_HOSTS:
+        message = refused(build(name), text)
+        assert type(build(name)).__name__ in message
+        assert "linear layers" in message
+    with pytest.raises(HostError, match="linear layers"):
+        embed(build("swin"), images())
+    with pytest.raises(HostError, match="linear layers"):
+        slots.prefix(build("swin"))
+
+
+def test_a_fit_to_the_hosts_scores_and_a_second_graft_are_refused():
+    assert "start=gentle" in refused(build("swin"), "svda:start=import")
+    with pytest.raises(GraftError, match=r"qkv already holds SpectralDirections.*Expected plain attention"):
+        graft(build("swin"), "svda:layers=0", "svda")
+
+
+def test_norms_behind_the_layer_are_refused():
+    model = build("crossvit")
+    model.blocks[0].blocks[0][0].attn.q_norm = nn.LayerNorm(8)
+    assert "norms queries and keys behind" in refused(model, "svda:layers=0")
+
+
+# -- networks of one's own -------------------------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """An attention as one writes it: keys and values first, scores divided by the square root of the model's width."""
+
+    projections: ClassVar[dict[str, str]] = {"kqv": "kqv"}
+
+    def __init__(self, width=16, heads=2):
+        super().__init__()
+        self.num_heads, self.scale = heads, width**-0.5
+        self.kqv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        k, q, v = self.product(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (self.scale * q @ k.mT).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    def product(self, x):
+        return self.kqv(x)
+
+
+class Around(Own):
+    def product(self, x):
+        return F.linear(x, self.kqv.weight, self.kqv.bias)
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+def own_network(attention):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Flatten(2), Turned(), attention()).eval()
+
+
+def test_an_attention_of_ones_own_takes_it_by_its_projections():
+    model = graft(own_network(Own), "svda:scale=one")
+    attention = model[3]
+    x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1))
+    k, q, v = F.linear(x, attention.kqv.weight, attention.kqv.bias).view(1, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    scores = (F.normalize(q, dim=-1) * attention.kqv.sigma[:, None]) @ F.normalize(k, dim=-1).mT
+    expected = attention.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), expected, atol=1e-6, rtol=1e-5)
+    check(model, images())
+    assert len(new_parameters(model)) == 1
+
+
+def test_a_layer_that_the_host_reads_around_is_reported():
+    model = graft(own_network(Around), "svda")
+    with pytest.raises(NotReached, match=r"3\.kqv was not called"):
+        check(model, images())
+
+
+def test_a_class_that_does_not_fit_its_projections_is_refused():
+    model = own_network(Own)
+    model[3].num_heads = 3
+    assert "layer of 48 numbers for the parts 'kqv' and num_heads=3" in refused(model, "svda")
+    model[3].num_heads = 2
+    model[3].scale = torch.ones(())
+    assert "Own.scale of type Tensor" in refused(model, "svda")
+    model[3].scale = 1.0
+    model[3].kqv = nn.Bilinear(4, 4, 48)
+    assert "Linear itself" in refused(model, "svda")
+    with pytest.raises(TypeError, match="define query_weight"):
+        Directions.holding(nn.Linear(4, 4), "q", Own()).query_weight()
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    small = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 3}
+    model = graft(timm.create_model("swin_tiny_patch4_window7_224", **small).eval(), "svda:scale=learned")
+    with torch.no_grad():
+        model.layers[0].blocks[0].attn.qkv.sigma.mul_(2)
+    model_folder.save(model, tmp_path)
+    again, x = model_folder.load(tmp_path), images(2)
+    assert grafts(again)[0].mechanism == grafts(model)[0].mechanism
+    assert torch.equal(again(x), model(x))
