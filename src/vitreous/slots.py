@@ -299,6 +299,20 @@ def plain_embedding(model: nn.Module, mechanism: str) -> PatchEmbed:
     )
 
 
+def plain_projection(model: nn.Module, mechanism: str) -> nn.Conv2d:
+    """The convolution at `patch_embed.proj` that makes the patches, if a mechanism may take its place.
+
+    Raises HostError or GraftError.
+    """
+    projection = plain_embedding(model, mechanism).proj
+    if type(projection) is nn.Conv2d:
+        return projection
+    raise GraftError(
+        f"patch_embed.proj is a {class_names([type(projection)])}, which {mechanism} would undo. Expected the host's "
+        "convolution of patches. Take out the graft that put it there (vitreous.ungraft), or use another host."
+    )
+
+
 def open_stream(model: nn.Module, mechanism: str, embed: Embed | None = None) -> Changes:
     """Changes after which every block, and the attention in it, gets a state with the grid of the images.
 

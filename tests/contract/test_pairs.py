@@ -44,14 +44,16 @@ def rivals(first: str, second: str) -> bool:
     """True if both want the same thing, so that one may refuse the other: all other pairs have to stack."""
     a, b = known_signature(parse(first)), known_signature(parse(second))
     classes = [{name.partition(".")[0] for name in each.overrides} for each in (a, b)]
-    alone = {"attn_pool", "blocks.*:between"}  # where there is room for one
+    alone = {"attn_pool", "blocks.*:between", "patch_embed.proj"}  # where there is room for one
     alone |= {place for place in a.places if place.startswith(("blocks.*.attn.", "blocks.*.mlp."))}  # a linear layer
+    patches = any("Embed.patches" in one.overrides and "patch_embed.proj" in other.places for one, other in ((a, b), (b, a)))
     pool = any("attn_pool" in one.places and "class_head" in other.requires for one, other in ((a, b), (b, a)))
     displaced = any(  # a mixer takes attention away, and with it whatever stands on it
         "Mixer" in mine and any(place.startswith("blocks.*.attn") for place in other.places)
         for mine, other in ((classes[0], b), (classes[1], a))
     )
-    return bool(classes[0] & classes[1]) or bool(a.places & b.places & alone) or pool or displaced
+    rivalry = pool or patches or displaced
+    return bool(classes[0] & classes[1]) or bool(a.places & b.places & alone) or rivalry
 
 
 def nested(first: str, second: str) -> bool:

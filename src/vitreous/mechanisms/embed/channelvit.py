@@ -54,7 +54,8 @@ class ChannelViT(Mechanism):
             raise SettingError(f"Found channels={self.channels}. Expected 1 or more. Give such a number.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        embed = ChannelEmbed.of(slots.plain_embedding(model, self.name), slots.prefix(model))
+        slots.plain_projection(model, self.name)
+        embed = ChannelEmbed.of(model.patch_embed, slots.prefix(model))
         embed.initialise(self, slots.width(model))
         path, displaced = slots.after_positions(model)
         return slots.open_stream(model, self.name, embed) | {path: Fold.of(displaced)}
