@@ -7,11 +7,11 @@ import re
 import pytest
 import timm
 import torch
-from architectures.released import fill
-from architectures.released import pictures as recorded
 from torch import nn
 from torch.nn import functional as F
 
+from architectures.released import fill
+from architectures.released import pictures as recorded
 from vitreous import graft
 from vitreous.architectures.spikformer import SpikingAttention, attend, checkpoint_filter_fn, firing_rates
 from vitreous.base.errors import HostError, SettingError

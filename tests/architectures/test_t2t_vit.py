@@ -8,10 +8,10 @@ import re
 import pytest
 import timm
 import torch
-from architectures.released import fill
-from architectures.released import pictures as recorded
 from torch.nn import functional as F
 
+from architectures.released import fill
+from architectures.released import pictures as recorded
 from vitreous import check, graft, ungraft
 from vitreous.architectures.t2t_vit import checkpoint_filter_fn, renamed, sinusoid
 from vitreous.base.errors import SettingError

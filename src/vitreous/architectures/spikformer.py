@@ -1,4 +1,4 @@
-"""Spikformer (first version): a vision transformer whose neurons answer with spikes, 0 or 1, over a few time steps."""
+"""Spikformer (first version): a vision transformer of spikes, 0 or 1, over a few time steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SpikingConv(nn.Module):
         self.conv, self.norm, self.spikes = conv, norm, LIF()
 
     def forward(self, x: Tensor, steps: int | None = None) -> Tensor:
-        """steps: the number of steps for which x (1, B, C, *) is the same; its current is computed once."""
+        """steps: of the output where x (1, B, C, *) is the same in all; one current serves them."""
         current = self.norm(self.conv(x.flatten(0, 1))).unflatten(0, (x.shape[0], -1))
         return self.spikes(current if steps is None else current.expand(steps, *current.shape[1:]))
 
@@ -47,7 +47,10 @@ def spiking_conv2d(inputs: int, outputs: int, kernel: int = 3, bias: bool = Fals
 
 
 class SpikingAttention(nn.Module):
-    """y = LIF_0.5(q (k^T v) / 8) with spikes q, k, v, then a spiking layer: x (T, B, D, H, W) -> the same shape."""
+    """LIF_0.5(q (k^T v) / 8) with spikes q, k, v, then a spiking layer.
+
+    x (T, B, D, H, W) -> the same shape.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -63,7 +66,10 @@ class SpikingAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (k^T v) / 8 without a softmax, in linear time: q, k, v (..., K, N), a column for each token, -> (..., K, N)."""
+    """q (k^T v) / 8 without a softmax, in linear time.
+
+    q, k, v (..., K, N), a column for each token, -> (..., K, N).
+    """
     return (v @ k.mT) @ q * SCALE
 
 
@@ -86,7 +92,7 @@ class SpikingBlock(nn.Module):
 
 
 class Spikformer(nn.Module):
-    """A convolutional stem, blocks of spiking attention and MLP, and a linear head on the mean over steps and tokens.
+    """A convolutional stem, spiking attention and MLPs, a linear head on the mean over steps.
 
         x[t] = image for t = 1..T;  stem: four times [3x3 conv, BN, LIF, 3x3 max pool of stride 2];  x = x + LIF(BN(conv(x)))
         block: x = x + LIF(BN(W LIF_0.5(q (k^T v) / 8)));  x = x + MLP(x)         q, k, v = LIF(BN(W x)), all 0 or 1
@@ -139,7 +145,7 @@ class Spikformer(nn.Module):
         return x + self.position(x)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> the mean over steps of the last block's sums, (B, D, H / 16, W / 16)."""
+        """images (B, C, H, W) -> the mean over steps of the last block, (B, D, H / 16, W / 16)."""
         x = self.embed(images)
         for block in self.blocks:
             x = self.run(block, x)
@@ -164,7 +170,10 @@ class Spikformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The mean over steps behind blocks, (B, D, H / 16, W / 16) each, and the last; as in timm. There is no final norm."""
+        """The mean over steps behind blocks, (B, D, H / 16, W / 16) each, and the last, as in timm.
+
+        There is no final norm. Raises SettingError for an output_fmt that is not NCHW.
+        """
         if output_fmt != "NCHW":
             raise SettingError(f"Found output_fmt={output_fmt}. Expected NCHW, since this network has pictures. Leave it out.")
         chosen, last = feature_take_indices(len(self.blocks), indices)
@@ -189,7 +198,10 @@ class Spikformer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for so many classes, none for 0. Raises SettingError for a pool that is not avg."""
+        """A new head for so many classes, none for 0.
+
+        Raises SettingError for a pool that is not avg.
+        """
         check_pool(global_pool if global_pool is not None else self.global_pool)
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.num_classes = num_classes
@@ -203,7 +215,7 @@ class Spikformer(nn.Module):
 
 
 def classifier(width: int, classes: int) -> nn.Module:
-    """A linear layer drawn as the authors do, or what passes features on where there are no classes."""
+    """A linear layer drawn as the authors do; for 0 classes what passes features on."""
     if not classes:
         return nn.Identity()
     head = nn.Linear(width, classes)
@@ -213,9 +225,9 @@ def classifier(width: int, classes: int) -> nn.Module:
 
 
 def firing_rates(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """{layer: share of its neurons' steps with a spike}, in the order of the pass: blocks.0.attn.q, ...
+    """{layer: share of its neurons' steps with a spike}.
 
-    A spike costs additions where another network multiplies, so rates times the operations of the
+    In the order of the pass, and with names such as blocks.0.attn.q. A spike costs additions where another network multiplies, so rates times the operations of the
     next layer estimate energy.
     """
     rates: dict[str, float] = {}
@@ -255,7 +267,10 @@ def check_settings(width: int, heads: int, steps: int, pools: tuple[int, ...], g
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint of the authors' own code under our names, without layer norms that are never called."""
+    """A checkpoint of the authors' own code under our names.
+
+    Without the layer norms that are never called.
+    """
     changed = {}
     for name, value in state_dict.items():
         if not UNUSED.match(name):

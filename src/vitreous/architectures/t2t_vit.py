@@ -1,4 +1,4 @@
-"""T2T-ViT: deep and narrow vision transformers whose patches grow out of overlapping windows."""
+"""T2T-ViT: deep, narrow vision transformers whose patches grow out of overlapping windows."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ THEIRS = {  # names in the authors' code
 
 
 class T2TViT(VisionTransformer):
-    """timm's ViT on patches of a tokens-to-token module, with fixed positions and q, k, v without bias.
+    """timm's ViT on patches of a tokens-to-token module, with fixed positions.
 
         x = [class; tokens_to_token(image)] + sinusoid;  pre-norm blocks;  logits = Linear(LN(x)[class])
         sinusoid[n, 2 i] = sin(n / 10000^(2 i / D)),  sinusoid[n, 2 i + 1] = cos(n / 10000^(2 i / D))        n: class 0
 
     Paper: Yuan, Chen, Wang, Yu, Shi, Jiang, Tay, Feng, Yan 2021, arXiv 2101.11986.
+    Queries, keys and values have no bias.
     Differs: positions and random directions are buffers, so that no choice of what trains lets them move. Positions of
         other image sizes (`set_input_size`, dynamic_img_size) are resampled over the grid, as timm does.
     Settings beside timm's: those of `tokens_to_token`, its width and dropout as token_width and token_dropout.
@@ -78,7 +79,7 @@ class T2TViT(VisionTransformer):
                 self.pos_embed.copy_(sinusoid(*self.pos_embed.shape[1:])[None])
 
     def set_input_size(self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None) -> None:
-        """Resample the positions for images of another size. Raises SettingError for other patches."""
+        """Resample the positions for another image size. Raises SettingError for other patches."""
         if patch_size not in (None, self.patch_embed.patch_size):
             raise SettingError(
                 f"Found patch_size={patch_size}. Expected {self.patch_embed.patch_size}, which the strides make. "
@@ -100,7 +101,10 @@ def embedding(make: partial[TokenProjection], embed_dim: int, in_chans: int, **a
 
 
 def sinusoid(places: int, width: int) -> Tensor:
-    """Sines and cosines in turn: (places, width) float32, computed in float64 (powers in float32 are 7e-6 off)."""
+    """Sines and cosines in turn: (places, width) float32.
+
+    Computed in float64: powers in float32 are 7e-6 off.
+    """
     place = torch.arange(places, dtype=torch.float64)[:, None]
     pair = torch.arange(width, dtype=torch.float64) // 2
     angle = place / 10000 ** (2 * pair / width)

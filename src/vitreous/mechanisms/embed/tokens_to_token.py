@@ -1,4 +1,4 @@
-"""Tokens-to-token: patches grow out of overlapping windows, with attention between the steps."""
+"""Tokens-to-token: patches out of overlapping windows, with attention between the steps."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class TokensToToken(Mechanism):
 
 
 class TokenProjection(nn.Module):
-    """Images (B, C, H, W) -> patches as a picture, (B, D, H / P, W / P); P is the product of the strides.
+    """Images (B, C, H, W) -> patches as a picture, (B, D, H / P, W / P).
 
-    Raises DataError for images whose sides are no multiples of P.
+    P is the product of the strides. Raises DataError for images whose sides are no multiples of P.
     """
 
     def __init__(
@@ -159,7 +159,10 @@ def window(stride: int) -> int:
 
 
 def split(x: Tensor, stride: int) -> Tensor:
-    """Overlapping windows of x (B, C, H, W) as tokens (B, H W / stride^2, C (2 stride - 1)^2), padded with zeros."""
+    """Overlapping windows of a picture as tokens, padded with zeros.
+
+    x (B, C, H, W) -> (B, H W / stride^2, C (2 stride - 1)^2).
+    """
     return F.unfold(x, window(stride), stride=stride, padding=stride // 2).transpose(1, 2)
 
 
@@ -173,7 +176,10 @@ def random_features(x: Tensor, directions: Tensor) -> Tensor:
 
 
 def performer(q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> Tensor:
-    """phi(q) (phi(k)^T v) / (phi(q) sum phi(k) + 1e-8): q, k, v (B, N, K) -> (B, N, K), in linear time."""
+    """phi(q) (phi(k)^T v) / (phi(q) sum phi(k) + 1e-8), in linear time.
+
+    q, k, v (B, N, K), directions (m, K) -> (B, N, K).
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = (random_features(x.to(wide), directions.to(wide)) for x in (q, k))
@@ -191,7 +197,7 @@ def orthogonal_directions(like: Tensor, generator: torch.Generator | None) -> Te
 
 
 def default_strides(patch: tuple[int, int]) -> tuple[int, ...]:
-    """(P / 4, 2, 2) for patches of P x P pixels. Raises SettingError where 4 does not divide P."""
+    """(P / 4, 2, 2) for P x P pixels. Raises SettingError where 4 does not divide P."""
     if patch[0] % 4:
         raise SettingError(
             f"Found patches of {patch[0]} x {patch[1]} pixels and no strides. Expected them, since a quarter of the patch is "
