@@ -1,4 +1,4 @@
-"""Spikformer (first version): a vision transformer of spikes, 0 or 1, over a few time steps."""
+"""Spikformer (first version): a vision transformer of spikes over a few time steps."""
 
 from __future__ import annotations
 
@@ -170,9 +170,9 @@ class Spikformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The mean over steps behind blocks, (B, D, H / 16, W / 16) each, and the last, as in timm.
+        """The mean over steps behind blocks, (B, D, H / 16, W / 16) each, and the last.
 
-        There is no final norm. Raises SettingError for an output_fmt that is not NCHW.
+        As in timm. There is no final norm. Raises SettingError for an output_fmt that is not NCHW.
         """
         if output_fmt != "NCHW":
             raise SettingError(f"Found output_fmt={output_fmt}. Expected NCHW, since this network has pictures. Leave it out.")
@@ -227,8 +227,8 @@ def classifier(width: int, classes: int) -> nn.Module:
 def firing_rates(model: nn.Module, images: Tensor) -> dict[str, float]:
     """{layer: share of its neurons' steps with a spike}.
 
-    In the order of the pass, and with names such as blocks.0.attn.q. A spike costs additions where another network multiplies, so rates times the operations of the
-    next layer estimate energy.
+    In the order of the pass, and with names such as blocks.0.attn.q. A spike costs additions where
+    another network multiplies, so rates times the operations of the next layer estimate energy.
     """
     rates: dict[str, float] = {}
 
