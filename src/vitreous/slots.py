@@ -18,7 +18,7 @@ from vitreous.base.errors import GraftError, HostError, SettingError
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention, reads_around
 from vitreous.hosts.block import STATIONS, Block, check_halves
-from vitreous.hosts.directions import Directions, projections_of, unsuitable
+from vitreous.hosts.directions import Directions, never_calls, projections_of, unsuitable
 from vitreous.hosts.host import class_names, host_of
 from vitreous.hosts.mixer import Mixer
 from vitreous.hosts.read_out import read_tokens
@@ -214,6 +214,11 @@ def adapt_linears(
             owner, _, child = path.rpartition(".")
             if reads_around(attention := model.get_submodule(owner), child):
                 changes[owner] = Attention.of(attention)  # first: the new layer has to come to stand in it
+            if never_calls(attention, child):
+                raise HostError(
+                    f"{path} of this {type(model).__name__} stands in an attention that reads its weight and never calls it. "
+                    f"Expected a layer that is called. Give other names for {mechanism}, such as proj, or use another host."
+                )
             changes[path] = make(plain_linear(model, path, mechanism))
     return changes
 

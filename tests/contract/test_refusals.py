@@ -41,7 +41,7 @@ def test_no_refusal_beside_the_table(text):
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 STRANGERS = {
-    "beit": partial(timm.create_model, "beit_base_patch16_224", **TINY),
+    "beit": partial(timm.create_model, "beit_base_patch16_224", **TINY | {"depth": 3}),
     "swin": partial(timm.create_model, "swin_tiny_patch4_window7_224", embed_dim=32, depths=(2, 1), num_heads=(2, 2)),
     "resnet": partial(timm.create_model, "test_resnet"),
     "naflex": partial(timm.create_model, "naflexvit_base_patch16_gap", **TINY | {"depth": 3}),

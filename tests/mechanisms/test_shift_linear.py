@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from contract.hosts import HOSTS, build, images
 from vitreous import ShiftLinear, check, graft, grafts, new_parameters, no_weight_decay, ungraft
 from vitreous.base.errors import GraftError, HostError, SettingError
+from vitreous.hosts.host import host_of
 from vitreous.layers.linear import affine
 from vitreous.mechanisms.linear.shift_linear import (
     RoundedLinear,
@@ -23,6 +25,7 @@ from vitreous.mechanisms.linear.shift_linear import (
     rounded,
     straight_through,
 )
+from vitreous.testing.hosts import LINEAR_HOSTS
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -139,16 +142,24 @@ def test_fixed_point():
     assert 0 < (layer(x) - exact(x)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_every_linear_layer_of_every_host(host):
+@pytest.mark.parametrize("host", [*HOSTS, *LINEAR_HOSTS])
+def test_every_linear_layer_of_every_block_of_every_host(host):
     model = check(graft(build(host), "shift_linear"), images())
-    linears = {name: m for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
-    assert all(isinstance(layer, ShiftedLinear) for layer in linears.values())
-    assert set(new_parameters(model)) == {f"blocks.{name}.{kind}" for name in linears for kind in ("shift", "sign")}
-    assert not any(f"blocks.{name}.weight" in model.state_dict() for name in linears)
+    of = host_of(model)
+    paths = {path for i in range(len(of.blocks)) for path in of.linears(i).values()}
+    assert all(isinstance(model.get_submodule(path), ShiftedLinear) for path in paths)
+    assert set(new_parameters(model)) == {f"{path}.{kind}" for path in paths for kind in ("shift", "sign")}
+    assert not any(f"{path}.weight" in model.state_dict() for path in paths)
     assert new_parameters(model).keys() <= no_weight_decay(model)
-    weight, _ = affine(next(iter(linears.values())))
-    assert torch.equal(weight, next(iter(linears.values())).effective_weight())
+    layer = model.get_submodule(min(paths))
+    assert torch.equal(affine(layer)[0], layer.effective_weight())
+
+
+def test_a_layer_that_is_never_called():
+    model = timm.create_model("beit_base_patch16_224", embed_dim=32, depth=2, num_heads=2, img_size=32)
+    with pytest.raises(HostError, match=r"blocks\.0\.attn\.qkv of this Beit stands in an attention that reads its weight"):
+        graft(model, "shift_linear")
+    check(graft(model, "shift_linear:linears=proj+fc1+fc2"), images())
 
 
 def test_layers_of_other_grafts_are_left_alone_unless_named():

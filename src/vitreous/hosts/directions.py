@@ -77,6 +77,11 @@ def unsuitable(attention: nn.Module) -> str | None:
     return None
 
 
+def never_calls(attention: nn.Module, child: str) -> bool:
+    """True if an attention that is not ours to adopt reads the weight of this child and never calls the layer."""
+    return type(attention) is BeitAttention and child == "qkv"
+
+
 def attentions_in(model: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, str]]:
     """(path of the block, path of its attention), in the order in which the model lists them, which is that of running.
 

@@ -44,7 +44,7 @@ class ShiftLinear(Mechanism):
     requires: ClassVar[tuple[str, ...]] = ("linear",)
     no_decay: ClassVar[tuple[str, ...]] = ("shift", "sign")  # towards 0 a shift decays to a weight of 1
     examples: ClassVar[tuple[str, ...]] = (
-        "shift_linear:form=q,bits=4,layers=1+3",
+        "shift_linear:form=q,bits=4,layers=0+2",
         "shift_linear:start=random,fixed_point=true,layers=2",
     )
 
