@@ -12,6 +12,7 @@ from vitreous.architectures.cvt import ConvAttention, checkpoint_filter_fn
 from vitreous.base.errors import SettingError
 
 SMALL = {"embed_dims": (8, 12, 16), "depths": (1, 1, 2), "num_heads": (1, 3, 2), "num_classes": 5}
+SMALL_NETWORKS = {"cvt_13": SMALL}
 RELEASED = {  # names of ours in the authors' code
     r"^patch_embed\.": "stage0.patch_embed.",
     r"^stages\.(\d)\.downsample\.": r"stage\1.patch_embed.",

@@ -15,6 +15,7 @@ NETWORKS = {  # name, classes -> parameters of the paper's networks (as its expe
     ("scratch_vit_patch4_32", 100): (3_198_052, 3_199_076),
     ("scratch_vit_patch8_224", 100): (923_236, 924_004),
 }
+SMALL_NETWORKS = {"scratch_vit_patch4_28": {"img_size": 12, "embed_dim": 32, "num_heads": 4, "depth": 3}}
 
 
 def count(model):

@@ -21,6 +21,7 @@ from vitreous.models.weights import fill as load
 COUNTS = {"spikformer_8_384": 16_816_024, "spikformer_8_512": 29_689_384, "spikformer_8_768": 66_338_632}
 UNUSED = {"spikformer_8_384": 12_288, "spikformer_8_512": 16_384, "spikformer_8_768": 24_576}
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+SMALL_NETWORKS = {"spikformer_8_384": SMALL}
 
 
 def small(**settings):

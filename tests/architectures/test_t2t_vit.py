@@ -26,6 +26,7 @@ COUNTS = {  # released: all numbers, and those that train
 }
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2, "num_classes": 5}
 STEPS = {"token_width": 8, "features": 4, "token_dropout": 0.0}
+SMALL_NETWORKS = {"t2t_vit_7": SMALL | STEPS}
 
 
 def small(**settings):

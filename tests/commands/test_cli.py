@@ -170,6 +170,21 @@ def test_list_of_one_shows_its_docstring(name, capsys):
         assert all(setting in shown for setting in settings(mechanism_class(name)))
 
 
+def test_list_of_a_kind_or_a_slot_shows_what_is_there(capsys):
+    for kind, there, absent in (
+        ("networks", ["cvt_13", "scratch_vit_patch4_28"], "svda"),
+        ("mixer", ["spectral_gate"], "gaussian_mask"),
+        ("tasks", ["multi_label"], "svda"),
+        ("mechanisms", list(catalogue()), "cvt_13"),
+    ):
+        assert call(f"list {kind}") == 0
+        shown = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+        assert all(name in shown for name in there)
+        assert absent not in shown
+    assert call("list mixxer") == 2
+    assert "'mixer'" in capsys.readouterr().err
+
+
 def test_version_and_help(capsys):
     assert call("--version") == 0
     assert capsys.readouterr().out == f"vitreous {__version__}\n"

@@ -183,7 +183,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> CvT:
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
+        feature_cfg={"out_indices": None, "feature_cls": "getter"},  # None: every stage
         **kwargs,
     )
 

@@ -19,7 +19,10 @@ from vitreous.base.entry import PACKAGE, Entry, item_files, read_entry, tree
 from vitreous.base.errors import UnknownName
 from vitreous.commands import Command
 
-HELP = "usage: vitreous list [NAME]\n\nThe mechanisms and networks there are, or one with all its settings."
+HELP = """usage: vitreous list [NAME]
+
+The mechanisms and networks there are, or one with all its settings. The name of a slot (attn, mixer)
+or of a kind (networks, mechanisms, tasks, updates, probes) lists what there is of it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class List(Command):
     def run(self) -> None:
         """Print everything, or what is called so. Raises UnknownName."""
         console = Console()
-        if self.item is None:
+        if self.item is not None and (table := table_of(self.item)):
+            console.print(table)
+        elif self.item is None:
             for shelf in SHELVES:
                 if shelf.files():
                     console.print(items(shelf))
@@ -80,19 +85,36 @@ class List(Command):
             show(self.item, console)
 
 
-def items(shelf: Shelf) -> Table:
+def table_of(kind: str) -> Table | None:
+    """The table of a kind of items, such as "tasks", or of the mechanisms of one slot."""
+    if kind == "networks":
+        return network_table()
+    named = next((shelf for shelf in SHELVES if shelf.title.lower() == kind and shelf.files()), None)
+    if named:
+        return items(named)
+    return items(MECHANISMS, kind) if kind in slots() else None
+
+
+def slots() -> set[str]:
+    """The slots that have mechanisms."""
+    return {file.parent.name for file in MECHANISMS.files().values()}
+
+
+def items(shelf: Shelf, slot: str | None = None) -> Table:
     """One line for each item: name, slot, summary, paper.
 
-    And its settings with their defaults.
+    And its settings with their defaults. slot: of those alone that stand there.
     """
-    slots = ("slot",) if shelf.nested else ()
-    table = Table("name", *slots, "what it is", title=shelf.title, title_justify="left", show_lines=True)
-    for name, file in shelf.files().items():
+    column = ("slot",) if shelf.nested else ()
+    title = f"{shelf.title} of the slot {slot}" if slot else shelf.title
+    table = Table("name", *column, "what it is", title=title, title_justify="left", show_lines=True)
+    files = {name: file for name, file in shelf.files().items() if slot in (None, file.parent.name)}
+    for name, file in files.items():
         entry = read_entry(file)
         settings = ", ".join(f"{key}={value}" for key, value in entry.defaults.items())
         details = "\n".join(filter(None, [entry.constants.get("paper"), settings]))
         text = escape(entry.summary) + (f"\n[dim]{escape(details)}[/]" if details else "")
-        table.add_row(name + stage(entry), *(file.parent.name for _ in slots), text)
+        table.add_row(name + stage(entry), *(file.parent.name for _ in column), text)
     return table
 
 
@@ -132,8 +154,13 @@ def show(name: str, console: Console) -> None:
         console.print(networks()[name], markup=False, highlight=False)
     elif not shelves:
         nouns = ", ".join(shelf.noun for shelf in SHELVES if shelf.files())
-        names = [*networks(), *(name for shelf in SHELVES for name in shelf.files())]
-        raise UnknownName(name, f"{nouns} or network", names)
+        names = {
+            *networks(),
+            *slots(),
+            "networks",
+            *(name for shelf in SHELVES for name in (shelf.title.lower(), *shelf.files())),
+        }
+        raise UnknownName(name, f"{nouns}, network, slot or kind", names)
 
 
 def show_item(shelf: Shelf, entry: Entry, console: Console) -> None:

@@ -269,7 +269,7 @@ class Pyramid(nn.Module):
     # -- what timm asks of a network --------------------------------------------------------------
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages behind the last of `indices`, and the head; returns the chosen stages."""
         chosen, last = feature_take_indices(len(self.stages), indices)

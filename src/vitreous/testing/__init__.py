@@ -4,5 +4,6 @@ from vitreous.base.errors import ContractError
 from vitreous.testing.check import Check
 from vitreous.testing.contract import contract_checks
 from vitreous.testing.hosts import small_hosts
+from vitreous.testing.networks import network_checks
 
-__all__ = ["Check", "ContractError", "contract_checks", "small_hosts"]
+__all__ = ["Check", "ContractError", "contract_checks", "network_checks", "small_hosts"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from types import ModuleType
 
@@ -68,10 +68,13 @@ def parsed(text: str) -> Settings:
     return MECHANISMS.parse(text, foreign=True)
 
 
-def laws(module: ModuleType) -> list[Callable[[Mechanism, str], None]]:
-    """The laws of a file, in its order: its functions of a mechanism and the name of a host."""
+def laws(module: ModuleType, arguments: Sequence[str] = ("mechanism", "host")) -> list[Callable[..., None]]:
+    """The laws of a file, in its order: its functions of a mechanism and the name of a host.
+
+    arguments: other names of what they are functions of.
+    """
     own = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
-    return [f for f in own if list(inspect.signature(f).parameters) == ["mechanism", "host"]]
+    return [f for f in own if list(inspect.signature(f).parameters) == list(arguments)]
 
 
 def is_described(item: Settings) -> None:

@@ -97,14 +97,20 @@ def build(host: str) -> nn.Module:
     """The host in eval mode, the same at every call; the global random state stays as it is."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        model = (HOSTS | LINEAR_HOSTS)[host]()
-        with torch.no_grad():
-            # the usual start is so small that blocks do next to nothing
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=parameter[0].numel() ** -0.5)
-                else:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
+        return strengthened((HOSTS | LINEAR_HOSTS)[host]())
+
+
+@torch.no_grad()
+def strengthened(model: nn.Module) -> nn.Module:
+    """The model in eval mode with large random weights; drawn from the global random state.
+
+    With the usual start, blocks do next to nothing.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
 
 
