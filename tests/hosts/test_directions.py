@@ -18,15 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from contract.low_rank import LowRank
-from vitreous import SVDA, check, graft, grafts, host_of, new_parameters, slots, ungraft
+from vitreous import check, graft, grafts, host_of, new_parameters, slots, ungraft
 from vitreous.base.errors import GraftError, HostError, NotReached, SettingError
 from vitreous.grafting import penalties
-from vitreous.hosts.by_attention import ByAttention
 from vitreous.hosts.directions import Directions, attentions_in
-from vitreous.hosts.host import Host, embed
+from vitreous.hosts.host import embed
 from vitreous.lens.look import look
 from vitreous.lens.tap import trace, watch
-from vitreous.mechanisms.attn.svda import SpectralAttention, SpectralDirections
 from vitreous.models import model_folder
 from vitreous.testing import contract_checks
 from vitreous.testing.hosts import LINEAR_HOSTS, build, images
@@ -130,102 +128,6 @@ def test_a_layer_equals_loops(parts):
                     for d in range(3):
                         row[d] = row[d] / length * (layer.sigma[h, d] if part == "q" else 1.0)
     assert (layer(x) - expected).abs().max() < 1e-14
-
-
-@pytest.mark.parametrize("scale", ["paper", "one", "sqrt", "learned"])
-def test_window_attention_equals_the_papers_formula_with_the_hosts_bias(scale):
-    model = graft(build("swin").double(), SVDA(scale=scale))
-    attention = model.layers[0].blocks[0].attn
-    layer, heads, width = attention.qkv, 2, 8
-    number = {"paper": width**-0.5, "one": 1.0, "sqrt": width**0.5}.get(scale) or layer.log_scale[0].exp().item()
-    x = torch.randn(1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    q, k, v = F.linear(x[0], layer.weight, layer.bias).detach().view(16, 3, heads, width).unbind(1)
-    rows_q, rows_k, sigma, table = (t.tolist() for t in (q, k, layer.sigma, attention.relative_position_bias_table))
-    out = torch.zeros(16, heads, width, dtype=torch.float64)
-    for h in range(heads):
-        for i in range(16):
-            scores = []
-            for j in range(16):
-                product = sum(s * a * b for s, a, b in zip(sigma[h], rows_q[i][h], rows_k[j][h], strict=True))
-                lengths = math.hypot(*rows_q[i][h]) * math.hypot(*rows_k[j][h])
-                row = (i // 4 - j // 4 + 3) * 7 + i % 4 - j % 4 + 3
-                scores.append(number * product / lengths + table[row][h])
-            total = sum(map(math.exp, scores))
-            out[i, h] = sum(math.exp(score) / total * v[j, h] for j, score in enumerate(scores))
-    assert (attention(x)[0] - attention.proj(out.flatten(1))).abs().max() < 1e-12
-    assert attention.relative_position_bias_table.abs().max() > 0.1
-
-
-@pytest.fixture
-def on_linears(monkeypatch):
-    """A plain ViT, taken as a host of which only the linear layers are known."""
-
-    def function(model, text):
-        with monkeypatch.context() as patch:
-            for module in ("vitreous.slots", "vitreous.grafting"):
-                patch.setattr(f"{module}.host_of", lambda model: Host(model, ByAttention()))
-            return graft(model, text)
-
-    return function
-
-
-WIDTHS = {4: 1, 16: 2, 64: 1, 8: 3, 32: 1, 24: 2}  # K: heads
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("scale", ["paper", "one", "sqrt", "learned"])
-def test_on_a_plain_vit_it_is_the_graft_that_is_there(scale, width, on_linears):
-    """Bit for bit where the factor that makes up for the host's scale is a power of two; rounding elsewhere.
-
-    The factor is 1 for `paper`, K for `sqrt`, sqrt(K) for `one` and `learned`.
-    """
-    settings = SMALL | {"num_heads": WIDTHS[width], "embed_dim": width * WIDTHS[width]}
-
-    def host():
-        torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", **settings).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        return model
-
-    text = f"svda:scale={scale}"
-    there, ours = graft(host(), text), on_linears(host(), text)
-    assert isinstance(there.blocks[0].attn, SpectralAttention)
-    assert isinstance(ours.blocks[0].attn.qkv, SpectralDirections)
-    factor = {"paper": 1, "sqrt": width}.get(scale, width**0.5)
-    x = images()
-    if math.log2(factor).is_integer():
-        assert torch.equal(ours(x), there(x))
-    torch.testing.assert_close(ours(x), there(x), atol=1e-5, rtol=1e-5)
-    for model in (ours, there):
-        (model(x).square().mean() + sum(penalties(model).values())).backward()
-    torch.testing.assert_close(ours.blocks[0].attn.qkv.sigma.grad, there.blocks[0].attn.sigma.grad, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(ours.blocks[0].attn.qkv.weight.grad, there.blocks[0].attn.qkv.weight.grad, atol=1e-5, rtol=1e-4)
-    assert (ours(x) - host()(x)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(("name", "parts"), [("swin", ["qkv"]), ("pvt", ["q", "kv"]), ("cait", ["qkv"])])
-def test_penalties_are_those_of_the_rows_of_queries_and_keys(name, parts):
-    model = graft(build(name).double(), SVDA(orthogonality=2.0, entropy=3.0))
-    attentions = [model.get_submodule(host_of(model).attention(i)) for i in range(len(host_of(model).blocks))]
-    orthogonality, entropies = 0.0, []
-    for attention in attentions:
-        names = parts if hasattr(attention, parts[-1]) else ["q", "k"]
-        for child in names:
-            layer = getattr(attention, child)
-            size = layer.out_features // len(child)
-            for p, part in enumerate(child):
-                if part in "qk":
-                    rows = layer.weight[p * size : (p + 1) * size]
-                    orthogonality += (rows @ rows.T - torch.eye(size)).square().mean()
-        sigma = getattr(attention, names[0]).sigma
-        energy = sigma.square() / sigma.square().sum(-1, keepdim=True)
-        entropies += [-(energy * energy.log()).sum(-1).mean()]
-    found = penalties(model)
-    torch.testing.assert_close(found["svda_orthogonality"], 2 * orthogonality)
-    torch.testing.assert_close(found["svda_entropy"], 3 * sum(entropies) / len(entropies), rtol=1e-6, atol=0)
-    assert penalties(graft(build(name), SVDA(orthogonality=0.0, entropy=0.0))) == {}
 
 
 # -- the lens --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention
 from transformers.models.swin.modeling_swin import SwinAttention
 from transformers.models.vit.modeling_vit import ViTAttention
 
+from vitreous import graft
 from vitreous.base.errors import HostError
 from vitreous.lens.coordinates.layout import Layout
 from vitreous.lens.tap import AttentionCall, trace, watch
@@ -76,6 +77,11 @@ def timm_case(model: str, note: str = "", size: tuple[int, int] = (64, 96), gain
     return Case(f"{model}, {note}" if note else model, size, lambda: timm.create_model(model, **settings), gain=gain)
 
 
+def with_svda(case: Case, settings: str = "scale=sqrt") -> Case:
+    """The model with SVDA in the linear layers of its attention, whose maps are then those of the grafted model."""
+    return replace(case, name=f"{case.name}, svda:{settings}", build=lambda: graft(case.build(), f"svda:{settings}"))
+
+
 # --- the models -------------------------------------------------------------------------------------------------------
 
 VIT = dict(embed_dim=32, depth=2, num_heads=2, img_size=(64, 96))
@@ -87,6 +93,21 @@ LEVIT = dict(img_size=128, embed_dim=(32, 32, 32), num_heads=(2, 2, 2), depth=(1
 FOUR = dict(depths=(1, 1, 1, 1))
 HF = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=64, patch_size=16)
 V = T.vision_transformer
+SWIN_T = timm_case("swin_tiny_patch4_window7_224", **SWIN)
+PVT_B0 = timm_case("pvt_v2_b0", **PVT)
+TWINS = timm_case(
+    "twins_svt_small",
+    img_size=(64, 96),
+    embed_dims=(16, 16, 32, 32),
+    depths=(2, 2, 2, 2),
+    num_heads=(1, 2, 2, 2),
+    wss=(4, 4, 2, 1),
+)
+VOLO = dict(layers=(1, 1, 1, 1), img_size=64, embed_dims=(16, 32, 32, 32), stem_hidden_dim=16, num_heads=(2, 2, 2, 2))
+VOLO_D = Case("volo", (64, 64), lambda: T.volo.VOLO(**VOLO), gain=3.0)
+CAIT = timm_case("cait_xxs24_224", **VIT)
+BRANCHES = dict(img_size=96, img_scale=(1.0, 1.0), embed_dim=(16, 32), num_heads=(2, 2), depth=((1, 1, 0), (1, 1, 0)))
+CROSSVIT = timm_case("crossvit_9_240", size=(96, 96), **BRANCHES)
 
 
 def from_config(kind: str, implementation: str, **settings) -> Case:
@@ -165,7 +186,7 @@ CASES = [
     timm_case("vit_relpos_small_patch16_224", "rel_pos_type=bias", **VIT, rel_pos_type="bias"),
     timm_case("samvit_base_patch16_224", **VIT, window_size=2, global_attn_indexes=(1,), use_rel_pos=True),
     timm_case("naflexvit_base_patch16_gap", embed_dim=32, depth=2, num_heads=2),
-    timm_case("swin_tiny_patch4_window7_224", **SWIN),
+    SWIN_T,
     timm_case("swinv2_tiny_window8_256", **SWIN),
     timm_case("swinv2_cr_tiny_ns_224", **SWIN),
     timm_case("maxvit_nano_rw_256", img_size=(64, 96), embed_dim=(32, 32), depths=(1, 1), stem_width=16),
@@ -176,15 +197,14 @@ CASES = [
     Case("mvitv2", (64, 64), lambda: T.mvitv2.MultiScaleVit(T.mvitv2.MultiScaleVitCfg(**MVIT), 64)),
     Case("mvitv2, class token", (64, 64), lambda: T.mvitv2.MultiScaleVit(
         T.mvitv2.MultiScaleVitCfg(**MVIT, use_cls_token=True), 64)),
-    timm_case("pvt_v2_b0", **PVT),
+    PVT_B0,
     timm_case("pvt_v2_b2_li", gain=3.0, **PVT),
-    timm_case("twins_svt_small", img_size=(64, 96), embed_dims=(16, 16, 32, 32), depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 2),
-              wss=(4, 4, 2, 1)),
-    Case("volo", (64, 64), lambda: T.volo.VOLO(
-        layers=(1, 1, 1, 1), img_size=64, embed_dims=(16, 32, 32, 32), stem_hidden_dim=16, num_heads=(2, 2, 2, 2)), gain=3.0),
-    timm_case("cait_xxs24_224", **VIT),
-    timm_case("crossvit_9_240", size=(96, 96), img_size=96, img_scale=(1.0, 1.0), embed_dim=(16, 32), num_heads=(2, 2),
-              depth=((1, 1, 0), (1, 1, 0))),
+    TWINS,
+    VOLO_D,
+    CAIT,
+    CROSSVIT,
+    *map(with_svda, (SWIN_T, PVT_B0, TWINS, CAIT, CROSSVIT)),
+    with_svda(VOLO_D, "scale=sqrt,layers=1-5"),
     timm_case("levit_128s", size=(128, 128), **LEVIT),
     timm_case("levit_conv_128s", size=(128, 128), **LEVIT),
     timm_case("xcit_nano_12_p16_224", img_size=(64, 96), embed_dim=32, depth=1, num_heads=2, cls_attn_layers=1),
@@ -256,7 +276,9 @@ def enlarge(model: nn.Module, images: Tensor, size: float) -> None:
             last = name.split(".")[-1]
             if last in ("logit_scale", "gating_param") or last.startswith("lambda"):
                 continue
-            if last == "temperature":
+            if last == "sigma":
+                parameter.copy_(draw(parameter, 6.0))
+            elif last == "temperature":
                 parameter.fill_(8.0)
             elif last in ("weight", "in_proj_weight") and parameter.ndim > 1:
                 gain = size if id(parameter) in sharp else 1.0
