@@ -15,6 +15,7 @@ from timm.layers import PatchEmbed, use_reentrant_ckpt
 from torch import nn
 
 from vitreous.base.errors import GraftError, HostError, SettingError
+from vitreous.base.text_form import written
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention, reads_around
 from vitreous.hosts.block import STATIONS, Block, check_halves
@@ -232,8 +233,8 @@ def adapt_directions(model: nn.Module, layer: int, cls: type[D], mechanism: str)
     path = host.attention(layer)
     attention = model.get_submodule(path)
     if reason := unsuitable(attention):
-        others = [i for i in range(depth(model)) if unsuitable(model.get_submodule(host.attention(i))) is None]
-        advice = f"Choose layers={'+'.join(map(str, others))}, or some of these" if others else "Use another host"
+        others = tuple(i for i in range(depth(model)) if unsuitable(model.get_submodule(host.attention(i))) is None)
+        advice = f"Choose layers={written(others)}, or some of these" if others else "Use another host"
         raise HostError(
             f"{path} is a {class_names([type(attention)])}, {reason}. Expected attention whose linear layers give queries and "
             f"keys for a softmax of their products. {advice} for {mechanism}."

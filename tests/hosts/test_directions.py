@@ -17,9 +17,11 @@ from timm.models.xcit import Xcit
 from torch import nn
 from torch.nn import functional as F
 
+import vitreous.architectures
 from contract.low_rank import LowRank
 from vitreous import check, graft, grafts, host_of, new_parameters, slots, ungraft
 from vitreous.base.errors import GraftError, HostError, NotReached, SettingError
+from vitreous.commands.cli import main
 from vitreous.grafting import penalties
 from vitreous.hosts.directions import Directions, attentions_in
 from vitreous.hosts.host import embed
@@ -133,6 +135,49 @@ def test_a_layer_equals_loops(parts):
 # -- the lens --------------------------------------------------------------------------------------------------------
 
 
+WIDE = {"embed_dims": (16, 32), "depths": (1, 2), "num_heads": (1, 2), "num_classes": 5}
+MIXED = {"embed_dims": (16, 32, 32, 64), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "num_classes": 5}
+FURTHER = {  # name: (settings, side of the image, layers with softmax attention that have their queries from linear layers)
+    "cvt_13": (WIDE, 32, "0-2"),
+    "svt_h_s": (MIXED, 64, "1-5"),
+    "spectformer_h_s": (MIXED, 64, "2-5"),
+    "t2t_vit_7": ({"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}, 32, "0-1"),
+    "naflexvit_base_patch16_gap": ({"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}, 64, "0-1"),
+    "xcit_nano_12_p16_224": ({"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "img_size": 32}, 32, "2-3"),
+}
+
+
+@pytest.mark.parametrize("name", [*LINEAR_HOSTS.keys() - {"crossvit"}, *FURTHER])
+def test_scores_are_those_of_the_settings_whatever_the_host_multiplies_by(name):
+    """Queries and keys as they are multiplied: unit rows, sigma, and sqrt(K) in all. CrossViT multiplies behind the product."""
+    settings, side, layers = FURTHER.get(name, ({}, 32, ""))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build(name) if name in LINEAR_HOSTS else timm.create_model(name, **settings).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))  # attention of new networks is too even to matter
+    x = images(2, side)
+    before = model(x)
+    check(graft(model, f"svda:scale=sqrt{layers and ',layers=' + layers}"), x)
+    assert (model(x) - before).abs().max() > 1e-4
+    lengths = []
+
+    def see(call):
+        sigma = [module.sigma for module in model.get_submodule(call.name).modules() if hasattr(module, "sigma")]
+        if sigma:
+            assert call.error <= 4e-7
+            lengths.append((call.q / sigma[0][:, None]).norm(dim=-1) * (call.scale or 1.0) / sigma[0].shape[1] ** 0.5)
+            lengths.append(call.k.norm(dim=-1))
+
+    watch(model, x, see, layouts=trace(model, x))
+    assert len(lengths) == 2 * sum(hasattr(module, "sigma") for module in model.modules())
+    for length in lengths:
+        torch.testing.assert_close(length, torch.ones_like(length), atol=1e-6, rtol=0)
+    assert ungraft(model).changed == ()
+    assert torch.equal(model(x), before)
+
+
 @pytest.mark.parametrize("name", LINEAR_HOSTS)
 def test_look_shows_the_attention_that_runs_and_the_spectrum_in_it(name):
     model, x = graft(build(name), "svda:scale=sqrt"), images(2)
@@ -202,7 +247,7 @@ def refused(model, text):
 def test_outlook_attention_is_refused_and_the_layers_that_fit_are_named():
     message = refused(VOLO(**VOLO_SETTINGS), "svda")
     assert "network.0.0.attn is a timm.models.volo.OutlookAttention" in message
-    assert "Choose layers=1+2+3" in message
+    assert "Choose layers=1-3, or some of these for svda" in message
     model, x = VOLO(**VOLO_SETTINGS).eval(), images()
     before = model(x)
     check(graft(model, "svda:layers=1+2+3"), x)
@@ -328,3 +373,18 @@ def test_it_is_saved_and_loaded(tmp_path):
     again, x = model_folder.load(tmp_path), images(2)
     assert grafts(again)[0].mechanism == grafts(model)[0].mechanism
     assert torch.equal(again(x), model(x))
+
+
+SHORT = "cutouts:train=40,test=24,size=32"
+
+
+def test_training_and_export(tmp_path, capsys):
+    words = ["img_size=32", "window_size=4", "embed_dim=16", "depths=(1,1)", "num_heads=(2,2)"]
+    model = ["--model", "swin_tiny_patch4_window7_224", "--model-kwargs", *words]
+    run = ["train", SHORT, *model, "--graft", "svda:scale=sqrt", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
+    assert main([*run, "--out", str(tmp_path / "run")]) == 0
+    trained = vitreous.load(tmp_path / "run")
+    assert [str(record.mechanism) for record in grafts(trained)] == ["svda:scale=sqrt"]
+    assert main(["export", str(tmp_path / "run"), "--to", "torch-export", "--out", str(tmp_path / "swin.pt2")]) == 0
+    program, x = torch.export.load(tmp_path / "swin.pt2").module(), images(2)
+    torch.testing.assert_close(program(x), trained(x), atol=1e-5, rtol=1e-5)
