@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def renamed(tensors: Mapping[str, T], patterns: Mapping[str, str]) -> dict[str, T]:
+def renamed(tensors: Mapping[str, T], patterns: Mapping[str, str | Callable[[re.Match], str]]) -> dict[str, T]:
     """The tensors under new names.
 
-    patterns: {regular expression: replacement}, applied to each name one after the other.
+    patterns: {regular expression: replacement, as in `re.sub`}, applied to each name one after the
+        other. Of several tensors that get one name, the last counts.
     """
     names = {}
     for name, tensor in tensors.items():
