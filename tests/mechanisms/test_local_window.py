@@ -1,4 +1,4 @@
-"""Local windows against loops and the unfold formulation, at borders, with class tokens and merged ones."""
+"""Local windows against loops and the unfold formulation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_attention_is_that_of_the_window(window, dilation):
 
 @pytest.mark.parametrize(("window", "dilation"), SHAPES[:3])
 def test_border_of_zeros_is_the_padded_convolution(window, dilation):
-    """torch's unfold pads with zeros: keys there have score 0 and value 0, and take their share of the softmax."""
+    """torch's unfold pads with zeros: keys there have score 0 and value 0, and get their share."""
     model = vit(class_token=False, reg_tokens=0, global_pool="avg")
     attention = graft(model, LocalWindow(window=window, dilation=dilation, border="zero")).blocks[0].attn
     x = torch.randn(1, 15, 24, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_windows_move_with_the_grid_and_are_symmetric():
 @pytest.mark.parametrize("border", ["masked", "zero"])
 @pytest.mark.parametrize("size", [(20, 12), (60, 4), (24, 24)])
 def test_any_image_size_has_its_own_windows(size, border):
-    """Two of these have as many patches as the model was made for: the grid comes from the image."""
+    """Two of these have as many patches as the model was made for; the image gives the grid."""
     model = graft(vit(dynamic_img_size=True), LocalWindow(border=border))
     fixed = graft(vit(), LocalWindow(border=border))
     fixed.set_input_size(size)
@@ -130,7 +130,8 @@ def test_inserted_tokens_see_and_are_seen():
 
 def test_a_merged_token_weighs_by_the_share_of_its_places():
     attention = graft(vit(), LocalWindow(border="zero")).blocks[0].attn
-    merged = state(assignment=Assignment(torch.tensor([[0, 1, 2, 2, *range(3, 16)]]), tokens=16))  # places 0 and 1 are one
+    # the first two places are one token
+    merged = state(assignment=Assignment(torch.tensor([[0, 1, 2, 2, *range(3, 16)]]), tokens=16))
     q = torch.zeros(1, 3, 16, 8, dtype=torch.float64)
     (bias,) = attention.biases(q, q, q, merged)
     inside = windows((3, 5), 3).double()

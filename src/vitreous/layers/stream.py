@@ -109,7 +109,10 @@ class Assignment:
         return (normalized(weights, 2) @ x.to(weights.dtype)).to(x.dtype)
 
     def gather_pairs(self, values: Tensor) -> Tensor:
-        """Of pairs of places, (H, N, N) or (B, H, N, N) -> (B, H, n, n): the mean over the places of either token."""
+        """Of pairs of places, (H, N, N) or (B, H, N, N) -> (B, H, n, n): the mean over pairs.
+
+        Those of a place of the one token with a place of the other.
+        """
         share = normalized(self.as_weights(values.dtype), 2)[:, None]  # (B, 1, n, N)
         return share @ values @ share.mT
 
@@ -280,9 +283,10 @@ def check_places(state: TokenState, tokens: int, mechanism: str) -> None:
 
 
 def present_pairs(pairs: Tensor, state: TokenState, other: float) -> Tensor:
-    """Values of pairs of patches, (H, N, N) or (B, H, N, N), for the n present tokens: (H, n, n) or (B, H, n, n).
+    """Values of pairs of patches, (H, N, N) or (B, H, N, N), for the n present tokens.
 
-    other: the value where one of the two is a prefix or an inserted token. A merged token has the mean over its places.
+    (H, n, n) or (B, H, n, n). other: the value where one of the two is a prefix or an inserted
+    token. A merged token has the mean over its places.
     """
     pairs = F.pad(pairs, (state.prefix, 0, state.prefix, 0), value=other)
     if state.assignment is not None:

@@ -1,4 +1,4 @@
-"""Local windows: each patch attends to the k x k patches around it, as a convolution sees them."""
+"""Local windows: each patch attends to the k x k patches around it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,27 @@ from vitreous.mechanism import Mechanism
 
 @dataclass(frozen=True, kw_only=True)
 class LocalWindow(Mechanism):
-    """Each patch attends to its own k x k neighbourhood on the grid: convolution with attention for a kernel.
+    """Each patch attends to the k x k patches around it, as a convolution sees them.
 
-        A_ij = softmax over j in window(i) of q_i k_j / sqrt(K)       window(i): |y_i - y_j|, |x_i - x_j| <= d (k - 1) / 2,
-                                                                      both multiples of d
-    border=zero: cells of the window outside the image are keys with score 0 and value 0, as in a padded convolution; c_i of
-    them are one key with score log c_i.
+        A_ij = softmax over j in window(i) of q_i k_j / sqrt(K)
+        window(i): |y_i - y_j| and |x_i - x_j| at most d (k - 1) / 2, both multiples of d
+
+    border=zero: cells of the window outside the image are keys with score 0 and value 0, as in a
+    padded convolution; c_i of them are one key with score log c_i.
 
     Paper: Zhang, Wang, Bian, Xiong 2023, arXiv 2310.04134 (MSA-Conv, the operator of TiC).
-    Differs: only the attention of the operator; its closing sum and convolution are left to the block. Class, register and
-        inserted tokens, which the operator does not have, see everything and are seen by everything. A merged token weighs
-        another by the share of pairs of their places that see each other. border=masked is ours.
-    At start: changes the output, unless the windows cover the grid: k >= 2 max(H, W) - 1 is the host exactly.
-    Cost: no parameters; a mask (N, N) per block. The fused kernel stays, and computes what is masked, too.
-    Settings: layers (0-based; default all). window: k, odd. dilation: d, patches from one cell of a window to the next.
-        border: masked = outside the image there is nothing; zero = as released, patches at the border attend to emptiness.
-    Raises: HostError where attention or patch embedding is not timm's plain one; MaskError where tokens have no places.
+    Differs: only the attention of the operator; its closing sum and convolution are left to the
+        block. Class, register and inserted tokens, which the operator does not have, see everything
+        and are seen by everything. A merged token weighs another by the share of pairs of their
+        places that see each other. border=masked is ours.
+    At start: changes the output, unless the windows cover the grid: k >= 2 max(H, W) - 1 is the
+        host exactly.
+    Cost: no parameters; a mask (N, N) per block. The fused kernel computes what is masked, too.
+    Settings: layers (0-based; default all). window: k, odd. dilation: d, patches from one cell of a
+        window to the next. border: masked = outside the image there is nothing; zero = as released,
+        patches at the border attend to cells outside, too.
+    Raises: HostError where attention or patch embedding is not timm's plain one; MaskError where
+        tokens have no places.
     """
 
     paper: ClassVar[str] = "Zhang et al. 2023, arXiv 2310.04134"
@@ -82,17 +87,23 @@ class WindowAttention(Attention):
     def weigh(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, state: TokenState = PLAIN) -> Tensor:
         if self.border == "zero":
             k, v = (F.pad(rows, (0, 0, 0, 1)) for rows in (k, v))
-            emptiness = self.outside(q, state).log().to(q.dtype)  # (B or 1, 1, n, 1)
-            mask = torch.cat([mask, emptiness.expand(*mask.shape[:-1], 1)], dim=-1)
+            outside = self.outside(q, state).log().to(q.dtype)  # (B or 1, 1, n, 1)
+            mask = torch.cat([mask, outside.expand(*mask.shape[:-1], 1)], dim=-1)
         return super().weigh(q, k, v, mask, is_causal, state)
 
     def visible(self, q: Tensor, state: TokenState) -> Tensor:
-        """1 where patch i sees patch j, else 0, (P, P); of several tokens per place, all see all in their window."""
+        """1 where patch i sees patch j, else 0, (P, P).
+
+        Of several tokens per place, all see all in their window.
+        """
         inside = windows(state.grid, self.window, self.dilation).repeat(state.groups, state.groups)
         return inside.to(q.device, torch.promote_types(q.dtype, torch.float32))
 
     def outside(self, q: Tensor, state: TokenState) -> Tensor:
-        """How many cells of each present token's window lie outside the image, (B or 1, 1, n, 1); the mean of merged ones."""
+        """How many cells of each token's window lie outside the image, (B or 1, 1, n, 1).
+
+        The mean over the places of a merged token.
+        """
         cells = state.groups * self.window ** len(state.grid)
         count = F.pad(cells - self.visible(q, state).sum(1), (state.prefix, 0))[None, :, None]
         if state.assignment is not None:
@@ -101,6 +112,9 @@ class WindowAttention(Attention):
 
 
 def windows(grid: Sequence[int], size: int, dilation: int = 1) -> Tensor:
-    """Whether place j is a cell of the window around place i, (P, P) bool: size cells along each axis, dilation apart."""
+    """Whether place j is a cell of the window around place i, (P, P) bool.
+
+    size: cells along each axis, dilation apart.
+    """
     apart = offsets(grid).abs()
     return ((apart <= dilation * (size // 2)) & (apart % dilation == 0)).all(-1)
