@@ -44,8 +44,9 @@ class PathRates(nn.Module):
         # sums of many small rates lose too much in half precision
         with torch.autocast(x.device.type, enabled=False):
             weight, bias, factor = (p.to(wide) for p in (self.weight, self.rate_bias, self.log_factor))
-            logits = x.to(wide).unflatten(-1, (self.heads, -1)) @ weight.mT  # (B, N, H, 2)
-            return (-factor.exp()[:, None] * F.softplus(logits + bias[:, None])).permute(3, 0, 2, 1)
+            # einsum, since matmul multiplies in another order where tokens have gradients
+            logits = torch.einsum("bnhk,rk->rbhn", x.to(wide).unflatten(-1, (self.heads, -1)), weight)
+            return -factor.exp()[:, None] * F.softplus(logits + bias[:, None])
 
 
 def line_sums(rates: Tensor) -> Tensor:

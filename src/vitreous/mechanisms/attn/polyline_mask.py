@@ -35,7 +35,7 @@ class PolylineMask(Mechanism):
         are 0. A merged token sets the rates of all its places, and has the mean of M over them.
         Tokens of one place in several channels have rates of their own.
     At start: changes the output a little: rates of 1e-3 to 1e-1 per step.
-    Cost: two fused attentions per block with masks (B, H, N, N); 2 K + 2 H parameters per block.
+    Cost: no fused kernel: two maps and masks (B, H, N, N) are stored; 2 K + 2 H parameters per block.
     Settings: layers (0-based; default all). seed: of W, b and a.
     Raises: HostError where attention or patch embedding is not timm's plain one, or heads do not
         divide the width; MaskError where tokens have no places, or those of a volume.
@@ -71,6 +71,10 @@ class PolylineAttention(Attention):
         with torch.autocast(x.device.type, enabled=False):
             paths = present_pairs(polyline(*self.rates_of(x, state)), state, 0.0).to(q.dtype)
         return paths, paths.mT
+
+    def written_out(self, q: Tensor) -> bool:
+        """Always: torch has no fused kernel for a mask with gradients, and bits should agree."""
+        return True
 
     def rates_of(self, x: Tensor, state: TokenState) -> Tensor:
         """Present tokens (B, n, D) -> rates along rows and columns, (2, B, H, G, h, w).
