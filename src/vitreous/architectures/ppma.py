@@ -99,7 +99,7 @@ class PolylineAttention(nn.Module):
         return self.proj_drop(self.proj(z + self.lepe(values, grid)))
 
     def within_rows(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Attention within each row of pictures (B, H, h, w, K), bias (B, H, h, w, w): (B, H, h, w, K)."""
+        """Attention within each row of q, k, v (B, H, h, w, K), bias (B, H, h, w, w)."""
         height = q.shape[2]
         # rows go into the batch: exporters know attention on four axes only
         folded = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v, bias))
