@@ -60,6 +60,7 @@ class Mixer(nn.Module):
         "radial_response": Quantity(
             "Frequency response by frequency",
             axis="cycles per patch",
+            span=(0, 0.5),
             explains="Factor on frequencies of the picture, averaged over directions.",
         ),
         "decay": Quantity(

@@ -21,7 +21,7 @@ PLAIN = "16112b 3f1654 741268 ab1164 d8334e f26835 f79f4c f2d192 faf8d1"
 SIGNED = "0f64bf 4386d8 7da8e1 b6cce9 f5f5f5 e5c1b1 d89373 c86432 a4450c"
 UNSIGNED = "20857b 38a397 7cbab2 b6d4cf f2f2f2 d1c7de b6a3ce 9d80bf 865eb1"
 SURE = 0.95  # confidence from which a sign is taken as known
-FIRST = ("foreground", "relevance", "attention", "mixing")  # the map that is shown first is the first of these
+FIRST = ("foreground", "relevance", "attention", "mixing_middle")  # the map that is shown first is the first of these
 LARGE = 256  # pixels to which the longer side of a small picture is brought, or nearly
 THUMBS, SIDE = 4, 168  # pictures of a notebook's summary, and pixels of the longer side of each
 

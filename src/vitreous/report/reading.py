@@ -78,9 +78,13 @@ class ReadingFolder:
                 break
             with self.opened(part) as file:
                 names = set(file.keys())
-                if name not in names:
+                if name in names:
+                    array = file.get_tensor(name)[:left]
+                elif arrays and arrays[0].dtype.kind == "f":  # of images that were not measured
+                    count = sum(image["part"] == part for image in self.images)
+                    array = np.full((min(count, left), *arrays[0].shape[1:]), np.nan, np.float32)
+                else:
                     return None
-                array = file.get_tensor(name)[:left]
                 if f"{name}/scale" in names:
                     scale = file.get_tensor(f"{name}/scale")[:left]
                     array = array.astype(np.float32) * scale.reshape(*scale.shape, *[1] * (array.ndim - scale.ndim))
@@ -140,6 +144,7 @@ def _page_content(reading: ReadingFolder, shown: int, pictures: dict[str, int]) 
         "queries": queries(reading, shown),
         "tokens": token_groups(reading, shown),
         "spectra": spectra(reading),
+        "exact": exact(reading),
         "artifacts": artifact_shares(reading),
         "table": table,
         "each": each,
@@ -215,7 +220,8 @@ def _query_rows(reading: ReadingFolder, number: int) -> tuple[dict[str, str], di
     with reading.opened(part) as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             kind, _, layer = name.partition("/")
-            if kind == "queries" and layer.isdecimal():
+            # a layer may have rows of fewer images than another
+            if kind == "queries" and layer.isdecimal() and place < file.get_slice(name).get_shape()[0]:
                 values, scale = file.get_slice(name)[place], file.get_slice(f"{name}/scale")[place]
                 steps = np.rint(values * (QUERY_STEPS / 255)).astype(np.uint8)
                 rows[f"{layer}/{number}"] = packing.deflated((scale * (255 / QUERY_STEPS)).astype("<f4"), steps)
@@ -252,6 +258,21 @@ def spectra(reading: ReadingFolder) -> list[dict[str, Any]]:
                 shape = {"heads": values.shape[0], "axes": values.shape[1]}
                 entries[layer] = {"layer": layer, "source": source, "values": packing.plain(values.astype("<f4"))} | shape
     return [entries[layer] for layer in sorted(entries)]
+
+
+def exact(reading: ReadingFolder) -> list[dict[str, Any]]:
+    """What mixers tell of themselves: the record of each quantity and layer, and its values.
+
+    Values: float32 of `shape`, (C,), (C, n) or (C, rows, columns).
+    """
+    entries = []
+    for layer in reading.facts["layers"]:
+        for quantity, record in (layer.get("exact") or {}).items():
+            values = reading.first(f"exact/{quantity}/{layer['layer']}")
+            if values is not None:
+                content = {"quantity": quantity, "layer": layer["layer"], "name": layer["name"], "shape": list(values.shape)}
+                entries.append(record | content | {"values": packing.plain(values.astype("<f4"))})
+    return entries
 
 
 def artifact_shares(reading: ReadingFolder) -> list[list[float]]:

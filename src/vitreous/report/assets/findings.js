@@ -59,10 +59,11 @@ function extreme(reading, measure, down) {
 // --- at a glance -----------------------------------------------------------------------------------------------------
 
 function glance() {
-  const { node } = part("glance", "At a glance");
+  const { node, show: showPart } = part("glance", "At a glance");
   const cards = el("div", { class: "cards" });
   node.append(cards);
   section(["panes"], () => {
+    showPart(shownReadings().some((reading) => reading.layers.some((layer) => layer.kind !== "mixing") || !reading.layers.length));
     const two = state.panes.length > 1;
     const findings = [
       [
@@ -206,6 +207,6 @@ function card(id, title, lines) {
 
 /** Choose something and go to the maps. */
 function show(changes_) {
-  set(changes_);
+  set(fitting(changes_));
   document.getElementById("maps").scrollIntoView();
 }

@@ -48,7 +48,8 @@ function lead() {
 function bestMap(reading) {
   const known = reading.components.filter((one) => one.sign_known !== false).map((one) => one.name);
   const there = Object.keys(reading.maps).map((name) => name.split("/")[0]);
-  return ["foreground", "relevance"].find((name) => known.includes(name) && there.includes(name)) || ATTENTION;
+  const found = ["foreground", "relevance"].find((name) => known.includes(name) && there.includes(name));
+  return found || (there.includes(MIXING[1]) && !there.includes(ATTENTION) ? MIXING[1] : ATTENTION);
 }
 
 theme();
@@ -64,11 +65,14 @@ objectScores();
 artifacts();
 indicators();
 spectra();
+exact();
 faithfulness();
 layers();
 facts();
 const start = looker(readingOf(state.panes[0]));
-const layersShown = layersOf(shownReadings());
+const allLayers = layersOf(shownReadings());
+const attending = allLayers.filter((layer) => !isMixing(readingOf(state.panes[0]), layer));
+const layersShown = attending.length ? attending : allLayers;
 state.layer = start ? start.layer : (layersShown[layersShown.length - 1] ?? 0);
 state.head = start ? start.head : -1;
 if (!epochs && !several) state.component = bestMap(readingOf(state.panes[0]));

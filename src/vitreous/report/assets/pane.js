@@ -88,7 +88,7 @@ function showPane(node, index, one, range) {
   const image = reading.images[one.image];
   node.shown = { ...one, range };
   const what = map
-    ? `${componentName(map.component)}, ${where(map.layer, map.head)}${map.heads && map.head < 0 ? ", mean of heads" : ""}${map.query ? `, from ${placeName(map.query)}` : ""}${map.slice === null ? "" : `, slice ${map.slice}`}`
+    ? `${componentName(map.component)}, ${where(map.layer, map.head)}${map.heads > 1 && map.head < 0 ? ", mean of heads" : ""}${map.query ? `, from ${placeName(map.query)}` : ""}${map.slice === null ? "" : `, slice ${map.slice}`}`
     : "";
   node
     .querySelector("figcaption")
@@ -109,7 +109,7 @@ function showPane(node, index, one, range) {
     .setAttribute(
       "aria-label",
       map
-        ? `${what} over ${image.name}. Values from ${fmt(map.low)} to ${fmt(map.high)}. Arrow keys read single places${Object.hasOwn(reading.queries.layers, map.layer) ? ", Enter shows what the patch there looks at" : ""}.${map.unsure ? " The sign is not known." : ""}`
+        ? `${what} over ${image.name}. Values from ${fmt(map.low)} to ${fmt(map.high)}. Arrow keys read single places${Object.hasOwn(reading.queries.layers, map.layer) ? `, Enter shows what ${isMixing(reading, map.layer) ? "moves the patch there" : "the patch there looks at"}` : ""}.${map.unsure ? " The sign is not known." : ""}`
         : "No map",
     );
   paint(node);

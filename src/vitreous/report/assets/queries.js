@@ -46,7 +46,7 @@ function queryMap(reading, layer, image, head) {
   return {
     values,
     slice: null,
-    component: ATTENTION,
+    component: patchComponent(reading, layer),
     layer,
     head,
     heads: entry.heads,
@@ -60,9 +60,29 @@ function queryMap(reading, layer, image, head) {
   };
 }
 
+/** Maps of a module without attention: what moves its places. */
+const MIXING = ["mixing", "mixing_middle"];
+const isMixing = (reading, layer) => reading.layers.find((one) => one.layer === layer)?.kind === "mixing";
+
+/** The map that single patches of a layer have. */
+const patchComponent = (reading, layer) => (isMixing(reading, layer) ? MIXING[0] : ATTENTION);
+
+/** Whether a patch was clicked, and the chosen map has rows of patches. */
+const asksPatch = (reading, layer) => Boolean(state.query) && state.component === patchComponent(reading, layer);
+
+/** What else changes with another layer or map, so that it is there: layers have attention, or a mixing map. */
+function fitting(changes) {
+  const [reading] = shownReadings();
+  const [component, layer] = [changes.component ?? state.component, changes.layer ?? state.layer];
+  if (isMixing(reading, layer) === MIXING.includes(component) || own(reading.maps, `${component}/-1`)) return changes;
+  if (changes.component === undefined) return { ...changes, component: patchComponent(reading, layer) };
+  const layers = layersOf([reading]).filter((one) => own(reading.maps, `${component}/${one}`));
+  return layers.length ? { ...changes, layer: layers[layers.length - 1] } : changes;
+}
+
 /** The map that is chosen: that of the chosen patch, where it is there, else that of the class token, or another one. */
 const shownMap = (reading, layer, image, head, slice) =>
-  (state.query && state.component === ATTENTION && queryMap(reading, layer, image, head)) ||
+  (asksPatch(reading, layer) && queryMap(reading, layer, image, head)) ||
   mapOf(reading, state.component, layer, image, head, slice);
 
 const placeName = ([row, column]) => `row ${row + 1}, column ${column + 1}`;
@@ -75,8 +95,10 @@ const imagesAt = (reading, places) =>
 
 /** What can be asked of single patches here, or why nothing can. */
 function queryNote(reading, layer, image) {
-  const { images: there, of, layers, reasons, bytes, budget } = reading.queries;
-  const have = imagesAt(reading, there) + (there.length < of ? ` (the reading has it of ${of})` : "");
+  const { images: all, of, layers, reasons, bytes, budget } = reading.queries;
+  // of a mixing map there may be fewer
+  const there = Object.hasOwn(layers, layer) ? all.filter((one) => own(reading.queries.rows, `${layer}/${one}`)) : all;
+  const have = imagesAt(reading, there) + (there.length === all.length && there.length < of ? ` (the reading has it of ${of})` : "");
   if (!there.length)
     return of
       ? "What each patch looks at is in the reading, and too large for this page."
@@ -84,11 +106,11 @@ function queryNote(reading, layer, image) {
   if (!Object.hasOwn(layers, layer))
     return `What each patch looks at is not there for layer ${layer}: ${own(reasons, layer) || "it has no such map"}.`;
   if (!there.includes(image)) return `What each patch looks at is there for ${have}, not for this one.`;
-  const map = state.query && state.component === ATTENTION ? queryMap(reading, layer, image, -1) : null;
+  const [asks, mixes] = [asksPatch(reading, layer), isMixing(reading, layer)];
+  const map = asks ? queryMap(reading, layer, image, -1) : null;
   if (map && map.high === 0) return "This patch has no token here: it was dropped before.";
-  return state.query && state.component === ATTENTION
-    ? "Click another patch, or press Escape on the map for the class token."
-    : `Click a patch, or press Enter on one, to see what it looks at: there for ${have}.`;
+  if (asks) return `Click another patch, or press Escape on the map for ${mixes ? "the mean of all" : "the class token"}.`;
+  return `Click a patch, or press Enter on one, to see what ${mixes ? "moves it" : "it looks at"}: there for ${have}.`;
 }
 
 /** The choice between the class token, or all queries, and the patch that was clicked. */
@@ -98,7 +120,7 @@ function queryChoice() {
   const box = el("div", { class: "looking-from" }, pick.field, note);
   section(["panes", "image", "component", "layer", "query", "unpacked"], () => {
     const [reading] = shownReadings();
-    const attends = state.component === ATTENTION && reading.layers.length > 0;
+    const attends = reading.layers.length > 0 && state.component === patchComponent(reading, state.layer);
     box.hidden = !reading.shown || !reading.layers.length;
     const record = reading.layers.find((one) => one.layer === state.layer);
     pick.field.hidden = !attends;
@@ -120,5 +142,5 @@ function lookFrom(reading, y, x) {
   const entry = own(reading.queries.layers, state.layer);
   if (!entry) return;
   const at = (part, count) => Math.min(Math.max(Math.floor(part * count), 0), count - 1);
-  set({ component: ATTENTION, query: [at(y, entry.height), at(x, entry.width)] });
+  set({ component: patchComponent(reading, state.layer), query: [at(y, entry.height), at(x, entry.width)] });
 }

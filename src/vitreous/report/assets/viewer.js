@@ -10,8 +10,8 @@ const CANVAS = 720; // pixels across
 function viewer() {
   const { node } = part("maps", "Maps");
   const strip = choice("Image", (image) => set({ image }), "thumbs");
-  const component = choice("Map", (value) => set({ component: value }));
-  const layer = choice("Layer", (value) => set({ layer: value }));
+  const component = choice("Map", (value) => set(fitting({ component: value })));
+  const layer = choice("Layer", (value) => set(fitting({ layer: value })));
   const head = choice("Head", (value) => set({ head: value }));
   const slice = choice("Slice", (value) => set({ slice: value }));
   const about = el("p", { class: "about", "aria-live": "polite" });
@@ -89,12 +89,13 @@ function viewer() {
       state.component,
     );
     const told = readings.map((r) => r.components.find((c) => c.name === state.component)).find(Boolean);
+    const moved = isMixing(readings[0], state.layer);
     const ofPatch = readings.some((r) => shownMap(r, state.layer, imageIn(r, state.image), state.head)?.query);
     const perHead = readings.some((r) => r.maps[`${state.component}/${state.layer}`]?.heads);
     const alone = !readings.some((r) => r.maps[`${state.component}/${state.layer}`]);
     about.textContent = told
       ? [
-          ofPatch ? "What the framed patch looks at, head by head" : told.explains,
+          ofPatch ? (moved ? "What moves the framed patch; no attention" : "What the framed patch looks at, head by head") : told.explains,
           told.rule ? `${told.signed ? "Sign by" : "By"} ${told.rule}` : "",
           alone ? "one map for the whole model" : "",
         ]
@@ -299,7 +300,7 @@ function neighbours(box) {
   const reading = readingOf(state.panes[0]);
   const image = imageIn(reading, state.image);
   const groups = [];
-  const from = state.query && state.component === ATTENTION ? `, from ${placeName(state.query)}` : "";
+  const from = asksPatch(reading, state.layer) ? `, from ${placeName(state.query)}` : "";
   const heads = reading.maps[`${state.component}/${state.layer}`]?.heads || 0;
   if (heads > 1) {
     groups.push([
