@@ -1,0 +1,112 @@
+"""Binary linear-angular attention (ShiftAddViT): queries and keys of zeros and ones, no softmax, linear in the tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
+
+from vitreous import slots
+from vitreous.base.errors import SettingError
+from vitreous.hosts.mixer import Mixer
+from vitreous.layers.stream import TokenState
+from vitreous.layers.unit_norm import unit
+from vitreous.mechanism import Mechanism
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAngular(Mechanism):
+    """Attention is replaced by a product of binary queries and keys, beside each token's own value.
+
+        q, k <- q / |q|, k / |k|;   b(q) = 1[q > mean(q)], mean over the tokens and channels of a head of one image
+        y = v / 2 + b(q) (b(k)^T v) / pi,   y <- y / |y|                      first K x K products: linear in the tokens
+        y <- y + conv(v), depth-wise over the tokens, then the projection     db/dq = 1 for 0 < q < 1, else 0
+
+    Paper: You, Shi, Guo, Lin 2023, arXiv 2306.06446 (ShiftAddViT).
+    Differs: the released code takes the mean over the whole batch, so that an image depends on its batch mates. Lengths
+        below 1e-12 count as that much, where the release divides by 0. The convolution runs over the patches alone, in
+        raster order, those of each channel apart; other tokens have none. No branch of sparse softmax.
+    At start: changes the output; the displaced attention's weights are not used (keeps_weights is False).
+    Cost: 2 N K^2 multiply-adds per head in place of 2 N^2 K; 4 D^2 + 4 D parameters and H * kernel of the convolution. Binary
+        numbers are simulated in floating point.
+    Settings: layers (0-based; default all). heads (default: the host's). kernel: patches that the convolution spans, odd.
+        seed: of the weights, N(0, 0.02^2) cut at two standard deviations.
+    Raises: HostError where the blocks cannot hand on a state; MaskError for masks and dropped tokens; SettingError.
+    """
+
+    paper: ClassVar[str] = "You et al. 2023, arXiv 2306.06446"
+    requires: ClassVar[tuple[str, ...]] = ("stream", "grid", "halves")
+    keeps_weights: ClassVar[bool] = False
+    examples: ClassVar[tuple[str, ...]] = ("linear_angular:kernel=3,layers=1+3,heads=4",)
+
+    layers: tuple[int, ...] | None = None
+    heads: int | None = None
+    kernel: int = 9
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise SettingError(f"Found kernel={self.kernel}. Expected an odd number of patches. Give one such as 9.")
+
+    def changes(self, model: nn.Module) -> dict[str, Any]:
+        changes, width = slots.open_stream(model, self.name), slots.width(model)
+        heads = slots.heads(model) if self.heads is None else self.heads
+        if heads < 1 or width % heads:
+            raise SettingError(f"Found heads={heads}. Expected a divisor of the width {width}. Give such a number.")
+        generator = torch.Generator().manual_seed(self.seed)
+        for i in slots.layer_indices(model, self.layers):
+            new = LinearAngularMixer.instead_of(slots.displaced_attention(model, i, self.name))
+            new.initialise(width, heads, self.kernel, generator)
+            changes[f"blocks.{i}.attn"] = new
+        return changes
+
+
+class LinearAngularMixer(Mixer):
+    """Binary linear-angular attention over all tokens, and a convolution over the patches."""
+
+    mixes_inserted: ClassVar[bool] = True
+    projections: ClassVar[dict[str, str]] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
+
+    def initialise(self, width: int, heads: int, kernel: int, generator: torch.Generator) -> None:
+        self.num_heads = heads
+        for name in (*self.projections, "proj"):
+            linear = skip_init(nn.Linear, width, width)
+            nn.init.trunc_normal_(linear.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
+            nn.init.zeros_(linear.bias)
+            self.add_module(name, linear)
+        self.conv = skip_init(nn.Conv2d, heads, heads, (kernel, 1), padding=(kernel // 2, 0), groups=heads, bias=False)
+        nn.init.kaiming_uniform_(self.conv.weight, a=math.sqrt(5), generator=generator)
+
+    def mix_tokens(self, tokens: Tensor, state: TokenState) -> Tensor:
+        q, k, v = (
+            layer(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, K)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        with torch.autocast(tokens.device.type, enabled=False):  # counts of tokens, and lengths
+            y = unit(angular(binary(unit(q)), binary(unit(k)), v.to(torch.promote_types(v.dtype, torch.float32))))
+        y = y.to(v.dtype) + self.local(v, state)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def local(self, v: Tensor, state: TokenState) -> Tensor:
+        """The convolution over the patches of each picture: v (B, H, N, K) -> (B, H, N, K), 0 for other tokens."""
+        patches = v[:, :, state.prefix : v.shape[2] - state.inserted]
+        pictures = patches.unflatten(2, (state.groups, -1)).transpose(1, 2)  # (B, G, H, N / G, K)
+        y = self.conv(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).transpose(1, 2).flatten(2, 3)
+        return F.pad(y, (0, 0, state.prefix, state.inserted))
+
+
+def binary(x: Tensor) -> Tensor:
+    """1 where unit rows x (B, H, N, K) exceed their mean over N and K, else 0; gradient of clamp(x, 0, 1)."""
+    hard, soft = (x > x.mean((-2, -1), keepdim=True)).to(x.dtype), x.clamp(0, 1)
+    return hard + (soft - soft.detach())  # the difference is 0 to the bit
+
+
+def angular(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """v / 2 + q (k^T v) / pi for q, k, v (B, H, N, K): keys and values first, so that no (N, N) is formed."""
+    return v / 2 + q @ (k.mT @ v) / math.pi
