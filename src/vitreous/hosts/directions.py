@@ -61,7 +61,8 @@ UNSUITABLE: dict[type[nn.Module], str] = {
 
 def projections_of(attention: nn.Module) -> dict[str, str] | None:
     """{child linear: the equal parts of its output, of q, k, v} of an attention; None where that is not known."""
-    return getattr(type(attention), "projections", None) or PROJECTIONS.get(type(attention))
+    own = getattr(type(attention), "projections", None)
+    return own if isinstance(own, dict) else PROJECTIONS.get(type(attention))
 
 
 def unsuitable(attention: nn.Module) -> str | None:
