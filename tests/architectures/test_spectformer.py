@@ -19,7 +19,7 @@ from vitreous.layers.fourier import kernel_of
 from vitreous.lens.look import look
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "depth": 4, "spectral": 2, "num_classes": 5}
-SMALL_NETWORKS = {"spectformer_tiny": SMALL, "spectformer_h_s": SMALL_PYRAMID}
+SMALL_NETWORKS = {"spectformer_tiny": SMALL, "spectformer_h_s": SMALL_PYRAMID | {"depths": (1, 1, 1, 1)}}
 
 
 def small(**options):

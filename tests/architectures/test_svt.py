@@ -23,7 +23,7 @@ SMALL = {
     "mlp_ratios": (2, 2, 2, 2),
     "depths": (2, 1, 1, 1),
 }
-SMALL_NETWORKS = {"svt_h_s": SMALL}
+SMALL_NETWORKS = {"svt_h_s": SMALL | {"depths": (1, 1, 1, 1)}}
 PYRAMID = {  # names of ours in the authors' code, of SpectFormer's pyramid, too
     r"^patch_embed\.": "patch_embed1.",
     r"^stages\.(\d)\.downsample\.": lambda found: f"patch_embed{int(found[1]) + 1}.",

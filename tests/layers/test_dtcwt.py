@@ -8,7 +8,7 @@ from math import sqrt
 import pytest
 import torch
 
-from vitreous.layers.dtcwt import HIGH, HIGH_BACK, LOW, LOW_BACK, analysis, filtered, synthesis
+from vitreous.layers.dtcwt import HIGH, HIGH_BACK, LOW, LOW_BACK, analysis, bands, synthesis
 
 SIZES = [(2, 2), (2, 4), (6, 4), (14, 14), (8, 22)]
 
@@ -40,23 +40,25 @@ def test_filters_are_symmetric_and_complement_each_other():
 @pytest.mark.parametrize("size", [(2, 4), (5, 3)], ids=str)
 def test_filtering_is_the_formula_as_loops(size):
     """Also where the filter is far longer than the picture."""
-    x = drawn(*size)
-    expected = torch.zeros_like(x)
-    for y, u, i, j in product(range(size[0]), range(size[1]), range(19), range(13)):
-        expected[:, y, u] += HIGH[i] * LOW[j] * x[:, mirrored(y + i - 9, size[0]), mirrored(u + j - 6, size[1])]
-    torch.testing.assert_close(filtered(x, HIGH, LOW), expected, atol=1e-15, rtol=1e-14)
+    x, found = drawn(*size), bands(drawn(*size))
+    for (k, rows), (m, columns) in product(enumerate((LOW, HIGH)), repeat=2):
+        expected = torch.zeros_like(x)
+        for y, u, i, j in product(range(size[0]), range(size[1]), range(len(rows)), range(len(columns))):
+            place = mirrored(y + i - len(rows) // 2, size[0]), mirrored(u + j - len(columns) // 2, size[1])
+            expected[:, y, u] += rows[i] * columns[j] * x[:, place[0], place[1]]
+        torch.testing.assert_close(found[:, k, m], expected, atol=2e-15, rtol=1e-14)
 
 
 def test_orientations_are_the_quads_of_the_bands():
     x = drawn(4, 6)
     low, real, imaginary = analysis(x)
-    bands = {name: filtered(x, *taps) for name, taps in {"lh": (HIGH, LOW), "hh": (HIGH, HIGH), "hl": (LOW, HIGH)}.items()}
-    assert torch.equal(low, filtered(x, LOW, LOW))
+    parts = {name: bands(x)[:, k, m] for name, (k, m) in {"lh": (1, 0), "hh": (1, 1), "hl": (0, 1)}.items()}
+    assert torch.equal(low, bands(x)[:, 0, 0])
     order = [("lh", 1), ("hh", 1), ("hl", 1), ("hl", 2), ("hh", 2), ("lh", 2)]
     for k, (name, which) in enumerate(order):
         for y, u in product(range(2), range(3)):
-            a, b = bands[name][:, 2 * y, 2 * u], bands[name][:, 2 * y, 2 * u + 1]
-            c, d = bands[name][:, 2 * y + 1, 2 * u], bands[name][:, 2 * y + 1, 2 * u + 1]
+            a, b = parts[name][:, 2 * y, 2 * u], parts[name][:, 2 * y, 2 * u + 1]
+            c, d = parts[name][:, 2 * y + 1, 2 * u], parts[name][:, 2 * y + 1, 2 * u + 1]
             z = ((a - d) + 1j * (b + c)) / sqrt(2) if which == 1 else ((a + d) + 1j * (b - c)) / sqrt(2)
             torch.testing.assert_close(torch.complex(real, imaginary)[:, k, y, u], z, atol=1e-15, rtol=1e-14)
 

@@ -31,24 +31,25 @@ HIGH = symmetric((-81, 0, 1539, -2160, -8208, 27360, 63816, -59280, -343786, 641
 LOW_BACK, HIGH_BACK = alternating(HIGH), alternating(LOW)
 
 
-def filter_matrix(taps: Taps, n: int, like: Tensor) -> Tensor:
-    """(n, n): the product with a line of n values is its correlation with a filter.
+def bank(pair: tuple[Taps, Taps], n: int, like: Tensor) -> Tensor:
+    """(2, n, n): products with a line of n values are its correlations with two filters.
 
     Beyond the ends the line is mirrored, the end value twice, as often as the filter reaches. A
-    product with a matrix moves more numbers than a depthwise convolution would, and is faster.
+    product with a matrix moves more numbers than a convolution would, and is faster.
     """
-    reach = len(taps) // 2
     at = torch.arange(n, device=like.device)
-    index = (at[:, None] + torch.arange(-reach, reach + 1, device=like.device)) % (2 * n)  # (n, taps)
-    index = torch.minimum(index, 2 * n - 1 - index)
-    values = torch.tensor(taps, device=like.device, dtype=like.dtype)
-    return (values[:, None] * (index[..., None] == at)).sum(1)
+    longest = max(map(len, pair))
+    padded = [(0.0,) * ((longest - len(taps)) // 2) for taps in pair]
+    values = [(*zeros, *taps, *zeros) for zeros, taps in zip(padded, pair, strict=True)]
+    index = (at[:, None] + torch.arange(longest, device=like.device) - longest // 2) % (2 * n)  # (n, taps)
+    hits = torch.minimum(index, 2 * n - 1 - index)[..., None] == at
+    return torch.einsum("kt,itj->kij", torch.tensor(values, device=like.device, dtype=like.dtype), hits.to(like.dtype))
 
 
-def filtered(x: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Correlations along the height and along the width, each with its filter: (B, H, W, C)."""
-    x = torch.einsum("ij,bjwc->biwc", filter_matrix(rows, x.shape[1], x), x)
-    return torch.einsum("ij,bhjc->bhic", filter_matrix(columns, x.shape[2], x), x)
+def bands(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, 2, 2, H, W, C): low and high pass along the height, along the width."""
+    x = torch.einsum("kij,bjwc->bkiwc", bank((LOW, HIGH), x.shape[1], x), x)
+    return torch.einsum("lij,bkhjc->bklhic", bank((LOW, HIGH), x.shape[3], x), x)
 
 
 def analysis(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,22 +58,18 @@ def analysis(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The low-pass picture is as large as x; the parts, (B, 6, H / 2, W / 2, C), are those of the six
     orientations.
     """
-    first, second = [], []
-    for rows, columns in ((HIGH, LOW), (HIGH, HIGH), (LOW, HIGH)):
-        band = filtered(x, rows, columns) / sqrt(2)
-        a, b, c, d = (band[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
-        first.append((a - d, b + c))
-        second.append((a + d, b - c))
-    real, imaginary = (torch.stack(parts, dim=1) for parts in zip(*first, *reversed(second), strict=True))
-    return filtered(x, LOW, LOW), real, imaginary
+    parts = bands(x)
+    high = torch.stack([parts[:, 1, 0], parts[:, 1, 1], parts[:, 0, 1]], dim=1) / sqrt(2)
+    a, b, c, d = (high[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1))  # (B, 3, H / 2, W / 2, C)
+    real, imaginary = torch.cat([a - d, (a + d).flip(1)], dim=1), torch.cat([b + c, (b - c).flip(1)], dim=1)
+    return parts[:, 0, 0], real, imaginary
 
 
 def synthesis(low: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
     """The inverse of `analysis`, exact up to rounding."""
-    x = filtered(low, LOW_BACK, LOW_BACK)
-    for i, (rows, columns) in enumerate(((HIGH_BACK, LOW_BACK), (HIGH_BACK, HIGH_BACK), (LOW_BACK, HIGH_BACK))):
-        p, q, r, s = real[:, i], imaginary[:, i], real[:, 5 - i], imaginary[:, 5 - i]
-        upper, lower = torch.stack([p + r, q + s], dim=3), torch.stack([q - s, r - p], dim=3)  # (B, H / 2, W / 2, 2, C)
-        quads = torch.stack([upper, lower], dim=2) / sqrt(2)  # (B, H / 2, 2, W / 2, 2, C)
-        x = x + filtered(quads.flatten(3, 4).flatten(1, 2), rows, columns)
-    return x
+    p, q, r, s = real[:, :3], imaginary[:, :3], real[:, 3:].flip(1), imaginary[:, 3:].flip(1)
+    upper, lower = torch.stack([p + r, q + s], dim=4), torch.stack([q - s, r - p], dim=4)  # (B, 3, H / 2, W / 2, 2, C)
+    high = torch.stack([upper, lower], dim=3).flatten(4, 5).flatten(2, 3) / sqrt(2)  # (B, 3, H, W, C)
+    parts = torch.stack([low, high[:, 2], high[:, 0], high[:, 1]], dim=1).unflatten(1, (2, 2))
+    x = torch.einsum("lij,bklhjc->bkhic", bank((LOW_BACK, HIGH_BACK), low.shape[2], low), parts)
+    return torch.einsum("kij,bkjwc->biwc", bank((LOW_BACK, HIGH_BACK), low.shape[1], low), x)
