@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models.metaformer import MetaFormer, Pooling
+from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
 from contract.hosts import build, images
@@ -262,7 +264,7 @@ def test_costs_one_pass_of_the_module_for_each_place_and_image():
     once = model.middle.count
     model.middle.count = 0
     look(model, pixels(3, 40), probes=["mixing:modules=middle,images=2"], noise=0)
-    assert 25 <= model.middle.count - once <= 25 + 12  # 5 x 5 places; the pass itself and checks
+    assert 25 <= model.middle.count - once <= 25 + 14  # 5 x 5 places; the pass itself and checks
 
 
 class Coupled(nn.Module):
@@ -344,3 +346,67 @@ def test_a_mixer_that_is_not_as_linear_as_it_says():
     reading = look(graft(build("class_avg"), LyingGate(layers=(0,))), images(1), probes=["mixing"])
     assert "it says that it is linear, and is not" in reading.layers[-1]["note"]
     assert reading.layers[-1]["route"] == "removal"
+
+
+# -- networks -------------------------------------------------------------------------------------
+
+
+def by_hand(f, tokens):
+    """Shares (N, N) of removal, token by token; tokens (1, N, D)."""
+    moved = [(f(removed(tokens, j)) - f(tokens))[0].norm(dim=-1) for j in range(tokens.shape[1])]
+    return mixing.shares(torch.stack(moved, dim=1).detach())
+
+
+def test_the_token_mlp_of_an_mlp_mixer():
+    """It gets (B, D, N)."""
+    torch.manual_seed(0)
+    model = MlpMixer(img_size=128, patch_size=32, embed_dim=12, num_blocks=1, num_classes=3).eval()
+    inputs = []
+    model.blocks[0].mlp_tokens.register_forward_hook(lambda module, args, output: inputs.append(args[0].detach()))
+    x = pixels(1, 128)
+    reading = look(model, x, probes=["mixing:modules=blocks.0.mlp_tokens+blocks.0"], noise=0)
+    tokens = inputs[0][:1].mT
+    assert tokens.shape == (1, 16, 12)
+    expected = by_hand(lambda t: model.blocks[0].mlp_tokens(t.mT).mT, tokens)[10].unflatten(0, (4, 4))
+    layer = next(each["layer"] for each in reading.layers if each["name"] == "blocks.0.mlp_tokens")
+    np.testing.assert_allclose(reading.maps["mixing_middle", layer][0], expected, rtol=2e-3, atol=1e-5)
+
+
+def test_the_pooling_of_poolformer_is_exact():
+    torch.manual_seed(0)
+    model = MetaFormer(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), token_mixers=Pooling, num_classes=3).eval()
+    reading = look(model, pixels(1, 96), probes=["mixing:modules=stages.0.blocks.0.token_mixer"], noise=0)
+    assert reading.layers[0]["route"] == "unit vectors"
+    expected = np.zeros((24, 24))  # mean of 3 x 3, without the place itself: 1/9 - 1 in the middle
+    expected[11:14, 11:14] = 1 / 9
+    expected[12, 12] = 8 / 9
+    np.testing.assert_allclose(reading.maps["mixing_middle", 0][0], expected / expected.sum(), rtol=1e-3, atol=1e-7)
+
+
+def test_a_spiking_network_by_removal_alone_with_its_firing_rate():
+    torch.manual_seed(0)
+    model = timm.create_model("spikformer_8_384", embed_dim=32, depth=1, num_heads=2, num_classes=5).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 4.0)  # as drawn, deep layers are silent
+            nn.init.constant_(module.bias, 0.5)
+    outputs = []
+    model.blocks[0].attn.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    reading = look(model, x, probes=["all", "mixing:modules=blocks.*.attn"], noise=0)
+    (layer,) = reading.layers
+    assert (layer["name"], layer["route"], layer["grid"]) == ("blocks.0.attn", "removal", [4, 4])
+    spikes = next(output for output in outputs if output.shape[1] == 2)  # (T, B, D, H, W)
+    assert set(spikes.unique().tolist()) == {0.0, 1.0}
+    np.testing.assert_allclose(reading.table()["firing_rate"], spikes.mean((0, 2, 3, 4)), rtol=1e-5)
+    assert (reading.table()["mixing_places"] > 1.5).all()
+    with pytest.raises(HostError, match=r"blocks\.0\.attn \(SpikingAttention\).*binary or spiking"):
+        look(model, x, probes=["mixing:modules=blocks.*.attn,by=influence"], noise=0)
+
+
+def test_half_precision_and_masks_of_none():
+    model = convnext().to(torch.bfloat16)
+    reading = look(model, pixels(1), probes=["mixing:modules=stages.0.blocks.0.conv_dw"], noise=0)
+    assert reading.layers[0]["route"] in ("removal", "unit vectors")
+    assert np.isfinite(reading.table()["mixing_places"]).all()
+    assert np.isnan(reading.table()["mixing_foreground"]).all()

@@ -18,6 +18,7 @@ from vitreous.lens.layer_features import first_tensor
 from vitreous.lens.module_calls import Call, PlacedCall, named_modules, placed, record, refusal
 from vitreous.lens.probe import BatchInfo, Component, Measure, Probe, Readout, Rows, Source
 from vitreous.lens.stored_maps import packed_rows
+from vitreous.lens.tap.capture_pass import prepare_images
 
 KEY = "mixing"
 SAME = 1e-3  # relative difference of two passes that rounding may make
@@ -41,6 +42,7 @@ class Measured:
     route: str
     error: float
     notes: tuple[str, ...] = ()
+    firing: Tensor | None = None  # (M,) share of ones in the output at each place, where all is 0 or 1
 
 
 class Measurement:
@@ -56,14 +58,19 @@ class Measurement:
     def run(self) -> Readout:
         """The readout of the images of this batch that are among the first ones of the look."""
         names = self.probe.names(self.model)
+        images = prepare_images(dict(self.model.named_modules()), self.batch.images)
         for i in range(self.count):
-            calls = record(self.model, self.batch.images[i : i + 1], names)
+            calls = record(self.model, images[i : i + 1], names)
             for call in calls:
                 self.attempt(call)
             for name in set(names) - {call.name for call in calls}:
                 self.note(name, "it was not called in this pass")
         for layer, measured in sorted(self.by_layer.items()):
-            if len(measured) == self.count:  # else it failed for some image, and a note says why
+            call = measured[0].placed.call
+            if not any(mixing.reach(each.matrix) for each in measured):
+                moves = "moves each place by itself alone" if measured[0].matrix.any() else "does not move (silent or zero)"
+                self.note(call.name, str(refusal(call, moves, "a module that mixes places in these images")))
+            elif len(measured) == self.count:  # else it failed for some image, and a note says why
                 self.add(layer, measured)
         self.limit_rows()
         return self.readout
@@ -100,9 +107,9 @@ class Measurement:
             )
         error, chunk, notes = self.checked(each)
         matrix, route = self.matrix(each, chunk, notes)
-        if not mixing.reach(matrix):
-            raise refusal(call, "moves each place by itself alone", "a module that mixes places")
-        return Measured(each, matrix, route, error, tuple(notes))
+        y = each.f(x.clone())[0].float()
+        binary = bool(((y == 0) | (y == 1)).all()) and bool(y.any())
+        return Measured(each, matrix, route, error, tuple(notes), y.mean(-1) if binary else None)
 
     def checked(self, each: PlacedCall) -> tuple[float, int, list[str]]:
         """Whether f is what the model ran: its error, copies that go into one pass, notes."""
@@ -116,8 +123,8 @@ class Measurement:
         if error > tolerance or not math.isfinite(error):
             raise refusal(call, f"gives another output when it is run by itself (by {error:.1g})", "the same")
         chunk = max(2, 4 * self.batch.block // x.numel())
-        together = f(torch.cat([x, x.flip(1), 2 * x])).float()
-        if mixing.relative(alone, together[:1]) <= tolerance:
+        together = f(torch.cat([x, x.flip(1), 2 * x, x])).float()
+        if max(mixing.relative(alone, together[i][None]) for i in (0, 3)) <= tolerance:
             return error, chunk, []
         return error, 1, ["an image depends on its batch mates: copies were run one by one"]
 
@@ -161,6 +168,9 @@ class Measurement:
             diagonal = torch.diagonal(share, dim1=-2, dim2=-1)[:, patches]
             live = own.sum(-1) > 0
             values["mixing_self"] = (diagonal * live).sum(-1) / live.sum(-1)
+        if all(each.firing is not None for each in measured):
+            firing = torch.stack([each.firing for each in measured]).cpu()
+            values["firing_rate"] = firing[:, patches].mean(1)
         table = {name: value[:, None] for name, value in values.items()}
         readout.rows.append(Rows(layer, KEY, KEY, table, self.batch.first, together=True))
         live = (own.sum(-1, keepdim=True) > 0).sum(1).clamp(min=1)
@@ -289,6 +299,8 @@ class Mixing(Probe):
                 explains="How much of what moves a place is the place itself. High behind a residual connection."),
         Measure("mixing_foreground", "Mixing from the object", "", 0, 1,
                 explains="Share of what moves places that lies on the object. By chance: the object's area."),
+        Measure("firing_rate", "Firing rate", "", 0, 1,
+                explains="Share of a spiking module's outputs that are 1, over places, channels and steps."),
     )  # fmt: skip
     components: ClassVar[tuple[Component, ...]] = (
         Component("mixing", "Mixing", low=0, high=1, curves=False, scored=False,
