@@ -10,6 +10,7 @@ from transformers import CvtConfig, CvtForImageClassification
 from architectures.released import fill, pictures
 from vitreous.architectures.cvt import ConvAttention, checkpoint_filter_fn
 from vitreous.base.errors import SettingError
+from vitreous.models.create import create_model
 
 SMALL = {"embed_dims": (8, 12, 16), "depths": (1, 1, 2), "num_heads": (1, 3, 2), "num_classes": 5}
 SMALL_NETWORKS = {"cvt_13": SMALL}
@@ -154,3 +155,17 @@ def test_bad_input():
         timm.create_model("cvt_13", class_token=False)
     model = timm.create_model("cvt_13", class_token=False, global_pool="avg", **SMALL).eval()
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_the_authors_file_loads_under_its_own_names(tmp_path):
+    """Also for images of one channel, and whatever the classes are called."""
+    source = timm.create_model("cvt_13", **SMALL).eval()
+    released = {substituted(name, RELEASED): value for name, value in source.state_dict().items()}
+    assert not {"patch_embed.proj.weight", "stages.1.downsample.proj.weight"} & set(released)
+    torch.save(released, tmp_path / "cvt.pth")
+    x, sizes = torch.randn(2, 3, 32, 32), {name: value for name, value in SMALL.items() if name != "num_classes"}
+    model = create_model("cvt_13", weights=tmp_path / "cvt.pth", **sizes)
+    assert torch.equal(model(x), source(x))
+    grey = create_model("cvt_13", weights=tmp_path / "cvt.pth", channels=1, classes=("a", "b"), **sizes)
+    assert grey(x[:, :1]).shape == (2, 2)
+    torch.testing.assert_close(grey.patch_embed.proj.weight[:, 0], source.patch_embed.proj.weight.sum(1))

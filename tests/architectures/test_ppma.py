@@ -15,6 +15,7 @@ from vitreous.architectures.ppma import PolylineAttention, checkpoint_filter_fn,
 from vitreous.base.errors import SettingError
 
 SMALL = {"embed_dims": (8, 12, 16, 24), "depths": (1, 1, 1, 1), "num_heads": (2, 3, 2, 4), "projection": 20, "num_classes": 5}
+SMALL_NETWORKS = {"ppma_t": SMALL}
 GRID = 3, 4
 RELEASED = {  # names of ours in the authors' code
     **{rf"^patch_embed\.{i}\.{j}\.": f"patch_embed.proj.{3 * i + j}." for i in range(4) for j in range(2)},
