@@ -137,12 +137,14 @@ def test_a_layer_equals_loops(parts):
 
 WIDE = {"embed_dims": (16, 32), "depths": (1, 2), "num_heads": (1, 2), "num_classes": 5}
 MIXED = {"embed_dims": (16, 32, 32, 64), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "num_classes": 5}
+PPMA = MIXED | {"projection": 20}
 SRET = {"embed_dims": (16, 32, 64), "depths": (1, 1, 1), "num_heads": (1, 2, 2), "img_size": 64, "num_classes": 5}
 FURTHER = {  # name: (settings, side of the image, layers with softmax attention that have their queries from linear layers)
     "cvt_13": (WIDE, 32, "0-2"),
     "svt_h_s": (MIXED, 64, "1-5"),
     "spectformer_h_s": (MIXED, 64, "2-5"),
     "sret_t": (SRET, 64, "0-2"),
+    "ppma_t": (PPMA, 64, "0-4"),
     "t2t_vit_7": ({"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}, 32, "0-1"),
     "naflexvit_base_patch16_gap": ({"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}, 64, "0-1"),
     "xcit_nano_12_p16_224": ({"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "img_size": 32}, 32, "2-3"),
@@ -151,7 +153,10 @@ FURTHER = {  # name: (settings, side of the image, layers with softmax attention
 
 @pytest.mark.parametrize("name", [*LINEAR_HOSTS.keys() - {"crossvit"}, *FURTHER])
 def test_scores_are_those_of_the_settings_whatever_the_host_multiplies_by(name):
-    """Queries and keys as they are multiplied: unit rows, sigma, and sqrt(K) in all. CrossViT multiplies behind the product."""
+    """Queries and keys as they are multiplied: unit rows, sigma, and sqrt(K) in all.
+
+    CrossViT multiplies behind the product. Rotary positions of PPMA stand behind sigma, so lengths tell only of an even one.
+    """
     settings, side, layers = FURTHER.get(name, ({}, 32, ""))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -163,6 +168,10 @@ def test_scores_are_those_of_the_settings_whatever_the_host_multiplies_by(name):
     before = model(x)
     check(graft(model, f"svda:scale=sqrt{layers and ',layers=' + layers}"), x)
     assert (model(x) - before).abs().max() > 1e-4
+    if name == "ppma_t":
+        for module in model.modules():
+            if hasattr(module, "sigma"):
+                module.sigma.data.fill_(1.0)
     lengths, seen = [], set()
 
     def see(call):
@@ -290,6 +299,13 @@ def test_a_fit_to_the_hosts_scores_and_a_second_graft_are_refused():
     assert "start=gentle" in refused(build("swin"), "svda:start=import")
     with pytest.raises(GraftError, match=r"qkv already holds SpectralDirections.*Expected plain attention"):
         graft(build("swin"), "svda:layers=0", "svda")
+
+
+def test_networks_without_a_softmax_of_queries_and_keys_are_refused_by_name():
+    spikes = timm.create_model("spikformer_8_384", embed_dim=32, depth=1, num_heads=2)
+    assert "Spikformer" in refused(spikes, "svda")
+    with pytest.raises(GraftError, match=r"blocks\.0\.attn already holds \w+, a mixer in the place of attention"):
+        graft(timm.create_model("spectformer_tiny", img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2), "svda")
 
 
 def test_norms_behind_the_layer_are_refused():
