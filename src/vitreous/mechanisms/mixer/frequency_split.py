@@ -1,4 +1,4 @@
-"""Frequency split: convolutions on some channels, attention to a smaller picture on others."""
+"""Frequency split: convolutions on some channels, attention to a coarse picture on others."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class SplitMixer(Mixer):
                 f"Found {high} channels for convolutions and {low} for attention, groups={groups}, heads={settings.heads}. "
                 "Expected groups that divide the first and the sum of both, and heads that divide the second. Give such."
             )
-        self.reduction, self.num_heads, self.high = settings.reduction, settings.heads, high
+        self.reduction, self.heads, self.high = settings.reduction, settings.heads, high
         shapes = (settings.kernel, groups), (settings.kernel, high), (1, groups)
         self.local = ParallelConv(high, shapes, True, generator)
         self.q, self.kv = (skip_init(nn.Linear, low, parts * low, bias=False) for parts in (1, 2))
@@ -108,7 +108,7 @@ class SplitMixer(Mixer):
 
     def attend(self, x: Tensor) -> Tensor:
         """Attention of all places to the means of r x r places: x (B, H, W, D) -> (B, H, W, D)."""
-        q, k, v = (heads_first(part, self.num_heads) for part in (self.q(x), *self.kv(pooled(x, self.reduction)).chunk(2, -1)))
+        q, k, v = (heads_first(part, self.heads) for part in (self.q(x), *self.kv(pooled(x, self.reduction)).chunk(2, -1)))
         y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, K)
         return y.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3])
 
