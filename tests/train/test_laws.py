@@ -35,6 +35,7 @@ TURNED = "train.tasks_elsewhere.Turned"
 CASES = {
     "multi_label": "--task multi_label --graft svda",
     "turned": f"--task {TURNED}",
+    "elastic": "--task elastic",
     "views": "--task train.tasks_elsewhere.TwoViews --aug pad",
     "sam": "--update sam:rho=0.1 --mixup 0.3 --smoothing 0.1",
     "adaptive": "--update sam:rho=1,adaptive=true --task multi_label --graft svda",
