@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,6 @@ from vitreous.base.errors import SettingError
 from vitreous.bench.operation_count import operations
 from vitreous.bench.timing import rounds
 from vitreous.hosts.subnetwork import Subnetwork, check_plain, cut_out
-from vitreous.tasks.elastic import Elastic
 
 
 @dataclass(frozen=True)
@@ -28,18 +27,18 @@ class Route:
 
 def measured(
     model: nn.Module,
-    task: Elastic,
+    parts: Iterable[Subnetwork],
     count: int = 10,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Route]:
-    """Every sub-network, timed on one image in `count` rounds in which all take turns.
+    """The parts, each timed on one image in `count` rounds in which all take turns.
 
     The smallest number of operations first. Raises HostError for a network that is no plain ViT.
     """
     check_plain(model)
     image = torch.zeros(1, model.in_chans, *model.patch_embed.img_size, device=device)
-    networks = {part: cut_out(model, part).to(device) for part in task.subnetworks(model)}
+    networks = {part: cut_out(model, part).to(device) for part in parts}
     with torch.no_grad():
         calls = {str(part): partial(network, image) for part, network in networks.items()}
         seconds = rounds(calls, count, device=device, progress=progress)

@@ -43,19 +43,18 @@ class Route(Command):
         from vitreous.hosts.subnetwork import cut_out
         from vitreous.models import model_folder
         from vitreous.tasks import TASKS
-        from vitreous.tasks.elastic import Elastic
         from vitreous.train.records.run_folder import read_record
 
         check_new(Path(self.out))
         text = read_record(Path(self.run_folder)).get("task", {}).get("text", "classification")
         task = TASKS.parse(text)
-        if not isinstance(task, Elastic):
+        if not hasattr(task, "subnetworks"):
             raise SettingError(
                 f"Found {self.run_folder}, a run of --task {text}. Expected one of --task elastic, whose sub-networks have "
                 "learned. Train such a run."
             )
         model = model_folder.load(self.run_folder)
-        route = choose(measured(model, task, self.rounds, self.device), self.limit / 1e3)
+        route = choose(measured(model, task.subnetworks(model), self.rounds, self.device), self.limit / 1e3)
         names = model.pretrained_cfg.get("label_names") or ()
         model_folder.save(cut_out(model, route.part), self.out, classes=names)
         part = route.part
