@@ -10,7 +10,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, apply_rot_embed_cat, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
@@ -101,14 +100,14 @@ class PolylineAttention(nn.Module):
     def within_rows(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """Attention within each row of q, k, v (B, H, h, w, K), bias (B, H, h, w, w)."""
         height = q.shape[2]
-        # rows go into the batch: exporters know attention on four axes only
+        # rows go into the batch, which leaves the four axes of attention
         folded = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v, bias))
         return self.weigh(*folded).unflatten(0, (-1, height)).transpose(1, 2)
 
     def weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(K) + bias) v, (..., H, n, K)."""
-        drop = self.attn_drop.p if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=self.scale)
+        # written out: torch has no fused kernel for a bias with gradients, and ONNX none of its strides
+        return self.attn_drop(((q * self.scale) @ k.mT + bias).softmax(-1)) @ v
 
 
 class ConvMlp(nn.Module):
