@@ -28,8 +28,9 @@ class Mechanism(Settings):
     paper: authors, year, arXiv id. requires: what a host must offer, else it is refused (words of
     `hosts.host.CAPABILITIES`). keeps_weights: a plain checkpoint of the host still loads.
     exact_at_init: the grafted model equals the host before training. static_shapes: token counts do
-    not depend on the data. onnx: the grafted model exports. no_decay: names of parameters that
-    weight decay must leave alone. examples: further settings, in text form, that the laws are
+    not depend on the data. onnx: the grafted model exports. any_size: images of other sizes than at
+    graft run wherever the host takes them; else MaskError names them. no_decay: names of parameters
+    that weight decay must leave alone. examples: further settings, in text form, that the laws are
     tested with. Where a setting decides, requires and exact_at_init are properties.
     """
 
@@ -39,6 +40,7 @@ class Mechanism(Settings):
     exact_at_init: ClassVar[bool] = False
     static_shapes: ClassVar[bool] = True
     onnx: ClassVar[bool] = True
+    any_size: ClassVar[bool] = True
     no_decay: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[str, ...]] = ()
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from torch import nn
+import pytest
+from torch import Tensor, nn
 
 import vitreous
 from contract.covering import covering_rows
 from contract.signatures import representatives
 from vitreous import parse
+from vitreous.base.errors import MaskError
 from vitreous.mechanism import mechanism_class
 from vitreous.testing import Check, contract_checks
 from vitreous.testing import hosts as small
@@ -71,6 +73,16 @@ def folder(text: str) -> str:
 def refused(text: str) -> frozenset[str]:
     """The hosts that have to refuse the mechanism."""
     return frozenset().union(*(LACKING[word] for word in parse(text).requires))
+
+
+def refuses_sizes(text: str, model: nn.Module, *others: Tensor) -> bool:
+    """Whether the mechanism claims one image size; then images of any other size have to be refused."""
+    if parse(text).any_size:
+        return False
+    for x in others:
+        with pytest.raises(MaskError, match="Expected"):
+            model(x)
+    return True
 
 
 def grafted(text: str, host: str = PRIMARY) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from contract.hosts import CLASSES, PRIMARY, TEXTS, build, fit, grafted, images
-from vitreous import check, graft, grafts, new_parameters, parse, ungraft
+from vitreous import check, collect_terms, graft, grafts, new_parameters, parse, ungraft
 from vitreous.base.errors import HostError
 from vitreous.models.model_folder import load, save
 
@@ -80,8 +80,10 @@ def test_gradients_per_image(text):
 
 
 def gradients(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    F.cross_entropy(model(x), labels).backward()
     module = model.module if isinstance(model, DistributedDataParallel) else model
+    with collect_terms(module) as terms:
+        logits = model(x)
+    (F.cross_entropy(logits, labels) + sum(terms.values())).backward()
     return {name: p.grad for name, p in module.named_parameters()}
 
 

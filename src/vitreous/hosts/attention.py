@@ -5,6 +5,7 @@
     scores     q, k, state -> (B, H, N, N), before biases and mask
     normalize  scores, state -> weights whose rows sum to one
     merge      z (B, H, N, K), x, state -> (B, N, D)
+    terms      q, k, v, state -> penalties of these activations, a value per image each
 
 An attention idea overrides one or two of them. As long as `scores` and `normalize` are the plain ones, the fused kernel
 does both at once, with a bias too. A query whose keys are all hidden, by a mask or a bias, gets 0 on
@@ -105,6 +106,18 @@ class Attention(nn.Module):
     def wants_state(self) -> bool:
         """True if a step depends on the state of the tokens; a class whose `project` or `merge` does says so itself."""
         return not self.softmax_of_product or type(self).biases is not Attention.biases
+
+    @property
+    def has_terms(self) -> bool:
+        """True if a penalty depends on queries, keys or values."""
+        return type(self).terms is not Attention.terms
+
+    def terms(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState = PLAIN) -> tuple[tuple[str, Tensor], ...]:
+        """Penalties of the activations that scores were taken of: (name, value per image (B,)).
+
+        Blocks of ours ask for them in passes with gradients and hand them on as `TokenState.terms`.
+        """
+        return ()
 
     def project(self, x: Tensor, state: TokenState = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is not None:

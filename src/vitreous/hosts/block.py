@@ -7,9 +7,10 @@ intermediates) calls the block itself, so this is where steps can live without a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import ResPostBlock
@@ -78,11 +79,15 @@ class Block(nn.Module):
         mask = token_mask(state, attn_mask, is_causal, x)
         arguments = {"attn_mask": mask, "is_causal": is_causal} | ({} if rope is None else {"rope": rope})
         needs_state = self.needs_state(state)
+        penalized = torch.is_grad_enabled() and getattr(getattr(self, "attn", None), "has_terms", False)
         if self.splits_halves or needs_state:
             # Queries and keys go into a list, since attention's own output is what hooks on it should see.
             seen: list[tuple[Tensor, Tensor, Tensor]] = []
-            arguments |= ({"seen": seen} if self.steps("between") else {}) | ({"state": state} if needs_state else {})
+            arguments |= {"seen": seen} if self.steps("between") or penalized else {}
+            arguments |= {"state": state} if needs_state else {}
             x = self.attention_half(x, **arguments)
+            if penalized:
+                state = replace(state, terms=(*state.terms, *self.attn.terms(*seen[0], state)))
             for step in self.steps("between"):
                 q, k, v = seen[0]
                 x, state = step(x, state, (q * self.attn.scale, k, v))

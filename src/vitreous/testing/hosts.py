@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from vitreous.grafting import graft
 from vitreous.hosts.host import host_of
+from vitreous.hosts.stream_ends import collect_terms
 from vitreous.layers.adoption import REGISTRIES
 from vitreous.mechanism import Mechanism
 
@@ -146,14 +147,16 @@ def anatomy(model: nn.Module, records: bool = False) -> dict[str, tuple]:
 
 
 def loss(model: nn.Module, x: Tensor) -> Tensor:
-    """Of the logits and of all features, scalar.
+    """Of the logits and of all features, with the penalties of activations; scalar.
 
     Some of what a graft brings shows in the patches of the last block only.
     """
-    features = model.forward_features(x)
+    with collect_terms(model) as terms:
+        features = model.forward_features(x)
     logits = model.forward_head(features)
     lists = features if isinstance(features, list) else [features]  # of branches
-    return F.cross_entropy(logits, torch.arange(len(x)) % CLASSES) + sum(part.tanh().sum(-1).mean() for part in lists)
+    values = sum(part.tanh().sum(-1).mean() for part in lists)
+    return F.cross_entropy(logits, torch.arange(len(x)) % CLASSES) + values + sum(terms.values())
 
 
 def fit(model: nn.Module, parameters: Iterable[nn.Parameter], steps: int = 2, lr: float = 0.05) -> None:
