@@ -49,6 +49,7 @@ class Mixer(nn.Module):
     wants_state = True  # blocks of ours then hand in the state of the stream
     linear: ClassVar[bool] = False
     mixes_inserted: ClassVar[bool] = False  # True: `mix_tokens` gets inserted tokens too, behind the patches
+    attends: ClassVar[bool] = False  # True: it takes a softmax attention of its own, which `look` reads like any other
     quantities: ClassVar[dict[str, Quantity]] = {
         "kernel": Quantity(
             "Kernel",
@@ -133,5 +134,5 @@ class Mixer(nn.Module):
 
 
 def mixers_in(model: nn.Module) -> dict[str, Mixer]:
-    """{dotted path: mixer}, in the order of the model's modules."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Mixer)}
+    """{dotted path: mixer without attention}, in the order of the model's modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Mixer) and not module.attends}
