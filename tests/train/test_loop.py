@@ -260,6 +260,14 @@ def test_arguments_that_say_what_the_data_say_are_taken(settings, words):
     check_start(prepare(settings(model_kwargs=(*chosen.model_kwargs, *words))))
 
 
+@pytest.mark.parametrize(("network", "more"), [("cvt_13", ()), ("pvt_v2_b0", ("sr_ratios=2", "mlp_ratios=(2, 2)"))])
+def test_a_network_in_stages_trains(settings, quiet, network, more):
+    """Its patches have no one number, and overlap."""
+    sizes = ("embed_dims=(8, 12)", "depths=(1, 1)", "num_heads=(1, 2)", *more)
+    run = train(settings(data="cutouts:train=24,test=8,size=32", model=network, model_kwargs=sizes, epochs=1), quiet)
+    assert load(run).head.out_features == 6
+
+
 def test_batches_of_one_image_are_taken_where_batch_norm_can(settings, quiet):
     """On feature maps of more than one pixel; and a network without it takes them in any case."""
     train(settings(model="test_resnet", model_kwargs=(), data="cutouts:train=9,test=6,size=64", batch_size=4, epochs=1), quiet)

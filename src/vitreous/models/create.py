@@ -143,8 +143,10 @@ def class_count(name: str, tensors: dict[str, Tensor]) -> int:
 
 def check_patches(model: nn.Module, size: tuple[int, int]) -> None:
     """Raise SettingError if the image size is no multiple of the model's patches."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch and any(side % part for side, part in zip(size, patch, strict=True)):
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    overlapping = patch and getattr(getattr(embed, "proj", None), "stride", patch) != patch  # padded, so any size will do
+    if patch and not overlapping and any(side % part for side, part in zip(size, patch, strict=True)):
         raise SettingError(
             f"Found images of {size[1]} x {size[0]} pixels for patches of {patch[1]} x {patch[0]}. Expected a multiple. Give "
             f"--image-size {max(1, round(size[0] / patch[0])) * patch[0]}, or --model-kwargs patch_size=N."

@@ -187,12 +187,13 @@ def data_and_model(
     inputs = inputs_of(model, data, loaded).changed(settings.mean, settings.std, settings.interpolation)
     source = settings.model if folder else settings.weights or ("timm" if settings.pretrained else None)
     height, width = inputs.input_size[1:]
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)  # networks in stages have no such number
     tests = ", ".join(f"{len(images):,} {name}" for name, images in data.tests.items())
     remarks = [
         f"Data: {data.name}, {len(data.classes)} classes; images: {len(data.train):,} train, {tests}.",
         *data.remarks,
         f"Model: {settings.model}, " + (f"weights from {source}" if source else "from scratch") + f"; {width} x {height} px"
-        + (f" in {model.patch_embed.num_patches} patches" if hasattr(model, "patch_embed") else "")
+        + (f" in {patches} patches" if patches else "")
         + f", {normalisation(settings, inputs, data)} normalisation"
         + (", a new classifier that starts near 0 (MAE)." if quiet else "."),
         *dict.fromkeys(opening_lines),
