@@ -141,6 +141,22 @@ def looking_views(model, photos):
     return [views[i] for i in range(len(views))]
 
 
+def test_modules_of_a_model_without_attention_are_named(photos, capsys):
+    command = (
+        "look convnext_atto photos --random-weights --model-kwargs dims=8,8,8,8 depths=1,1,1,1 --modules 'stages.2.blocks.*'"
+    )
+    assert call(f"{command} stages.3.blocks.0.conv_dw --masks photos/masks --out reading") == 0
+    shown = capsys.readouterr().out
+    assert "What moves each patch is stored for 2 images" in shown
+    assert re.search(r"layer +kind +heads +grid +mixed +from +itself", shown)
+    assert re.search(r"0 stages\.2\.blocks\.0 +mixing +1 +14x14", shown)
+    reading = read("reading")
+    assert [layer["name"] for layer in reading.layers] == ["stages.2.blocks.0", "stages.3.blocks.0.conv_dw"]
+    assert np.isfinite(reading.table()["mixing_foreground"]).all()
+    text = Path("reading/report.html").read_text()
+    assert "Mixing, middle patch" in text
+
+
 def test_a_run_of_ours_can_be_looked_at_and_readings_get_free_names(photos, capsys):
     network = "--model-kwargs patch_size=4 depth=2 embed_dim=24 num_heads=2"
     assert call(f"train cutouts:train=40,test=24,size=16 --epochs 1 {network} --out run") == 0
@@ -240,6 +256,8 @@ def test_weights_that_cannot_be_had_are_never_random_ones_by_accident(name, phot
         ("look photos photos", "photos/config.json"),
         ("look vit_tinny_patch16_224 photos", "'vit_tiny_patch16_224'"),
         ("look resnet10t photos --random-weights", "showed no attention map"),
+        ("look resnet10t photos --random-weights --modules layer1.1", "Unknown module 'layer1.1'"),
+        ("look resnet10t photos --random-weights --modules fc", "no axis of places"),
         ("look vit_tiny_patch16_224 photos --random-weights --model-kwargs depht=2", "depht"),
         ("look vit_tiny_patch16_224 photos --random-weights --model-kwargs classes=3", "classes=3"),
         ("look vit_tiny_patch16_224 photos --random-weights --model-kwargs img_size=32,patch=2", "--model-kwargs"),

@@ -16,6 +16,7 @@ from vitreous.base.errors import HostError, SettingError, UnknownName
 from vitreous.lens.formulas import mixing
 from vitreous.lens.look import look
 from vitreous.lens.module_calls import named_modules
+from vitreous.lens.reading import CHUNK
 from vitreous.mechanisms.mixer.spectral_gate import Gate
 
 ROWS, COLUMNS, WIDTH = 4, 5, 6
@@ -210,6 +211,20 @@ def test_budget_and_images():
         assert reading.facts["queries"]["images"] == [0, 1]
         with pytest.raises(SettingError, match="Found no attention of single patches for image 2"):
             reading.query(2, 3, (0, 0))
+
+
+def test_a_look_that_was_interrupted_goes_on_with_the_same_layers(tmp_path):
+    model, x = graft(build("dinov2"), SpectralGate(layers=(1,))), images(CHUNK + 1)
+    whole = look(model, x, out=tmp_path / "reading", noise=0)
+    table, kernel = whole.table(), whole.exact["kernel", 3]
+    for name in ("reading.json", "table.csv", "table.json", "parts/00001.safetensors"):
+        (tmp_path / "reading" / name).unlink()
+    again = look(model, x, out=tmp_path / "reading", noise=0)
+    assert again.layers == whole.layers
+    np.testing.assert_array_equal(again.exact["kernel", 3], kernel)
+    for name, values in again.table().items():
+        np.testing.assert_array_equal(values, table[name])
+    assert np.isnan(again.maps["mixing", 3][2:]).all()
 
 
 def test_share_of_the_object():

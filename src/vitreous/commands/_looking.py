@@ -127,7 +127,9 @@ def read_direction(name: str, file: str | None) -> Direction | None:
 
 def remarks(reading: Reading) -> list[str]:
     """What a reader must know first: notes, and what was refused or skipped."""
-    lines = [*reading.facts["notes"], *queries_note(reading.facts.get("queries"))]
+    attends = any(layer["kind"] != "mixing" for layer in reading.layers)
+    what = "What each patch looks at" if attends else "What moves each patch"
+    lines = [*reading.facts["notes"], *queries_note(reading.facts.get("queries"), what)]
     for word in ("refused", "skipped"):
         records = reading.facts[word]
         lines += [f"{word}: {record['name']}: {record['reason']}" for record in records[:5]]

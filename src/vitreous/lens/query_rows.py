@@ -42,15 +42,15 @@ def of_queries(parts: Sequence[Part], details: Mapping[str, Mapping[str, str]], 
     }
 
 
-def queries_note(record: Mapping[str, Any] | None) -> list[str]:
+def queries_note(record: Mapping[str, Any] | None, what: str = "What each patch looks at") -> list[str]:
     """What a record comes to, in a sentence; nothing where it was not asked for."""
     if not record or not record["budget"] or not record["bytes"]:
         return []
     size, budget, count = record["bytes"] / 1e6, record["budget"], len(record["images"])
     if not count:
-        return [f"What each patch looks at is not stored: one image takes {size:.3g} of {budget:g} MB (query_budget)."]
+        return [f"{what} is not stored: one image takes {size:.3g} of {budget:g} MB (query_budget)."]
     images = f"{count} image{'s' * (count > 1)}"
-    return [f"What each patch looks at is stored for {images}, {size:.3g} MB each, of {budget:g} MB (query_budget)."]
+    return [f"{what} is stored for {images}, {size:.3g} MB each, of {budget:g} MB (query_budget)."]
 
 
 def query(
