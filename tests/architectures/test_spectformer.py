@@ -154,7 +154,8 @@ def test_a_spectral_block_refuses_what_needs_queries_and_keys():
         graft(small(), "svda")
 
 
-def test_look_reads_the_blocks_with_attention():
+def test_look_reads_attention_and_then_how_the_filters_mix():
     reading = look(small(), pictures(2, 32))
-    assert [layer["name"] for layer in reading.layers] == ["blocks.2.attn", "blocks.3.attn"]
-    assert all(layer["verified"] for layer in reading.facts["layers"])
+    assert [layer["name"] for layer in reading.layers] == [f"blocks.{i}.attn" for i in (2, 3, 0, 1)]
+    assert all(layer["verified"] for layer in reading.layers[:2])
+    assert {layer for name, layer in reading.maps if name == "mixing"} >= {2, 3}
