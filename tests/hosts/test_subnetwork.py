@@ -59,6 +59,19 @@ def test_the_whole_is_the_model():
     assert torch.equal(cut_out(model, part).double()(x), model(x))
 
 
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = vit(proj_drop_rate=0.1, drop_path_rate=0.3).train()
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(3)
+        masked_logits(model, pictures(), *counts(PARTS)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
 def test_masked_norm_is_that_of_the_slice():
     norm, x = nn.LayerNorm(10).double(), 3 + torch.randn(2, 5, 10, dtype=torch.float64)
     nn.init.normal_(norm.weight)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import timm
 import torch
 from timm.layers import LayerNorm, Mlp
+from timm.models import checkpoint
 from timm.models._input import get_model_args
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -84,15 +85,24 @@ def masked_logits(model: nn.Module, images: Tensor, heads: Tensor, hidden: Tenso
     x = model.patch_drop(model._pos_embed(model.patch_embed(images))) * features
     x = masked_norm(model.norm_pre, x, features)
     for i, block in enumerate(model.blocks):
-        there = (depth > i).to(features.dtype)[:, None, None]
-        y = masked_attention(block.attn, masked_norm(block.norm1, x, features), of_heads)
-        x = x + there * features * block.drop_path1(block.ls1(y))
-        y = block.mlp.fc1(masked_norm(block.norm2, x, features))
-        y = block.mlp.drop2(block.mlp.fc2(block.mlp.drop1(block.mlp.act(y)) * inner))
-        x = x + there * features * block.drop_path2(block.ls2(y))
+        there = (depth > i).to(features.dtype)[:, None, None] * features
+        arguments = block, x, there, features, of_heads, inner
+        x = checkpoint(masked_block, *arguments) if model.grad_checkpointing else masked_block(*arguments)
     pooled = model.pool(masked_norm(model.norm, x, features))
     pooled = masked_norm(model.fc_norm, pooled[:, None], features)[:, 0]
     return model.head(model.head_drop(pooled))
+
+
+def masked_block(block: nn.Module, x: Tensor, there: Tensor, features: Tensor, heads: Tensor, hidden: Tensor) -> Tensor:
+    """timm's block under masks of 0 and 1: x (B, N, D) -> (B, N, D).
+
+    there: (B, 1, D), features where the image has this block, else 0. hidden: (B, 1, of the MLP).
+    """
+    y = masked_attention(block.attn, masked_norm(block.norm1, x, features), heads)
+    x = x + there * block.drop_path1(block.ls1(y))
+    mlp = block.mlp
+    y = mlp.drop1(mlp.act(mlp.fc1(masked_norm(block.norm2, x, features)))) * hidden
+    return x + there * block.drop_path2(block.ls2(mlp.drop2(mlp.fc2(y))))
 
 
 def masked_attention(attention: nn.Module, x: Tensor, heads: Tensor) -> Tensor:
