@@ -10,7 +10,9 @@ from transformers import CvtConfig, CvtForImageClassification
 from architectures.released import fill, pictures
 from vitreous.architectures.cvt import ConvAttention, checkpoint_filter_fn
 from vitreous.base.errors import SettingError
+from vitreous.lens.look import look
 from vitreous.models.create import create_model
+from vitreous.testing.networks import Network
 
 SMALL = {"embed_dims": (8, 12, 16), "depths": (1, 1, 2), "num_heads": (1, 3, 2), "num_classes": 5}
 SMALL_NETWORKS = {"cvt_13": SMALL}
@@ -169,3 +171,14 @@ def test_the_authors_file_loads_under_its_own_names(tmp_path):
     grey = create_model("cvt_13", weights=tmp_path / "cvt.pth", channels=1, classes=("a", "b"), **sizes)
     assert grey(x[:, :1]).shape == (2, 2)
     torch.testing.assert_close(grey.patch_embed.proj.weight[:, 0], source.patch_embed.proj.weight.sum(1))
+
+
+def test_look_reads_every_block():
+    network = Network("cvt_13", SMALL)
+    reading = look(network.build(), network.images(1), noise=0, probes=["attention_maps", "queries"])
+    assert [layer["name"] for layer in reading.layers] == [
+        f"stages.{i}.blocks.{j}.attn" for i, j in ((0, 0), (1, 0), (2, 0), (2, 1))
+    ]
+    assert [(layer["queries"], layer["keys"]) for layer in reading.layers] == [(256, 64), (64, 16), (17, 5), (17, 5)]
+    assert [layer["has_class"] for layer in reading.layers] == [False, False, True, True]
+    assert max(layer["error"] for layer in reading.layers) < 1e-5

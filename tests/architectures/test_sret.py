@@ -9,6 +9,8 @@ from torch import nn
 from architectures.released import fill, pictures
 from vitreous.architectures.sret import RecursiveBlock, SlicedAttention, checkpoint_filter_fn, eval_order, resized
 from vitreous.base.errors import SettingError
+from vitreous.lens.look import look
+from vitreous.testing.networks import Network
 
 SMALL = {"embed_dims": (8, 16, 32), "depths": (1, 1, 1), "num_heads": (1, 2, 2), "img_size": 64, "num_classes": 5}
 SMALL_NETWORKS = {"sret_t": SMALL}
@@ -135,3 +137,26 @@ def test_bad_input():
         small(depths=(1, 1))
     with pytest.raises(SettingError, match="Found 3 heads for a width of 8"):
         small(num_heads=(3, 2, 2))
+
+
+@torch.no_grad()
+def test_look_puts_permuted_slices_back_to_their_places():
+    """How much each place is looked at, on average over its slice, in the first and second application of a block."""
+    network = Network("sret_t", SMALL)
+    model, x = network.build(), network.images(1)
+    reading = look(model, x, noise=0, probes=["attention_maps"])
+    assert [layer["windows"] for layer in reading.layers] == [8, 2, 4, 1, 1, 1]
+    assert max(layer["error"] for layer in reading.layers) < 1e-5
+    attention, inputs = model.stages[0].blocks[0].attn, []
+    attention.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    model(x)
+    for layer, order in enumerate((list(range(64)), eval_order(64))):
+        slices = attention.slices[layer]
+        q, k, _ = attention.qkv(inputs[layer][0]).chunk(3, dim=-1)
+        expected = torch.zeros(64)
+        for start in range(0, 64, 64 // slices):
+            mates = order[start : start + 64 // slices]
+            expected[mates] = (q[mates] @ k[mates].T / math.sqrt(8)).softmax(-1).mean(0)
+        shown = torch.from_numpy(reading.maps["attention", layer][0]).flatten()
+        torch.testing.assert_close(shown, expected, rtol=0, atol=expected.max().item() / 500)
+        assert expected.std() > 0.2 * expected.mean()  # far from equal shares

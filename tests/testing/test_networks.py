@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -102,3 +104,8 @@ def test_checks_by_name_or_by_the_registered_function():
 def test_a_name_that_timm_does_not_know():
     with pytest.raises(ContractError, match="is_registered does not hold for no_such_network"):
         network_checks("no_such_network")[0].run()
+
+
+def test_the_page_on_networks_lists_the_laws():
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "add-a-network.md").read_text()
+    assert {check.name for check in network_checks("cvt_13")} <= set(re.findall(r"`(\w+)`", page))
