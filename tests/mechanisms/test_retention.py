@@ -17,11 +17,11 @@ from vitreous.layers.stream import TokenState
 from vitreous.mechanisms.mixer.retention import (
     chunkwise,
     decay_mask,
+    inverse,
     log_decay,
     parallel,
-    prefix_first,
-    prefix_last,
     recurrent,
+    sequence,
 )
 
 SMALL = {"img_size": (12, 16), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -101,16 +101,18 @@ def test_decay():
     assert mask[:3, :3].tolist() == [[1, 0, 0], [0.5, 1, 0], [0.25, 0.5, 1]]
 
 
-def test_patches_come_first_and_the_class_token_last():
-    x = torch.arange(8).view(1, 8, 1)
-    assert prefix_last(x, 3).flatten().tolist() == [3, 4, 5, 6, 7, 2, 1, 0]
-    for prefix in (0, 1, 3, 8):
-        assert torch.equal(prefix_first(prefix_last(x, prefix), prefix), x)
+def test_order_of_the_sequence():
+    """Inserted registers, patches, inserted tokens that are read out, then the prefix, its class token last."""
+    state = TokenState(grid=(2, 2), prefix=3, read_out=(True, False, True, False))
+    assert sequence(11, state) == [8, 10, 3, 4, 5, 6, 7, 9, 2, 1, 0]
+    assert sequence(4, TokenState(grid=(2, 2))) == [0, 1, 2, 3]
+    order = sequence(11, state)
+    assert [order[i] for i in inverse(order)] == list(range(11))
 
 
 @pytest.mark.parametrize("form", ["parallel", "recurrent", "chunkwise"])
 def test_who_sees_whom(form):
-    """A patch sees those before it, inserted tokens and registers all patches, the class token everything."""
+    """A patch sees those before it and inserted registers, tokens that are read all patches, the class token everything."""
     module, state = mixer(form=form, chunk=3)
     state = replace(state, read_out=(True, False))
     x = random(1, 13, 24)
@@ -119,7 +121,7 @@ def test_who_sees_whom(form):
         moved = x.clone()
         moved[:, j] += random(24, seed=j)
         sees[:, j] = (module(moved, state=state) - module(x, state=state)).abs().amax((0, 2)) > 1e-12
-    order = [*range(3, 13), 2, 1, 0]
+    order = [12, *range(3, 12), 2, 1, 0]
     assert torch.equal(sees[order][:, order], torch.ones(13, 13, dtype=torch.bool).tril())
 
 

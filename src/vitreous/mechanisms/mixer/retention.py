@@ -27,7 +27,7 @@ class Retention(Mechanism):
 
     Paper: Hatamizadeh, Ranzinger, Lan, Alvarez, Fidler, Kautz 2023, arXiv 2310.19731 (ViR, 1-D retention).
     Differs: class and register tokens of the host stand behind the patches, backwards, so that the class token is the last
-        one and sees all others; inserted tokens stand between. Queries, keys and values come from full linear layers.
+        one and sees all others; inserted tokens that are read out stand between, others in front, where all see them.
     At start: changes the output; the displaced attention's weights are not used (keeps_weights is False).
     Cost: parallel stores (B, H, N, N); recurrent and chunkwise hold one (B, H, K, K) state, with gradients N and N / chunk of
         them. 4 D^2 + 4 D parameters per block, and 2 D of the LayerNorm.
@@ -72,7 +72,7 @@ class Retention(Mechanism):
 
 
 class RetentionMixer(Mixer):
-    """Retention over the patches in raster order, then inserted tokens, then the prefix."""
+    """Retention over the patches in raster order, with inserted tokens around them, then the prefix."""
 
     mixes_inserted: ClassVar[bool] = True
     projections: ClassVar[dict[str, str]] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
@@ -87,8 +87,8 @@ class RetentionMixer(Mixer):
         self.norm = nn.LayerNorm(width) if settings.output == "paper" else nn.Identity()
 
     def mix_tokens(self, tokens: Tensor, state: TokenState) -> Tensor:
-        x = prefix_last(tokens, state.prefix)
-        q, k, v = self.project(x)
+        order = sequence(tokens.shape[1], state)
+        q, k, v = self.project(tokens[:, order])
         log_decay = self.log_decay(q)
         with torch.autocast(q.device.type, enabled=False):  # sums over all tokens without a softmax: half is too coarse
             if self.settings.form == "parallel":
@@ -99,7 +99,7 @@ class RetentionMixer(Mixer):
                 o = chunkwise(q, k, v, log_decay, self.settings.chunk)
         o = self.norm(o.transpose(1, 2).flatten(2).to(tokens.dtype))  # (B, N, D)
         y = self.proj(F.gelu(o) if self.settings.output == "paper" else o)
-        return prefix_first(y, state.prefix)
+        return y[:, inverse(order)]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D) -> queries, keys and values, (B, H, N, K) each, in at least float32."""
@@ -116,9 +116,9 @@ class RetentionMixer(Mixer):
 
     def effective_map(self, tokens: Tensor, state: TokenState) -> Tensor:
         """The signed map A (B, H, N, N) with O = A V, rows and columns in the order of `tokens` (B, N, D)."""
-        q, k, _ = self.project(prefix_last(tokens, state.prefix))
-        a = weights(q, k, self.log_decay(q))
-        return prefix_first(prefix_first(a, state.prefix, dim=2), state.prefix, dim=3)
+        order = sequence(tokens.shape[1], state)
+        q, k, _ = self.project(tokens[:, order])
+        return weights(q, k, self.log_decay(q))[:, :, inverse(order)][..., inverse(order)]
 
     def reading(self) -> dict[str, Tensor]:
         return {"decay": log_decay(self.settings.decay, self.num_heads).exp()}
@@ -171,13 +171,18 @@ def chunkwise(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int) ->
     return torch.cat(outputs, dim=2)
 
 
-def prefix_last(x: Tensor, prefix: int, dim: int = 1) -> Tensor:
-    """Prefix, patches, inserted -> patches, inserted, prefix backwards: a class token is the last."""
-    first, others = x.split([prefix, x.shape[dim] - prefix], dim)
-    return torch.cat([others, first.flip(dim)], dim)
+def sequence(tokens: int, state: TokenState) -> list[int]:
+    """Indices of the tokens (prefix, patches, inserted) in the order in which they are read.
+
+    Inserted registers, patches, inserted tokens that are read out, the prefix backwards: each of a
+    sequence sees what is before it, so registers that stood behind the patches would be seen by none.
+    """
+    patches = range(state.prefix, tokens - state.inserted)
+    inserted = list(zip(range(patches.stop, tokens), state.read_out, strict=True))
+    registers, read = ([i for i, is_read in inserted if is_read == wanted] for wanted in (False, True))
+    return [*registers, *patches, *read, *reversed(range(state.prefix))]
 
 
-def prefix_first(x: Tensor, prefix: int, dim: int = 1) -> Tensor:
-    """The way back from `prefix_last`."""
-    others, last = x.split([x.shape[dim] - prefix, prefix], dim)
-    return torch.cat([last.flip(dim), others], dim)
+def inverse(order: list[int]) -> list[int]:
+    """Where each token stands in the sequence."""
+    return sorted(range(len(order)), key=order.__getitem__)
