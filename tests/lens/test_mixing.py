@@ -13,6 +13,7 @@ from torch import nn
 from contract.hosts import build, images
 from vitreous import SpectralGate, graft, read
 from vitreous.base.errors import HostError, SettingError, UnknownName
+from vitreous.layers.exposed import Exposed
 from vitreous.lens.formulas import mixing
 from vitreous.lens.look import look
 from vitreous.lens.module_calls import named_modules
@@ -287,6 +288,28 @@ class Coupled(nn.Module):
 
     def forward(self, x):
         return x * (1 + (x - x.mean()).tanh()) + x.mean((1,), keepdim=True)
+
+
+class Showing(Counted):
+    """Shows how bright its input is."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = Exposed("heat", "number", "Mean of its input.")
+
+    def forward(self, x):
+        self.shown(x.mean((1, 2, 3)))
+        return super().forward(x)
+
+
+def test_numbers_that_modules_expose_without_attention():
+    model, x = Net(Showing()).eval(), pixels(2, 40)
+    table = look(model, x, probes=["all", "mixing:modules=middle"], noise=0).table()
+    here = table["source"] == "exposed"
+    assert table["layer"][here].tolist() == [0]
+    assert table["exposed_heat"][here] == pytest.approx([float(model.stem(x).mean().detach())], rel=1e-5)
+    with pytest.raises(HostError, match=r"no attention and no mixing map \(no modules were named\)\. Expected"):
+        look(model, x, noise=0)
 
 
 def test_an_image_that_depends_on_its_batch_mates_is_run_alone():

@@ -344,7 +344,7 @@ def look_at_batch(
         findings.notes |= dict.fromkeys(each.notes)
         findings.remember_modules(each.layers)
     if not findings.layers and not findings.mixing:
-        reasons = "; ".join(note for each in readouts for note in each.notes)
+        reasons = "; ".join(note for each in readouts for note in each.notes) or "no modules were named"
         raise HostError(
             f"{type(plan.model).__name__} showed no attention and no mixing map ({reasons}). Expected modules that mix places. "
             "Name others: --modules 'stages.*.blocks.*'."
