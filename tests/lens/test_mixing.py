@@ -331,12 +331,21 @@ def removed(tokens, j):
 
 def test_influence_is_refused_by_name_where_gradients_are_made_up():
     model = Net(StraightThrough(), tokens=True).eval()
-    with pytest.raises(HostError, match=r"middle \(StraightThrough\).*binary or spiking.*Expected by=removal"):
+    with pytest.raises(HostError, match=r"gradients of middle \(StraightThrough\).*binary or spiking.*Expected by=removal"):
         look(model, pixels(1, 32), probes=["mixing:modules=middle,by=influence"], noise=0)
     reading = look(model, pixels(1, 32), probes=["mixing:modules=middle"], noise=0)
     assert reading.layers[0]["route"] == "removal"
     reading = look(Net(Counted()).eval(), pixels(1, 40), probes=["mixing:modules=middle,by=influence"], noise=0)
     assert reading.layers[0]["route"] == "influence"
+
+
+def test_gradients_of_our_mixers_are_true_but_for_the_binary_one():
+    names = {"retention": "influence", "hyena": "influence", "scattering": "influence", "linear_angular": None}
+    for name, route in names.items():
+        reading = look(graft(build("dinov2"), f"{name}:layers=1"), images(1), probes=["all", "mixing:by=influence"], noise=0)
+        routes = [layer["route"] for layer in reading.layers if layer["kind"] == "mixing"]
+        assert routes == ([route] if route else []), name
+    assert any("gradients of blocks.1.attn (LinearAngularMixer)" in note for note in reading.facts["notes"])
 
 
 class Noisy(nn.Module):

@@ -100,7 +100,7 @@ def influence_of_image(f: Function, x: Tensor, probes: int, seed: int, chunk: in
     return (total / probes).sqrt()
 
 
-def gradient_error(f: Function, x: Tensor, seed: int = 0, directions: int = 4) -> float:
+def gradient_error(f: Function, x: Tensor, seed: int = 0, directions: int = 8) -> float:
     """How far gradients of f at x (1, N, D) are from its true small changes; 0: they agree.
 
     Between random directions v and u: <grad <u, f>, v> beside (<u, f(x + hv)> - <u, f(x - hv)>) /

@@ -23,7 +23,7 @@ from vitreous.lens.tap.capture_pass import prepare_images
 KEY = "mixing"
 SAME = 1e-3  # relative difference of two passes that rounding may make
 AFFINE = 1e-4  # of affine modules
-GRADIENT = 0.1  # of gradients from true small changes
+GRADIENT = 0.02  # of gradients from true small changes
 CHANNELS = 15  # of an exact reading that are stored beside their root mean square
 ROUTES = {
     "unit vectors": "unit vectors at each place, exactly",
@@ -145,10 +145,10 @@ class Measurement:
             patches = each.inputs.patches
             return mixing.response(f, x, fill=x[0, patches].mean(0), chunk=chunk), "removal"
         if (off := mixing.gradient_error(f, x, probe.seed)) > GRADIENT:
-            raise refusal(
-                each.call,
-                f"has gradients that are not those of what it computes ({off:.0%} off): it is binary or spiking, or has jumps",
-                "by=removal for it",
+            name = f"{each.call.name} ({type(each.call.module).__name__})"
+            raise HostError(
+                f"Found that gradients of {name} are not those of what it computes ({off:.0%} off): it is binary or spiking, "
+                "or has jumps. Expected by=removal for it. Leave out by=influence."
             )
         return mixing.influence(f, x, probe.draws, probe.seed, chunk=chunk)[0], "influence"
 
