@@ -64,7 +64,7 @@ def test_two_image_shapes_in_two_threads(text):
     assert wrong == []
 
 
-@pytest.mark.parametrize("opens", ["gaussian_mask", "channelvit"])
+@pytest.mark.parametrize("opens", ["gaussian_mask", "channelvit", "local_window:border=zero", "polyline_mask"])
 def test_one_compiled_graph_for_all_image_sizes(opens):
     torch.compiler.reset()
     with torch.random.fork_rng():

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitreous.base.errors import GraftError
+from vitreous.hosts.attention import Attention
 from vitreous.hosts.block import Block
 from vitreous.hosts.stream_ends import Embed, Opening, StreamEnd, collect_terms
 from vitreous.layers.stream import Assignment, Stream, TokenState
@@ -92,6 +93,38 @@ def test_terms_are_means_over_images_and_sums_over_steps(checkpointing):
     assert none == {}
     assert torch.equal(model(x), logits)  # and no hook is left
     assert len(model.norm._forward_pre_hooks) == 0
+
+
+class PenalisedAttention(Attention):
+    """Plain attention with a value per image."""
+
+    def terms(self, q, k, v, state):
+        return (("scores", (q * k).sum((1, 2, 3))), ("prefix", q.new_full((len(q),), state.prefix)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_terms_of_attention_are_those_of_its_queries_and_keys(checkpointing):
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=D, depth=2, num_heads=2, num_classes=2)
+    x, inputs = torch.randn(4, 3, 8, 8), []
+    expected = model(x)
+    model.patch_embed = Embed.of(model.patch_embed, prefix=1)
+    model.norm = StreamEnd.of(model.norm, (0, 1), False)
+    for i in range(2):
+        model.blocks[i] = Block.of(model.blocks[i])
+        model.blocks[i].attn = PenalisedAttention.of(model.blocks[i].attn)
+        model.blocks[i].attn.register_forward_pre_hook(lambda attention, args: inputs.append((attention, args[0].detach())))
+    model.set_grad_checkpointing(checkpointing)
+    with collect_terms(model) as terms:
+        assert torch.equal(model(x), expected)
+    pairs = [attention.project(tokens)[:2] for attention, tokens in inputs]
+    torch.testing.assert_close(terms["scores"], sum((q * k).sum() / 4 for q, k in pairs))
+    assert terms["prefix"] == 2
+    terms["scores"].backward()
+    assert model.blocks[1].attn.qkv.weight.grad.abs().max() > 0
+    with torch.no_grad(), collect_terms(model) as none:
+        assert model.blocks[0](model._pos_embed(model.patch_embed(x))).state.terms == ()
+    assert none == {}
 
 
 def test_a_head_that_pools_refuses_dropped_places():

@@ -105,7 +105,7 @@ class Attention(nn.Module):
     @property
     def wants_state(self) -> bool:
         """True if a step depends on the state of the tokens; a class whose `project` or `merge` does says so itself."""
-        return not self.softmax_of_product or type(self).biases is not Attention.biases
+        return not self.softmax_of_product or type(self).biases is not Attention.biases or self.has_terms
 
     @property
     def has_terms(self) -> bool:
@@ -115,7 +115,8 @@ class Attention(nn.Module):
     def terms(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState = PLAIN) -> tuple[tuple[str, Tensor], ...]:
         """Penalties of the activations that scores were taken of: (name, value per image (B,)).
 
-        Blocks of ours ask for them in passes with gradients and hand them on as `TokenState.terms`.
+        Where the stream is open, blocks of ours ask for them in passes with gradients and hand them
+        on as `TokenState.terms`.
         """
         return ()
 

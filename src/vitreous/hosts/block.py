@@ -79,7 +79,7 @@ class Block(nn.Module):
         mask = token_mask(state, attn_mask, is_causal, x)
         arguments = {"attn_mask": mask, "is_causal": is_causal} | ({} if rope is None else {"rope": rope})
         needs_state = self.needs_state(state)
-        penalized = torch.is_grad_enabled() and getattr(getattr(self, "attn", None), "has_terms", False)
+        penalized = needs_state and torch.is_grad_enabled() and getattr(self.attn, "has_terms", False)
         if self.splits_halves or needs_state:
             # Queries and keys go into a list, since attention's own output is what hooks on it should see.
             seen: list[tuple[Tensor, Tensor, Tensor]] = []
