@@ -1,4 +1,4 @@
-"""The tables of the two studies of the papers, from their stored results alone: python benchmarks/study_tables.py
+"""The tables of the studies, from their stored results alone: python benchmarks/study_tables.py
 
 Differences are paired by seed (same data, order and host weights at the start), with Student's 95 % interval over the seeds
 that both arms have. The verdict is the project's one rule: better or worse where the interval leaves out 0, no difference
@@ -8,6 +8,7 @@ Seconds are in the result files, as they came on a shared machine; `vitreous ben
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+from networks.run import ARMS as NETWORKS  # noqa: E402
+from networks.run import __doc__ as NETWORKS_TEXT  # noqa: E402
 from study import Arm, broken, results  # noqa: E402
 from svd_vit.run import ARMS as SVD_VIT  # noqa: E402
 from svda.run import ARMS as SVDA  # noqa: E402
@@ -65,11 +68,21 @@ def against(ours: Mapping[int, dict], base: Mapping[int, dict], number) -> str:
     return f"{statistics.mean(differences):+.1f} [{low:+.1f}, {high:+.1f}] {verdict([(low / 100, high / 100)])}"
 
 
-def table(arms: Mapping[str, Arm], stored: Results, bases: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """One row per arm that has results: accuracy in %, mean and range over seeds, and differences from each base."""
+def table(
+    arms: Mapping[str, Arm],
+    stored: Results,
+    bases: Sequence[str],
+    parts: Sequence[str],
+    more: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[str]:
+    """One row per arm that has results: accuracy in %, mean and range over seeds, and differences from each base.
+
+    more: {title: {arm: cell}} of further columns.
+    """
+    more = more or {}
     bases = [base for base in bases if base in arms and stored.get(base)]
     titles = ["arm", "what it is", "seeds", *parts]
-    titles += [f"{part}, to {base}" for base in bases for part in parts]
+    titles += [*(f"{part}, to {base}" for base in bases for part in parts), *more]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, arm in arms.items():
         runs = stored.get(name)
@@ -78,8 +91,36 @@ def table(arms: Mapping[str, Arm], stored: Results, bases: Sequence[str], parts:
         cells = [name, arm.what, str(len(runs)), *(mean([accuracy(part)(run) for run in runs.values()]) for part in parts)]
         for base in bases:
             cells += ["" if name == base else against(runs, stored.get(base, {}), accuracy(part)) for part in parts]
+        cells += [column.get(name, "") for column in more.values()]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def images_per_second(path: Path) -> dict[str, dict[str, str]]:
+    """{title: {arm: images per second}} of the stored rounds of `networks/speed.py`; none where there are none."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return {
+        f"images per second, {row['claim']}": {
+            arm: f"{64 / statistics.median(seconds):,.0f}" for arm, seconds in row["seconds"].items()
+        }
+        for row in rows
+    }
+
+
+def networks_page(folder: Path) -> str:
+    """The table of all networks and mixers."""
+    arms, stored = NETWORKS["cutouts-64"], results(folder, "cutouts-64")
+    count = sum(map(len, stored.values()))
+    more = {"parameters": {name: f"{next(iter(runs.values()))['parameters']:,}" for name, runs in stored.items()}}
+    more |= images_per_second(folder / "speed.json")
+    text = ["# Networks and mixers at one budget", "", NETWORKS_TEXT.split("\n\n", 2)[2].strip(), ""]
+    text += [
+        f"{count} runs, {broken(folder, 'cutouts-64')} of them broken and left out. Differences are paired by seed, that is by",
+        "data and order, with Student's 95 % interval; the verdict is the project's one rule. Images per second are medians of",
+        "rounds in turns, one thread.",
+        "",
+    ]
+    return "\n".join([*text, *table(arms, stored, ["avg"], ["test", "swapped"], more)])
 
 
 def attention_table(arms: Mapping[str, Arm], stored: Results, layer: int, scenes: Sequence[str]) -> list[str]:
@@ -136,6 +177,7 @@ def pages() -> dict[Path, str]:
     with_plain = SVD_VIT | {"cutouts": {"plain": SVDA["cutouts"]["plain"], **SVD_VIT["cutouts"]}}
     return {
         svda / "table.md": page(svda, "SVDA: what its parts cost and win", SVDA, ["plain", "qk-norm"], {}),
+        HERE / "networks" / "table.md": networks_page(HERE / "networks"),
         svd_vit / "table.md": page(svd_vit, "SVD-ViT's tokens", with_plain, ["plain", "cls-5", "cls-5-late"], plain),
     }
 

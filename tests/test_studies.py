@@ -7,18 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 from scipy import stats
 
 from vitreous import graft, grafts, parse
-from vitreous.train.settings import TrainSettings
+from vitreous.models.create import create_model
+from vitreous.train.settings import TrainSettings, key_values
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import study  # noqa: E402
 import study_tables  # noqa: E402
 
-STORED = sorted(path for name in ("svda", "svd_vit") for path in (BENCHMARKS / name).glob("*/*.json"))
+STUDIES = {"svda": study_tables.SVDA, "svd_vit": study_tables.SVD_VIT, "networks": study_tables.NETWORKS}
+STORED = sorted(path for name in STUDIES for path in (BENCHMARKS / name).glob("*/*.json"))
 NEEDED = {"data", "arm", "seed", "command", "accuracy", "epochs", "commit", "versions", "machine", "wall_seconds"}
 
 
@@ -28,29 +29,38 @@ def test_the_tables_agree_with_the_stored_results():
 
 
 def test_every_result_says_how_it_was_made_and_lies_at_its_place():
-    arms = {"svda": study_tables.SVDA, "svd_vit": study_tables.SVD_VIT}
     assert STORED
     for path in STORED:
         result, name = json.loads(path.read_text(encoding="utf-8")), path.parent.parent.name
         assert result.keys() >= NEEDED
         assert path == study.result_path(BENCHMARKS / name, result["data"], result["arm"], result["seed"])
-        arm = arms[name][result["data"]][result["arm"]]
-        assert result["graft"] == list(arm.graft), "the arm has changed since: train it again"
-        assert result["seed"] in study.PROTOCOLS[result["data"]].seeds
+        arm = STUDIES[name][result["data"]][result["arm"]]
+        protocol = study.PROTOCOLS[result["data"]]
+        assert (result["graft"], result["model_kwargs"], result.get("model")) == (
+            list(arm.graft),
+            study.arm_arguments(protocol, arm),
+            arm.model,
+        ), "the arm has changed since: train it again"
+        assert result["seed"] in protocol.seeds
         assert f"--arm {result['arm']} --seed {result['seed']}" in result["command"]
 
 
-def test_every_arm_of_every_protocol_can_be_built():
-    for folder, arms_by_data in {"svda": study_tables.SVDA, "svd_vit": study_tables.SVD_VIT}.items():
-        for data, arms in arms_by_data.items():
-            protocol = study.PROTOCOLS[data]
-            name = protocol.recipe.get("model", TrainSettings.model if protocol.border is None else "vit_tiny_patch16_224")
-            for arm in arms.values():
-                settings = TrainSettings("x", model_kwargs=(*protocol.model_kwargs, *arm.model_kwargs), graft=arm.graft)
-                size = {} if "scratch" in name else {"img_size": 32 if protocol.border is None else 112}
-                model = timm.create_model(name, **size, **settings.network_arguments())
-                graft(model, *(parse(text) for text in arm.graft))
-                assert len(grafts(model)) == len(arm.graft), (folder, arm)
+@pytest.mark.parametrize("folder", STUDIES)
+def test_every_arm_of_every_protocol_can_be_built(folder):
+    counts = {}
+    for data, arms in STUDIES[folder].items():
+        protocol = study.PROTOCOLS[data]
+        name = protocol.recipe.get("model", TrainSettings.model if protocol.border is None else "vit_tiny_patch16_224")
+        size = {"cutouts-64": 64, "cutouts": 32}.get(data, 112 if protocol.border is not None else None)
+        for arm_name, arm in arms.items():
+            arguments = key_values(study.arm_arguments(protocol, arm))
+            model = create_model(arm.model or name, image_size=size and (size, size), num_classes=6, **arguments)
+            graft(model, *(parse(text) for text in arm.graft))
+            assert len(grafts(model)) == len(arm.graft), (folder, arm)
+            counts[data, arm_name] = sum(parameter.numel() for parameter in model.parameters())
+    for (data, arm_name), count in counts.items():
+        if data == "cutouts-64" and f"{count:,} parameters" not in STUDIES[folder][data][arm_name].what:
+            assert count == pytest.approx(counts[data, "plain"], rel=0.1), arm_name
 
 
 def made(accuracy: float, seed: int) -> dict:
