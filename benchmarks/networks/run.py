@@ -49,7 +49,7 @@ COMMON = {
     "retention": host("retention", what="ViR in all blocks"),
     "linear-angular": host("linear_angular", what="ShiftAddViT's attention in all blocks"),
     "shift-linear": host("shift_linear", what="ShiftAddViT's shifts for all products; 281,926 parameters while it learns"),
-    "strip-attention": host("strip_attention", what="S2AFormer's attention in all blocks"),
+    "strip-attention": host("strip_attention", what="S2AFormer's attention in all blocks; 135,238 parameters"),
     "t2t": network("t2t_vit_7", f"{ISOTROPIC} embed_dim=64 depth=3 token_width=32", "T2T-ViT"),
     "spectformer": network("spectformer_tiny", f"{ISOTROPIC} embed_dim=72 depth=4 spectral=2", "SpectFormer"),
     "spectformer-h": network(
