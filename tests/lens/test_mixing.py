@@ -177,6 +177,9 @@ def test_mixers_are_measured_by_default_and_as_their_formula_says(tmp_path):
     middle = reading.maps["mixing_middle", 3]
     np.testing.assert_allclose(middle[0], expected[grid[0] // 2, grid[1] // 2].numpy(), rtol=1e-3, atol=1e-6)
     assert np.isfinite(middle[:2]).all()
+    mean = reading.maps["mixing", 3][:2]  # all places of a circle move others alike
+    np.testing.assert_allclose(mean, 1 / (grid[0] * grid[1]), rtol=1e-3)
+    assert len(np.unique(mean[0])) == 1
     assert np.isnan(middle[2:]).all()  # of the first two images alone
     table = reading.table()
     here = table["source"] == "mixing"

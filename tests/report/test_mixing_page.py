@@ -62,6 +62,13 @@ def test_maps_of_mixers_beside_attention(browser, looked):
         page.locator(".pane canvas").first.click(position={"x": 10, "y": 10})
         page.get_by_text("What moves the framed patch; no attention.").wait_for()
         assert "from row 1, column 1" in shown.text_content()
+        page.keyboard.press("Escape")
+        assert page.locator(".pane .legend canvas").count() == 1
+        page.locator(".thumbs label").nth(2).click()
+        assert page.locator(".pane .legend").text_content() == "Not measured for this image."
+        told = "What moves each patch is there for the first 2 images, not for this one."
+        assert told in page.locator(".looking-from").text_content()
+        page.locator(".thumbs label").first.click()
         page.locator("#maps").get_by_label("Attention", exact=True).check(force=True)
         assert "Attention, layer 1" in shown.text_content()
         kinds = {(row[1], row[2], row[3]) for row in cells(page, "#layer-table-a")}

@@ -174,7 +174,7 @@ class Measurement:
         table = {name: value[:, None] for name, value in values.items()}
         readout.rows.append(Rows(layer, KEY, KEY, table, self.batch.first, together=True))
         live = (own.sum(-1, keepdim=True) > 0).sum(1).clamp(min=1)
-        pictures = {"mixing": inputs.picture(own.sum(1) / live)}
+        pictures = {"mixing": levelled(inputs.picture(own.sum(1) / live))}
         rows = self.rows_on_grid(own, outputs.cells[patches], math.prod(outputs.grid), inputs)
         middle = outputs.grid[0] // 2 * outputs.grid[1] + outputs.grid[1] // 2
         pictures["mixing_middle"] = rows[:, middle]
@@ -250,6 +250,15 @@ class Measurement:
             self.readout.others[f"exact/{name}/{layer}"] = values
             records[name] = asdict(quantity) | {"channels": channels, "count": len(value)}
         return records
+
+
+def levelled(pictures: Tensor) -> Tensor:
+    """Pictures (B, rows, columns), even where they differ by rounding alone.
+
+    Of a circular filter all places move others alike, and a page would draw what rounding left.
+    """
+    low, high = pictures.amin((1, 2), keepdim=True), pictures.amax((1, 2), keepdim=True)
+    return torch.where(high - low <= SAME * high, pictures.mean((1, 2), keepdim=True), pictures)
 
 
 def strongest(values: Tensor) -> tuple[Tensor, list[int]]:

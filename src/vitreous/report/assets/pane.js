@@ -120,6 +120,7 @@ function showPane(node, index, one, range) {
 }
 
 function legend(map, range) {
+  if (!map.values.some(Number.isFinite)) return [el("p", { class: "quiet small-text" }, "Not measured for this image.")];
   const bar = el("canvas", { width: 256, height: 1, "aria-hidden": "true" });
   const context = bar.getContext("2d");
   for (let i = 0; i < 256; i++) {

@@ -105,7 +105,8 @@ function queryNote(reading, layer, image) {
       : `What each patch looks at is not in this reading${bytes && budget ? `: one image takes ${fmt(bytes / 1e6, 3)} of ${fmt(budget)} MB` : ""} (vitreous look --query-budget).`;
   if (!Object.hasOwn(layers, layer))
     return `What each patch looks at is not there for layer ${layer}: ${own(reasons, layer) || "it has no such map"}.`;
-  if (!there.includes(image)) return `What each patch looks at is there for ${have}, not for this one.`;
+  const what = isMixing(reading, layer) ? "What moves each patch" : "What each patch looks at";
+  if (!there.includes(image)) return `${what} is there for ${have}, not for this one.`;
   const [asks, mixes] = [asksPatch(reading, layer), isMixing(reading, layer)];
   const map = asks ? queryMap(reading, layer, image, -1) : null;
   if (map && map.high === 0) return "This patch has no token here: it was dropped before.";
