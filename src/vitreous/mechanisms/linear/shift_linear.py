@@ -1,4 +1,4 @@
-"""Shift linear (ShiftAddViT): weights that are signed powers of two, so that products are bit shifts."""
+"""Shift linear (ShiftAddViT): weights that are signed powers of two."""
 
 from __future__ import annotations
 
@@ -22,22 +22,27 @@ FRACTION = 16  # bits behind the point, and before it, of fixed-point activation
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftLinear(Mechanism):
-    """Linear layers get weights of the form sign * 2^shift, with sign in {-1, 0, 1} and shift a whole number, at most 0.
+    """Linear layers get weights sign * 2^shift, with sign -1, 0 or 1 and a whole shift.
 
-        form=ps:  W = 2^round(clamp(p, lo, 0)) * sign(round(s)),  lo = -(2^(bits - 1) - 2)      p, s (out, in) learn
-                  dL/dp = g W ln 2,  dL/ds = g                                                  g = dL/dW, straight through
-        form=q:   W = 2^clamp(round(log2 |W'|), lo, 0) * sign(W'),  dL/dW' = g                  W' the host's weight
+        form=ps:  W = 2^round(clamp(p, lo, 0)) * sign(round(s)),  lo = -(2^(bits - 1) - 2)
+                  dL/dp = g W ln 2,  dL/ds = g          g = dL/dW, straight through; p, s (out, in)
+        form=q:   W = 2^clamp(round(log2 |W'|), lo, 0) * sign(W'),  dL/dW' = g   W' the host's
 
-    Paper: You, Shi, Guo, Lin 2023, arXiv 2306.06446 (ShiftAddViT); the two forms are DeepShift's (Elhoushi et al. 2021).
-    Differs: the mixture of experts of a shift and a dense layer is not here. p is clamped where it is used and never
-        written to; start=import rounds the host's weight, in bfloat16 so that it is the same in every precision.
+    Paper: You, Shi, Guo, Lin 2023, arXiv 2306.06446 (ShiftAddViT); the two forms are DeepShift's
+        (Elhoushi et al. 2021).
+    Differs: the mixture of experts of a shift and a dense layer is not here. p is clamped where it
+        is used and never written to; start=import rounds the host's weight, in bfloat16 so that it
+        is the same in every precision.
     At start: changes the output, unless the weights are signed powers of two within the range.
-    Cost: simulated in floating point, so no time is saved here; form=ps has two numbers per weight while it trains.
-    Settings: layers (0-based; default all). linears: names such as fc1+fc2 (default: the host's linear layers in the block).
-        form: ps or q. bits: of sign and shift together, 2 to 8; 5 gives shifts from -14 to 0. start, of ps: import, from the
-        host's weight, or random = p ~ U(lo, 0), s ~ U(-1, 1). fixed_point: activations and bias floored to 16.16 bits.
+    Cost: simulated in floating point, so no time is saved here; form=ps has two numbers per weight
+        while it trains.
+    Settings: layers (0-based; default all). linears: names such as fc1+fc2 (default: the host's
+        linear layers in the block). form: ps or q. bits: of sign and shift together, 2 to 8; 5
+        gives shifts from -14 to 0. start, of ps: import, from the host's weight, or random =
+        p ~ U(lo, 0), s ~ U(-1, 1). fixed_point: activations and bias floored to 16.16 bits.
         seed: of start=random.
-    Raises: HostError for names that a block lacks, GraftError where another graft holds the layer; SettingError.
+    Raises: HostError for names that a block lacks, GraftError where another graft holds the layer;
+        SettingError.
     """
 
     paper: ClassVar[str] = "You et al. 2023, arXiv 2306.06446"
@@ -82,13 +87,14 @@ class ShiftLinear(Mechanism):
 
 def own_linears(model: nn.Module, layer: int) -> list[str]:
     """Names of the linear layers of a block that no graft brought, each once."""
-    brought = new_parameters(model) if hasattr(model, "grafts") else {}  # asking would give the model a list of grafts
+    # asking gives the model a list of grafts, and `changes` may write nothing
+    brought = new_parameters(model) if hasattr(model, "grafts") else {}
     paths = [path for path in host_of(model).linears(layer).values() if f"{path}.weight" not in brought]
     return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
 class RoundedLinear(Linear):
-    """A linear layer whose weight is rounded to signed powers of two each time that it is used (form=q)."""
+    """A linear layer whose weight is rounded to signed powers of two when used (form=q)."""
 
     def initialise(self, settings: ShiftLinear, generator: torch.Generator) -> None:
         self.bits, self.fixed_point = settings.bits, settings.fixed_point
@@ -120,7 +126,7 @@ class ShiftedLinear(RoundedLinear):
 
     def effective_weight(self) -> Tensor:
         weight = powers(self.shift, self.sign, self.bits).detach()
-        # of the weight's two factors only these slopes count: d2^p / dp = 2^p ln 2, and 1 for the sign
+        # slopes of the two factors: d 2^p / dp = 2^p ln 2, and 1 for the sign
         return straight_through(weight, self.shift * weight * math.log(2) + self.sign)
 
 
@@ -130,12 +136,15 @@ def lowest(bits: int) -> int:
 
 
 def powers(shift: Tensor, sign: Tensor, bits: int) -> Tensor:
-    """2^round(clamp(shift, lo, 0)) * sign(round(sign)): of shapes (out, in), exact; 0 where |sign| <= 1/2."""
+    """2^round(clamp(shift, lo, 0)) * sign(round(sign)), of shapes (out, in), exact.
+
+    0 where |sign| <= 1/2.
+    """
     return torch.ldexp(sign.round().sign(), shift.clamp(lowest(bits), 0).round())
 
 
 def shift_and_sign(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The nearest power of two, by its logarithm, and the sign of a weight (out, in); 0 has sign 0."""
+    """Exponent of the nearest power of two, by the logarithm, and sign of a weight (out, in)."""
     return weight.abs().log2().clamp(lowest(bits), 0).round(), weight.sign()
 
 
@@ -150,6 +159,6 @@ def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
 
 
 def fixed_point(x: Tensor) -> Tensor:
-    """x floored to multiples of 2^-16 and held between -2^15 and 2^15; the gradient passes as it is."""
+    """x floored to multiples of 2^-16, from -2^15 to 2^15; the gradient passes as it is."""
     step, bound = 2.0**-FRACTION, 2.0 ** (FRACTION - 1)
     return straight_through(((x / step).floor() * step).clamp(-bound, bound - step), x)

@@ -1,4 +1,4 @@
-"""Binary linear-angular attention (ShiftAddViT): queries and keys of zeros and ones, no softmax, linear in the tokens."""
+"""Binary linear-angular attention (ShiftAddViT): queries and keys of zeros and ones."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ from vitreous.mechanism import Mechanism
 
 @dataclass(frozen=True, kw_only=True)
 class LinearAngular(Mechanism):
-    """Attention is replaced by a product of binary queries and keys, beside each token's own value.
+    """Attention becomes a product of binary queries and keys, without a softmax.
 
-        q, k <- q / |q|, k / |k|;   b(q) = 1[q > mean(q)], mean over the tokens and channels of a head of one image
-        y = v / 2 + b(q) (b(k)^T v) / pi,   y <- y / |y|                      first K x K products: linear in the tokens
-        y <- y + conv(v), depth-wise over the tokens, then the projection     db/dq = 1 for 0 < q < 1, else 0
+        q, k <- q / |q|, k / |k|;   b(q) = 1[q > mean(q)]    mean over tokens and channels of a head
+        y = v / 2 + b(q) (b(k)^T v) / pi,   y <- y / |y|        first K x K: linear in the tokens
+        y <- y + conv(v), depth-wise over the tokens, then the projection
+        db/dq = 1 for 0 < q < 1, else 0                         straight through
 
     Paper: You, Shi, Guo, Lin 2023, arXiv 2306.06446 (ShiftAddViT).
-    Differs: the released code takes the mean over the whole batch, so that an image depends on its batch mates. Lengths
-        below 1e-12 count as that much, where the release divides by 0. The convolution runs over the patches alone, in
-        raster order, those of each channel apart; other tokens have none. No branch of sparse softmax.
-    At start: changes the output; the displaced attention's weights are not used (keeps_weights is False).
-    Cost: 2 N K^2 multiply-adds per head in place of 2 N^2 K; 4 D^2 + 4 D parameters and H * kernel of the convolution. Binary
-        numbers are simulated in floating point.
-    Settings: layers (0-based; default all). heads (default: the host's). kernel: patches that the convolution spans, odd.
-        seed: of the weights, N(0, 0.02^2) cut at two standard deviations.
-    Raises: HostError where the blocks cannot hand on a state; MaskError for masks and dropped tokens; SettingError.
+    Differs: the mean is of one image; the released code takes it over the whole batch, so that an
+        image depends on its batch mates. Lengths below 1e-12 count as that much, where the release
+        divides by 0. The convolution runs over the patches alone, in raster order, those of each
+        channel apart; other tokens have none. No branch of sparse softmax.
+    At start: changes the output; the displaced attention's weights are not used (keeps_weights is
+        False).
+    Cost: 2 N K^2 multiply-adds per head in place of 2 N^2 K; 4 D^2 + 4 D parameters and H * kernel
+        of the convolution. Binary numbers are simulated in floating point.
+    Settings: layers (0-based; default all). heads (default: the host's). kernel: patches that the
+        convolution spans, odd. seed: of the weights, N(0, 0.02^2) cut at two standard deviations.
+    Raises: HostError where the blocks cannot hand on a state; MaskError for masks and dropped
+        tokens; SettingError.
     """
 
     paper: ClassVar[str] = "You et al. 2023, arXiv 2306.06446"
@@ -94,7 +98,10 @@ class LinearAngularMixer(Mixer):
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def local(self, v: Tensor, state: TokenState) -> Tensor:
-        """The convolution over the patches of each picture: v (B, H, N, K) -> (B, H, N, K), 0 for other tokens."""
+        """The convolution over the patches of each picture: v (B, H, N, K) -> (B, H, N, K).
+
+        0 for other tokens.
+        """
         patches = v[:, :, state.prefix : v.shape[2] - state.inserted]
         pictures = patches.unflatten(2, (state.groups, -1)).transpose(1, 2)  # (B, G, H, N / G, K)
         y = self.conv(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).transpose(1, 2).flatten(2, 3)
@@ -102,11 +109,17 @@ class LinearAngularMixer(Mixer):
 
 
 def binary(x: Tensor) -> Tensor:
-    """1 where unit rows x (B, H, N, K) exceed their mean over N and K, else 0; gradient of clamp(x, 0, 1)."""
+    """1 where unit rows x (B, H, N, K) exceed their mean over N and K, else 0.
+
+    The gradient is that of clamp(x, 0, 1).
+    """
     hard, soft = (x > x.mean((-2, -1), keepdim=True)).to(x.dtype), x.clamp(0, 1)
     return hard + (soft - soft.detach())  # the difference is 0 to the bit
 
 
 def angular(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """v / 2 + q (k^T v) / pi for q, k, v (B, H, N, K): keys and values first, so that no (N, N) is formed."""
+    """v / 2 + q (k^T v) / pi for q, k, v (B, H, N, K).
+
+    Keys and values first, so that no (N, N) is formed.
+    """
     return v / 2 + q @ (k.mT @ v) / math.pi

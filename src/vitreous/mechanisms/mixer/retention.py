@@ -1,4 +1,4 @@
-"""Retention (ViR): causal linear attention with a decay, in three forms that compute the same."""
+"""Retention (ViR): causal linear attention with a decay, in three equal forms."""
 
 from __future__ import annotations
 
@@ -19,22 +19,29 @@ from vitreous.mechanism import Mechanism
 
 @dataclass(frozen=True, kw_only=True)
 class Retention(Mechanism):
-    """Attention is replaced by retention: a product of Q and K that decays with the distance, causal.
+    """Attention becomes retention: products of Q and K that decay with distance, causal.
 
-        O = ((Q K^T / sqrt(K)) * D) V,   D_ij = gamma_h^(i - j) for i >= j, else 0         gamma_h fixed, no softmax
-        S_n = gamma_h S_(n-1) + k_n^T v_n,   o_n = q_n S_n / sqrt(K)                       the same, token by token
-        y = W_O GELU(LN(concat_h O_h)) + b_O                                               output=plain: W_O O + b_O
+        O = ((Q K^T / sqrt(K)) * D) V,   D_ij = gamma_h^(i - j) for i >= j, else 0     no softmax
+        S_n = gamma_h S_(n-1) + k_n^T v_n,   o_n = q_n S_n / sqrt(K)       the same, token by token
+        y = W_O GELU(LN(concat_h O_h)) + b_O                           output=plain: W_O O + b_O
 
-    Paper: Hatamizadeh, Ranzinger, Lan, Alvarez, Fidler, Kautz 2023, arXiv 2310.19731 (ViR, 1-D retention).
-    Differs: class and register tokens of the host stand behind the patches, backwards, so that the class token is the last
-        one and sees all others; inserted tokens that are read out stand between, others in front, where all see them.
-    At start: changes the output; the displaced attention's weights are not used (keeps_weights is False).
-    Cost: parallel stores (B, H, N, N); recurrent and chunkwise hold one (B, H, K, K) state, with gradients N and N / chunk of
-        them. 4 D^2 + 4 D parameters per block, and 2 D of the LayerNorm.
-    Settings: layers (0-based; default all). heads (default: the host's). form: parallel, recurrent or chunkwise. chunk: tokens
-        per chunk. decay: vir = 1 - exp(linspace(log 1/32, log 1/512, heads)), retnet = 1 - 2^(-5 - h). output: paper or plain.
-        seed: of the weights, N(0, 0.02^2) cut at two standard deviations.
-    Raises: HostError where the blocks cannot hand on a state; MaskError for masks and dropped tokens; SettingError.
+    Paper: Hatamizadeh, Ranzinger, Lan, Alvarez, Fidler, Kautz 2023, arXiv 2310.19731 (ViR, 1-D
+        retention); gamma is fixed.
+    Differs: class and register tokens of the host stand behind the patches, backwards, so that the
+        class token is the last one and sees all others; inserted tokens that are read out stand
+        between, others in front, where all see them. Queries, keys and values come from full
+        linear layers.
+    At start: changes the output; the displaced attention's weights are not used (keeps_weights is
+        False).
+    Cost: parallel stores (B, H, N, N); recurrent and chunkwise hold one (B, H, K, K) state, with
+        gradients N and N / chunk of them. 4 D^2 + 4 D parameters per block, and 2 D of the
+        LayerNorm.
+    Settings: layers (0-based; default all). heads (default: the host's). form: parallel, recurrent
+        or chunkwise. chunk: tokens per chunk. decay: vir = 1 - exp(linspace(log 1/32, log 1/512,
+        heads)), retnet = 1 - 2^(-5 - h). output: paper or plain. seed: of the weights,
+        N(0, 0.02^2) cut at two standard deviations.
+    Raises: HostError where the blocks cannot hand on a state; MaskError for masks and dropped
+        tokens; SettingError.
     """
 
     paper: ClassVar[str] = "Hatamizadeh et al. 2023, arXiv 2310.19731"
@@ -72,7 +79,7 @@ class Retention(Mechanism):
 
 
 class RetentionMixer(Mixer):
-    """Retention over the patches in raster order, with inserted tokens around them, then the prefix."""
+    """Retention over the patches in raster order, then the prefix (see `sequence`)."""
 
     mixes_inserted: ClassVar[bool] = True
     projections: ClassVar[dict[str, str]] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
@@ -115,7 +122,10 @@ class RetentionMixer(Mixer):
         return log_decay(self.settings.decay, self.num_heads).to(like)
 
     def effective_map(self, tokens: Tensor, state: TokenState) -> Tensor:
-        """The signed map A (B, H, N, N) with O = A V, rows and columns in the order of `tokens` (B, N, D)."""
+        """The signed map A (B, H, N, N) with O = A V.
+
+        Rows and columns are in the order of `tokens` (B, N, D).
+        """
         order = sequence(tokens.shape[1], state)
         q, k, _ = self.project(tokens[:, order])
         return weights(q, k, self.log_decay(q))[:, :, inverse(order)][..., inverse(order)]
@@ -125,7 +135,10 @@ class RetentionMixer(Mixer):
 
 
 def log_decay(kind: str, heads: int) -> Tensor:
-    """log gamma (H,), float64: gamma = 1 - e^s, s from log 1/32 to log 1/512 ("vir"), or 1 - 2^(-5 - h)."""
+    """log gamma (H,), float64.
+
+    kind: "vir", gamma = 1 - e^s with s from log 1/32 to log 1/512; "retnet", 1 - 2^(-5 - h).
+    """
     if kind == "vir":
         return (-torch.logspace(-5, -9, heads, base=2, dtype=torch.float64)).log1p()
     return (-(2.0 ** -torch.arange(5, 5 + heads, dtype=torch.float64))).log1p()
@@ -134,18 +147,24 @@ def log_decay(kind: str, heads: int) -> Tensor:
 def decay_mask(log_decay: Tensor, tokens: int) -> Tensor:
     """gamma^(i - j) for i >= j, else 0: log gamma (H,) -> (H, N, N)."""
     place = torch.arange(tokens, device=log_decay.device)
-    # in the exponent, and not below 0: a power of the negative distances above the diagonal would overflow
+    # in the exponent, and not below 0: powers of negative distances would overflow
     distance = (place[:, None] - place).clamp(min=0)
     return (distance * log_decay[:, None, None]).exp().tril()
 
 
 def weights(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
-    """(Q K^T / sqrt(K)) * D: queries and keys (B, H, N, K), log gamma (H,) -> (B, H, N, N), signed, causal."""
+    """(Q K^T / sqrt(K)) * D, signed and causal: (B, H, N, N).
+
+    q, k: (B, H, N, K). log_decay: log gamma (H,).
+    """
     return (q @ k.mT) * q.shape[-1] ** -0.5 * decay_mask(log_decay, q.shape[2])
 
 
 def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """Retention at once: q, k, v (B, H, N, K), log gamma (H,) -> (B, H, N, K). Stores (B, H, N, N)."""
+    """Retention at once: q, k, v (B, H, N, K), log gamma (H,) -> (B, H, N, K).
+
+    Stores (B, H, N, N).
+    """
     return weights(q, k, log_decay) @ v
 
 
@@ -160,7 +179,10 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def chunkwise(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int) -> Tensor:
-    """Retention by chunks of tokens, equal to `parallel`: within a chunk at once, between them by the state."""
+    """Retention by chunks of tokens, equal to `parallel`.
+
+    Within a chunk at once, between chunks by the state.
+    """
     rate, scale = log_decay[:, None, None], q.shape[-1] ** -0.5
     state, outputs = torch.zeros_like(k[:, :, :1].mT @ v[:, :, :1]), []  # (B, H, K, K)
     for q_c, k_c, v_c in zip(*(x.split(chunk, dim=2) for x in (q, k, v)), strict=True):  # (B, H, n, K) each
@@ -174,8 +196,8 @@ def chunkwise(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int) ->
 def sequence(tokens: int, state: TokenState) -> list[int]:
     """Indices of the tokens (prefix, patches, inserted) in the order in which they are read.
 
-    Inserted registers, patches, inserted tokens that are read out, the prefix backwards: each of a
-    sequence sees what is before it, so registers that stood behind the patches would be seen by none.
+    Inserted registers, patches, inserted tokens that are read out, the prefix backwards: each sees
+    what is before it, so registers behind the patches would not be seen by these.
     """
     patches = range(state.prefix, tokens - state.inserted)
     inserted = list(zip(range(patches.stop, tokens), state.read_out, strict=True))

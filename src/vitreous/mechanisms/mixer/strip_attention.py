@@ -1,4 +1,4 @@
-"""Strip attention (S2AFormer): keys and values of a reduced grid, queries and keys of few channels."""
+"""Strip attention (S2AFormer): keys and values of a reduced grid, thin queries and keys."""
 
 from __future__ import annotations
 
@@ -19,22 +19,27 @@ from vitreous.mechanism import Mechanism
 
 @dataclass(frozen=True, kw_only=True)
 class StripAttention(Mechanism):
-    """Attention with keys and values of every r x r patches together, and queries and keys of few channels.
+    """Attention with fewer keys and values, and with queries and keys of few channels.
 
-        X' = conv(X), depth-wise, r x r with stride r;   Q = X W_Q, K = X' W_K (B, H, ., d),   V = X' W_V (B, H, ., D / H)
-        y = softmax(Q K^T / sqrt(d)) V W_O + b_O                    d much smaller than D / H, so Q and K are thin strips
+        X' = conv(X), depth-wise, r x r with stride r
+        Q = X W_Q, K = X' W_K (B, H, ., d),   V = X' W_V (B, H, ., D / H)     d much below D / H
+        y = softmax(Q K^T / sqrt(d)) V W_O + b_O                   Q and K are thin strips
 
-    Paper: Xu, Huang, Jia, Li, Gao, Qi 2025, arXiv 2505.22195 (S2AFormer). Its layer table could not be read: this is the
-        generic form of its attention.
-    Differs: class, register and inserted tokens are queries, keys and values as they are, not reduced. A grid that r does
-        not divide is extended by its last row and column. The other parts of the paper's block are not here.
-    At start: changes the output; the displaced attention's weights are not used (keeps_weights is False). The convolution
-        starts as the mean of its patches.
-    Cost: N (P + N / r^2) (d + D / H) multiply-adds per head in place of 2 N^2 D / H; parameters 2 D H d + 2 D^2 of the linears
-        with 2 H d + 2 D biases, D r^2 of the convolution.
-    Settings: layers (0-based; default all). heads (default: the host's). reduction: r, 1 or more. strip: d, channels of queries
-        and keys per head, 1 or more. seed: of the weights, N(0, 0.02^2) cut at two standard deviations.
-    Raises: HostError where the blocks cannot hand on a state; MaskError for masks and dropped tokens; SettingError.
+    Paper: Xu, Huang, Jia, Li, Gao, Qi 2025, arXiv 2505.22195 (S2AFormer). Its layer table could not
+        be read: this is the generic form of its attention.
+    Differs: class, register and inserted tokens are queries, keys and values as they are, not
+        reduced. A grid that r does not divide is extended by its last row and column. The other
+        parts of the paper's block are not here.
+    At start: changes the output; the displaced attention's weights are not used (keeps_weights is
+        False). The convolution starts as the mean of its patches.
+    Cost: N (P + N / r^2) (d + D / H) multiply-adds per head in place of 2 N^2 D / H, P tokens of
+        the prefix; parameters 2 D H d + 2 D^2 of the linears with 2 H d + 2 D biases, D r^2 of the
+        convolution.
+    Settings: layers (0-based; default all). heads (default: the host's). reduction: r, 1 or more.
+        strip: d, channels of queries and keys per head, 1 or more. seed: of the weights,
+        N(0, 0.02^2) cut at two standard deviations.
+    Raises: HostError where the blocks cannot hand on a state; MaskError for masks and dropped
+        tokens; SettingError.
     """
 
     paper: ClassVar[str] = "Xu et al. 2025, arXiv 2505.22195"
@@ -68,7 +73,7 @@ class StripAttention(Mechanism):
 
 
 class StripMixer(Mixer):
-    """Softmax attention of all tokens to the prefix, to inserted tokens and to the reduced grid."""
+    """Softmax attention of all tokens to prefix, inserted tokens and the reduced grid."""
 
     projections: ClassVar[dict[str, str]] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
     mixes_inserted: ClassVar[bool] = True
@@ -95,7 +100,10 @@ class StripMixer(Mixer):
         return self.proj(z.transpose(1, 2).flatten(2))
 
     def reduced(self, tokens: Tensor, state: TokenState) -> Tensor:
-        """What keys and values are made of: (B, N, D) -> (B, M, D), prefix, reduced patches, inserted tokens."""
+        """What keys and values are made of: tokens (B, N, D) -> (B, M, D).
+
+        The prefix, the patches reduced, inserted tokens.
+        """
         prefix, patches, inserted = tokens.tensor_split((state.prefix, tokens.shape[1] - state.inserted), dim=1)
         pictures = patches.reshape(-1, *state.grid, tokens.shape[-1]).movedim(-1, 1)  # (B * groups, D, H, W)
         r = self.reduce.stride[0]
