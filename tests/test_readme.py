@@ -7,10 +7,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from vitreous.commands.bench import Bench
 from vitreous.commands.cli import command_class
+from vitreous.commands.list import networks
+from vitreous.commands.study import Study
 from vitreous.commands.train import Train
+from vitreous.models.create import create_model
+from vitreous.train.study.study import arm_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,6 +34,31 @@ def test_python_runs(capsys):
 def test_training_commands_parse(line):
     settings = Train.read(shlex.split(line)[2:]).settings()
     assert settings.data
+
+
+@pytest.mark.parametrize("line", [line for line in TRAINING if " cutouts:size=64 " in line])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_small_networks_take_made_scenes_and_one_channel(line, channels):
+    settings = Train.read(shlex.split(line)[2:]).settings()
+    assert settings.model in networks()
+    model = create_model(
+        settings.model, classes="abcdef", channels=channels, image_size=(64, 64), **settings.network_arguments()
+    )
+    assert model(torch.zeros(2, channels, 64, 64)).shape == (2, 6)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
+
+
+def test_every_family_of_networks_has_its_line():
+    files = {path.stem for path in (ROOT / "src/vitreous/architectures").glob("[!_]*.py")} - {"scratch_vit"}
+    named = " ".join(line for line in TRAINING if " cutouts:size=64 " in line)
+    assert files
+    assert not [stem for stem in files if f"--model {stem}_" not in named]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("vitreous study")])
+def test_study_commands_parse(line):
+    command = Study.read(shlex.split(line)[2:])
+    assert arm_settings(command.settings(), command.arm)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("vitreous bench")])
