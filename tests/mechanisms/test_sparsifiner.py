@@ -169,6 +169,23 @@ def test_the_predictor_learns_from_the_penalty_alone(phase):
     assert not any(p.requires_grad for p in new_parameters(released).values())
 
 
+def test_a_run_begins_with_reconstruction():
+    """All keys in the first tenth of a run; an untrained or loaded model is sparse."""
+    model = vit().float()
+    expected = model(pictures().float())
+    graft(model, "sparsifiner:phase=schedule")
+    outputs = [model(pictures().float())]
+    for progress in (0.0, 0.09, 0.1, 1.0):
+        for block in model.blocks:
+            block.attn.schedule(progress)
+        outputs.append(model(pictures().float()))
+    assert [torch.equal(out, expected) for out in outputs] == [False, True, True, False, False]
+    assert torch.equal(outputs[0], outputs[-1])
+    always = graft(vit().float(), "sparsifiner:phase=reconstruct")
+    always.blocks[0].attn.schedule(1.0)
+    assert torch.equal(always(pictures().float()), expected)
+
+
 def test_reconstruction_falls_when_the_predictor_is_trained():
     model = graft(vit(), Sparsifiner(phase="reconstruct", reduce=2))
     optimizer, errors = torch.optim.Adam(new_parameters(model).values(), lr=0.02), []

@@ -17,6 +17,7 @@ from vitreous.hosts.attention import Attention
 from vitreous.layers.stream import PLAIN, TokenState, check_places, restore
 from vitreous.mechanism import Mechanism
 
+WARM_UP = 0.1  # the authors' share of a run for reconstruction: five epochs of fifty
 THEIRS = {  # names in the authors' code
     r"\.mask_predictor\.proj_c_([qk])\.weight$": r".reduce_\1",
     r"\.mask_predictor\.proj_c_([qk])\.bias$": r".bias_\1",
@@ -47,8 +48,8 @@ class Sparsifiner(Mechanism):
     At start: phase=reconstruct, and keep=1, equal the host exactly; else the output changes.
     Cost: 2 (K + 1) K/2 + 2 N floor(N/6) parameters per block. The map is computed whole and masked.
     Settings: layers (0-based; default all). phase: reconstruct = all keys are seen and the
-        predictor learns; sparse = the chosen ones are seen. As released: five epochs of the one,
-        then `phase=sparse,reconstruction=0`. keep: share of keys. reduce: N over the rank.
+        predictor learns; sparse = the chosen ones are seen; schedule = the one in the first tenth
+        of a training run, as released, then the other. keep: share of keys. reduce: N over the rank.
         coefficients, threshold: 8 and 0.02 above. reconstruction: weight of the penalty. seed: of
         the start.
     Raises: HostError where attention or patch embedding is not timm's plain one, or is too small;
@@ -58,10 +59,13 @@ class Sparsifiner(Mechanism):
     paper: ClassVar[str] = "Wei et al. 2023, arXiv 2303.13755"
     requires: ClassVar[tuple[str, ...]] = ("attention", "halves", "stream", "grid")
     any_size: ClassVar[bool] = False
-    examples: ClassVar[tuple[str, ...]] = ("sparsifiner:phase=reconstruct,layers=1+3", "sparsifiner:keep=0.5,reduce=3,seed=2")
+    examples: ClassVar[tuple[str, ...]] = (
+        "sparsifiner:phase=reconstruct,layers=1+3",
+        "sparsifiner:phase=schedule,keep=0.5,reduce=3,seed=2",
+    )
 
     layers: tuple[int, ...] | None = None
-    phase: Literal["reconstruct", "sparse"] = "sparse"
+    phase: Literal["reconstruct", "sparse", "schedule"] = "sparse"
     keep: float = 0.25
     reduce: int = 6
     coefficients: int = 8
@@ -114,6 +118,7 @@ class SparseAttention(Attention):
     settings: Sparsifiner
     grid: tuple[int, int]
     share: float
+    dense: bool  # all keys are seen
 
     def initialise(self, settings: Sparsifiner, grid: tuple[int, int], tokens: int, generator: torch.Generator) -> None:
         width, bound = self.head_dim, self.head_dim**-0.5
@@ -127,11 +132,16 @@ class SparseAttention(Attention):
             else:  # PyTorch's own start of a linear layer
                 start.uniform_(-bound, bound, generator=generator)
             setattr(self, name, nn.Parameter(start, requires_grad=settings.reconstruction > 0))
-        self.settings, self.grid = settings, tuple(grid)
+        self.settings, self.grid, self.dense = settings, tuple(grid), settings.exact_at_init
+
+    def schedule(self, progress: float) -> None:
+        """Called by training before each step; progress: 0 at the start of a run, 1 at its end."""
+        if self.settings.phase == "schedule":
+            self.dense = self.settings.keep == 1 or progress < WARM_UP
 
     def biases(self, x: Tensor, q: Tensor, k: Tensor, state: TokenState = PLAIN) -> tuple[Tensor | None, ...]:
         self.check_size(q.shape[2], state)
-        if self.settings.exact_at_init:
+        if self.dense:
             return (None,)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             up = self.basis(q, state)
