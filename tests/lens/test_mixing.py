@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -10,9 +12,11 @@ from timm.models.metaformer import MetaFormer, Pooling
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
+import vitreous
 from contract.hosts import build, images
 from vitreous import SpectralGate, graft, read
 from vitreous.base.errors import HostError, SettingError, UnknownName
+from vitreous.hosts.mixer import mixers_in
 from vitreous.layers.exposed import Exposed
 from vitreous.lens.formulas import mixing
 from vitreous.lens.look import look
@@ -21,6 +25,7 @@ from vitreous.lens.reading import CHUNK
 from vitreous.mechanisms.mixer.spectral_gate import Gate
 
 ROWS, COLUMNS, WIDTH = 4, 5, 6
+MIXERS = sorted(path.stem for path in (Path(vitreous.__file__).parent / "mechanisms/mixer").glob("[a-z]*.py"))
 
 
 def gate(width=WIDTH):
@@ -340,6 +345,24 @@ def test_influence_is_refused_by_name_where_gradients_are_made_up():
     assert reading.layers[0]["route"] == "removal"
     reading = look(Net(Counted()).eval(), pixels(1, 40), probes=["mixing:modules=middle,by=influence"], noise=0)
     assert reading.layers[0]["route"] == "influence"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (Path(vitreous.__file__).parent / "mechanisms/mixer").glob("[a-z]*.py"))
+)
+def test_every_mixer_is_as_linear_as_it_says_and_reads_what_can_be_drawn(name):
+    model = graft(build("dinov2"), f"{name}:layers=1")
+    mixers = mixers_in(model)
+    if not mixers:
+        pytest.skip("made of attention")
+    reading = look(model, images(1), probes=["mixing"], noise=0)
+    assert not any("No mixing map" in note or "in the reading of" in note for note in reading.facts["notes"])
+    (mixer,) = mixers.values()
+    layer = reading.layers[-1]
+    assert (layer["kind"], "says that it is linear" in layer["note"]) == ("mixing", False)
+    assert not mixer.linear or layer["route"] == "unit vectors"
+    assert {quantity for quantity, _ in reading.exact} == set(mixer.reading())
+    assert all(np.isfinite(values).all() for values in reading.exact.values())
 
 
 def test_gradients_of_our_mixers_are_true_but_for_the_binary_one():
