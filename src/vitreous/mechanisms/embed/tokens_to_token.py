@@ -128,7 +128,6 @@ class TokenBlock(nn.Module):
     The skip is v, since widths differ.
     """
 
-    projections: ClassVar[dict[str, str]] = {"kqv": "kqv"}
     num_heads = 1
 
     def __init__(self, inputs: int, kind: Kind, width: int, features: int, dropout: float, device=None, dtype=None):

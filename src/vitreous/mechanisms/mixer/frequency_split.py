@@ -81,8 +81,6 @@ class FrequencySplit(Mechanism):
 class SplitMixer(Mixer):
     """The two branches and what joins them."""
 
-    projections: ClassVar[dict[str, str]] = {"q": "q", "kv": "kv"}
-
     def initialise(self, settings: FrequencySplit, width: int, generator: torch.Generator) -> None:
         """Draw all weights. Raises SettingError where groups or heads do not divide the channels."""
         high = round(settings.high * width)

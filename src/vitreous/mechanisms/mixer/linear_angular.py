@@ -75,7 +75,6 @@ class LinearAngularMixer(Mixer):
     """Binary linear-angular attention over all tokens, and a convolution over the patches."""
 
     mixes_inserted: ClassVar[bool] = True
-    projections: ClassVar[dict[str, str]] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
 
     def initialise(self, width: int, heads: int, kernel: int, generator: torch.Generator) -> None:
         self.num_heads = heads

@@ -82,7 +82,6 @@ class RetentionMixer(Mixer):
     """Retention over the patches in raster order, then the prefix (see `sequence`)."""
 
     mixes_inserted: ClassVar[bool] = True
-    projections: ClassVar[dict[str, str]] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
 
     def initialise(self, settings: Retention, width: int, heads: int, generator: torch.Generator) -> None:
         self.settings, self.num_heads = settings, heads

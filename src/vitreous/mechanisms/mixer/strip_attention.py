@@ -75,7 +75,6 @@ class StripAttention(Mechanism):
 class StripMixer(Mixer):
     """Softmax attention of all tokens to prefix, inserted tokens and the reduced grid."""
 
-    projections: ClassVar[dict[str, str]] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
     mixes_inserted: ClassVar[bool] = True
     attends: ClassVar[bool] = True
 
