@@ -78,7 +78,7 @@ class LinearAngularMixer(Mixer):
 
     def initialise(self, width: int, heads: int, kernel: int, generator: torch.Generator) -> None:
         self.num_heads = heads
-        for name in (*self.projections, "proj"):
+        for name in ("q_proj", "k_proj", "v_proj", "proj"):
             linear = skip_init(nn.Linear, width, width)
             nn.init.trunc_normal_(linear.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
             nn.init.zeros_(linear.bias)

@@ -85,7 +85,7 @@ class RetentionMixer(Mixer):
 
     def initialise(self, settings: Retention, width: int, heads: int, generator: torch.Generator) -> None:
         self.settings, self.num_heads = settings, heads
-        for name in (*self.projections, "proj"):
+        for name in ("q_proj", "k_proj", "v_proj", "proj"):
             linear = skip_init(nn.Linear, width, width)
             nn.init.trunc_normal_(linear.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
             nn.init.zeros_(linear.bias)
