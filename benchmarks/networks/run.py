@@ -43,6 +43,7 @@ COMMON = {
     "gaussian-mask": host("gaussian_mask:start=wide", what="Gaussian mixture mask"),
     "local-window": host("local_window:window=3", what="TiC: attention within 3 x 3 patches"),
     "polyline-mask": host("polyline_mask", what="PPMA's mask"),
+    "sparsifiner": host("sparsifiner:phase=schedule", what="Sparsifiner: a quarter of the keys, after a tenth of the run"),
     "spectral-gate": host("spectral_gate:layers=0-1", what="SpectFormer's gate in the first half; 127,814 parameters"),
     "scattering": host("scattering:layers=0-1", what="SVT's mixer in the first half; 134,470 parameters"),
     "hyena": host("hyena:layers=0-1", what="Hyena N-D in the first half; 180,726 parameters"),
@@ -50,6 +51,7 @@ COMMON = {
     "linear-angular": host("linear_angular", what="ShiftAddViT's attention in all blocks"),
     "shift-linear": host("shift_linear", what="ShiftAddViT's shifts for all products; 281,926 parameters while it learns"),
     "strip-attention": host("strip_attention", what="S2AFormer's attention in all blocks; 135,238 parameters"),
+    "frequency-split": host("frequency_split", what="convolutions and attention on parts of the channels, a prototype"),
     "t2t": network("t2t_vit_7", f"{ISOTROPIC} embed_dim=64 depth=3 token_width=32", "T2T-ViT"),
     "spectformer": network("spectformer_tiny", f"{ISOTROPIC} embed_dim=72 depth=4 spectral=2", "SpectFormer"),
     "spectformer-h": network(
