@@ -73,8 +73,9 @@ def test_logits_are_the_released_ones():
         torch.testing.assert_close(logits[0, :4], torch.tensor([4.55892, 9.55689, -2.52061, 0.91625]), atol=1e-4, rtol=0)
         moments = torch.stack([logits.mean(), logits.std()])
         torch.testing.assert_close(moments, torch.tensor([0.15829, 4.46418]), atol=1e-4, rtol=0)
-        for part in ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2"):  # each of them takes part
-            norm = model.blocks[7].get_submodule(part).norm
+        last = [f"blocks.7.{part}" for part in ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")]
+        for part in ("stem.3", "position", *last):  # each of them takes part
+            norm = model.get_submodule(part).norm
             bias = norm.bias.clone()
             norm.bias.fill_(-10.0)
             assert (model(recorded(1, 64)) - logits).abs().max() > 0.01, part
