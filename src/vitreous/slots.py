@@ -64,6 +64,14 @@ def heads(model: nn.Module) -> int:
     return host_of(model).heads(0)
 
 
+def heads_of_a_mixer(model: nn.Module, wanted: int | None) -> int:
+    """A mixer's number of heads, the host's if None. Raises SettingError unless it divides the width."""
+    count = heads(model) if wanted is None else wanted
+    if count < 1 or width(model) % count:
+        raise SettingError(f"Found heads={count}. Expected a divisor of the width {width(model)}. Give such a number.")
+    return count
+
+
 def layer_indices(model: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:
     """The chosen block indices, all if None. Raises SettingError for one that the model does not have."""
     n = depth(model)

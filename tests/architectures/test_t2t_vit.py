@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from architectures.released import fill
 from architectures.released import pictures as recorded
 from vitreous import check, graft, ungraft
-from vitreous.architectures.t2t_vit import checkpoint_filter_fn, renamed, sinusoid
+from vitreous.architectures.t2t_vit import checkpoint_filter_fn, our_tensors, sinusoid
 from vitreous.base.errors import SettingError
 from vitreous.models.weights import fill as load
 
@@ -61,7 +61,7 @@ def test_counts_are_the_released_ones(name):
 def test_logits_are_the_released_ones():
     model = timm.create_model("t2t_vit_7").eval()
     weights = released_weights(model)
-    model.load_state_dict(renamed(weights))
+    model.load_state_dict(our_tensors(weights))
     with torch.no_grad():
         logits = model(recorded(1, 224))
         expected = torch.tensor([0.10459, 1.00217, -0.00377, -0.80869])

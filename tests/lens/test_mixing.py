@@ -347,9 +347,7 @@ def test_influence_is_refused_by_name_where_gradients_are_made_up():
     assert reading.layers[0]["route"] == "influence"
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (Path(vitreous.__file__).parent / "mechanisms/mixer").glob("[a-z]*.py"))
-)
+@pytest.mark.parametrize("name", MIXERS)
 def test_every_mixer_is_as_linear_as_it_says_and_reads_what_can_be_drawn(name):
     model = graft(build("dinov2"), f"{name}:layers=1")
     mixers = mixers_in(model)

@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
 from vitreous.layers.spikes import LIF
 
@@ -271,13 +272,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
     Without the layer norms that are never called.
     """
-    changed = {}
-    for name, value in state_dict.items():
-        if not UNUSED.match(name):
-            for theirs, ours in THEIRS.items():
-                name = re.sub(theirs, ours, name)
-            changed[name] = value
-    return changed
+    return renamed({name: value for name, value in state_dict.items() if not UNUSED.match(name)}, THEIRS)
 
 
 def _cfg() -> dict[str, Any]:

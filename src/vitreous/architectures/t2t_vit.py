@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
 from vitreous.mechanisms.embed.tokens_to_token import (
     Kind,
@@ -129,7 +130,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """
     if not any(name.startswith("tokens_to_token.") for name in state_dict):
         return state_dict
-    changed = renamed(state_dict)
+    changed = our_tensors(state_dict)
     width = model.embed_dim
     factor = math.sqrt(model.blocks[0].attn.head_dim / width)
     for name in [name for name in changed if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)]:
@@ -138,12 +139,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return changed
 
 
-def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def our_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' names as ours; the joint projection of softmax steps becomes k, q, v."""
     changed = {}
-    for name, value in tensors.items():
-        for theirs, ours in THEIRS.items():
-            name = re.sub(theirs, ours, name)
+    for name, value in renamed(tensors, THEIRS).items():
         if name.startswith("patch_embed.") and name.endswith(".qkv.weight"):
             q, k, v = value.chunk(3)
             name, value = name.replace(".qkv.", ".kqv."), torch.cat([k, q, v])

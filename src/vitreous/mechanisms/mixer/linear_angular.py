@@ -60,10 +60,7 @@ class LinearAngular(Mechanism):
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
         changes, width = slots.open_stream(model, self.name), slots.width(model)
-        heads = slots.heads(model) if self.heads is None else self.heads
-        if heads < 1 or width % heads:
-            raise SettingError(f"Found heads={heads}. Expected a divisor of the width {width}. Give such a number.")
-        generator = torch.Generator().manual_seed(self.seed)
+        heads, generator = slots.heads_of_a_mixer(model, self.heads), torch.Generator().manual_seed(self.seed)
         for i in slots.layer_indices(model, self.layers):
             new = LinearAngularMixer.instead_of(slots.displaced_attention(model, i, self.name))
             new.initialise(width, heads, self.kernel, generator)
