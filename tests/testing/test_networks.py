@@ -80,6 +80,7 @@ FAULTS = {
     "other_sizes_run_or_are_refused": patched("forward", raising),
     "copies_are_whole": patched("forward", lambda model, plain, x: plain(x)),  # a method of the original, or none
     "exports": patched("forward", lambda model, plain, x: plain(x) * int(x.shape[0])),
+    "look_reads_or_refuses": patched("forward", counted),
 }
 
 
@@ -89,6 +90,24 @@ def test_a_fault_is_found_under_its_name(law):
     Check(function, Network("cvt_13", SMALL)).run()  # without the fault
     with pytest.raises(ContractError, match=f"^{law} does not hold for cvt_13: .*Expected: "):
         Check(function, Planted("cvt_13", SMALL, fault=law)).run()
+
+
+def test_checkpointing_that_does_nothing_is_found(monkeypatch):
+    monkeypatch.setattr(cvt.CvT, "set_grad_checkpointing", lambda self, enable=True: None)
+    with pytest.raises(ContractError, match=r"(\d+) numbers stored with checkpointing, \1 without"):
+        Check(laws_networks.checkpointing_changes_nothing, Network("cvt_13", SMALL)).run()
+
+
+def test_a_network_without_words_or_source_is_found(monkeypatch):
+    check = Check(laws_networks.is_registered, Network("cvt_13", SMALL))
+    check.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(cvt.cvt_13, "__doc__", None)
+        with pytest.raises(ContractError, match="no docstring of the function that is registered"):
+            check.run()
+    monkeypatch.setattr(cvt.CvT, "__doc__", "A network in stages.")
+    with pytest.raises(ContractError, match="no 'Paper:' in the docstring of its class"):
+        check.run()
 
 
 def test_checks_by_name_or_by_the_registered_function():

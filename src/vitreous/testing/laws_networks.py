@@ -149,32 +149,40 @@ def layers_are_in_order(network: Any) -> None:
     holds(len(rates) > 2, f"{len(rates)} rates in layer decay")
 
 
-def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Logits in training mode, and the gradients of all that learn.
+def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None], int]:
+    """Logits in training mode, gradients of all that learn, the count of stored numbers.
 
     The loss is of the features too: behind the last block a class token's logits see no patch.
     """
+    sizes = []
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
     torch.manual_seed(0)
-    features = model.train().forward_features(x)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        features = model.train().forward_features(x)
     logits = model.forward_head(features)
     loss = F.cross_entropy(logits, torch.arange(len(x)) % logits.shape[1]) + features.tanh().mean()
     loss.backward()
-    return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, sum(sizes)
 
 
 def every_parameter_learns(network: Any) -> None:
     """Each parameter has a gradient, finite and not zero."""
-    _, learning = gradients(network.build(), network.images(4))
+    _, learning, _ = gradients(network.build(), network.images(4))
     wrong = [name for name, g in learning.items() if g is None or not g.isfinite().all() or not g.any()]
     holds(not wrong, f"no gradient, or none that is finite and not zero, in {', '.join(wrong)}")
 
 
 def checkpointing_changes_nothing(network: Any) -> None:
-    """With gradient checkpointing, outputs and gradients are the same."""
-    logits, plain = gradients(network.build(), network.images(4))
+    """With gradient checkpointing, outputs and gradients are the same, and less is stored."""
+    logits, plain, stored = gradients(network.build(), network.images(4))
     model = network.build()
     model.set_grad_checkpointing(True)
-    again, checkpointed = gradients(model, network.images(4))
+    again, checkpointed, less = gradients(model, network.images(4))
+    holds(less < stored, f"{less} numbers stored with checkpointing, {stored} without")
     close(again, logits, "the output", 1e-5)
     for name, gradient in plain.items():
         if gradient is not None:
