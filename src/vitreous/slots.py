@@ -387,7 +387,7 @@ def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Cha
         if station == "between":
             check_halves(block, f"blocks.{i}")
             if not isinstance(block.attn, Attention):
-                changes[f"blocks.{i}.attn"] = Attention.of(plain_attention(model, i, "A step after attention"))
+                changes[f"blocks.{i}.attn"] = Attention.of(plain_attention(model, i, "a step after attention"))
     return changes | stream_end(model)
 
 

@@ -13,7 +13,7 @@ from architectures.test_svt import PYRAMID, count, released
 from architectures.test_svt import SMALL as SMALL_PYRAMID
 from vitreous import check, graft, ungraft
 from vitreous.architectures.spectformer import filtered, filtered_pyramid
-from vitreous.base.errors import GraftError
+from vitreous.base.errors import GraftError, SettingError
 from vitreous.hosts.mixer import mixers_in
 from vitreous.layers.fourier import kernel_of
 from vitreous.lens.look import look
@@ -152,6 +152,16 @@ def test_grafts_stand_on_it_and_come_out(text):
 def test_a_spectral_block_refuses_what_needs_queries_and_keys():
     with pytest.raises(GraftError, match=r"blocks\.0\.attn already holds Gate, a mixer"):
         graft(small(), "svda")
+
+
+READS_CLASS_TOKEN = {"spectral": 4, "class_token": True, "global_pool": "token"}
+
+
+@pytest.mark.parametrize(("options", "most"), [({"spectral": -1}, 4), ({"spectral": 5}, 4), (READS_CLASS_TOKEN, 3)])
+def test_refuses_numbers_of_spectral_blocks_that_cannot_be(options, most):
+    with pytest.raises(SettingError, match=rf"Found spectral={options['spectral']} of 4 blocks.*Expected 0 to {most}"):
+        small(**options)
+    assert small(**options | {"spectral": most})(pictures(2, 32)).isfinite().all()
 
 
 def test_look_reads_attention_and_then_how_the_filters_mix():

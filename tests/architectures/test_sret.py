@@ -137,6 +137,7 @@ def test_other_image_sizes():
     assert torch.equal(resized(model.pos_embed, (8, 8)), model.pos_embed)
     flat = torch.full((1, 2, 8, 8), 0.3)
     torch.testing.assert_close(resized(flat, (12, 10)), torch.full((1, 2, 12, 10), 0.3))
+    assert resized(flat.bfloat16(), (12, 10)).dtype == torch.bfloat16
     assert model(torch.randn(1, 3, 128, 96)).shape == (1, 5)
     with pytest.raises(SettingError, match=r"^Found images of 72 x 72 pixels .* 81 places in stage 0, for 8 slices\. Expected"):
         model(torch.randn(1, 3, 72, 72))

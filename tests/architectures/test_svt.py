@@ -163,3 +163,7 @@ def test_bad_input():
         timm.create_model("svt_h_s", **SMALL, global_pool="max")
     with pytest.raises(SettingError, match=r"with 6 channels where wavelets.*Expected a multiple of 4"):
         timm.create_model("svt_h_s", **SMALL | {"embed_dims": (6, 12, 16, 24)})
+    with pytest.raises(SettingError, match=r"Found embed_dims of 4, num_heads of 4, depths of 3, mlp_ratios of 4 stages"):
+        timm.create_model("svt_h_s", **SMALL | {"depths": (1, 1, 1)})
+    with pytest.raises(SettingError, match=r"Found 5 heads for a width of 8\. Expected a divisor"):
+        timm.create_model("svt_h_s", **SMALL | {"embed_dims": (8, 12, 16, 24), "num_heads": (5, 1, 1, 1)})

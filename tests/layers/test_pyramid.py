@@ -148,6 +148,8 @@ def test_stages_that_are_not_asked_for_do_not_run():
 def test_bad_input():
     with pytest.raises(SettingError, match=r"Found dims of 3, depths of 2 stages\. Expected equally many"):
         check_stages(dims=(1, 2, 3), depths=(1, 2))
+    with pytest.raises(SettingError, match=r"Found num_heads=7\. Expected a list with a value per stage"):
+        check_stages(dims=(1, 2, 3), num_heads=7)
     with pytest.raises(SettingError, match="Found 3 heads for a width of 8"):
         head_width(8, 3)
     with pytest.raises(SettingError, match="Found output_fmt='NLC'"):

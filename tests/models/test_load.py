@@ -62,3 +62,8 @@ def test_weights_that_cannot_be_had_are_never_replaced_by_random_ones(monkeypatc
     with pytest.raises(DataError, match=r"no network.*--random-weights: its maps mean nothing"):
         open_model(NAME, random_weights=False)
     assert said == [f"Weights: those that timm publishes for {NAME}."]
+
+
+def test_a_network_that_cannot_be_built_names_its_arguments():
+    with pytest.raises(DataError, match=r"cannot build vit_tiny_patch16_224: .*Check its arguments: num_heads=5, depth=1\.$"):
+        create_model(NAME, num_heads=5, depth=1)

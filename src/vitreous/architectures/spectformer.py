@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitreous import slots
 from vitreous.architectures.svt import BASE, LARGE, SMALL, GridCall, MixerPyramid, config, create
 from vitreous.base.checkpoint_names import renamed
+from vitreous.base.errors import SettingError
 from vitreous.hosts.mixer import mixers_in
 from vitreous.layers.fourier import resized
 from vitreous.mechanisms.mixer.spectral_gate import Gate
@@ -49,6 +50,13 @@ class SpectFormer(VisionTransformer):
     def __init__(self, spectral: int = 4, **arguments: Any):
         fixed = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         super().__init__(**(fixed | arguments))
+        # a gate gives class tokens nothing, so that with gates alone every image would get the same logits
+        most = len(self.blocks) - (self.num_prefix_tokens > 0 and self.global_pool == "token")
+        if not 0 <= spectral <= most:
+            raise SettingError(
+                f"Found spectral={spectral} of {len(self.blocks)} blocks and global_pool={self.global_pool!r}. Expected "
+                f"0 to {most}: a head that reads class tokens needs a block with attention. Give such a number."
+            )
         for block in self.blocks[:spectral]:
             gate = Gate.instead_of(block.attn)
             gate.initialise(self.patch_embed.grid_size, self.embed_dim)

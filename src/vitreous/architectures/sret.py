@@ -192,7 +192,7 @@ def resized(positions: Tensor, grid: Grid) -> Tensor:
     """A map (1, D, h, w) for another grid, bicubic; the same where the grid is."""
     if tuple(positions.shape[-2:]) == tuple(grid):
         return positions
-    return F.interpolate(positions, grid, mode="bicubic", antialias=True)
+    return F.interpolate(positions.float(), grid, mode="bicubic", antialias=True).to(positions.dtype)  # no bfloat16 on CPUs
 
 
 # -- checkpoints and sizes ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
 from vitreous.hosts.mixer import Mixer, mixers_in
+from vitreous.layers.pyramid import check_stages, head_width
 from vitreous.layers.stream import TokenState
 from vitreous.mechanisms.mixer.scattering import Scatter, interpolated
 
@@ -87,11 +88,18 @@ class MixerPyramid(PyramidVisionTransformerV2):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
+        embed_dims: tuple[int, ...] = SMALL["embed_dims"],
+        num_heads: tuple[int, ...] = SMALL["num_heads"],
+        depths: tuple[int, ...] = SMALL["depths"],
         mlp_ratios: tuple[float, ...] = (8, 8, 4, 4),
         aux_head: bool = True,
         **arguments: Any,
     ):
-        super().__init__(in_chans, num_classes, "avg", sr_ratios=1, mlp_ratios=mlp_ratios, **arguments)
+        stages = {"embed_dims": embed_dims, "num_heads": num_heads, "depths": depths, "mlp_ratios": mlp_ratios}
+        check_stages(**stages)
+        for width, heads in zip(embed_dims, num_heads, strict=True):
+            head_width(width, heads)
+        super().__init__(in_chans, num_classes, "avg", sr_ratios=1, **stages, **arguments)
         width = self.num_features
         self.patch_embed = Stem(in_chans, stem_width, self.feature_info[0]["num_chs"])
         for i, stage in enumerate(self.stages[: self.mixer_stages]):

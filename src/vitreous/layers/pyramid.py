@@ -33,7 +33,10 @@ def to_picture(tokens: Tensor, grid: Grid) -> Tensor:
 
 
 def check_stages(**lists: Sequence[Any]) -> None:
-    """Raise SettingError unless settings with one value per stage are equally long."""
+    """Raise SettingError unless settings with one value per stage are lists, equally long."""
+    single = next((f"{name}={values!r}" for name, values in lists.items() if not isinstance(values, (list, tuple))), None)
+    if single:
+        raise SettingError(f"Found {single}. Expected a list with a value per stage, such as (1, 2, 4). Give it so.")
     if len({len(values) for values in lists.values()}) > 1:
         lengths = ", ".join(f"{name} of {len(values)}" for name, values in lists.items())
         raise SettingError(f"Found {lengths} stages. Expected equally many. Give each a value per stage.")

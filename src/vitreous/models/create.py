@@ -108,8 +108,10 @@ def build(name: str, **arguments: Any) -> nn.Module:
                 f"timm's weights of {name} cannot be had: {brief(error)}. Expected a network, or a copy "
                 "in the cache. Give a file with --weights PATH, a folder with --model PATH, or train from scratch."
             ) from error
+        chosen = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise DataError(
-            f"timm cannot build {name}: {brief(error)}. Expected a model that timm can build. Check its name."
+            f"timm cannot build {name}: {brief(error)}. Expected a model that timm can build. "
+            f"Check {f'its arguments: {chosen}' if chosen else 'its name'}."
         ) from error
 
 
