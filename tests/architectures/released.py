@@ -11,7 +11,8 @@ from torch import Tensor
 def fill(name: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor of the authors' checkpoint, from its name there: the rule that the stored logits were made with.
 
-    Variances are above 1, factors of norms near 1; matrices are large enough that each part moves the output.
+    Variances are above 1, factors of norms near 1; matrices are large enough that each part moves the output, unless factors
+    of residuals are parameters without the name of a weight, which are drawn near 0 (SReT).
     """
     r = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     last = name.rsplit(".", 1)[-1]

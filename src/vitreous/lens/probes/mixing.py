@@ -240,9 +240,9 @@ class Measurement:
         for name, value in call.module.reading().items():
             quantity = call.module.quantities.get(name)
             if quantity is None or value.ndim not in (1, 2, 3) or not value.numel():
-                known = ", ".join(call.module.quantities)
+                names = ", ".join(call.module.quantities)
                 self.readout.notes.append(
-                    f"Found {name} {tuple(value.shape)} in the reading of {call.name}. Expected one of {known} with one to "
+                    f"Found {name} {tuple(value.shape)} in the reading of {call.name}. Expected one of {names} with one to "
                     "three axes. Add it to `quantities` of the mixer."
                 )
                 continue
