@@ -157,6 +157,15 @@ def test_modules_of_a_model_without_attention_are_named(photos, capsys):
     assert "Mixing, middle patch" in text
 
 
+def test_attention_and_mixing_maps_have_a_table_each(photos, capsys):
+    network = "img_size=32 patch_size=8 embed_dim=16 num_heads=2 depth=2 spectral=1"
+    command = f"look spectformer_tiny photos --random-weights --model-kwargs {network} --image-size 32"
+    assert call(f"{command} --noise 0 --out reading") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"layer +kind +heads +grid +entropy +tokens +distance +alike *\n0 blocks\.1\.attn +token +2 +4x4", shown)
+    assert re.search(r"layer +kind +heads +grid +mixed +from +itself *\n1 blocks\.0\.attn +mixing +1 +4x4", shown)
+
+
 def test_a_run_of_ours_can_be_looked_at_and_readings_get_free_names(photos, capsys):
     network = "--model-kwargs patch_size=4 depth=2 embed_dim=24 num_heads=2"
     assert call(f"train cutouts:train=40,test=24,size=16 --epochs 1 {network} --out run") == 0

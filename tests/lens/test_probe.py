@@ -85,7 +85,7 @@ def test_a_probe_from_elsewhere_reaches_table_page_summary_and_command_line(look
     measure = next(record for record in data["words"]["measures"] if record["name"] == "token_length")
     assert (measure["label"], measure["unit"], measure["explains"]) == ("Token length", "units", "Mean length of the tokens.")
     assert {"name": "lengths", "label": "Lengths of tokens", "explains": "Of the stream."} in data["words"]["sources"]
-    assert "length" in [column.header for column in overview(reading).columns]
+    assert "length" in [column.header for table in overview(reading) for column in table.columns]
 
 
 def test_grids_of_three_dimensions_are_kept_and_shown_by_slices_but_not_scored(looked, tmp_path):

@@ -351,8 +351,11 @@ def test_changed_images_are_refused_by_name(settings, quiet, tmp_path, monkeypat
     resume(folder, console=quiet)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    assert main(["resume", str(tmp_path)]) == 2
+@pytest.mark.parametrize("command", ["resume", "replay", "route --limit 3 --out new"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), str(tmp_path)]) == 2
+    assert not any(tmp_path.iterdir())
     assert "Found no run.json" in capsys.readouterr().err
 
 

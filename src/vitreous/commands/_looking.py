@@ -55,7 +55,8 @@ def run_look(name: str, images: Sequence[str], source: ModelSource, options: dic
                 write_report([folder], folder / "report.html")
             for line in remarks(reading):
                 console.print(line, soft_wrap=True, highlight=False, markup=False)
-            console.print(overview(reading))
+            for table in overview(reading):
+                console.print(table)
             print(f"Report: {folder / 'report.html'}")
 
 
@@ -138,21 +139,29 @@ def remarks(reading: Reading) -> list[str]:
     return lines
 
 
-def overview(reading: Reading) -> Table:
-    """By layer, means over heads and images of measures with a short heading.
+def overview(reading: Reading) -> list[Table]:
+    """A table of layers with attention, one of those with mixing maps, where there are any.
 
-    The report says what each means.
+    By layer, means over heads and images of measures with a short heading. The report says what
+    each means.
     """
+    parts = ([layer for layer in reading.layers if (layer["kind"] == "mixing") is mixing] for mixing in (False, True))
+    return [overview_of(reading, layers) for layers in parts if layers]
+
+
+def overview_of(reading: Reading, layers: Sequence[dict]) -> Table:
+    """The table of these layers, with the measures that they have."""
     columns = reading.table()
     headings = {name: record["short"] for name, record in reading.measures.items() if record["short"]}
-    shown = [name for name in headings if name in columns and np.isfinite(columns[name]).any()]
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    rows = [(columns["layer"] == layer["layer"]) & (columns["kind"] == layer["kind"]) for layer in layers]
+    here = np.logical_or.reduce(rows)
+    shown = [name for name in headings if name in columns and np.isfinite(columns[name][here]).any()]
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
     for name in ("kind", "heads", "grid", *(headings[name] for name in shown)):
-        table.add_column(name, justify="left" if name == "kind" else "right")
-    for layer in reading.layers:
-        here = (columns["layer"] == layer["layer"]) & (columns["kind"] == layer["kind"])
-        values = [columns[name][here] for name in shown]
+        table.add_column(name, justify="left" if name == "kind" else "right", overflow="fold")
+    for layer, row in zip(layers, rows, strict=True):
+        values = [columns[name][row] for name in shown]
         means = [f"{np.nanmean(value):.3g}" if np.isfinite(value).any() else "" for value in values]
         grid = "x".join(map(str, layer["grid"])) if layer["grid"] else ""
         table.add_row(f"{layer['layer']} {layer['name']}", layer["kind"], str(layer["heads"]), grid, *means)

@@ -21,7 +21,7 @@ from vitreous.train.engine.loop import go_on, return_to
 from vitreous.train.engine.prepare import fetch, prepare, run_metadata
 from vitreous.train.records import reproducibility, summary
 from vitreous.train.records.progress_display import speaker
-from vitreous.train.records.run_folder import Run, read_rows
+from vitreous.train.records.run_folder import Run, no_run, read_rows
 from vitreous.train.records.trackers import TRACKERS
 from vitreous.train.run import train_once
 from vitreous.train.settings import TrainSettings
@@ -153,7 +153,3 @@ def recorded_settings(record: dict[str, Any], changed: dict[str, Any]) -> TrainS
             f"Found a run.json whose settings cannot be read ({error}). Expected those that this version knows. Use the "
             "version that began it."
         ) from error
-
-
-def no_run(folder: Path) -> DataError:
-    return DataError(f"Found no run.json in {folder}. Expected the folder of a run. Check the path.")

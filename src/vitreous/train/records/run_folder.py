@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreous.base.environment import command_line, machine, versions
-from vitreous.base.errors import SettingError
+from vitreous.base.errors import DataError, SettingError
 from vitreous.base.files import free_folder, write_text
 from vitreous.base.metrics import Metric
 from vitreous.train.engine import early_stopping
@@ -132,8 +132,14 @@ def to_resume(folder: Path) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The run.json of a run folder."""
+    """The run.json of a run folder. Raises DataError if there is none."""
+    if not (folder / "run.json").is_file():
+        raise no_run(folder)
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def no_run(folder: Path) -> DataError:
+    return DataError(f"Found no run.json in {folder}. Expected the folder of a run. Check the path.")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
