@@ -1,8 +1,8 @@
 """The mechanisms that the laws are held against, and in which of the small hosts: all that fits, or a covering array.
 
-On each push one mechanism per signature (`signatures.py`) meets every law in one host of each kind of head and attention;
-beyond that every mechanism meets every host that takes it, and every law; every law meets every host. `pytest --full` runs the
-whole product.
+On each push one mechanism per slot and effect on the tokens meets every law in one host of each kind of head and attention;
+beyond that every mechanism meets every host that takes it, and every law; every law meets every host. One mechanism per
+signature (`signatures.py`) stands for all of its kind in pairs, precisions and graphs. `pytest --full` runs the whole product.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vitreous
 from contract.covering import covering_rows
-from contract.signatures import representatives
+from contract.signatures import known_signature, representatives
 from vitreous import parse
 from vitreous.base.errors import MaskError
 from vitreous.mechanism import mechanism_class
@@ -95,6 +95,15 @@ def stand_ins() -> list[str]:
     return [first[mechanism] for mechanism in representatives(map(parse, TEXTS)).values()]
 
 
+def of_each_effect() -> list[str]:
+    """Of the stand-ins one per slot and effect on the tokens: whether they become more, fewer, or several for each place."""
+    chosen: dict[tuple, str] = {}
+    for text in stand_ins():
+        effect = known_signature(parse(text))
+        chosen.setdefault((folder(text), effect.inserts, effect.removes, effect.per_place), text)
+    return list(chosen.values())
+
+
 def law_rows(full: bool) -> set[tuple[str, str, str]]:
     """(text, host, law) that are checked, of the laws that hold everywhere."""
     factors = TEXTS, list(HOSTS), [law.__name__ for law in laws(laws_everywhere)]
@@ -103,7 +112,7 @@ def law_rows(full: bool) -> set[tuple[str, str, str]]:
     def allowed(row: tuple[str, str, str]) -> bool:
         return row[1] in takes[row[0]]
 
-    given = list(filter(allowed, itertools.product(TEXTS if full else stand_ins(), HOSTS if full else KINDS, factors[2])))
+    given = list(filter(allowed, itertools.product(TEXTS if full else of_each_effect(), HOSTS if full else KINDS, factors[2])))
     return {*given, *([] if full else covering_rows(factors, allowed, given))}
 
 
@@ -126,7 +135,7 @@ def law_checks(full: bool) -> Iterator[tuple[str, Check]]:
 
 
 def cases(full: bool) -> list[tuple[str, str]]:
-    """(text, host) for the laws of this suite alone: one mechanism per signature in one host of each kind, and all in one."""
-    chosen = TEXTS if full else stand_ins()
+    """(text, host) for the laws of this suite alone: one mechanism per effect in one host of each kind, and all in one."""
+    chosen = TEXTS if full else of_each_effect()
     hosts = {text: (HOSTS if full else KINDS) if text in chosen else (PRIMARY,) for text in TEXTS}
     return [(text, host) for text in TEXTS for host in hosts[text] if host not in refused(text)]
