@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 
 from vitreous.base.errors import DataError, SettingError
+from vitreous.data.preprocess import Preprocess
 from vitreous.models import load, model_folder
 from vitreous.models.create import create_model
 from vitreous.models.load import open_model, weights_source
@@ -40,6 +41,17 @@ def test_random_weights_are_the_same_each_time_and_leave_the_generator_alone():
     first, second = (open_model(NAME, random_weights=True, arguments=NET).state_dict() for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_networks_of_any_image_size_get_images_of_the_size_that_was_asked_for(tmp_path):
+    said = []
+    widths = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_classes": 3}
+    model = open_model("convnext_atto", random_weights=True, image_size=64, arguments=widths, say=said.append)
+    assert Preprocess.of_model(model).input_size == (3, 64, 64)
+    assert said[-1].startswith("Images: 64 x 64 px")
+    model_folder.save(model, tmp_path / "run")
+    sizes = [Preprocess.of_model(open_model(str(tmp_path / "run"), image_size=size)).input_size for size in (None, 96)]
+    assert sizes == [(3, 64, 64), (3, 96, 96)]
 
 
 def test_two_sources_of_weights_are_refused(tmp_path):

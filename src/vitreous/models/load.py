@@ -91,23 +91,27 @@ def open_model(
             torch.manual_seed(0)
             model = create_model(name, **(file if source == "file" else {}), **options)
     given = {"mean": mean, "std": std, "interpolation": interpolation}
-    prepare_images(model, given, f"as {name} has them" if source == "file" else "", bool(image_size), say)
+    prepare_images(model, given, f"as {name} has them" if source == "file" else "", size, say)
     return model
 
 
-def prepare_images(model: nn.Module, given: Mapping[str, Any], assumed: str, resized: bool, say: Say) -> None:
+def prepare_images(model: nn.Module, given: Mapping[str, Any], assumed: str, size: tuple[int, int] | None, say: Say) -> None:
     """Record with a model how its images are prepared.
 
     It is said where something was given or assumed.
 
-    assumed: from where what is not given comes, for weights that do not say it.
+    assumed: from where what is not given comes, for weights that do not say it. size: (height,
+    width) asked for, which networks that take any size were not built for.
     """
     own = Preprocess.of_model(model)
     if own is None:
         return
+    if size and own.input_size[1:] != size:
+        model.pretrained_cfg["input_size"] = (own.input_size[0], *size)
+        own = Preprocess.of_model(model)
     inputs = own.changed(**given)
     model.pretrained_cfg.update({name: getattr(inputs, name) for name, value in given.items() if value})
-    flags = {f"--{name}": value for name, value in given.items()} | {"--image-size": resized}
+    flags = {f"--{name}": value for name, value in given.items()} | {"--image-size": size}
     used = [flag for flag, value in flags.items() if value]
     if used or assumed:
         sources = [f"{', '.join(used)} as given"] * bool(used) + [assumed and f"{'the rest ' * bool(used)}{assumed}"]
