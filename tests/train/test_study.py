@@ -110,6 +110,7 @@ def test_finished_runs_are_kept_and_other_studies_refused(given, quiet, tmp_path
         (("plain", "svda"), {"graft": ("spc",)}, SettingError, "--arm svda"),
         (("plain", "model=vit_tinny"), {}, UnknownName, "vit_tiny"),
         (("plain", "model=test_vit model=test_vit2"), {}, SettingError, "two networks"),
+        (("plain", "cvt_13 depth=3"), {}, SettingError, "Expected model=cvt_13"),
         (("plain", "dept=3"), {}, SettingError, "dept"),
     ],
 )

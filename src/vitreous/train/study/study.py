@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from timm import list_models
 from torch import nn
 
 from vitreous.base.environment import command_line
@@ -145,6 +146,11 @@ def arm_settings(settings: TrainSettings, arms: Sequence[str]) -> Arms:
     changes: Arms = {}
     for name in named:
         words = [] if name == "plain" else name.split()
+        if network := next((word for word in words if word in list_models()), None):
+            raise SettingError(
+                f"Found the network {network} among the grafts of an arm. Expected model={network}. Write --arm "
+                f'"model={network} ..." with the network\'s own arguments.'
+            )
         arguments = [word for word in words if word.partition("=")[0].isidentifier() and "=" in word]
         networks = [word.removeprefix("model=") for word in arguments if word.startswith("model=")]
         if len(networks) > 1:
