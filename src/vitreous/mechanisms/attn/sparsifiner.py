@@ -50,8 +50,7 @@ class Sparsifiner(Mechanism):
     Settings: layers (0-based; default all). phase: reconstruct = all keys are seen and the
         predictor learns; sparse = the chosen ones are seen; schedule = the one in the first tenth
         of a training run, as released, then the other. keep: share of keys. reduce: N over the rank.
-        coefficients, threshold: 8 and 0.02 above. reconstruction: weight of the penalty. seed: of
-        the start.
+        coefficients, threshold: 8, 0.02 above. reconstruction: the penalty's weight. seed: of start.
     Raises: HostError where attention or patch embedding is not timm's plain one, or is too small;
         MaskError for images of another size than at graft, which P and U have no rows for.
     """
