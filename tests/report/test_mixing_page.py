@@ -57,6 +57,7 @@ def test_maps_of_mixers_beside_attention(browser, looked):
         assert "Attention, layer 1" in shown.text_content()  # it opens on an attention
         page.locator("#maps").get_by_label("3", exact=True).check(force=True)
         assert "Mixing, layer 3" in shown.text_content()
+        assert "Moduleblocks.2.attn" in page.locator(".image-facts").text_content()
         assert "Attention" not in shown.text_content()
         assert "to see what moves it: there for the first 2 images" in page.locator(".looking-from").text_content()
         page.locator(".pane canvas").first.click(position={"x": 10, "y": 10})

@@ -158,6 +158,8 @@ function imageFacts(reading, place, map) {
       image.predicted + (image.probability === null ? "" : `, probability ${fmt(image.probability)}`),
     ]);
   if (image.label) rows.push(["Label", image.label]);
+  const module = map && reading.layers.find((one) => one.layer === map.layer);
+  if (module) rows.push(["Module", module.name]);
   const tokens = map && tokensOf(reading, map.layer, place);
   if (tokens) rows.push(["Tokens", tokensText(tokens)]);
   const found = map && !map.query && reading.scores?.values[`${map.component}/${map.layer}/${map.head}/${place}`];
