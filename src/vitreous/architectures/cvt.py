@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, get_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreous.architectures._timm import config, create
 from vitreous.base.checkpoint_names import renamed
 from vitreous.layers.pyramid import DepthwiseConv, Grid, Pool, Pyramid, Stage, check_stages, head_width
 
@@ -157,35 +157,18 @@ def checkpoint_filter_fn(tensors: dict[str, Tensor], model: nn.Module) -> dict[s
     return renamed(tensors, THEIRS)
 
 
-def _cfg(**settings: Any) -> dict[str, Any]:
-    return {
-        "input_size": (3, 224, 224),
-        "num_classes": 1000,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2103.15808",
-        "paper_name": "CvT: Introducing Convolutions to Vision Transformers",
-        "origin_url": "https://github.com/leoxiaobin/CvT",
-        **settings,
-    }
-
-
-default_cfgs = generate_default_cfgs({"cvt_13": _cfg(), "cvt_21": _cfg()})
+CONFIG = config(
+    "arXiv:2103.15808",
+    "patch_embed.proj",
+    crop_pct=0.875,
+    paper_name="CvT: Introducing Convolutions to Vision Transformers",
+    origin_url="https://github.com/leoxiaobin/CvT",
+)
+default_cfgs = generate_default_cfgs(dict.fromkeys(("cvt_13", "cvt_21"), CONFIG))
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> CvT:
-    return build_model_with_cfg(
-        CvT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": None, "feature_cls": "getter"},  # None: every stage
-        **kwargs,
-    )
+    return create(CvT, name, pretrained, checkpoint_filter_fn, None, **kwargs)
 
 
 @register_model

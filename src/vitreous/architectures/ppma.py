@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, apply_rot_embed_cat, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitreous.architectures._timm import config, create
 from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
 from vitreous.layers.polyline import PathRates, line_sums, polyline
@@ -235,24 +235,13 @@ def checkpoint_filter_fn(tensors: dict[str, Tensor], model: nn.Module) -> dict[s
     return {name: value.flatten() if name.endswith(".gamma") else value for name, value in ours.items()}
 
 
-def _cfg(**settings: Any) -> dict[str, Any]:
-    return {
-        "input_size": (3, 224, 224),
-        "num_classes": 1000,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.0.0",
-        "classifier": "head",
-        "paper_ids": "arXiv:2506.15940",
-        "paper_name": "Polyline Path Masked Attention for Vision Transformer",
-        "origin_url": "https://github.com/zhongchenzhao/PPMA",
-        **settings,
-    }
-
-
-default_cfgs = generate_default_cfgs({"ppma_t": _cfg(), "ppma_s": _cfg(), "ppma_b": _cfg()})
+CONFIG = config(
+    "arXiv:2506.15940",
+    "patch_embed.0.0",
+    paper_name="Polyline Path Masked Attention for Vision Transformer",
+    origin_url="https://github.com/zhongchenzhao/PPMA",
+)
+default_cfgs = generate_default_cfgs(dict.fromkeys(("ppma_t", "ppma_s", "ppma_b"), CONFIG))
 SMALL = {"depths": (3, 4, 18, 4), "mlp_ratios": (4, 4, 3, 3), "whole": (False, False, False, True)}
 BASE = SMALL | {
     "embed_dims": (80, 160, 320, 512),
@@ -263,14 +252,7 @@ BASE = SMALL | {
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> PPMA:
-    return build_model_with_cfg(
-        PPMA,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create(PPMA, name, pretrained, checkpoint_filter_fn, None, **kwargs)
 
 
 @register_model

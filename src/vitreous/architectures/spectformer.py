@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.pvt_v2 import checkpoint_filter_fn as pyramid_names
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as resized_positions
 from torch import Tensor, nn
 
 from vitreous import slots
-from vitreous.architectures.svt import BASE, LARGE, SMALL, GridCall, MixerPyramid, config, create
+from vitreous.architectures._timm import config, create
+from vitreous.architectures.svt import BASE, LARGE, PYRAMID, SMALL, GridCall, MixerPyramid
 from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
 from vitreous.hosts.mixer import mixers_in
@@ -101,35 +101,17 @@ def filtered_pyramid(tensors: dict[str, Tensor], model: SpectFormerH) -> dict[st
     return refitted(renamed(pyramid_names(tensors, model), {r"^stages\.3\.norm\.": "norm."}), model)
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "num_classes": 1000,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2304.06446",
-    }
-
-
 PLAIN = ("spectformer_tiny", "spectformer_xsmall", "spectformer_small", "spectformer_base")
 PYRAMIDS = ("spectformer_h_s", "spectformer_h_b", "spectformer_h_l")
-default_cfgs = generate_default_cfgs(dict.fromkeys(PLAIN, _cfg()) | dict.fromkeys(PYRAMIDS, config("arXiv:2304.06446")))
+PAPER = "arXiv:2304.06446"
+default_cfgs = generate_default_cfgs(
+    dict.fromkeys(PLAIN, config(PAPER, "patch_embed.proj", fixed_input_size=True))
+    | dict.fromkeys(PYRAMIDS, config(PAPER, **PYRAMID))
+)
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> SpectFormer:
-    return build_model_with_cfg(
-        SpectFormer,
-        name,
-        pretrained,
-        pretrained_filter_fn=filtered,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create(SpectFormer, name, pretrained, filtered, 3, **kwargs)
 
 
 @register_model
@@ -159,16 +141,16 @@ def spectformer_base(pretrained: bool = False, **kwargs: Any) -> SpectFormer:
 @register_model
 def spectformer_h_s(pretrained: bool = False, **kwargs: Any) -> SpectFormerH:
     """SpectFormer-H-S: 224 px; widths 64, 128, 320, 448, 16 blocks, the first 7 spectral."""
-    return create(SpectFormerH, "spectformer_h_s", pretrained, filtered_pyramid, **(SMALL | kwargs))
+    return create(SpectFormerH, "spectformer_h_s", pretrained, filtered_pyramid, None, **(SMALL | kwargs))
 
 
 @register_model
 def spectformer_h_b(pretrained: bool = False, **kwargs: Any) -> SpectFormerH:
     """SpectFormer-H-B: 224 px; widths 64, 128, 320, 512, 22 blocks, the first 7 spectral."""
-    return create(SpectFormerH, "spectformer_h_b", pretrained, filtered_pyramid, **(BASE | kwargs))
+    return create(SpectFormerH, "spectformer_h_b", pretrained, filtered_pyramid, None, **(BASE | kwargs))
 
 
 @register_model
 def spectformer_h_l(pretrained: bool = False, **kwargs: Any) -> SpectFormerH:
     """SpectFormer-H-L: 224 px; widths 96, 192, 384, 512, 30 blocks, the first 9 spectral."""
-    return create(SpectFormerH, "spectformer_h_l", pretrained, filtered_pyramid, **(LARGE | kwargs))
+    return create(SpectFormerH, "spectformer_h_l", pretrained, filtered_pyramid, None, **(LARGE | kwargs))

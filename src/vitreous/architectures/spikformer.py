@@ -7,13 +7,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreous.architectures._timm import config, create
 from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
 from vitreous.layers.spikes import LIF
@@ -275,33 +275,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return renamed({name: value for name, value in state_dict.items() if not UNUSED.match(name)}, THEIRS)
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "input_size": (3, 224, 224),
-        "num_classes": 1000,
-        "pool_size": (14, 14),
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "first_conv": "stem.0.conv",
-        "classifier": "head",
-        "paper_ids": "arXiv:2209.15425",
-    }
-
-
-default_cfgs = generate_default_cfgs({f"spikformer_8_{width}": _cfg() for width in (384, 512, 768)})
+CONFIG = config("arXiv:2209.15425", "stem.0.conv", pool_size=(14, 14))
+default_cfgs = generate_default_cfgs(dict.fromkeys(("spikformer_8_384", "spikformer_8_512", "spikformer_8_768"), CONFIG))
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> Spikformer:
-    return build_model_with_cfg(
-        Spikformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create(Spikformer, name, pretrained, checkpoint_filter_fn, 3, **kwargs)
 
 
 @register_model

@@ -9,12 +9,12 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreous.architectures._timm import config, create
 from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
 from vitreous.layers.pyramid import Grid, Pool, Pyramid, Stage, check_stages, conv_norm, head_width
@@ -225,34 +225,17 @@ def checkpoint_filter_fn(tensors: dict[str, Tensor], model: SReT) -> dict[str, T
     return names
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "input_size": (3, 224, 224),
-        "num_classes": 1000,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.0.0",
-        "classifier": "head",
-        "paper_ids": "arXiv:2111.05297",
-        "paper_name": "Sliced Recursive Transformer",
-        "origin_url": "https://github.com/szq0214/SReT",
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _cfg() for name in ("sret_t", "sret_lt", "sret_s")})
+CONFIG = config(
+    "arXiv:2111.05297",
+    "patch_embed.0.0",
+    paper_name="Sliced Recursive Transformer",
+    origin_url="https://github.com/szq0214/SReT",
+)
+default_cfgs = generate_default_cfgs(dict.fromkeys(("sret_t", "sret_lt", "sret_s"), CONFIG))
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> SReT:
-    return build_model_with_cfg(
-        SReT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": None, "feature_cls": "getter"},  # None: every stage
-        **kwargs,
-    )
+    return create(SReT, name, pretrained, checkpoint_filter_fn, None, **kwargs)
 
 
 @register_model

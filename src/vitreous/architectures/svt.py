@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, get_device_dtype, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.pvt_v2 import PyramidVisionTransformerV2, checkpoint_filter_fn
 from timm.models.volo import ClassBlock
 from torch import Tensor, nn
 
+from vitreous.architectures._timm import config, create
 from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
 from vitreous.hosts.mixer import Mixer, mixers_in
@@ -30,6 +30,12 @@ THEIRS = {  # names in the authors' code, once timm has made them those of its P
 SMALL = {"stem_width": 32, "embed_dims": (64, 128, 320, 448), "num_heads": (2, 4, 10, 14), "depths": (3, 4, 6, 3)}
 BASE = {"stem_width": 64, "embed_dims": (64, 128, 320, 512), "num_heads": (2, 4, 10, 16), "depths": (3, 4, 12, 3)}
 LARGE = {"stem_width": 64, "embed_dims": (96, 192, 384, 512), "num_heads": (3, 6, 12, 16), "depths": (3, 6, 18, 3)}
+PYRAMID = {
+    "first_conv": "patch_embed.conv.0",
+    "classifier": ("head", "aux_head"),
+    "pool_size": (7, 7),
+    "fixed_input_size": True,
+}
 
 
 class Stem(nn.Module):
@@ -227,49 +233,22 @@ def filtered(tensors: dict[str, Tensor], model: SVT) -> dict[str, Tensor]:
     return changed
 
 
-def config(paper: str) -> dict[str, Any]:
-    return {
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "num_classes": 1000,
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.conv.0",
-        "classifier": ("head", "aux_head"),
-        "paper_ids": paper,
-    }
-
-
-default_cfgs = generate_default_cfgs(dict.fromkeys(("svt_h_s", "svt_h_b", "svt_h_l"), config("arXiv:2311.01310")))
-
-
-def create(cls: type[MixerPyramid], name: str, pretrained: bool, filter_fn: Any, **arguments: Any) -> MixerPyramid:
-    return build_model_with_cfg(
-        cls,
-        name,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **arguments,
-    )
+default_cfgs = generate_default_cfgs(dict.fromkeys(("svt_h_s", "svt_h_b", "svt_h_l"), config("arXiv:2311.01310", **PYRAMID)))
 
 
 @register_model
 def svt_h_s(pretrained: bool = False, **kwargs: Any) -> SVT:
     """SVT-H-S: 224 px; widths 64, 128, 320, 448; wavelets in 3 of 16 blocks."""
-    return create(SVT, "svt_h_s", pretrained, filtered, **(SMALL | kwargs))
+    return create(SVT, "svt_h_s", pretrained, filtered, None, **(SMALL | kwargs))
 
 
 @register_model
 def svt_h_b(pretrained: bool = False, **kwargs: Any) -> SVT:
     """SVT-H-B: 224 px; widths 64, 128, 320, 512; wavelets in 3 of 22 blocks."""
-    return create(SVT, "svt_h_b", pretrained, filtered, **(BASE | kwargs))
+    return create(SVT, "svt_h_b", pretrained, filtered, None, **(BASE | kwargs))
 
 
 @register_model
 def svt_h_l(pretrained: bool = False, **kwargs: Any) -> SVT:
     """SVT-H-L: 224 px; widths 96, 192, 384, 512; wavelets in 3 of 30 blocks."""
-    return create(SVT, "svt_h_l", pretrained, filtered, **(LARGE | kwargs))
+    return create(SVT, "svt_h_l", pretrained, filtered, None, **(LARGE | kwargs))

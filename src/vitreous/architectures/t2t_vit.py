@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vitreous.architectures._timm import config, create
 from vitreous.base.checkpoint_names import renamed
 from vitreous.base.errors import SettingError
 from vitreous.mechanisms.embed.tokens_to_token import (
@@ -150,35 +150,15 @@ def our_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return changed
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "input_size": (3, 224, 224),
-        "num_classes": 1000,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "fixed_input_size": True,
-        "classifier": "head",
-        "paper_ids": "arXiv:2101.11986",
-    }
-
-
 NETWORKS = ("t2t_vit_7", "t2t_vit_10", "t2t_vit_12", "t2t_vit_14", "t2t_vit_t_14")
-default_cfgs = generate_default_cfgs({name: _cfg() for name in NETWORKS})
+default_cfgs = generate_default_cfgs(dict.fromkeys(NETWORKS, config("arXiv:2101.11986", fixed_input_size=True)))
 NARROW = {"embed_dim": 256, "num_heads": 4, "mlp_ratio": 2.0}
 WIDE = {"embed_dim": 384, "num_heads": 6, "mlp_ratio": 3.0}
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> T2TViT:
-    return build_model_with_cfg(
-        T2TViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **({"qkv_bias": False, "norm_layer": nn.LayerNorm} | kwargs),
-    )
+    fixed = {"qkv_bias": False, "norm_layer": nn.LayerNorm}
+    return create(T2TViT, name, pretrained, checkpoint_filter_fn, 3, **(fixed | kwargs))
 
 
 @register_model
