@@ -28,6 +28,7 @@ from vitreous.layers.linear import Linear
 
 Changes = dict[str, Any]
 D = TypeVar("D", bound=Directions)
+M = TypeVar("M", bound=Mixer)
 
 
 def check_checkpointing() -> None:
@@ -180,6 +181,23 @@ def displaced_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Modu
             "uses. Take the other graft out first (vitreous.ungraft), or choose other layers."
         )
     return attention
+
+
+def put_mixers(
+    model: nn.Module, layers: Iterable[int], cls: type[M], initialise: Callable[[M, int], None], mechanism: str
+) -> Changes:
+    """Changes that put a `cls` in the place of the attention of each block in `layers`.
+
+    initialise: of (the new mixer, its layer), makes its parameters. Raises HostError, GraftError.
+    """
+    changes = open_stream(model, mechanism)
+    if cls.mix_tokens is Mixer.mix_tokens:
+        check_still_read(model, layers, mechanism)
+    for i in layers:
+        new = cls.instead_of(displaced_attention(model, i, mechanism))
+        initialise(new, i)
+        changes[f"blocks.{i}.attn"] = new
+    return changes
 
 
 def check_still_read(model: nn.Module, layers: Iterable[int], mechanism: str) -> None:

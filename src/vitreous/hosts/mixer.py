@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from vitreous.base.errors import MaskError
 from vitreous.layers.stream import PLAIN, TokenState, restore, split
@@ -81,6 +82,14 @@ class Mixer(nn.Module):
         hooks = {key: value for key, value in vars(attention).items() if "_hook" in key and "state_dict" not in key}
         vars(new).update(hooks, training=attention.training)
         return new
+
+    def add_projections(self, widths: dict[str, int], width: int, generator: torch.Generator) -> None:
+        """Add linear layers of `width` inputs, {name: outputs}: normal with std 0.02, cut at two of them; biases 0."""
+        for name, out in widths.items():
+            linear = skip_init(nn.Linear, width, out)
+            nn.init.trunc_normal_(linear.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
+            nn.init.zeros_(linear.bias)
+            self.add_module(name, linear)
 
     def reading(self) -> dict[str, Tensor]:
         """{name of `quantities`: (C,), (C, n) or (C, rows, columns)}: what is exact and can be drawn.

@@ -66,16 +66,14 @@ class FrequencySplit(Mechanism):
             )
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        changes = slots.open_stream(model, self.name)
         first = range(max(1, slots.depth(model) // 3))
         layers = slots.layer_indices(model, first if self.layers is None else self.layers)
-        slots.check_still_read(model, layers, self.name)
         generator = torch.Generator().manual_seed(self.seed)
-        for i in layers:
-            new = SplitMixer.instead_of(slots.displaced_attention(model, i, self.name))
+
+        def initialise(new: SplitMixer, layer: int) -> None:
             new.initialise(self, slots.width(model), generator)
-            changes[f"blocks.{i}.attn"] = new
-        return changes
+
+        return slots.put_mixers(model, layers, SplitMixer, initialise, self.name)
 
 
 class SplitMixer(Mixer):

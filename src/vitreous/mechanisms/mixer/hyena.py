@@ -73,17 +73,16 @@ class Hyena(Mechanism):
             raise SettingError(f"Found width={self.width}. Expected 1 or more. Give such a number of channels.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        changes, depth = slots.open_stream(model, self.name), slots.depth(model)
+        depth = slots.depth(model)
         first = range(max(1, min(depth // 2 + 1, depth - 1)))
         layers = slots.layer_indices(model, first if self.layers is None else self.layers)
-        slots.check_still_read(model, layers, self.name)
         generator = torch.Generator().manual_seed(self.seed)
-        for i in layers:
-            new = HyenaMixer.instead_of(slots.displaced_attention(model, i, self.name))
-            turned = self.directions == "seq" and i % 2 == 0
+
+        def initialise(new: HyenaMixer, layer: int) -> None:
+            turned = self.directions == "seq" and layer % 2 == 0
             new.initialise(self, slots.width(model), model.patch_embed.grid_size, turned, generator)
-            changes[f"blocks.{i}.attn"] = new
-        return changes
+
+        return slots.put_mixers(model, layers, HyenaMixer, initialise, self.name)
 
 
 class HyenaMixer(Mixer):

@@ -59,13 +59,13 @@ class LinearAngular(Mechanism):
             raise SettingError(f"Found kernel={self.kernel}. Expected an odd number of patches. Give one such as 9.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        changes, width = slots.open_stream(model, self.name), slots.width(model)
+        width, layers = slots.width(model), slots.layer_indices(model, self.layers)
         heads, generator = slots.heads_of_a_mixer(model, self.heads), torch.Generator().manual_seed(self.seed)
-        for i in slots.layer_indices(model, self.layers):
-            new = LinearAngularMixer.instead_of(slots.displaced_attention(model, i, self.name))
+
+        def initialise(new: LinearAngularMixer, layer: int) -> None:
             new.initialise(width, heads, self.kernel, generator)
-            changes[f"blocks.{i}.attn"] = new
-        return changes
+
+        return slots.put_mixers(model, layers, LinearAngularMixer, initialise, self.name)
 
 
 class LinearAngularMixer(Mixer):
@@ -75,11 +75,7 @@ class LinearAngularMixer(Mixer):
 
     def initialise(self, width: int, heads: int, kernel: int, generator: torch.Generator) -> None:
         self.num_heads = heads
-        for name in ("q_proj", "k_proj", "v_proj", "proj"):
-            linear = skip_init(nn.Linear, width, width)
-            nn.init.trunc_normal_(linear.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
-            nn.init.zeros_(linear.bias)
-            self.add_module(name, linear)
+        self.add_projections(dict.fromkeys(("q_proj", "k_proj", "v_proj", "proj"), width), width, generator)
         self.conv = skip_init(nn.Conv2d, heads, heads, (kernel, 1), padding=(kernel // 2, 0), groups=heads, bias=False)
         nn.init.kaiming_uniform_(self.conv.weight, a=math.sqrt(5), generator=generator)
 

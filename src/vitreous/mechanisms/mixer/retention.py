@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from vitreous import slots
 from vitreous.base.errors import SettingError
@@ -66,13 +65,13 @@ class Retention(Mechanism):
             raise SettingError(f"Found chunk={self.chunk}. Expected 1 or more tokens. Give such a number.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        changes, width = slots.open_stream(model, self.name), slots.width(model)
+        width, layers = slots.width(model), slots.layer_indices(model, self.layers)
         heads, generator = slots.heads_of_a_mixer(model, self.heads), torch.Generator().manual_seed(self.seed)
-        for i in slots.layer_indices(model, self.layers):
-            new = RetentionMixer.instead_of(slots.displaced_attention(model, i, self.name))
+
+        def initialise(new: RetentionMixer, layer: int) -> None:
             new.initialise(self, width, heads, generator)
-            changes[f"blocks.{i}.attn"] = new
-        return changes
+
+        return slots.put_mixers(model, layers, RetentionMixer, initialise, self.name)
 
 
 class RetentionMixer(Mixer):
@@ -82,11 +81,7 @@ class RetentionMixer(Mixer):
 
     def initialise(self, settings: Retention, width: int, heads: int, generator: torch.Generator) -> None:
         self.settings, self.num_heads = settings, heads
-        for name in ("q_proj", "k_proj", "v_proj", "proj"):
-            linear = skip_init(nn.Linear, width, width)
-            nn.init.trunc_normal_(linear.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
-            nn.init.zeros_(linear.bias)
-            self.add_module(name, linear)
+        self.add_projections(dict.fromkeys(("q_proj", "k_proj", "v_proj", "proj"), width), width, generator)
         self.norm = nn.LayerNorm(width) if settings.output == "paper" else nn.Identity()
 
     def mix_tokens(self, tokens: Tensor, state: TokenState) -> Tensor:

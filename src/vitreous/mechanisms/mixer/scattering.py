@@ -57,7 +57,7 @@ class Scattering(Mechanism):
             raise SettingError(f"Found blocks={self.blocks}. Expected 1 or more. Give such a number.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        changes, width = slots.open_stream(model, self.name), slots.width(model)
+        width = slots.width(model)
         if width % self.blocks:
             raise SettingError(
                 f"Found blocks={self.blocks} for {width} channels. Expected a divisor of {width}. Give one, such as "
@@ -65,13 +65,12 @@ class Scattering(Mechanism):
             )
         first = range(max(1, slots.depth(model) // 4))
         layers = slots.layer_indices(model, first if self.layers is None else self.layers)
-        slots.check_still_read(model, layers, self.name)
         generator = torch.Generator().manual_seed(self.seed)
-        for i in layers:
-            new = Scatter.instead_of(slots.displaced_attention(model, i, self.name))
+
+        def initialise(new: Scatter, layer: int) -> None:
             new.initialise(model.patch_embed.grid_size, width, self.blocks, generator)
-            changes[f"blocks.{i}.attn"] = new
-        return changes
+
+        return slots.put_mixers(model, layers, Scatter, initialise, self.name)
 
 
 class Scatter(Mixer):

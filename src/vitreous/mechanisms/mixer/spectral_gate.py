@@ -43,16 +43,14 @@ class SpectralGate(Mechanism):
     seed: int = 0
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        changes = slots.open_stream(model, self.name)
         first = range(max(1, slots.depth(model) // 3))
         layers = slots.layer_indices(model, first if self.layers is None else self.layers)
-        slots.check_still_read(model, layers, self.name)
         generator = torch.Generator().manual_seed(self.seed)
-        for i in layers:
-            new = Gate.instead_of(slots.displaced_attention(model, i, self.name))
+
+        def initialise(new: Gate, layer: int) -> None:
             new.initialise(model.patch_embed.grid_size, slots.width(model), generator)
-            changes[f"blocks.{i}.attn"] = new
-        return changes
+
+        return slots.put_mixers(model, layers, Gate, initialise, self.name)
 
     def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {re.sub(r"^(blocks\.\d+)\.filter\.", r"\1.attn.", name): value for name, value in tensors.items()}

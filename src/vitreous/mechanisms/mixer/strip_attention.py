@@ -60,13 +60,13 @@ class StripAttention(Mechanism):
                 raise SettingError(f"Found {name}={getattr(self, name)}. Expected 1 or more. Give such a number.")
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        changes, width = slots.open_stream(model, self.name), slots.width(model)
+        width, layers = slots.width(model), slots.layer_indices(model, self.layers)
         heads, generator = slots.heads_of_a_mixer(model, self.heads), torch.Generator().manual_seed(self.seed)
-        for i in slots.layer_indices(model, self.layers):
-            new = StripMixer.instead_of(slots.displaced_attention(model, i, self.name))
+
+        def initialise(new: StripMixer, layer: int) -> None:
             new.initialise(self, width, heads, generator)
-            changes[f"blocks.{i}.attn"] = new
-        return changes
+
+        return slots.put_mixers(model, layers, StripMixer, initialise, self.name)
 
 
 class StripMixer(Mixer):
@@ -78,11 +78,7 @@ class StripMixer(Mixer):
     def initialise(self, settings: StripAttention, width: int, heads: int, generator: torch.Generator) -> None:
         self.num_heads, r = heads, settings.reduction
         strip = heads * settings.strip
-        for name, out in {"q_proj": strip, "k_proj": strip, "v_proj": width, "proj": width}.items():
-            linear = skip_init(nn.Linear, width, out)
-            nn.init.trunc_normal_(linear.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
-            nn.init.zeros_(linear.bias)
-            self.add_module(name, linear)
+        self.add_projections({"q_proj": strip, "k_proj": strip, "v_proj": width, "proj": width}, width, generator)
         self.reduce = skip_init(nn.Conv2d, width, width, r, stride=r, groups=width, bias=False)
         nn.init.constant_(self.reduce.weight, 1 / r**2)
 
