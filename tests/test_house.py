@@ -149,6 +149,7 @@ FLOORS = [  # a file imports from lower floors and from its own folder, never si
     ("hosts",),
     ("slots",),
     ("mechanism",),
+    ("reducer",),
     ("grafting",),
     ("mechanisms", "architectures"),
     ("models",),

@@ -131,27 +131,3 @@ def test_attention_is_matched_by_class_not_by_name():
     assert type(model.blocks[1].attn).__name__ == "Attention"
     with pytest.raises(HostError, match=r"blocks\.1\.attn is a timm\.models\.beit\.Attention\. Expected one of timm\.layers"):
         graft(model, "svda")
-
-
-@pytest.mark.parametrize("host", ["plain", "dinov2"])
-@pytest.mark.parametrize("share", [1.0, 0.9, 0.7, 0.6, 0.55])
-def test_schedule_of_tokens_is_the_largest_that_fits(host, share):
-    """Against all schedules that fall by one factor, for a price that grows with the square of the tokens."""
-    model, prefix = build(host), slots.prefix(build(host))
-
-    def price(n: int) -> float:
-        return 24.0 * n * 32**2 + 2 * n**2 * 32
-
-    budget = share * 4 * price(16 + prefix)
-    falling = [tuple(round(16 * (last / 16) ** (i / 3)) for i in range(4)) for last in range(1, 17)]
-    fitting = [schedule for schedule in falling if sum(price(n + prefix) for n in schedule) <= budget]
-    result = slots.token_schedule(model, share, price)
-    assert result == max(fitting, key=sum)
-    assert result[0] == 16
-    assert list(result) == sorted(result, reverse=True)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.5])
-def test_a_budget_that_no_schedule_meets(share):
-    with pytest.raises(SettingError, match=rf"keep_macs={share}\. Expected a share from 0\.\d+, .* to 1\. Give"):
-        slots.token_schedule(build("plain"), share, float)

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from vitreous.base.after_import import after_import, late_names
 
 if TYPE_CHECKING:
-    from vitreous.grafting import Graft, Removal, calibrate, check, graft, grafts, new_parameters, no_weight_decay, ungraft
+    from vitreous.grafting import (
+        Graft,
+        Removal,
+        calibrate,
+        check,
+        graft,
+        grafts,
+        new_parameters,
+        no_weight_decay,
+        plan,
+        ungraft,
+    )
     from vitreous.hosts.host import embed, finish, host_of, run
     from vitreous.hosts.stream_ends import collect_terms
     from vitreous.lens.direction import Direction, find_direction
@@ -24,16 +35,18 @@ if TYPE_CHECKING:
     from vitreous.mechanism import Mechanism, catalogue, parse
     from vitreous.models.model_folder import load, save
     from vitreous.models.weights import load_weights
+    from vitreous.reducer import Reducer
 
 __version__ = "0.1.0"
 __all__ = [
-    "Direction", "Graft", "Mechanism", "Reading", "Removal", "calibrate", "catalogue", "check", "collect_terms", "embed",
-    "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "load", "load_weights", "look", "new_parameters",
-    "no_weight_decay", "parse", "read", "run", "save", "ungraft",
+    "Direction", "Graft", "Mechanism", "Reading", "Reducer", "Removal", "calibrate", "catalogue", "check", "collect_terms",
+    "embed", "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "load", "load_weights", "look",
+    "new_parameters", "no_weight_decay", "parse", "plan", "read", "run", "save", "ungraft",
 ]  # fmt: skip
 HOMES = {  # where each name stands; the imports for type checkers above say the same
     "vitreous.grafting": (
-        "Graft", "Removal", "calibrate", "check", "graft", "grafts", "new_parameters", "no_weight_decay", "ungraft",
+        "Graft", "Removal", "calibrate", "check", "graft", "grafts", "new_parameters", "no_weight_decay", "plan",
+        "ungraft",
     ),
     "vitreous.hosts.host": ("embed", "finish", "host_of", "run"),
     "vitreous.hosts.stream_ends": ("collect_terms",),
@@ -44,6 +57,7 @@ HOMES = {  # where each name stands; the imports for type checkers above say the
     "vitreous.mechanism": ("Mechanism", "catalogue", "parse"),
     "vitreous.models.model_folder": ("load", "save"),
     "vitreous.models.weights": ("load_weights",),
+    "vitreous.reducer": ("Reducer",),
 }  # fmt: skip
 
 

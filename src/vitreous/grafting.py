@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 
 from vitreous import slots
 from vitreous.base.errors import GraftError, HostError, NotReached
+from vitreous.base.text_form import written
 from vitreous.hosts.host import family_of, host_of
+from vitreous.hosts.token_counts import Count, block_costs, measured_counts, multiply_adds, whole
 from vitreous.layers.adoption import REGISTRIES
 from vitreous.mechanism import Mechanism, parse
 
@@ -164,6 +168,37 @@ def check(model: nn.Module, images: Tensor) -> nn.Module:
             "called. Take the grafts out, change the model (head, blocks) first, and graft again."
         )
     return model
+
+
+def plan(model: nn.Module, images: Tensor) -> str:
+    """The grafts in order, where each stands, and the tokens of each block, as text.
+
+    The tokens are counted in one pass over images (B, C, H, W), in the model's present mode, with
+    all grafts together. The share of multiply-adds is that of the same blocks with every patch in
+    every one. Raises HostError for a model without a walk over blocks.
+    """
+    lines = []
+    for number, record in enumerate(grafts(model), 1):
+        blocks: dict[str, list[int]] = {}
+        for change in record.changes:
+            head, *rest = re.split(r"(\d+)", change.path, maxsplit=1)
+            blocks.setdefault("{}".join([head, *rest[1:]]), []).extend(map(int, rest[:1]))
+        places = (path.format(written(tuple(sorted(numbers)))) for path, numbers in blocks.items())
+        lines.append(f"{number}. {record.mechanism} at {', '.join(places)}")
+    counts = measured_counts(model, images)
+    lines += [f"tokens in {part}: {runs(getattr(count, part) for count in counts)}" for part in Count._fields]
+    try:
+        costs = block_costs(model)
+    except HostError as error:
+        return "\n".join([*lines, f"multiply-adds: not counted. {error}"])
+    share = multiply_adds(costs, counts) / multiply_adds(costs, whole(model))
+    return "\n".join([*lines, f"multiply-adds in the blocks: {share:.3f} of those with all tokens"])
+
+
+def runs(numbers: Iterable[int]) -> str:
+    """Numbers as text, equal neighbours together: "197 x 3, 140"."""
+    groups = ((number, len(list(group))) for number, group in groupby(numbers))
+    return ", ".join(f"{number} x {times}" if times > 1 else str(number) for number, times in groups)
 
 
 def calibrate(model: nn.Module, images: Tensor) -> nn.Module:

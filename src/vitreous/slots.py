@@ -7,7 +7,6 @@ class called `Attention`, and they do not do the same.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -97,32 +96,6 @@ def block_count(model: nn.Module, after: int | None) -> int:
             "run. Give a number in that range."
         )
     return after
-
-
-def token_schedule(model: nn.Module, keep_macs: float, price: Callable[[int], float]) -> tuple[int, ...]:
-    """How many patches enter each block, for a budget of multiply-adds.
-
-    The number falls by one factor from block to block, from all patches in block 0 to as many in the
-    last one as the budget allows.
-
-    keep_macs: share of what the blocks cost with all patches, above 0 and at most 1.
-    price: multiply-adds of a block on so many tokens, prefix included; more for more tokens.
-    Raises SettingError for a share that no such schedule reaches.
-    """
-    n, extra, blocks = model.patch_embed.num_patches, prefix(model), depth(model)
-
-    def schedule(last: int) -> tuple[int, ...]:
-        return tuple(round(n * (last / n) ** (i / max(blocks - 1, 1))) for i in range(blocks))
-
-    def share(last: int) -> float:
-        return sum(price(extra + count) for count in schedule(last)) / sum(price(extra + n) for _ in range(blocks))
-
-    if not share(1) <= keep_macs <= 1:
-        raise SettingError(
-            f"Found keep_macs={keep_macs}. Expected a share from {share(1):.3f}, with one patch left in the last block, to 1. "
-            "Give such a share."
-        )
-    return schedule(n - bisect_left(range(n), True, key=lambda gone: share(n - gone) <= keep_macs))
 
 
 def own_attention(model: nn.Module, layer: int, mechanism: str) -> nn.Module:

@@ -13,8 +13,9 @@ from vitreous.base.text_form import Settings, values_of
 from vitreous.grafting import graft
 from vitreous.lens.probe import PROBES, Probe
 from vitreous.mechanism import MECHANISMS, Mechanism
+from vitreous.reducer import Reducer
 from vitreous.tasks import TASKS, Task
-from vitreous.testing import laws_everywhere, laws_items, laws_once
+from vitreous.testing import laws_everywhere, laws_items, laws_once, laws_reducers
 from vitreous.testing.check import THREE_PARTS, Check, close, holds
 from vitreous.testing.hosts import HOSTS, anatomy, build, lacks
 from vitreous.train.updates import UPDATES, Update
@@ -46,7 +47,8 @@ def contract_checks(item: Settings | str, *, hosts: Iterable[str] | None = None)
     names = list(HOSTS if hosts is None else hosts)
     taking = [name for name in names if not lacks(name, item)]
     checks = [Check(is_described, item), *(Check(refusal, item, name) for name in names if name not in taking)]
-    for module, where in ((laws_everywhere, taking), (laws_once, taking[:1])):
+    once = (laws_once, *([laws_reducers] if isinstance(item, Reducer) else []))
+    for module, where in ((laws_everywhere, taking), *((module, taking[:1]) for module in once)):
         held = [law for law in laws(module) if getattr(item, UNLESS.get(law.__name__, "name"))]
         checks += [Check(law, item, name) for law in held for name in where]
     return checks

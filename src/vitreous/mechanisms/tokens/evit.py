@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from vitreous import slots
 from vitreous.base.errors import SettingError
+from vitreous.hosts.token_counts import Count, patch_count
 from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
-from vitreous.mechanism import Mechanism
+from vitreous.reducer import Reducer, counts_between
 
 
 @dataclass(frozen=True, kw_only=True)
-class EViT(Mechanism):
+class EViT(Reducer):
     """Between attention and MLP the patches that the class token attends to most stay, and the others fuse into one.
 
         a_j = mean over heads of softmax_j(q_class k_j^T / sqrt(K))                  one score per patch
@@ -27,7 +28,8 @@ class EViT(Mechanism):
     Differs: scores are taken before attention dropout; the schedule of `keep` goes by fractions of a run, not by epochs.
     At start: changes the output; keep=1 leaves it bit for bit.
     Cost: one row of attention more in the chosen blocks, fewer tokens behind it. No parameters.
-    Settings: keep: fraction of the patches that stay, in (0, 1]. layers (0-based; default: at a quarter, half and three
+    Settings: keep: fraction of the patches that stay, in (0, 1]. macs: share of the host's multiply-adds in the blocks,
+        which then decides keep. layers (0-based; default: at a quarter, half and three
         quarters of the depth, 3+6+9 of 12). fuse: false drops the others, and their places in feature maps are 0.
         warmup, until: in training, keep is 1 up to the fraction `warmup` of the run, then falls as a cosine to its value
         at `until`; outside training it is always its value.
@@ -36,7 +38,8 @@ class EViT(Mechanism):
     """
 
     paper: ClassVar[str] = "Liang et al. 2022, arXiv 2202.07800"
-    examples: ClassVar[tuple[str, ...]] = ("evit:keep=1", "evit:keep=0.5,layers=0+3")
+    solves: ClassVar[str] = "keep"
+    examples: ClassVar[tuple[str, ...]] = ("evit:keep=1", "evit:keep=0.5,layers=0+3", "evit:macs=0.7,fuse=false")
 
     keep: float = 0.7
     layers: tuple[int, ...] | None = None
@@ -60,15 +63,26 @@ class EViT(Mechanism):
 
     @property
     def exact_at_init(self) -> bool:
-        return self.keep == 1
+        return self.keep == 1 if self.macs is None else self.macs == 1
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
-        n = slots.depth(model)
-        layers = slots.layer_indices(model, self.layers or (n // 4, n // 2, 3 * n // 4))
+        settings = replace(self, macs=None, keep=self.strength(model))
         changes: dict[str, Any] = {}
-        for i in sorted(set(layers)):  # a later block's entry holds its own step, and none of the earlier ones
-            changes |= slots.add_step(model, i, "between", Reorganize(self, slots.prefix(model)))
+        for i in self.chosen(model):  # a later block's entry holds its own step, and none of the earlier ones
+            changes |= slots.add_step(model, i, "between", Reorganize(settings, slots.prefix(model)))
         return changes
+
+    def chosen(self, model: nn.Module) -> list[int]:
+        """The blocks with a step, in order."""
+        n = slots.depth(model)
+        return sorted(set(slots.layer_indices(model, self.layers or (n // 4, n // 2, 3 * n // 4))))
+
+    def strengths(self, model: nn.Module) -> tuple[float, float]:
+        return 1.0, 1 / patch_count(model)
+
+    def counts(self, model: nn.Module, strength: float) -> tuple[Count, ...]:
+        chosen = self.chosen(model)
+        return counts_between(model, lambda block, n: min(n, kept(n, strength) + self.fuse) if block in chosen else n)
 
     def keep_at(self, progress: float) -> float:
         """The fraction that stays at some progress of a training run, 0 to 1: first 1, then a cosine down to `keep`."""

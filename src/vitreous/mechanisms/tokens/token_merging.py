@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from vitreous import slots
 from vitreous.base.errors import SettingError
+from vitreous.hosts.token_counts import Count, patch_count
 from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
-from vitreous.mechanism import Mechanism
+from vitreous.reducer import Reducer, between_schedules, counts_between
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenMerging(Mechanism):
+class TokenMerging(Reducer):
     """Between attention and MLP the most similar pairs of patches merge, by bipartite soft matching.
 
         A = every second patch, B = the others;  for each i in A the most similar j in B by cosine of keys, mean over heads
@@ -28,20 +29,23 @@ class TokenMerging(Mechanism):
         of A stands before B in its old order. A head that pools sees every place, so its mean weighs tokens by size.
     At start: changes the output; tokens=0 leaves it bit for bit.
     Cost: a product of n/2 x n/2 x K per chosen block, `tokens` fewer tokens behind each. No parameters.
-    Settings: tokens: how many patches merge away per block, 0 or more, at most half of those present. inflection: -1 to
-        1, how that changes from the first chosen block to the last, with the same sum: -1 falls from 2 * tokens to 0, 0
-        is constant, 1 rises from 0 to 2 * tokens (the r and inflection of the authors' code, rounded down as there).
-        proportional: count tokens by their size in attention; merged tokens are weighted means either way. layers
-        (0-based; default all).
+    Settings: tokens: how many patches merge away per block, 0 or more, at most half of those present. macs: share of the
+        host's multiply-adds in the blocks; it then decides tokens, and the first blocks may merge one more than the
+        others. inflection: -1 to 1, how tokens changes from the first chosen block to the last, with the same sum: -1
+        falls from 2 * tokens to 0, 0 is constant, 1 rises from 0 to 2 * tokens (the r and inflection of the authors'
+        code, rounded down as there). proportional: count tokens by their size in attention; merged tokens are weighted
+        means either way. layers (0-based; default all).
     Raises: HostError on rotary hosts and where halves of a block or its attention are not known; SettingError.
     """
 
     paper: ClassVar[str] = "Bolya et al. 2022, arXiv 2210.09461"
     requires: ClassVar[tuple[str, ...]] = ("stream", "remove", "attention", "halves")
+    solves: ClassVar[str] = "tokens"
     examples: ClassVar[tuple[str, ...]] = (
         "token_merging:tokens=0",
         "token_merging:tokens=3,layers=0+2",
         "token_merging:tokens=2,inflection=-1.0,proportional=false",
+        "token_merging:macs=0.7",
     )
 
     tokens: int = 8
@@ -62,14 +66,26 @@ class TokenMerging(Mechanism):
 
     @property
     def exact_at_init(self) -> bool:
-        return self.tokens == 0
+        return self.tokens == 0 if self.macs is None else self.macs == 1
 
     def changes(self, model: nn.Module) -> dict[str, Any]:
         changes: dict[str, Any] = {}
-        layers = sorted(set(slots.layer_indices(model, self.layers)))
-        for i, tokens in zip(layers, schedule(self.tokens, self.inflection, len(layers)), strict=True):
+        for i, tokens in self.merging(model, self.strength(model)).items():
             changes |= slots.add_step(model, i, "between", Merge(tokens, slots.prefix(model), self.proportional))
         return changes
+
+    def merging(self, model: nn.Module, tokens: float) -> dict[int, int]:
+        """{block: patches that merge away there, if there are twice as many}."""
+        layers = sorted(set(slots.layer_indices(model, self.layers)))
+        numbers = between_schedules(lambda whole: schedule(whole, self.inflection, len(layers)), tokens)
+        return dict(zip(layers, numbers, strict=True))
+
+    def strengths(self, model: nn.Module) -> tuple[float, float]:
+        return 0, patch_count(model)
+
+    def counts(self, model: nn.Module, strength: float) -> tuple[Count, ...]:
+        merging = self.merging(model, strength)
+        return counts_between(model, lambda block, n: n - min(merging.get(block, 0), n // 2))
 
 
 def schedule(tokens: int, inflection: float, blocks: int) -> list[int]:

@@ -23,13 +23,14 @@ from vitreous.data import ArraySamples, ClassIndex, ClassSet, Data, Samples, che
 from vitreous.data.holdout import hold_out
 from vitreous.data.preprocess import Preprocess
 from vitreous.data.problems import shown
-from vitreous.grafting import check, graft, grafts
+from vitreous.grafting import check, graft, grafts, plan
 from vitreous.lens.tap import trace
 from vitreous.mechanism import parse
 from vitreous.models import model_folder
 from vitreous.models.classes import set_multi_label
 from vitreous.models.create import adapt, check_patches, create_model, own_size, tells_apart
 from vitreous.models.weights import check_file_options
+from vitreous.reducer import Reducer
 from vitreous.tasks import Objective, Task
 from vitreous.train import recipes
 from vitreous.train.engine.distributed import check_team, join_processes
@@ -83,6 +84,8 @@ def prepare(
     model.to(device)
     for record in grafts(model)[there:]:
         record.mechanism.calibrate(model, first_batch(data.train)[0].to(device))
+    if any(isinstance(record.mechanism, Reducer) for record in grafts(model)):
+        remarks.append(f"Plan: {plan(model.eval(), sample[:1])}".replace("\n", "; ") + ".")
     set_checkpointing(model, settings)
     objective = task.build(model, data).to(device)
     # from here on parameters keep their identity, save that `shard` replaces them
