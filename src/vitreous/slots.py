@@ -18,7 +18,7 @@ from vitreous.base.text_form import written
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention, reads_around
 from vitreous.hosts.block import STATIONS, Block, check_halves
-from vitreous.hosts.directions import Directions, never_calls, projections_of, unsuitable
+from vitreous.hosts.directions import Projections, never_calls, projections_of, unsuitable
 from vitreous.hosts.host import class_names, host_of
 from vitreous.hosts.mixer import Mixer
 from vitreous.hosts.read_out import read_tokens
@@ -26,7 +26,7 @@ from vitreous.hosts.stream_ends import Embed, StreamEnd
 from vitreous.layers.linear import Linear
 
 Changes = dict[str, Any]
-D = TypeVar("D", bound=Directions)
+P = TypeVar("P", bound=Projections)
 M = TypeVar("M", bound=Mixer)
 
 
@@ -223,10 +223,13 @@ def adapt_linears(
     return changes
 
 
-def adapt_directions(model: nn.Module, layer: int, cls: type[D], mechanism: str) -> dict[str, D]:
-    """Changes that put a `cls` in the place of each linear layer of the attention at `layer` that gives queries or keys.
+def adapt_projections(
+    model: nn.Module, layer: int, cls: type[P], mechanism: str, parts: Iterable[str] = ("q", "k")
+) -> dict[str, P]:
+    """Changes that put a `cls` in the place of each linear layer of the attention at `layer` that gives these parts.
 
-    Raises HostError where the attention has no such layers, naming those that have; GraftError where a graft is there already.
+    parts: of "q", "k", "v", any of which the layer may give. Raises HostError where the attention has
+    no such layers, naming those that have; GraftError where a graft is there already.
     """
     host = host_of(model)
     path = host.attention(layer)
@@ -239,20 +242,20 @@ def adapt_directions(model: nn.Module, layer: int, cls: type[D], mechanism: str)
             f"keys for a softmax of their products. {advice} for {mechanism}."
         )
     changes = {}
-    for name, parts in projections_of(attention).items():
+    for name, letters in projections_of(attention).items():
         inner = f"{path}.{name}"
         linear = model.get_submodule(inner)
-        if not {"q", "k"} & set(parts):
+        if not set(parts) & set(letters):
             continue
-        if isinstance(linear, Directions):
+        if isinstance(linear, Projections):
             raise GraftError(
-                f"{inner} already holds {type(linear).__name__}, which makes unit vectors of queries and keys; {mechanism} "
+                f"{inner} already holds {type(linear).__name__}, which changes queries or keys itself; {mechanism} "
                 "would undo it. Expected plain attention. Take the other graft out first (vitreous.ungraft), or choose other "
                 "layers."
             )
         if not isinstance(linear, Linear):
             plain_linear(model, inner, mechanism)
-        changes[inner] = cls.holding(linear, parts, attention)
+        changes[inner] = cls.holding(linear, letters, attention)
     return changes
 
 

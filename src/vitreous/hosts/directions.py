@@ -1,4 +1,6 @@
-"""SVDA's operator at the linear slot: what a layer gives as queries and keys comes out by directions.
+"""Queries and keys at the linear slot: what a layer gives as queries and keys comes out changed.
+
+`Projections` is the base; `Directions` is SVDA's operator there.
 
 Nothing of the attention behind the layer is known or copied: windows, relative positions, reduced keys, talking heads
 and class attention stay the host's. What has to be known of an attention class is which of its linear layers hold queries
@@ -34,7 +36,7 @@ from vitreous.layers.adoption import adopt
 from vitreous.layers.linear import Linear
 from vitreous.layers.unit_norm import unit
 
-D = TypeVar("D", bound="Directions")
+P = TypeVar("P", bound="Projections")
 
 PROJECTIONS: dict[type[nn.Module], dict[str, str]] = {
     TimmAttention: {"qkv": "qkv"},  # of Twins and CrossViT, too
@@ -114,15 +116,14 @@ def host_scale(attention: nn.Module, width: int) -> float:
     return float(scale)
 
 
-class Directions(Linear):
-    """A linear layer whose output holds queries or keys, which come out as unit vectors; made by `holding`.
+class Projections(Linear):
+    """A linear layer whose output holds queries, keys or values; made by `holding`.
 
-        q <- w_h * q / |q|,    k <- k / |k|,    v as it is         per token and head, biases included
+    A subclass overrides `changed`. `effective_weight` is that of the product before it, since the
+    forward of an adapter below may ask for it.
 
-    with w (H, K) of `query_weight`. The host goes on as before: scores are scale * sum_d w_d q_d k_d, with its own scale.
-
-    parts: of the output, in order, "qkv", "q", "kv", ... heads: H. host: the class of the layer before, which makes
-    the product, adapters included.
+    parts: of the output, in order, "qkv", "q", "kv", ... heads: H. host: the class of the layer
+    before, which makes the product, adapters included.
     """
 
     host: type[nn.Linear]
@@ -130,7 +131,7 @@ class Directions(Linear):
     heads: int
 
     @classmethod
-    def holding(cls: type[D], linear: nn.Linear, parts: str, attention: nn.Module) -> D:
+    def holding(cls: type[P], linear: nn.Linear, parts: str, attention: nn.Module) -> P:
         """Adopt a layer of an attention, which has `num_heads`. Raises HostError where parts and heads do not divide it."""
         heads = getattr(attention, "num_heads", 0)
         if not heads or linear.out_features % (len(parts) * heads):
@@ -141,33 +142,55 @@ class Directions(Linear):
             )
         new = adopt(cls, linear)
         new.host, new.parts, new.heads = type(linear), parts, heads
-        new.host_scale = host_scale(attention, linear.out_features // (len(parts) * heads))
         return new
 
     @property
     def head_dim(self) -> int:
         return self.out_features // (len(self.parts) * self.heads)
 
-    def query_weight(self) -> Tensor:
-        """w (H, K), the factors of unit queries; asked only where the output holds queries."""
-        raise TypeError(f"{type(self).__name__} does not say how directions count: define query_weight(self).")
+    def changed(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Queries, keys, values by their letters, (..., H, K) each -> the same letters in order."""
+        return parts
 
     def effective_weight(self) -> Tensor:
-        """W (out, in) of the product, before queries and keys get unit length."""
+        """W (out, in) of the product, without what `changed` does."""
         return self.host.effective_weight(self) if issubclass(self.host, Linear) else self.weight
 
     def effective_bias(self) -> Tensor | None:
         return self.host.effective_bias(self) if issubclass(self.host, Linear) else self.bias
 
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.host.forward(self, x)
+        parts = dict(zip(self.parts, out.unflatten(-1, (len(self.parts), self.heads, -1)).unbind(-3), strict=True))
+        return torch.stack([part.to(out.dtype) for part in self.changed(parts).values()], dim=-3).flatten(-3)
+
+
+class Directions(Projections):
+    """A layer of queries or keys, which come out as unit vectors.
+
+        q <- w_h * q / |q|,    k <- k / |k|,    v as it is         per token and head, biases included
+
+    with w (H, K) of `query_weight`. The host goes on as before: scores are scale * sum_d w_d q_d k_d, with its own scale.
+    """
+
+    @classmethod
+    def holding(cls: type[P], linear: nn.Linear, parts: str, attention: nn.Module) -> P:
+        """As `Projections.holding`; raises HostError also where the host's scale is no fixed number."""
+        new = super().holding(linear, parts, attention)
+        new.host_scale = host_scale(attention, new.head_dim)
+        return new
+
+    def query_weight(self) -> Tensor:
+        """w (H, K), the factors of unit queries; asked only where the output holds queries."""
+        raise TypeError(f"{type(self).__name__} does not say how directions count: define query_weight(self).")
+
     def rows(self, part: str) -> Tensor | None:
         """W_Q or W_K (H K, D), by the letter of the part; None where it is not in this layer."""
         return self.effective_weight().chunk(len(self.parts))[self.parts.index(part)] if part in self.parts else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.host.forward(self, x)
-        parts = dict(zip(self.parts, out.unflatten(-1, (len(self.parts), self.heads, -1)).unbind(-3), strict=True))
+    def changed(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         if "q" in parts:
-            parts["q"] = (unit(parts["q"]) * self.query_weight()).to(out.dtype)
+            parts["q"] = unit(parts["q"]) * self.query_weight()
         if "k" in parts:
-            parts["k"] = unit(parts["k"]).to(out.dtype)
-        return torch.stack(tuple(parts.values()), dim=-3).flatten(-3)
+            parts["k"] = unit(parts["k"])
+        return parts

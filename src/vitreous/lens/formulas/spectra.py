@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import HostError
 from vitreous.hosts.attention import HOSTS, Attention, has_biases_beside, query_key_parts, query_key_weights
-from vitreous.hosts.directions import Directions
+from vitreous.hosts.directions import Projections
 from vitreous.layers.linear import acts_as_linear, affine
 from vitreous.layers.spectral import product_singular_values
 from vitreous.lens.formulas import indicators
@@ -124,7 +124,7 @@ def weight(module: nn.Module, heads: int, width: int, energies: Energies | None 
     if not projection.certain and between in ("changed", "unseen"):
         fused = next(name for name, _, count in projection.parts if count > 1)
         return Spectrum("weight", None, f"the order of the rows of {_class(module)}.{fused} could not be confirmed")
-    if any(isinstance(getattr(module, name, None), Directions) for name, _, _ in projection.parts):
+    if any(isinstance(getattr(module, name, None), Projections) for name, _, _ in projection.parts):
         between = "changed"  # inside the layer, whose output was compared
     return Spectrum("weight", product_singular_values(projection.q.mT, projection.k.mT), NOTES[between])
 

@@ -82,7 +82,7 @@ class SVDA(Mechanism):
             if whole:
                 new = {f"blocks.{i}.attn": SpectralAttention.of(slots.plain_attention(model, i, "svda"))}
             else:
-                new = slots.adapt_directions(model, i, SpectralDirections, "svda")
+                new = slots.adapt_projections(model, i, SpectralDirections, "svda")
             for module in new.values():
                 module.initialise(self, generator, share=1 / len(layers))
             changes |= new
