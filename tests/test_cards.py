@@ -1,4 +1,4 @@
-"""Every mechanism and network has a card, and what a card names is there: code, tests, settings with their defaults."""
+"""Every mechanism, network or item with a paper has a card, whose code, tests, settings and defaults are there."""
 
 from __future__ import annotations
 
@@ -66,6 +66,15 @@ def networks() -> dict[str, dict[str, type]]:
     return found
 
 
+def of_a_paper() -> dict[str, tuple[str, type[Settings]]]:
+    """{name: (noun, class)} of the tasks, updates, probes and others that stand on a paper."""
+    found = {}
+    for name, others in catalogues().items():
+        if name != "vitreous.mechanism.MECHANISMS":
+            found |= {stem: (others.noun, others.item(stem)) for stem in others.files}
+    return {stem: (noun, cls) for stem, (noun, cls) in found.items() if getattr(cls, "paper", "")}
+
+
 def check_page(text: str, module: ModuleType, tests: Path, header: str) -> None:
     """The parts that every card has, and each row's code and test are there."""
     assert re.findall(r"^## (.*)$", text, re.M) == SECTIONS
@@ -81,15 +90,14 @@ def check_page(text: str, module: ModuleType, tests: Path, header: str) -> None:
         assert f"def {test.strip('`')}(" in source, f"{equation}: no {test}"
 
 
-def test_cards_and_mechanisms_and_networks_are_the_same_list():
-    assert {path.stem for path in CARDS.glob("*.md")} == {*catalogue(), *networks()}
+def test_cards_and_items_are_the_same_list():
+    assert {path.stem for path in CARDS.glob("*.md")} == {*catalogue(), *networks(), *of_a_paper()}
 
 
-@pytest.mark.parametrize("name", catalogue())
-def test_card(name):
-    text, cls = (CARDS / f"{name}.md").read_text(), mechanism_class(name)
-    header = f"`{name}` · slot `{catalogue()[name].parent.name}`"
-    check_page(text, importlib.import_module(cls.__module__), ROOT / "tests" / "mechanisms" / f"test_{name}.py", header)
+def check_item(name: str, cls: type[Settings], header: str, tests: Path) -> None:
+    """The card of an item: its page, its stage, each setting with its default, and its papers."""
+    text = (CARDS / f"{name}.md").read_text()
+    check_page(text, importlib.import_module(cls.__module__), tests, header)
     assert ("**Stage.** Prototype" in text) == (cls.stage == "prototype")
     stated = {setting.strip("`"): default.strip("`") for setting, default, _ in rows(text, "Settings")}
     expected = {field.name: written(field.default) for field in dataclasses.fields(cls)}
@@ -98,6 +106,20 @@ def test_card(name):
     assert not wrong
     for paper in re.findall(r"arXiv (\d{4}\.\d{5})", cls.paper):
         assert paper in text
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_card(name):
+    header = f"`{name}` · slot `{catalogue()[name].parent.name}`"
+    check_item(name, mechanism_class(name), header, ROOT / "tests" / "mechanisms" / f"test_{name}.py")
+
+
+@pytest.mark.parametrize("name", of_a_paper())
+def test_card_of_an_item_with_a_paper(name):
+    """Its tests stand in the one `test_NAME.py` below `tests`."""
+    noun, cls = of_a_paper()[name]
+    (tests,) = (ROOT / "tests").rglob(f"test_{name}.py")
+    check_item(name, cls, f"`{name}` · {noun}", tests)
 
 
 OF_EVERY_NETWORK = {"self", "num_classes", "in_chans", "drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}

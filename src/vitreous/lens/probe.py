@@ -225,11 +225,12 @@ class Probe(Settings):
 
     An `observer` follows each batch.
 
-    order: where its measures and maps stand among those of others. passes: it needs passes of its
-    own (`extra`); such probes run only where they are asked for by name, or where `by_default` says
-    so.
+    paper: authors, year, arXiv id. order: where its measures and maps stand among those of others.
+    passes: it needs passes of its own (`extra`); such probes run only where they are asked for by
+    name, or where `by_default` says so.
     """
 
+    paper: ClassVar[str] = ""
     measures: ClassVar[tuple[Measure, ...]] = ()
     components: ClassVar[tuple[Component, ...]] = ()
     sources: ClassVar[tuple[Source, ...]] = (ATTENTION,)
