@@ -66,21 +66,21 @@ def vit():
     torch.manual_seed(0)
     return timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=4, mlp_ratio=2.0, num_classes=3
-    ).double()  # Adam divides by small numbers at first: float32 rounding alone is 2e-5 of a weight
+    ).double()
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_sam_is_that_of_a_public_package(adaptive):
-    """Twenty steps of AdamW from the same weights on the same batches, beside pytorch_optimizer 4.1.0."""
+    """Twenty steps from the same weights on the same batches; the norm of pytorch_optimizer 4.1.0 is in float32."""
     rho, images = (
         (1.0 if adaptive else 0.1),
-        torch.randn(20, 8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+        torch.randn(20, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double(),
     )
     labels, ours, theirs, plain = torch.arange(160).view(20, 8) % 3, vit(), vit(), vit()
     weights = [model.state_dict().values() for model in (ours, theirs, plain)]
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-3, weight_decay=0.05)
-    beside = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.05)
-    peer = pytorch_optimizer.SAM(theirs.parameters(), torch.optim.AdamW, rho=rho, adaptive=adaptive, lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.05, momentum=0.9)
+    beside = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    peer = pytorch_optimizer.SAM(theirs.parameters(), torch.optim.SGD, rho=rho, adaptive=adaptive, lr=0.05, momentum=0.9)
     update = UPDATES.parse(f"sam:rho={rho},adaptive={str(adaptive).lower()}")
 
     def norm(tensors=None):
@@ -102,7 +102,7 @@ def test_sam_is_that_of_a_public_package(adaptive):
         gradients(plain)
         beside.step()
     apart = [max((a - b).abs().max().item() for a, b in zip(weights[0], other, strict=True)) for other in weights[1:]]
-    assert apart[0] < 1e-9
+    assert apart[0] < 1e-6
     assert apart[1] > 1e-3  # the plain update goes elsewhere
 
 
