@@ -170,6 +170,19 @@ def test_a_direction_samples_what_an_adapter_computes_with():
     assert torch.equal(sample_of(model)[at], sample_of(plain)[other])
 
 
+def test_a_direction_samples_what_a_weight_is_made_of():
+    """shift_linear with form=ps has shifts and signs, and no weight."""
+    model = graft(host(), "shift_linear:form=ps")
+    direction = Direction((), (), (), 8, (4, 4), model=identity(model), sample=sample_of(model))
+    direction.check(copy.deepcopy(model))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".shift"):
+                p.add_(1)
+    with pytest.raises(HostError, match="whose weights are others"):
+        direction.check(model)
+
+
 class Gated(nn.Module):
     """No linear layer: what comes out depends on the size of what goes in."""
 

@@ -160,9 +160,10 @@ def sample_of(model: nn.Module) -> Tensor:
     Of parameters of two or more dimensions.
 
     For the weight of a layer of ours that overrides it (an adapter), values of the effective
-    weight.
+    weight. Parameters that a weight is made of stand for themselves.
     """
-    owners = {id(module.weight): module for module in model.modules() if isinstance(module, Linear)}
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    owners = {id(module.weight): module for module in layers if "weight" in module._parameters}
     rows = []
     for p in model.parameters():
         if p.ndim >= 2 and p.numel():
