@@ -114,16 +114,14 @@ class Merge(nn.Module):
         sizes = x.new_ones(x.shape[:2], dtype=wide(x)) if state.sizes is None else state.sizes
         if not proportional and state.assignment is not None:
             sizes = state.assignment.counts(end).to(sizes.dtype)
-        a, size_a = x[:, prefix + 1 : end : 2], sizes[:, prefix + 1 : end : 2]
-        b, size_b = x[:, prefix:end:2], sizes[:, prefix:end:2]
         with torch.autocast(x.device.type, enabled=False):  # half precision cannot tell similar keys apart
             leaving, staying, target = match(qkv[1][:, :, prefix:end], merging)
-            b, size_b = joined(b, size_b, take(a, leaving), take(size_a, leaving), target)
-        tokens = torch.cat([x[:, :prefix], take(a, staying), b], dim=1)
-        sizes = torch.cat([sizes[:, :prefix], take(size_a, staying), size_b], dim=1)
-        index = destinations(leaving, staying, target, prefix, b.shape[1])
-        step = Assignment(index=index, tokens=tokens.shape[1])
-        return reduce(x, state, step, sizes if proportional else None, tokens=tokens)
+            order, place = new_order(leaving, staying, target, prefix, end)
+            stay, go = order[:, : end - merging], order[:, end - merging :]
+            into = place[:, end - merging :]
+            tokens, merged = joined(take(x, stay), sizes.gather(1, stay), take(x, go), sizes.gather(1, go), into)
+        step = Assignment(index=torch.zeros_like(order).scatter(1, order, place), tokens=end - merging)
+        return reduce(x, state, step, merged if proportional else None, tokens=tokens)
 
 
 def match(keys: Tensor, merging: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +134,7 @@ def match(keys: Tensor, merging: int) -> tuple[Tensor, Tensor, Tensor]:
     best, nearest = (keys[:, 1::2] @ keys[:, ::2].transpose(1, 2)).max(-1)  # (B, |A|) each
     order = best.argsort(dim=1, descending=True)
     leaving, staying = order[:, :merging], order[:, merging:].sort(1).values
-    return leaving, staying, take(nearest, leaving)
+    return leaving, staying, nearest.gather(1, leaving)
 
 
 def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,20 +144,19 @@ def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor)
     """
     into = (target[:, None] == torch.arange(b.shape[1], device=b.device)[:, None]).to(size_b.dtype)  # (B, m, r)
     size = size_b + (into * size_a[:, None]).sum(-1)
-    mean = (size_b / size)[..., None] * b + (into * size_a[:, None] / size[..., None]) @ a.to(size.dtype)
+    mean = torch.baddbmm((size_b / size)[..., None] * b, into * size_a[:, None] / size[..., None], a.to(size.dtype))
     return mean.to(b.dtype), size
 
 
-def destinations(leaving: Tensor, staying: Tensor, target: Tensor, prefix: int, of_b: int) -> Tensor:
-    """(B, prefix + n): where each token before the merge is found after it."""
-    start = prefix + staying.shape[1]  # of B
-    after = torch.arange(start + of_b, device=target.device).expand(target.shape[0], -1)  # places after the merge
-    found = torch.cat([leaving, staying], dim=1).argsort(1)  # each of A in that list
-    to_a = take(torch.cat([start + target, after[:, prefix:start]], dim=1), found)
-    both = torch.cat([to_a, after[:, start:]], dim=1)  # A, then B
-    patch = torch.arange(both.shape[1], device=target.device)
-    order = torch.where(patch % 2 == 1, patch // 2, to_a.shape[1] + patch // 2)  # each patch in A or B
-    return torch.cat([after[:, :prefix], both[:, order]], dim=1)
+def new_order(leaving: Tensor, staying: Tensor, target: Tensor, prefix: int, end: int) -> tuple[Tensor, Tensor]:
+    """(order, place), (B, end) each: the original tokens, those that leave last, and where each is found after the merge.
+
+    Before these stand the prefix, what stays of A, and B; leaving, staying and target as `match` returns them.
+    """
+    every = torch.arange(end, device=target.device).expand(target.shape[0], -1)
+    order = torch.cat([every[:, :prefix], prefix + 1 + 2 * staying, every[:, prefix::2], prefix + 1 + 2 * leaving], dim=1)
+    place = torch.cat([every[:, : end - leaving.shape[1]], prefix + staying.shape[1] + target], dim=1)
+    return order, place
 
 
 def wide(x: Tensor) -> torch.dtype:
