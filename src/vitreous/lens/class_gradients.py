@@ -8,7 +8,7 @@ fused kernels stay as they are, and A itself is the verified map of the tap.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class ClassProbe(Probe):
 
     def for_model(self, model: nn.Module) -> Probe:
         """With the number of the class in place of its name."""
-        return type(self)(target=str(class_index(model, self.target))) if self.target else self
+        return replace(self, target=str(class_index(model, self.target))) if self.target else self
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,9 @@ def gradient_pass(model: nn.Module, batch: BatchInfo, target: str) -> ClassGradi
     modules = model.named_modules()
     steps = {name for name, module in modules if type(module).__module__.startswith("vitreous.mechanisms.tokens.")}
     gaps += [f"{refusal.name}: {refusal.reason}" for refusal in seen.refused if refusal.name not in steps]
-    if not has_classes(model, seen.output):
-        raise HostError(
-            f"Found an output of {type(model).__name__} that is not of classes. Expected logits (B, classes) for a map of "
-            "one class. Look at a model with its classifier, or leave the maps of a class out."
-        )
-    logits = answer(seen.output)
-    count = logits.shape[-1]
-    if target and int(target) >= count:
-        raise SettingError(f"Found class {target} of {count}. Expected 0 to {count - 1}. Choose one of them.")
-    classes = torch.full((len(logits),), int(target)) if target else logits.detach().argmax(-1).cpu()
+    logits, classes = explained_classes(model, seen.output, target)
     with torch.enable_grad():
-        score = logits.float().gather(-1, classes.to(logits.device)[:, None]).sum()
+        score = logits.float().gather(-1, torch.tensor(classes, device=logits.device)[:, None]).sum()
     explained = []
     gradients = torch.autograd.grad(score, edges, allow_unused=True) if edges else ()
     for (call, where, form), gradient in zip(calls, gradients, strict=True):
@@ -130,7 +121,25 @@ def gradient_pass(model: nn.Module, batch: BatchInfo, target: str) -> ClassGradi
         gradient = form(gradient)
         call = replace(call, maps=ContributionMap(call, gradient), graph_output=None)
         explained.append(ExplainedCall(call, where, gradient.ne(0).any(-1).any(2).any(1)))
-    return ClassGradients(explained, classes.tolist(), gaps)
+    return ClassGradients(explained, classes, gaps)
+
+
+def explained_classes(model: nn.Module, output: Any, target: str) -> tuple[Tensor, list[int]]:
+    """The logits (B, C) of an output, and the class of each image: the target, or the predicted one.
+
+    target: as of `class_gradients`. Raises HostError for an output that is not of classes,
+    SettingError for a class that is none of them.
+    """
+    if not has_classes(model, output):
+        raise HostError(
+            f"Found an output of {type(model).__name__} that is not of classes. Expected logits (B, classes) for a map of "
+            "one class. Look at a model with its classifier, or leave the maps of a class out."
+        )
+    logits = answer(output)
+    count = logits.shape[-1]
+    if target and int(target) >= count:
+        raise SettingError(f"Found class {target} of {count}. Expected 0 to {count - 1}. Choose one of them.")
+    return logits, [int(target)] * len(logits) if target else logits.detach().argmax(-1).tolist()
 
 
 def rule(model: nn.Module, target: str) -> str:

@@ -67,11 +67,16 @@ class Component(Measure):
 
 @dataclass(frozen=True)
 class Source:
-    """What rows of the table are of."""
+    """What rows of the table are of.
+
+    form: how a page draws them: "layers", each measure by layer among the indicators; "bars", in a
+    part of their own, the kinds of a layer side by side, as parts of a sum.
+    """
 
     name: str
     label: str
     explains: str = ""
+    form: Literal["layers", "bars"] = "layers"
 
 
 ATTENTION = Source("attention", "Attention maps", "Measured on the maps that the images produced.")

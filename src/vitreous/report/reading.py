@@ -157,6 +157,8 @@ def _page_content(reading: ReadingFolder, shown: int, pictures: dict[str, int]) 
 def _image(reading: ReadingFolder, image: dict[str, Any], pictures: dict[str, int]) -> dict[str, Any]:
     record = {key: image.get(key) for key in ("name", "width", "height", "predicted", "label")}
     record["probability"] = packing.number(image.get("probability"), 3)
+    classes = image.get("classes") or {}  # that probes explained
+    record["classes"] = {name: str(one.get("name") or one.get("class")) for name, one in classes.items()}
     with reading.opened(image["part"]) as file:
         names = set(file.keys())
         for kind in ("picture", "mask"):

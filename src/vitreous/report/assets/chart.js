@@ -29,9 +29,10 @@ const W = 330,
   TOP = 10,
   BOTTOM = 38;
 
-/** A figure. series: [{name, look ("line" | "dots"), side ("a" | "b"), color, dashed, hot, points: [{x, y, low, high}]}];
- *  spread: what reaches from low to high. pick(series, point) is called by a click or Enter. */
-function chart({ title, unit = "", about = "", xLabel, series, xName = String, range = null, pick = null, id = null, spread = "95 %" }) {
+/** A figure. series: [{name, look ("line" | "dots" | "bars"), side ("a" | "b"), color, dashed, hot, points: [{x, y, low, high}]}];
+ *  spread: what reaches from low to high. pick(series, point) is called by a click or Enter. width: 330, or more over the page.
+ *  Bars are `slot` of a step of x wide; their points have a `shift` in such steps. */
+function chart({ title, unit = "", about = "", xLabel, series, xName = String, range = null, pick = null, id = null, spread = "95 %", width = W }) {
   series = series
     .map((s) => ({ ...s, points: s.points.filter((p) => p.y !== null && p.y !== undefined) }))
     .filter((s) => s.points.length);
@@ -46,25 +47,27 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
     return el("figure", { class: "chart", id }, head, el("p", { class: "quiet" }, "Nothing was measured."));
   const all = series.flatMap((s) => s.points);
   const xs = [...new Set(all.map((p) => p.x))].sort((a, b) => a - b);
-  const [low, high] = range || bounds(all.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y]));
-  const [first, final] = xs.length > 1 ? [xs[0], xs[xs.length - 1]] : [xs[0] - 0.5, xs[0] + 0.5];
-  const px = (x) => LEFT + 8 + ((x - first) / (final - first)) * (W - LEFT - RIGHT - 16);
+  const bars = series.some((s) => s.look === "bars");
+  const [low, high] = range || bounds([...(bars ? [0] : []), ...all.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y])]);
+  const room = bars || xs.length === 1 ? 0.5 : 0;
+  const [first, final] = [xs[0] - room, xs[xs.length - 1] + room];
+  const px = (x) => LEFT + 8 + ((x - first) / (final - first)) * (width - LEFT - RIGHT - 16);
   const py = (y) => H - BOTTOM - ((y - low) / (high - low || 1)) * (H - TOP - BOTTOM);
 
   const svg = draw("svg", {
-    viewBox: `0 0 ${W} ${H}`,
+    viewBox: `0 0 ${width} ${H}`,
     tabindex: 0,
     role: "group",
     "aria-roledescription": "chart",
     "aria-label": `${label} by ${xLabel}. Arrow keys read the values.`,
   });
   for (const [y, text] of ticks(low, high, 4)) {
-    svg.append(draw("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: py(y), y2: py(y) }));
+    svg.append(draw("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: py(y), y2: py(y) }));
     svg.append(
       draw("text", { class: "tick", x: LEFT - 6, y: py(y) + 3.5, "text-anchor": "end", "aria-hidden": "true" }, text),
     );
   }
-  const each = Math.ceil(xs.length / 12);
+  const each = Math.ceil((xs.length * W) / (12 * width));
   const whole = xs.length <= 200 && xs.every(Number.isInteger) && xs.every((x, i) => !i || x - xs[i - 1] === 1);
   for (const x of whole ? xs.filter((_, i) => i % each === 0) : ticks(first, final, 5).map(([value]) => value)) {
     svg.append(
@@ -75,22 +78,23 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
       ),
     );
   }
-  svg.append(draw("line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM }));
+  svg.append(draw("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM }));
   svg.append(
     draw(
       "text",
-      { class: "axis-label", x: (LEFT + W - RIGHT) / 2, y: H - 5, "text-anchor": "middle", "aria-hidden": "true" },
+      { class: "axis-label", x: (LEFT + width - RIGHT) / 2, y: H - 5, "text-anchor": "middle", "aria-hidden": "true" },
       xLabel,
     ),
   );
   const marks = draw("g", { "aria-hidden": "true" });
+  if (bars) marks.append(draw("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: py(0), y2: py(0) }));
   for (const s of series) marks.append(...drawn(s, px, py));
   const ring = draw("circle", { class: "ring", r: 6.5, cx: -20, cy: -20 });
   svg.append(marks, ring);
 
   const readout = el("output", { class: "readout", "aria-live": "polite" }, " ");
   const say = (s, p) => {
-    ring.setAttribute("cx", px(p.x));
+    ring.setAttribute("cx", px(p.x + (p.shift ?? 0)));
     ring.setAttribute("cy", py(p.y));
     const between = p.low !== undefined && p.low !== null ? `, ${spread} from ${fmt(p.low)} to ${fmt(p.high)}` : "";
     readout.textContent = `${capital(xLabel)} ${xName(p.x)}, ${s.name}: ${fmt(p.y)}${between}${unit && !unit.includes(" to ") ? ` ${unit}` : ""}`;
@@ -108,11 +112,12 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
   });
   const nearest = (event) => {
     const box = svg.getBoundingClientRect();
-    const [x, y] = [((event.clientX - box.left) / box.width) * W, ((event.clientY - box.top) / box.height) * H];
+    const [x, y] = [((event.clientX - box.left) / box.width) * width, ((event.clientY - box.top) / box.height) * H];
     let found = null;
     series.forEach((s, i) =>
       s.points.forEach((p, j) => {
-        const distance = (px(p.x) - x) ** 2 + (py(p.y) - y) ** 2;
+        // anywhere above or below a bar means it
+        const distance = (px(p.x + (p.shift ?? 0)) - x) ** 2 + (bars ? 0 : (py(p.y) - y) ** 2);
         if (!found || distance < found.distance) found = { distance, s: i, p: j };
       }),
     );
@@ -135,7 +140,7 @@ function chart({ title, unit = "", about = "", xLabel, series, xName = String, r
   });
   return el(
     "figure",
-    { class: "chart", id },
+    { class: width > W ? "chart wide" : "chart", id },
     head,
     about ? el("p", { class: "about" }, about) : null,
     svg,
@@ -151,14 +156,29 @@ function drawn(s, px, py) {
     .filter((p) => p.low !== undefined && p.low !== null)
     .map((p) =>
       draw("line", {
-        class: `whisker ${side}`,
-        x1: px(p.x),
-        x2: px(p.x),
+        class: `${s.look === "bars" ? "over-bar " : ""}whisker ${side}`,
+        x1: px(p.x + (p.shift ?? 0)),
+        x2: px(p.x + (p.shift ?? 0)),
         y1: py(p.low),
         y2: py(p.high),
-        stroke: s.color,
+        stroke: s.look === "bars" ? null : s.color,
       }),
     );
+  if (s.look === "bars") {
+    const wide = (px(1) - px(0)) * s.slot;
+    nodes.unshift(
+      ...s.points.map((p) =>
+        draw("rect", {
+          class: "column",
+          x: (px(p.x + p.shift) - wide / 2).toFixed(1),
+          y: Math.min(py(p.y), py(0)).toFixed(1),
+          width: wide.toFixed(1),
+          height: Math.abs(py(p.y) - py(0)).toFixed(1),
+          fill: s.color,
+        }),
+      ),
+    );
+  }
   if (s.look === "line" && s.points.length > 1) {
     const points = s.points.map((p) => `${px(p.x).toFixed(1)},${py(p.y).toFixed(1)}`).join(" ");
     nodes.push(draw("polyline", { class: `line ${side}${s.dashed ? " dashed" : ""}`, points, stroke: s.color }));

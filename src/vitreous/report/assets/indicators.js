@@ -1,5 +1,8 @@
 // Indicators by layer.
 
+/** How a page draws the rows of a source; readings from before that was said draw them by layer. */
+const formOf = (name) => recordOf("sources", name)?.form || "layers";
+
 /** The rows of a table of one source, as objects. kind is told only where a source has several. */
 function rowsOf(reading, source) {
   return reading.table.rows
@@ -99,7 +102,7 @@ function indicators() {
 
   function redraw() {
     const readings = shownReadings();
-    const pairs = sourcesOf(readings);
+    const pairs = sourcesOf(readings).filter((pair) => formOf(pair[0]) === "layers");
     show(pairs.length > 0);
     if (!pairs.length) return;
     const keys = pairs.map((pair) => pair.join("/"));

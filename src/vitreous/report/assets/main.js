@@ -64,6 +64,7 @@ if (epochs) overEpochs();
 objectScores();
 artifacts();
 indicators();
+sums();
 spectra();
 exact();
 faithfulness();
