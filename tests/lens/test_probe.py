@@ -84,7 +84,9 @@ def test_a_probe_from_elsewhere_reaches_table_page_summary_and_command_line(look
     assert "length/1" in shown["maps"]
     measure = next(record for record in data["words"]["measures"] if record["name"] == "token_length")
     assert (measure["label"], measure["unit"], measure["explains"]) == ("Token length", "units", "Mean length of the tokens.")
-    assert {"name": "lengths", "label": "Lengths of tokens", "explains": "Of the stream."} in data["words"]["sources"]
+    assert {"name": "lengths", "label": "Lengths of tokens", "explains": "Of the stream.", "form": "layers"} in data["words"][
+        "sources"
+    ]
     assert "length" in [column.header for table in overview(reading) for column in table.columns]
 
 

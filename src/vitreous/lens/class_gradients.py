@@ -125,10 +125,10 @@ def gradient_pass(model: nn.Module, batch: BatchInfo, target: str) -> ClassGradi
 
 
 def explained_classes(model: nn.Module, output: Any, target: str) -> tuple[Tensor, list[int]]:
-    """The logits (B, C) of an output, and the class of each image: the target, or the predicted one.
+    """The logits (B, C) of an output, and the class of each image.
 
-    target: as of `class_gradients`. Raises HostError for an output that is not of classes,
-    SettingError for a class that is none of them.
+    The target, or the predicted one. target: as of `class_gradients`. Raises HostError for an
+    output that is not of classes, SettingError for a class that is none of them.
     """
     if not has_classes(model, output):
         raise HostError(

@@ -30,7 +30,7 @@ SAME_IN_HALF = 0.05
 
 @dataclass(frozen=True)
 class Path:
-    """What one branch adds to the classifier's input. tokens: (1, N, D). layer: of a block, or -1."""
+    """What one branch adds to the classifier's input. tokens: (1, N, D). layer: or -1."""
 
     layer: int
     half: str
@@ -60,7 +60,7 @@ def paths_of(model: nn.Module, image: Tensor) -> tuple[list[Path], Any]:
 def paths_of_block(
     model: nn.Module, number: int, call: Call, outputs: Mapping[str, Any], halves: Mapping[str, str]
 ) -> list[Path]:
-    """What a block adds, by halves. outputs: of the branches that ran, by name. Raises HostError."""
+    """What a block adds, by halves. outputs: of the branches that ran. Raises HostError."""
     before, after = (one_per_place(model, call, value) for value in (call.args[0], call.output))
     if before.shape != after.shape:
         raise uneven(model, call, f"{before.shape[1]} tokens before {call.name} and {after.shape[1]} behind it")
@@ -84,7 +84,10 @@ def paths_of_block(
 
 
 def one_per_place(model: nn.Module, call: Call, value: Any) -> Tensor:
-    """The tokens (1, N, D) before or behind a block. Raises HostError if some were merged, dropped or inserted."""
+    """The tokens (1, N, D) before or behind a block.
+
+    Raises HostError if some were merged, dropped or inserted.
+    """
     tokens, state = opened(value)
     if not state.plain:
         raise uneven(model, call, f"merged, dropped or inserted tokens at {call.name}")
@@ -119,9 +122,9 @@ class Paths(ClassProbe):
     order: ClassVar[int] = 128
     sources: ClassVar[tuple[Source, ...]] = (
         Source("path", "Paths to the answer",
-               "The classifier reads a sum: the embedding, and what the attention and the MLP of each layer add. With the scale "
-               "of the last norm held fixed, each of them adds a number to the logit of the class; together with the constant "
-               "they give the logit exactly. Removal is from that last sum alone: later layers see the path still.",
+               "The classifier reads a sum: the embedding, and what the attention and the MLP of each layer add. With the "
+               "scale of the last norm held fixed, each of them adds a number to the logit of the class; together with the "
+               "constant they give the logit exactly. Removal is from that last sum alone: later layers see the path still.",
                form="bars"),
     )  # fmt: skip
     measures: ClassVar[tuple[Measure, ...]] = (
@@ -158,7 +161,7 @@ class Paths(ClassProbe):
     def measured(
         self, model: nn.Module, image: Tensor, state: TokenState
     ) -> tuple[dict[tuple[int, str], dict[str, float]], int]:
-        """{(layer, half): {measure: value}} of an image (1, C, h, w), and the class that it is for."""
+        """{(layer, half): {measure: value}} of an image (1, C, h, w), and its class."""
         paths, output = paths_of(model, image)
         logits, (index,) = explained_classes(model, output, self.target)
         stacked = torch.cat([path.tokens for path in paths])  # (P, N, D)
@@ -186,13 +189,13 @@ class Paths(ClassProbe):
         return table, index
 
     def checked(self, model: nn.Module, found: Tensor, logits: Tensor) -> float:
-        """How far the sum is from the logits, relative to the largest. Raises HostError if too far."""
+        """How far the sum is from the logits, of the largest. Raises HostError if too far."""
         off, largest = float((found - logits).abs().max()), float(logits.abs().max())
         half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
         if not off <= (SAME_IN_HALF if half else SAME) * largest:
             raise HostError(
-                f"Found that contributions and constant are off by {off:.2g} from logits of up to {largest:.2g}. Expected their "
-                f"sum: a head that is linear behind its norm, as of a class token or a mean over patches. The head of this "
-                f"{type(model).__name__} is none, such as an attention pool or a maximum. Use another host."
+                f"Found that contributions and constant are off by {off:.2g} from logits of up to {largest:.2g}. Expected "
+                "their sum: a head that is linear behind its norm, as of a class token or a mean over patches. The head of "
+                f"this {type(model).__name__} is none, such as an attention pool or a maximum. Use another host."
             )
         return off / max(largest, 1e-300)
