@@ -1,4 +1,4 @@
-"""A classifier's input as a sum of paths: what each adds to the answer, and how fine its map is."""
+"""A classifier's input as a sum of paths: what each adds, and how fine its map is."""
 
 from __future__ import annotations
 
