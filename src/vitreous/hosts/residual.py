@@ -1,4 +1,4 @@
-"""The residual stream of a host as a sum: what its blocks add, and the norms between the sum and the classifier."""
+"""The residual stream of a host as a sum: what its blocks add, and the norms behind it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ATTENTION, MLP, BOTH = "attention", "MLP", "attention and MLP"
 
 
 def branches_of(block: nn.Module) -> dict[str, str]:
-    """{path inside a block: half} of the modules through which goes what the block adds to its tokens.
+    """{path inside a block: half} of the modules through which goes what the block adds.
 
     timm lets each branch pass a stochastic depth at its end, an identity where that is off. A block with one branch for
     both halves has `drop_path` alone.
@@ -28,7 +28,7 @@ def branches_of(block: nn.Module) -> dict[str, str]:
 
 
 def half_of(branch: str) -> str:
-    """Which half of a block a branch is: of blocks with two in a row, and of several side by side."""
+    """Which half of a block a branch is, of two in a row or several side by side."""
     parent, _, name = branch.rpartition(".")
     if name == "drop_path1" or parent.startswith("attn"):
         return ATTENTION
@@ -36,7 +36,7 @@ def half_of(branch: str) -> str:
 
 
 def adds_to_its_tokens(block: nn.Module) -> bool:
-    """True if a block gives its tokens plus something, whatever a graft of ours adds beside its two halves."""
+    """True if a block gives its tokens plus something, whatever a graft of ours adds."""
     return isinstance(block, Block) and block.host in HALVES
 
 
@@ -53,9 +53,9 @@ def kind_of(norm: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def frozen_norms(model: nn.Module, tokens: Tensor) -> Iterator[None]:
-    """In the body `finish` is affine in its tokens, if the head is: each norm divides by what it divides by at `tokens`.
+    """In the body each norm divides by what it divides by at `tokens`.
 
-    tokens: (1, N, D), the whole sum behind the last block. A LayerNorm still takes the mean over channels from whatever it
+    So `finish` is affine in its tokens, if the head is. tokens: (1, N, D), the whole sum behind the last block. A LayerNorm still takes the mean over channels from whatever it
     gets, which is linear. Raises HostError for a norm that divides by something else.
     """
     scales: dict[nn.Module, Tensor] = {}
@@ -84,7 +84,7 @@ def frozen_norms(model: nn.Module, tokens: Tensor) -> Iterator[None]:
 
 
 def inverse_scale(norm: nn.Module, x: Tensor) -> Tensor:
-    """One over what a norm divides x (..., D) by, (..., 1). Raises HostError for an unknown norm."""
+    """One over what a norm divides x (..., D) by, (..., 1). Raises HostError."""
     kind = kind_of(norm)
     if issubclass(kind, nn.LayerNorm):
         square = x.var(-1, keepdim=True, correction=0)

@@ -38,7 +38,7 @@ class Path:
 
 
 def paths_of(model: nn.Module, image: Tensor) -> tuple[list[Path], Any]:
-    """The paths of one image (1, C, h, w) in float64, the embedding first, and the model's output.
+    """The paths of an image (1, C, h, w) in float64, the embedding first, and the output.
 
     Raises HostError for a model whose blocks do not add to their tokens, one token for each place.
     """
