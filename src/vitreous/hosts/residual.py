@@ -55,8 +55,9 @@ def kind_of(norm: nn.Module) -> type[nn.Module]:
 def frozen_norms(model: nn.Module, tokens: Tensor) -> Iterator[None]:
     """In the body each norm divides by what it divides by at `tokens`.
 
-    So `finish` is affine in its tokens, if the head is. tokens: (1, N, D), the whole sum behind the last block. A LayerNorm still takes the mean over channels from whatever it
-    gets, which is linear. Raises HostError for a norm that divides by something else.
+    So `finish` is affine in its tokens, if the head is. tokens: (1, N, D), the whole sum behind the last block. A
+    LayerNorm still takes the mean over channels from whatever it gets, which is linear. Raises HostError for a norm that
+    divides by something else.
     """
     scales: dict[nn.Module, Tensor] = {}
 
