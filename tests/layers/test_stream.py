@@ -197,6 +197,16 @@ def test_two_reductions_are_their_then(first_hard, second_hard, seed):
         assert both.as_weights(torch.float64).sum() == 2 * 9  # of 2 images: sizes sum to the places
 
 
+@pytest.mark.parametrize("soft_first", [True, False])
+def test_what_was_dropped_stays_known_behind_soft_weights(soft_first):
+    """A head that pools over places would take the zeros of dropped ones for features, and is refused by `dropped`."""
+    hard = Assignment(torch.tensor([[0, 1, -1, 0, 1, 2]]), tokens=3, dropped=True)
+    soft = Assignment(weights=torch.full((1, 6, 9), 0.5)) if soft_first else Assignment(weights=torch.full((1, 2, 3), 0.5))
+    both = soft.then(hard) if soft_first else hard.then(soft)
+    assert both.dropped
+    assert not soft.then(Assignment(weights=torch.ones(1, 2, soft.weights.shape[1]))).dropped
+
+
 @pytest.mark.parametrize("hard", [True, False])
 def test_reducing_gathers_by_size_and_leaves_inserted_tokens(hard):
     first, second = assignment(6, 9, True, 1), assignment(3, 6, hard, 2)

@@ -22,7 +22,7 @@ class Assignment:
 
     index: (B, N) int64, the present token that stands for each place, -1 for none (hard reducers).
     weights: (B, n, N), not negative, how much each place gives to each present token (soft ones).
-    tokens: n of an index. dropped: whether an index may hold -1, known without reading it.
+    tokens: n of an index. dropped: whether some places may have no token, known without reading it.
     """
 
     index: Tensor | None = None
@@ -65,7 +65,8 @@ class Assignment:
             index = take(other.index, self.index, absent=-1 if self.dropped else None)
             return replace(other, index=index, dropped=self.dropped or other.dropped)
         dtype = (other.weights if self.weights is None else self.weights).dtype
-        return Assignment(weights=normalized(other.as_weights(dtype), 1) @ self.as_weights(dtype))
+        weights = normalized(other.as_weights(dtype), 1) @ self.as_weights(dtype)
+        return Assignment(weights=weights, dropped=self.dropped or other.dropped)
 
     def restore(self, x: Tensor) -> Tensor:
         """Present tokens (B, n, D) -> (B, N, D): each place has its token, or the mean of its tokens; dropped ones 0."""
