@@ -197,6 +197,15 @@ def test_two_reductions_are_their_then(first_hard, second_hard, seed):
         assert both.as_weights(torch.float64).sum() == 2 * 9  # of 2 images: sizes sum to the places
 
 
+def test_patches_that_are_mixed_beside_a_prefix():
+    weights = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    mixed = Assignment.mixing(weights, 2).weights
+    assert mixed.shape == (2, 5, 7)
+    assert torch.equal(mixed[:, 2:, 2:], weights)
+    assert mixed[0].tolist()[:2] == [[1, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0]]
+    assert (mixed[:, 2:, :2] == 0).all()
+
+
 @pytest.mark.parametrize("soft_first", [True, False])
 def test_what_was_dropped_stays_known_behind_soft_weights(soft_first):
     """A head that pools over places would take the zeros of dropped ones for features, and is refused by `dropped`."""

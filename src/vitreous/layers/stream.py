@@ -43,6 +43,13 @@ class Assignment:
         index = torch.cat([place[:, :prefix], others.scatter(1, top, place[:, prefix:])], dim=1)  # (B, prefix + patches)
         return cls(index=index, tokens=rest + fused, dropped=not fused)
 
+    @classmethod
+    def mixing(cls, weights: Tensor, prefix: int) -> Assignment:
+        """The prefix tokens stay, and n patches give to m tokens behind them by weights (B, m, n)."""
+        m, n = weights.shape[1:]
+        own = F.pad(torch.eye(prefix), (0, n, 0, m)).to(weights)
+        return cls(weights=F.pad(weights, (prefix, 0, prefix, 0)) + own)
+
     @property
     def places(self) -> int:
         """N, the number of original tokens."""
