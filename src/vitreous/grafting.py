@@ -145,7 +145,7 @@ def check(model: nn.Module, images: Tensor) -> nn.Module:
     lost: list[str] = []
     for record in grafts(model):
         for change in record.changes:
-            if get(model, change.path, None) is not change.new and not covered(model, record, change.path):
+            if not same(get(model, change.path, None), change.new) and not covered(model, record, change.path):
                 lost.append(f"{record.mechanism}: {change.path} was replaced after grafting")
                 continue
             for name, module in fresh(change):
@@ -273,13 +273,20 @@ def check_removable(model: nn.Module, leaving: list[Graft]) -> None:
     for record in leaving:
         for change in reversed(record.changes):
             found = after.get(change.path, get(model, change.path, None))
-            if found is not change.new:
+            if not same(found, change.new):
                 raise GraftError(
                     f"{change.path} no longer holds what {record.mechanism} put there, but a {type(found).__name__}. "
                     "Expected the graft's own module, so that the exchange can be undone. Put it back, or build the "
                     "model anew and load its weights."
                 )
             after[change.path] = change.old
+
+
+def same(found: Any, value: Any) -> bool:
+    """True for the object itself, and for an equal number or tuple: those of a copy are others."""
+    if found is value or isinstance(value, (nn.Module, Tensor)):
+        return found is value
+    return type(found) is type(value) and found == value
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Signature(NamedTuple):
     overrides: frozenset[str]
     inserts: bool
     removes: bool
-    per_place: int
+    per_place: Fraction
 
 
 def overrides(module: object) -> set[str]:
@@ -76,7 +77,7 @@ def added(change: Change, station: str) -> bool:
     return isinstance(change.new, Block) and len(change.new.steps(station)) > len(getattr(change.old, station, ()))
 
 
-def plain_count(host: str, per: int) -> int:
+def plain_count(host: str, per: Fraction) -> Fraction:
     """The tokens that enter the first block, with so many for each place."""
     return prefix(build(host)) + per * (SIZE // 8) ** 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from functools import cache, partial
 from typing import Any
 
@@ -123,10 +124,10 @@ def images(count: int = 3, size: int = SIZE, seed: int = 1) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def per_place(model: nn.Module) -> int:
-    """Tokens for each place: more than 1 where every channel has its own."""
+def per_place(model: nn.Module) -> Fraction:
+    """Tokens for each place of the host: more than 1 for channels apart, or smaller patches."""
     height, width = model.patch_embed.dynamic_feat_size((SIZE, SIZE))
-    return height * width // (SIZE // 8) ** 2
+    return Fraction(height * width, (SIZE // 8) ** 2)
 
 
 def anatomy(model: nn.Module, records: bool = False) -> dict[str, tuple]:

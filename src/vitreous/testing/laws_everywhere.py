@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from vitreous.grafting import check, graft, grafts, new_parameters, ungraft
 from vitreous.mechanism import Mechanism, parse
 from vitreous.slots import prefix
 from vitreous.testing.check import close, holds
-from vitreous.testing.hosts import CLASSES, anatomy, build, fit, grafted, images, loss, per_place
+from vitreous.testing.hosts import CLASSES, SIZE, anatomy, build, fit, grafted, images, loss, per_place
 
 
 def output_has_the_hosts_shape(mechanism: Mechanism, host: str) -> None:
@@ -161,13 +163,15 @@ def intermediates(mechanism: Mechanism, host: str) -> None:
     Up to the first block that the graft touches they equal the host's.
     """
     plain, model = build(host), grafted(mechanism, host)
-    per, (inside, first) = per_place(model), touched(model)
+    grid, (inside, first) = tuple(model.patch_embed.dynamic_feat_size((SIZE, SIZE))), touched(model)
     for options in ({"output_fmt": "NCHW"}, {"output_fmt": "NLC"}, {"output_fmt": "NLC", "norm": True}):
         _, there = plain.forward_intermediates(images(), **options)
         final, here = model.forward_intermediates(images(), **options)
         close(final, model.forward_features(images()), f"{options}: the final features")
         shapes = [y.shape for y in here]
-        holds(shapes == [torch.cat([y] * per, dim=-2).shape for y in there], f"{options}: shapes {shapes}")
+        picture = options["output_fmt"] == "NCHW"
+        expected = [(*y.shape[:2], *grid) if picture else (len(y), math.prod(grid), y.shape[2]) for y in there]
+        holds(shapes == expected, f"{options}: shapes {shapes}")
         if not options.get("norm"):
             for i in range(first):
                 close(here[i], there[i], f"{options}: block {i}, which no graft touches")
