@@ -18,6 +18,7 @@ from vitreous.base.text_form import written
 from vitreous.hosts.host import family_of, host_of
 from vitreous.hosts.token_counts import Count, block_costs, measured_counts, multiply_adds, whole
 from vitreous.layers.adoption import REGISTRIES
+from vitreous.layers.tensors import convert, digests, parameters, tensors
 from vitreous.mechanism import Mechanism, parse
 
 KINDS = REGISTRIES[:3]  # parameters, buffers, modules: what a module owns by name
@@ -145,6 +146,8 @@ def check(model: nn.Module, images: Tensor) -> nn.Module:
     lost: list[str] = []
     for record in grafts(model):
         for change in record.changes:
+            if gone(model, record, change.path):
+                continue
             if not same(get(model, change.path, None), change.new) and not covered(model, record, change.path):
                 lost.append(f"{record.mechanism}: {change.path} was replaced after grafting")
                 continue
@@ -227,7 +230,8 @@ def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for change in (change for record in grafts(model) for change in record.changes):
         handed_on = [getattr(change.new, kind).get(name) for kind, name in change.shared]  # may be loaded tensors by now
         host = {id(p) for value in (change.old, *handed_on) for p in parameters(value)}
-        mine |= {id(p) for p in parameters(change.new)} - host
+        new = get(model, change.path, None) if isinstance(change.new, nn.Parameter) else change.new
+        mine |= {id(p) for p in parameters(new)} - host
     return {name: p for name, p in model.named_parameters() if id(p) in mine}
 
 
@@ -272,7 +276,7 @@ def check_removable(model: nn.Module, leaving: list[Graft]) -> None:
     after: dict[str, Any] = {}  # what each path will hold once the later grafts are out
     for record in leaving:
         for change in reversed(record.changes):
-            found = after.get(change.path, get(model, change.path, None))
+            found = held(model, after, change.path)
             if not same(found, change.new):
                 raise GraftError(
                     f"{change.path} no longer holds what {record.mechanism} put there, but a {type(found).__name__}. "
@@ -282,11 +286,22 @@ def check_removable(model: nn.Module, leaving: list[Graft]) -> None:
             after[change.path] = change.old
 
 
+def held(model: nn.Module, after: dict[str, Any], path: str) -> Any:
+    """What a path holds once `after`, {path: what stands there}, has come back."""
+    owner = path
+    while owner and owner not in after:
+        owner = owner.rpartition(".")[0]
+    return get(after.get(owner, model), path[len(owner) :].lstrip("."), None)
+
+
 def same(found: Any, value: Any) -> bool:
-    """True for the object itself, and for an equal number or tuple: those of a copy are others."""
-    if found is value or isinstance(value, (nn.Module, Tensor)):
-        return found is value
-    return type(found) is type(value) and found == value
+    """True for a module itself, and for an equal number or tuple (of a copied model).
+
+    Of a parameter the shape is enough: conversion may make it anew (torch's flag).
+    """
+    if isinstance(value, nn.Parameter):
+        return isinstance(found, nn.Parameter) and found.shape == value.shape
+    return found is value or (not isinstance(value, nn.Module) and type(found) is type(value) and found == value)
 
 
 @contextmanager
@@ -312,7 +327,7 @@ def get(model: nn.Module, path: str, *default: Any) -> Any:
     Raises HostError if the path is not there and no default is given.
     """
     value: Any = model
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         value = getattr(value, name, default[0] if default else MISSING)
         if value is MISSING:
             raise HostError(f"The model has no {path}. Expected a timm ViT's attribute names. Use another host.")
@@ -361,6 +376,8 @@ def restore(model: nn.Module, change: Change) -> None:
             convert(module, like, kept)
             if id(module) not in alive:
                 module.training = new.training
+    elif isinstance(old, nn.Parameter):
+        old.data = old.data.to(getattr(parent, name))  # which conversion may have made anew
     if not isinstance(old, (nn.Module, nn.Parameter)):
         delattr(parent, name)  # else None stays behind among the modules
     write(parent, name, old)
@@ -371,27 +388,6 @@ def write(parent: nn.Module, name: str, value: Any) -> None:
         parent[int(name)] = value
         return
     setattr(parent, name, value)
-
-
-def convert(module: nn.Module, like: Tensor | None, known: set[int]) -> None:
-    """Move a module's own tensors to the device and floating dtype of `like`, in place.
-
-    The `known` ones stay.
-    """
-    if like is None or like.is_meta:
-        return
-    for kind in ("_parameters", "_buffers"):
-        for name, tensor in getattr(module, kind).items():
-            if tensor is None or id(tensor) in known:
-                continue
-            dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
-            if (tensor.device, tensor.dtype) == (like.device, dtype):
-                continue  # an equal copy of a buffer would be another object
-            target = tensor.data.to(like.device, dtype)
-            if kind == "_parameters":
-                tensor.data = target
-            else:
-                getattr(module, kind)[name] = target
 
 
 def shared(old: Any, new: Any) -> tuple[tuple[str, str], ...]:
@@ -428,36 +424,18 @@ def covered(model: nn.Module, record: Graft, path: str) -> bool:
     """True if a later graft displaced what this one put at `path`, in good order (it then runs
     inside the later one).
     """
+    return any(change.path == path for change in later_changes(model, record))
+
+
+def gone(model: nn.Module, record: Graft, path: str) -> bool:
+    """True if a later graft displaced a module around `path`, and holds something else inside."""
+    around = ((change, path.removeprefix(f"{change.path}.")) for change in later_changes(model, record))
+    return any(
+        inner != path and not same(get(change.new, inner, None), get(change.old, inner, None)) for change, inner in around
+    )
+
+
+def later_changes(model: nn.Module, record: Graft) -> Iterator[Change]:
+    """The changes of all grafts that came after this one, in order."""
     later = grafts(model)[grafts(model).index(record) + 1 :]
-    return any(other.path == path for graft_ in later for other in graft_.changes)
-
-
-def tensors(value: Any) -> list[Tensor]:
-    return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else []
-
-
-def parameters(value: Any) -> list[nn.Parameter]:
-    if isinstance(value, nn.Module):
-        return list(value.parameters())
-    return [value] if isinstance(value, nn.Parameter) else []
-
-
-def digests(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """{name: digest} of every parameter and buffer."""
-    return {name: digest(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-@torch.no_grad()
-def digest(tensor: Tensor) -> tuple[int, int]:
-    """Two exact sums over the bits of a tensor; (0, 0) on meta.
-
-    They are the same on every device and number of threads.
-    """
-    if tensor.is_meta:
-        return 0, 0
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.detach().flatten().view(width).long()
-    # The plain sum misses a change of order; the one weighted by place may miss the same change
-    # everywhere.
-    places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
-    return bits.sum().item(), (bits * places).sum().item()
+    return (change for other in later for change in other.changes)

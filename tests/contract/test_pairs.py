@@ -11,7 +11,7 @@ import itertools
 import torch
 
 from contract.covering import covering_rows
-from contract.hosts import PRIMARY, TEXTS, anatomy, build, fit, folder, grafted, images, refused, stand_ins, stem
+from contract.hosts import PRIMARY, TEXTS, anatomy, build, fit, folder, grafted, images, per_place, refused, stand_ins, stem
 from contract.signatures import known_signature
 from vitreous import check, graft, grafts, new_parameters, parse, ungraft
 from vitreous.base.errors import VitreousError
@@ -90,7 +90,8 @@ def test_a_pair_stacks_or_is_rivals(pair):
     check(model, images())
     both, alone = model(images()), grafted(first, host)
     assert both.isfinite().all()
-    assert parse(second).exact_at_init or not torch.equal(both, alone(images()))
+    fewer = per_place(alone) < 1  # of so few places a window may hold all, as the host does
+    assert parse(second).exact_at_init or fewer or not torch.equal(both, alone(images()))
     if folder(first) != folder(second):  # in different slots the order means nothing
         other = stacked(second, first, host)
         if other is None:
