@@ -82,7 +82,8 @@ def unsuitable(attention: nn.Module) -> str | None:
 
 def never_calls(attention: nn.Module, child: str) -> bool:
     """True if an attention that is not ours to adopt reads the weight of this child and never calls the layer."""
-    return type(attention) is BeitAttention and child == "qkv"
+    swin_v2 = type(attention) is WindowAttentionV2 and attention.q_bias is not None and not attention.qkv_bias_separate
+    return child == "qkv" and (type(attention) is BeitAttention or swin_v2)
 
 
 def attentions_in(model: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, str]]:
