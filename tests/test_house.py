@@ -151,6 +151,7 @@ FLOORS = [  # a file imports from lower floors and from its own folder, never si
     ("mechanism",),
     ("reducer",),
     ("grafting",),
+    ("folding",),
     ("mechanisms", "architectures"),
     ("models",),
     ("lens",),

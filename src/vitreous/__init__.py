@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vitreous.base.after_import import after_import, late_names
 
 if TYPE_CHECKING:
+    from vitreous.folding import fold
     from vitreous.grafting import (
         Graft,
         Removal,
@@ -40,10 +41,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Direction", "Graft", "Mechanism", "Reading", "Reducer", "Removal", "calibrate", "catalogue", "check", "collect_terms",
-    "embed", "find_direction", "finish", "foreground", "graft", "grafts", "host_of", "load", "load_weights", "look",
+    "embed", "find_direction", "finish", "fold", "foreground", "graft", "grafts", "host_of", "load", "load_weights", "look",
     "new_parameters", "no_weight_decay", "parse", "plan", "read", "run", "save", "ungraft",
 ]  # fmt: skip
 HOMES = {  # where each name stands; the imports for type checkers above say the same
+    "vitreous.folding": ("fold",),
     "vitreous.grafting": (
         "Graft", "Removal", "calibrate", "check", "graft", "grafts", "new_parameters", "no_weight_decay", "plan",
         "ungraft",

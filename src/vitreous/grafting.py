@@ -108,16 +108,11 @@ def ungraft(model: nn.Module, all: bool = False) -> Removal:
     modules. Returns what was taken out and which host tensors changed meanwhile. Raises GraftError
     if nothing is grafted, or if a grafted module was replaced by someone else.
     """
-    bare(model)
-    present = grafts(model)
-    if not present:
-        raise GraftError("This model has no graft. Expected at least one. See vitreous.grafts(model).")
-    leaving = list(reversed(present if all else present[-1:]))
-    check_removable(model, leaving)
+    leaving = to_leave(model, all)
     for record in leaving:
         for change in reversed(record.changes):
             restore(model, change)
-        present.remove(record)
+        grafts(model).remove(record)
     now = digests(model)
     changed = sorted(name for name, digest in leaving[-1].digests.items() if now.get(name) != digest)
     return Removal(tuple(record.mechanism for record in leaving), tuple(changed))
@@ -266,6 +261,17 @@ def bare(model: nn.Module) -> None:
             f"The model is wrapped: {type(model).__name__} around .{inner}. Expected the bare model. Graft it before it is "
             f"compiled, distributed, averaged or cut into features, or graft the one inside (model.{inner})."
         )
+
+
+def to_leave(model: nn.Module, all: bool) -> list[Graft]:
+    """The records of the last graft, or of all, last first; GraftError if they cannot go."""
+    bare(model)
+    present = grafts(model)
+    if not present:
+        raise GraftError("This model has no graft. Expected at least one. See vitreous.grafts(model).")
+    leaving = list(reversed(present if all else present[-1:]))
+    check_removable(model, leaving)
+    return leaving
 
 
 def check_removable(model: nn.Module, leaving: list[Graft]) -> None:

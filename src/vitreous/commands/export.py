@@ -45,6 +45,9 @@ class Export(Command):
     precision: Literal["float", "half", "int8"] = "float"
     """Of an ONNX file: half the size, or a quarter with int8 weights of linear layers.
     Its classes are compared with those of the float file."""
+    fold: bool = False
+    """Write what adapters of linear layers (lora) learned into the weights: with --to timm a plain
+    folder that computes the same."""
     source: conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
     json: bool = False
     """Say what was done as one JSON object, for programs."""
@@ -59,6 +62,7 @@ class Export(Command):
         opening: list[str] = []
         model = self.source.open(self.model, opening.append)
         options = {"images": self.images, "tolerance": self.tolerance, "precision": self.precision}
+        options |= {"fold": self.fold}
         report = export(model, self.out, self.to, **options)
         report["remarks"] = [*opening, *report["remarks"]]
         print(json.dumps(report, indent=2) if self.json else "\n".join(report_lines(report, self.out)))
@@ -73,6 +77,8 @@ def report_lines(report: dict[str, Any], path: str) -> list[str]:
     lines = [f"Parity: largest difference of logits {', '.join(compared)} (tolerance {parity['tolerance']:g})"]
     if report["batch"] != "any":
         lines.append(f"One image at a time: a batch of any size cannot be exported ({report['batch_reason']})")
+    if report.get("folded"):
+        lines.append(f"Folded into the weights: {', '.join(report['folded'])}.")
     if without := report.get("without_mechanisms"):
         lines.append(
             f"Taken out: {', '.join(report['mechanisms'])}, with {without['parameters']:,} parameters. The network keeps the "

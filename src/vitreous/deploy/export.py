@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -19,6 +20,7 @@ from vitreous.base.files import check_new, writable, write, write_text
 from vitreous.data.preprocess import Preprocess
 from vitreous.data.problems import order_remark, shown
 from vitreous.deploy import formats
+from vitreous.folding import fold as fold_grafts
 from vitreous.grafting import check, grafts, new_parameters
 from vitreous.models.classes import activation, names_of
 from vitreous.models.load import logits_of, open_images, prepared
@@ -42,14 +44,16 @@ def export(
     images: Sequence[str | Path] = (),
     tolerance: float = 1e-4,
     precision: PRECISIONS = "float",
+    fold: bool = False,
 ) -> dict[str, Any]:
     """Write the model (eval mode, on the CPU) in the format `to`; returns its report.
 
     The file is read back as its users will read it and compared on seeded noise and on `images`;
     parity["largest"] is the largest difference of a logit. precision: of an ONNX file; its parity
-    is that of the float file, with which report["agreement"] compares the narrow one. Raises
-    DataError beyond the tolerance, and leaves nothing then; HostError, GraftError for models that
-    cannot be written.
+    is that of the float file, with which report["agreement"] compares the narrow one. fold: write
+    what the grafts compute into the host's weights (`vitreous.fold`), on a copy; parity is with the
+    model as it was given. Raises DataError beyond the tolerance, and leaves nothing then;
+    HostError, GraftError for models that cannot be written, or not be folded.
     """
     path, is_folder = Path(path), to == "timm"
     report_path = path / "export.json" if is_folder else path.with_name(path.name + ".json")
@@ -63,12 +67,16 @@ def export(
         )
     if to == "onnx":
         formats.check_onnx()
+    given = model
+    if fold:
+        model = folded(model)
     check_mechanisms(model, to)
     check_precision(model)
     metadata = metadata_of(model) | ({} if precision == "float" else {"precision": precision})
     samples = samples_of(model, images)
     check(model, samples["seeded"][:1])
     report = {"format": FORMAT, "to": to, **metadata, "remarks": order_remark(metadata["classes"]) if metadata["named"] else []}
+    report |= {"folded": [str(record.mechanism) for record in grafts(given)]} if fold else {}
 
     def write_report(place: Path) -> None:
         write_text(place, json.dumps(report, indent=2) + "\n")
@@ -76,7 +84,7 @@ def export(
     def writer(temporary: Path) -> None:
         write_model, reader = formats.WRITERS[to]
         report.update(write_model(model, temporary, metadata))
-        reference = formats.plain(model)[0] if is_folder else model
+        reference = formats.plain(model)[0] if is_folder and not fold else given
         run = reader(temporary)
         report["parity"] = parity(reference, run, samples, report["batch"], tolerance)
         if precision != "float":
@@ -101,6 +109,13 @@ def export(
             path.unlink()  # a file without its report would pass for one that was compared
             raise
     return report
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy in which every graft is folded into the host. Raises GraftError if one cannot be."""
+    copied = copy.deepcopy(model)
+    fold_grafts(copied, all=True)
+    return copied
 
 
 def check_mechanisms(model: nn.Module, to: str) -> None:

@@ -21,6 +21,10 @@ from vitreous.layers.adoption import adopt
 L = TypeVar("L", bound="Linear")
 SCALES = (1.0, 30.0)  # of the random inputs on which a measured map has to hold
 SAME = 1e-4  # of the largest output: rounding in float32 stays below, eight-bit activations do not
+EXACT, CHECKED = (
+    1e-9,
+    64,
+)  # of the largest output of so many inputs: rounding in float64 stays below, activations of 16 bits do not
 
 
 class Linear(nn.Linear):
@@ -72,6 +76,19 @@ def affine(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return _measured(layer)
 
 
+@torch.no_grad()
+def folds(layer: Linear) -> bool:
+    """Whether its output in eval mode is that of its effective weight and bias.
+
+    Measured in float64 on random inputs.
+    """
+    twin = _twin(layer, shared=False).double()
+    draws = torch.randn(CHECKED, layer.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([scale * draws for scale in SCALES]).to(next(twin.parameters()).device)
+    expected = F.linear(x, twin.effective_weight(), twin.effective_bias())
+    return bool((twin(x) - expected).abs().amax() <= EXACT * expected.abs().amax())
+
+
 def _is_pointwise(layer: nn.Module) -> bool:
     """True for a convolution that sees one place at a time, all channels together."""
     own = type(layer).forward in [kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
@@ -120,9 +137,9 @@ def _measured(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight.to(like.dtype), bias.to(like.dtype) if bias.any() else None
 
 
-def _twin(layer: nn.Module) -> nn.Module:
-    """A copy in eval mode, without hooks, that shares all tensors."""
-    memo = {id(t): t for t in (*layer.parameters(), *layer.buffers())}
+def _twin(layer: nn.Module, shared: bool = True) -> nn.Module:
+    """A copy in eval mode, without hooks; shared: with the very tensors of the layer."""
+    memo = {id(t): t for t in (*layer.parameters(), *layer.buffers())} if shared else {}
     for module in layer.modules():  # a hook may hold on to the whole model
         memo |= {id(hooks): OrderedDict() for name, hooks in vars(module).items() if name.endswith("_hooks")}
     return copy.deepcopy(layer, memo).eval()
