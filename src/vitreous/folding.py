@@ -14,12 +14,13 @@ from vitreous.layers.linear import Linear, folds
 
 
 def fold(model: nn.Module, all: bool = False) -> Removal:
-    """Write what the last graft (all=True: every one) computes into the host's weights, in place.
+    """Write what the last graft computes into the host's weights, in place.
 
-    The graft is taken out, and in eval mode the host alone computes the same, but for rounding. For
-    grafts of linear layers whose output is W x + b, such as lora; `effective_weight` becomes the
-    weight, a new parameter. Returns what `ungraft` does: the new weights are among `changed`.
-    Raises GraftError for a graft of another kind, and as `ungraft`; the model is then as before.
+    all=True: every graft. It is taken out, and in eval mode the host alone computes the same, but
+    for rounding. For grafts of linear layers whose output is W x + b, such as lora;
+    `effective_weight` becomes the weight, a new parameter. Returns what `ungraft` does: the new
+    weights are among `changed`. Raises GraftError for a graft of another kind, and as `ungraft`;
+    the model is then as before.
     """
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
     for record in to_leave(model, all):

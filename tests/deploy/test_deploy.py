@@ -405,9 +405,9 @@ def test_a_plain_folder_is_read_by_timm_and_its_report_says_what_is_lost(photos,
 
 def test_folded_adapters_are_in_the_plain_folder(photos, capsys):
     """The weights of the folder are the effective ones; parity is with the model as it was."""
-    folder = small("grafted", "lora:parts=whole")
+    folder = small("grafted", "lora:parts=none")
     assert call("export grafted --to timm --fold --out plain --images photos") == 0
-    assert "Folded into the weights: lora:parts=whole." in capsys.readouterr().out
+    assert "Folded into the weights: lora:parts=none." in capsys.readouterr().out
     model, plain = load(folder), timm.create_model("local-dir:plain", pretrained=True).eval()
     assert torch.equal(plain.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.effective_weight())
     pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -415,7 +415,7 @@ def test_folded_adapters_are_in_the_plain_folder(photos, capsys):
         largest = (model(pixels) - plain(pixels)).abs().max().item()
         assert (vitreous.ungraft(model) and model(pixels) - plain(pixels)).abs().max() > 1e-3
     report = json.loads(Path("plain/export.json").read_text())
-    assert report["folded"] == ["lora:parts=whole"]
+    assert report["folded"] == ["lora:parts=none"]
     assert largest <= report["parity"]["largest"] + 1e-7 < 1e-5
     assert "without_mechanisms" not in report
     small("other", "svda")

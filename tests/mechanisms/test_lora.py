@@ -180,7 +180,7 @@ def test_an_update_on_qkv_is_in_spectra_maps_and_import(read):
     assert (ours - host).abs().max() > 5e-3
 
 
-@pytest.mark.parametrize("text", ["lora", "lora:linears=qkv+proj+fc1+fc2,parts=whole,rank=3"])
+@pytest.mark.parametrize("text", ["lora", "lora:linears=qkv+proj+fc1+fc2,parts=none,rank=3"])
 def test_folded_is_a_plain_network_with_the_same_output(text):
     model, x = learned(graft(vit(), text)), random(2, 3, 16, 16)
     host, out = vit(), model(x)
@@ -203,7 +203,7 @@ def test_only_new_parameters_train():
     """With the rest frozen no host tensor gets a gradient, the loss falls, and removal gives back the host bit for bit."""
     model, x = vit(), random(8, 3, 16, 16)
     before, labels = model(x), torch.arange(8) % 5
-    new = new_parameters(graft(model, LoRA(linears=EVERY, parts="whole")))
+    new = new_parameters(graft(model, LoRA(linears=EVERY, parts=None)))
     model.requires_grad_(False)
     for parameter in new.values():
         parameter.requires_grad_(True)
@@ -222,7 +222,7 @@ def test_only_new_parameters_train():
 
 def test_names_of_peft():
     """Its wrapper's names become ours; the authors' own are ours already."""
-    model = graft(vit(), "lora:parts=whole")
+    model = graft(vit(), "lora:parts=none")
     ours = model.state_dict()
     theirs = {}
     for name, value in ours.items():
@@ -254,7 +254,7 @@ def test_bad_input():
     with pytest.raises(HostError, match=r"blocks\.0 has no linear layer 'fc9'"):
         graft(vit(), "lora:linears=fc9")
     with pytest.raises(
-        HostError, match=r"No layer of blocks\.0 that is meant by lora:linears=k_proj holds any of parts=qv\. Expected one"
+        HostError, match=r"No layer of blocks\.0 that is meant by lora:linears=k_proj holds any of parts=q\+v\. Expected one"
     ):
         graft(build("grouped"), "lora:linears=k_proj")
     with pytest.raises(GraftError, match="already holds LoRALinear, which overrides the layer"):

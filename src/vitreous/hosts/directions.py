@@ -51,6 +51,7 @@ PROJECTIONS: dict[type[nn.Module], dict[str, str]] = {
     CrossAttention: {"wq": "q", "wk": "k"},
 }
 
+USUAL = {"qkv": "qkv", "kv": "kv"} | {name.format(part): part for part in "qkv" for name in ("{}", "{}_proj", "w{}")}
 COSINE = "whose queries and keys have unit length already, under a factor that it learns itself"
 UNSUITABLE: dict[type[nn.Module], str] = {
     BeitAttention: "which reads the weight of its qkv and never calls the layer",
@@ -65,6 +66,14 @@ def projections_of(attention: nn.Module) -> dict[str, str] | None:
     """{child linear: the equal parts of its output, of q, k, v} of an attention; None where that is not known."""
     own = getattr(type(attention), "projections", None)
     return own if isinstance(own, dict) else PROJECTIONS.get(type(attention))
+
+
+def parts_held(attention: nn.Module, child: str) -> str:
+    """The equal parts of a child linear's output, of q, k, v, in order: as its attention says, else by its name.
+
+    "" for any other layer.
+    """
+    return (projections_of(attention) or {}).get(child) or USUAL.get(child, "")
 
 
 def unsuitable(attention: nn.Module) -> str | None:

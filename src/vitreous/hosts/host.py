@@ -145,6 +145,10 @@ class Host:
         by_name = (tuple(p for p in paths if p.rpartition(".")[2] in names) for names in ((name,), SEPARATE.get(name, ())))
         return next(filter(None, by_name), ())
 
+    def projections(self, block: int) -> tuple[str, ...]:
+        """Dotted paths of the linear layers of a block that give queries, keys and values; none if it has none by name."""
+        return self.linears_called("qkv", block)
+
     def require(self, words: Iterable[str], mechanism: str) -> None:
         """Raise HostError with the sentence of the first of `CAPABILITIES` that is missing here.
 

@@ -15,13 +15,11 @@ from torch.nn import functional as F
 
 from vitreous import slots
 from vitreous.base.errors import HostError, SettingError
-from vitreous.hosts.directions import projections_of
+from vitreous.base.text_form import written
+from vitreous.hosts.directions import parts_held
 from vitreous.hosts.host import host_of
 from vitreous.layers.linear import Linear
 from vitreous.mechanism import Mechanism
-
-# What the output of a layer holds, by its name, where its attention does not say it (`projections`).
-PARTS = {"qkv": "qkv", "kv": "kv"} | {name.format(part): part for part in "qkv" for name in ("{}", "{}_proj", "w{}")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ class LoRA(Mechanism):
         2 out) with out = 3 D; no cost once folded (`vitreous.fold`). 2 rank D parameters per pair.
     Settings: layers (0-based; default all). linears: names such as qkv+fc1; default qkv, or the separate layers of queries,
         keys and values, and where a block has none of these all its linear layers. parts: which of queries, keys and values
-        get a pair, each its own, of layers that hold such; whole: one pair for all of a layer. Other layers get one pair.
+        get a pair, each its own, of layers that hold such; none: one pair for all of a layer. Other layers get one pair.
         rank. alpha: of the factor alpha / rank. dropout: of what the update sees, 0 to below 1. start: of A, uniform or
         gaussian. seed: of A.
     Raises: HostError for names that a block lacks, or parts that no named layer holds; GraftError where another graft holds
@@ -50,13 +48,13 @@ class LoRA(Mechanism):
     requires: ClassVar[tuple[str, ...]] = ("linear",)
     exact_at_init: ClassVar[bool] = True
     examples: ClassVar[tuple[str, ...]] = (
-        "lora:layers=1-2,parts=whole,rank=3,alpha=6.0,start=gaussian",
-        "lora:parts=qkv,rank=2,dropout=0.1",
+        "lora:layers=1-2,parts=none,rank=3,alpha=6.0,start=gaussian",
+        "lora:parts=q+k+v,rank=2,dropout=0.1",
     )
 
     layers: tuple[int, ...] | None = None
     linears: tuple[str, ...] | None = None
-    parts: Literal["q", "k", "v", "qk", "qv", "kv", "qkv", "whole"] = "qv"
+    parts: tuple[Literal["q", "k", "v"], ...] | None = ("q", "v")
     rank: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
@@ -78,8 +76,8 @@ class LoRA(Mechanism):
             chosen = {child: places for child, places in self.places(model, i) if any(places)}
             if not chosen:
                 raise HostError(
-                    f"No layer of blocks.{i} that is meant by {self} holds any of parts={self.parts}. Expected one. Give "
-                    "other linears or parts, or parts=whole."
+                    f"No layer of blocks.{i} that is meant by {self} holds any of parts={written(self.parts)}. Expected one. "
+                    "Give other linears or parts, or parts=none."
                 )
             for child, places in chosen.items():
                 make = partial(adapted, places=places, settings=self, generator=generator)
@@ -88,14 +86,15 @@ class LoRA(Mechanism):
 
     def places(self, model: nn.Module, layer: int) -> Iterator[tuple[str, tuple[bool, ...]]]:
         """(name, which of the equal parts of its output get a pair) of every linear layer that is meant."""
-        host = host_of(model)
-        usual = ("qkv",) if host.linears_called("qkv", layer) else tuple(host.linears(layer))
-        for name in usual if self.linears is None else self.linears:
-            for path in host.linears_called(name, layer) or (name,):
-                owner, _, child = path.rpartition(".")
-                own = (projections_of(model.get_submodule(owner)) or {}) if owner else {}
-                held = "" if self.parts == "whole" else own.get(child, PARTS.get(child, ""))
-                yield child, tuple(part in self.parts for part in held) or (True,)
+        host, paths = host_of(model), []
+        if self.linears is None:
+            paths += host.projections(layer) or host.linears(layer).values()
+        for name in self.linears or ():
+            paths += host.linears_called(name, layer) or (name,)  # an unknown one is refused with the list of all
+        for path in paths:
+            owner, _, child = path.rpartition(".")
+            held = parts_held(model.get_submodule(owner), child) if owner and self.parts else ""
+            yield child, tuple(part in self.parts for part in held) or (True,)
 
     def renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of peft, which names a module for each matrix; the authors' names are ours."""
@@ -108,7 +107,7 @@ def adapted(linear: nn.Linear, places: tuple[bool, ...], settings: LoRA, generat
     if linear.out_features % len(places):
         raise HostError(
             f"Found a layer of {linear.out_features} numbers for {len(places)} parts. Expected parts of one size. Give "
-            "parts=whole."
+            "parts=none."
         )
     new = LoRALinear.of(linear)
     new.initialise(places, settings, generator)
