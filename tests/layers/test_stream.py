@@ -253,6 +253,18 @@ def test_pairs_of_a_merged_token_have_the_mean_of_its_places():
     assert torch.equal(alone, Assignment(weights=torch.eye(6)[None]).gather_pairs(values))
 
 
+def test_edges_follow_the_tokens():
+    graph = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(1))
+    step = Assignment(torch.tensor([[0, 1, 1, -1], [2, -1, 0, 1]]), dropped=True)
+    state = TokenState(graph=graph)
+    assert not state.empty
+    first, second = reduce(torch.zeros(2, 4, 1), state, step)[1].graph
+    assert torch.isclose(first[0, 1], graph[0, 0, 1:3].mean())
+    assert torch.isclose(first[1, 1], graph[0, 1:3, 1:3].mean())
+    kept = torch.tensor([2, 3, 0])
+    torch.testing.assert_close(second, graph[1][kept][:, kept])
+
+
 def test_pairs_with_tokens_that_have_no_place():
     pairs = present_pairs(torch.zeros(1, 3, 3), TokenState(grid=(1, 3), prefix=2, read_out=(True,)), 7.0)
     assert pairs.shape == (1, 6, 6)

@@ -149,6 +149,8 @@ class TokenState:
     rope: rotary positions of the patches, as the host's blocks take them; only where a stream is run
         in pieces.
     context: (B, M, D') tokens of another modality, for steps that ask for them.
+    graph: (B, n, n) weights of edges between the n present original tokens, for steps that move tokens
+        along them; row i holds what token i receives from each. A merged token has the mean over pairs.
     terms: (name, value per image (B,)) of penalties that depend on activations
         (see `hosts.stream_ends.collect_terms`).
     """
@@ -162,6 +164,7 @@ class TokenState:
     read_out: tuple[bool, ...] = ()
     rope: Tensor | None = None
     context: Tensor | None = None
+    graph: Tensor | None = None
     terms: tuple[tuple[str, Tensor], ...] = ()
 
     @property
@@ -182,7 +185,7 @@ class TokenState:
     @property
     def empty(self) -> bool:
         """True if there is nothing to hand on: a plain tensor of tokens says the same."""
-        return self.plain and self.grid is None and self.context is None and len(self.terms) == 0
+        return self.plain and self.grid is None and self.context is None and self.graph is None and len(self.terms) == 0
 
 
 PLAIN = TokenState()
@@ -256,7 +259,8 @@ def reduce(
         sizes = torch.cat([sizes, later], dim=1)
     assignment = step if state.assignment is None else state.assignment.then(step)
     joined = torch.cat([tokens, inserted], dim=1) if state.inserted else tokens
-    return joined, replace(state, assignment=assignment, sizes=sizes)
+    graph = None if state.graph is None else step.gather_pairs(state.graph[:, None])[:, 0]
+    return joined, replace(state, assignment=assignment, sizes=sizes, graph=graph)
 
 
 def take(values: Tensor, index: Tensor, *, absent: int | None = None) -> Tensor:
