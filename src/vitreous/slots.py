@@ -17,7 +17,7 @@ from vitreous.base.errors import GraftError, HostError, SettingError
 from vitreous.base.text_form import written
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention, reads_around
-from vitreous.hosts.block import STATIONS, Block, check_halves
+from vitreous.hosts.block import STATIONS, Block, check_between, check_halves, check_within
 from vitreous.hosts.directions import Projections, never_calls, projections_of, unsuitable
 from vitreous.hosts.host import class_names, host_of
 from vitreous.hosts.mixer import Mixer
@@ -288,6 +288,7 @@ def block_of(model: nn.Module, layer: int, cls: type[Block]) -> Block:
             "undo that. Expected a plain block. Take the other graft out first (vitreous.ungraft), or choose other layers."
         )
     check_halves(block, path)
+    check_within(block, cls, path)
     return cls.of(block)
 
 
@@ -358,16 +359,11 @@ def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Cha
     """Changes that put a token step at a station ("before", "between", "after") of `blocks.layer`.
 
     Every block from there on learns to hand on tokens with their state, and `norm` closes the stream. Raises GraftError
-    for a second step at `between`: the queries and keys that it gets would be those of the tokens before the first.
+    for a second step at `between` (`hosts.block.check_between`).
     """
     check_checkpointing()
-    present = model.blocks[layer].steps(station) if isinstance(model.blocks[layer], Block) else ()
-    if station == "between" and present:
-        raise GraftError(
-            f"blocks.{layer} already holds {type(present[0]).__name__} between attention and MLP, which may change the tokens; "
-            "a second step there would get queries and keys of tokens that are gone. Expected one step there. Choose other "
-            "layers, or take the other graft out first (vitreous.ungraft)."
-        )
+    if station == "between":
+        check_between(model.blocks[layer], f"blocks.{layer}")
     changes: Changes = {}
     for i in range(layer, depth(model)):
         block = model.blocks[i]

@@ -52,7 +52,10 @@ def rivals(first: str, second: str) -> bool:
         "Mixer" in mine and any(place.startswith("blocks.*.attn") for place in other.places)
         for mine, other in ((classes[0], b), (classes[1], a))
     )
-    rivalry = pool or patches or displaced
+    within = any(  # a block that merges tokens before a step would read their queries and keys
+        "Block.attention_step" in one.overrides and "blocks.*:between" in other.places for one, other in ((a, b), (b, a))
+    )
+    rivalry = pool or patches or displaced or within
     return bool(classes[0] & classes[1]) or bool(a.places & b.places & alone) or rivalry
 
 

@@ -148,6 +148,51 @@ def test_between_holds_one_step():
     assert len(slots.add_step(model, 1, "after", Note())["blocks.1"].steps("after")) == 1
 
 
+class MergingBlock(Block):
+    """A block that attends with all tokens and goes on with one less."""
+
+    def attention_step(self, x, state, arguments):
+        x, state = super().attention_step(x, state, arguments)
+        return Merge()(x, state, None)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_the_first_half_may_merge_tokens(kind):
+    host, ours = block(kind), MergingBlock.of(block(kind))
+    out = ours(tokens())
+    halves = halves_of(host)
+    torch.testing.assert_close(out.x, halves.mlp(host, Merge()(halves.attention(host, tokens()), PLAIN, None)[0]))
+    assert out.state.sizes.tolist() == [[1, 1, 1, 1, 2]] * 2
+    with pytest.raises(MaskError, match="is_causal"):
+        ours(tokens(), is_causal=True)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_the_input_of_attention_is_what_it_gets(kind):
+    host, inputs = block(kind), []
+    host.attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    host(tokens())
+    assert torch.equal(inputs[0], halves_of(host).attention_input(host, tokens()))
+
+
+def test_merging_within_and_steps_between_refuse_each_other():
+    model = build("plain")
+    model.blocks[1] = slots.block_of(model, 1, MergingBlock)
+    with pytest.raises(GraftError, match=r"blocks\.1 is already of class MergingBlock.*Expected a block that leaves"):
+        slots.add_step(model, 1, "between", Note())
+    model.blocks[2] = Block.of(model.blocks[2])
+    model.blocks[2].add_step("between", Note())
+    with pytest.raises(GraftError, match=r"blocks\.2 already holds Note.*MergingBlock would merge before.*Expected no step"):
+        slots.block_of(model, 2, MergingBlock)
+
+    class Known(TimmBlock):
+        attention_half = mlp_half = None
+
+    model.blocks[3] = Known(32, 2)
+    with pytest.raises(HostError, match=r"blocks\.3 is a Known, of which.*Expected one of Block, EvaBlock"):
+        slots.block_of(model, 3, MergingBlock)
+
+
 def test_stations_belong_to_one_block():
     """A block made of another keeps its steps and class, and what is added to it stays there."""
 

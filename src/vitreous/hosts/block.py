@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from vitreous.base.errors import HostError, MaskError
+from vitreous.base.errors import GraftError, HostError, MaskError
 from vitreous.layers.adoption import adopt
 from vitreous.layers.stream import Stream, TokenState, opened
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
     A step is a module `(x (B, n, D), state, qkv) -> (x, state)`. At `between`, qkv = (q, k, v), (B, H, n, K) each, with q
     scaled such that the scores are q k^T; elsewhere it is None.
-    Subclasses may override `attention_half` or `mlp_half`. As long as none is overridden and nothing
+    Subclasses may override `attention_half`, `attention_step` or `mlp_half`. As long as none is overridden and nothing
     stands at `between`, the host's forward runs as it is written, whatever the block family.
     """
 
@@ -59,9 +59,13 @@ class Block(nn.Module):
     def splits_halves(self) -> bool:
         """True if the two halves have to be run apart."""
         own = type(self)
-        return (
-            bool(self.steps("between")) or own.attention_half is not Block.attention_half or own.mlp_half is not Block.mlp_half
-        )
+        overrides = own.attention_half is not Block.attention_half or own.mlp_half is not Block.mlp_half
+        return bool(self.steps("between")) or overrides or own.merges_within()
+
+    @classmethod
+    def merges_within(cls) -> bool:
+        """True if the first half may merge tokens: queries and keys are not those of the tokens behind it."""
+        return cls.attention_step is not Block.attention_step
 
     def needs_state(self, state: TokenState) -> bool:
         """True if the attention depends on the places of tokens; raises HostError if it cannot be handed the state."""
@@ -85,7 +89,7 @@ class Block(nn.Module):
             seen: list[tuple[Tensor, Tensor, Tensor]] = []
             arguments |= {"seen": seen} if self.steps("between") or penalized else {}
             arguments |= {"state": state} if needs_state else {}
-            x = self.attention_half(x, **arguments)
+            x, state = self.attention_step(x, state, arguments)
             if penalized:
                 state = replace(state, terms=(*state.terms, *self.attn.terms(*seen[0], state)))
             for step in self.steps("between"):
@@ -98,6 +102,13 @@ class Block(nn.Module):
         for step in self.steps("after"):
             x, state = step(x, state, None)
         return x if state.empty else Stream(x, state)
+
+    def attention_step(self, x: Tensor, state: TokenState, arguments: dict[str, Any]) -> tuple[Tensor, TokenState]:
+        """The first half and the state behind it; a subclass may merge tokens within it.
+
+        x: (B, n, D). arguments: of `attn`, the mask among them.
+        """
+        return self.attention_half(x, **arguments), state
 
     def attention_half(self, x: Tensor, **arguments: Any) -> Tensor:
         """The first half: x (B, n, D) -> x plus attention; arguments: of `attn`.
@@ -116,10 +127,17 @@ class Halves:
     """How the two halves of a block are run on its children; the one after the other is the block, bit for bit.
 
     attention: (block, x (B, n, D), **what `attn` takes) -> x plus attention. mlp: (block, x) -> x plus MLP.
+    attention_input: (block, x) -> what `attn` gets of x; None: not known.
     """
 
     attention: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
+    attention_input: Callable[..., Tensor] | None = None
+
+
+def normed_before(block: nn.Module, x: Tensor) -> Tensor:
+    """What the attention of a pre-norm block gets of x."""
+    return block.norm1(x)
 
 
 def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -129,15 +147,18 @@ def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 POST_NORM = Halves(
     lambda block, x, **arguments: x + block.drop_path1(block.norm1(block.attn(x, **arguments))),
     lambda block, x: x + block.drop_path2(block.norm2(block.mlp(x))),
+    lambda block, x: x,
 )
 HALVES: dict[type[nn.Module], Halves] = {
     TimmBlock: Halves(
         lambda block, x, **arguments: x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **arguments))),
         lambda block, x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
+        normed_before,
     ),
     EvaBlock: Halves(
         lambda block, x, **arguments: x + block.drop_path1(scaled(block.attn(block.norm1(x), **arguments), block.gamma_1)),
         lambda block, x: x + block.drop_path2(scaled(block.mlp(block.norm2(x)), block.gamma_2)),
+        normed_before,
     ),
     ResPostBlock: POST_NORM,
     EvaBlockPostNorm: POST_NORM,
@@ -161,6 +182,47 @@ def check_halves(block: nn.Module, path: str) -> None:
             f"{path} is a {host.__name__}, whose attention and MLP halves cannot be run apart. Expected one of {known}, or a "
             "block with the methods attention_half and mlp_half. Use a mechanism that stands before or after the block, or "
             "another host."
+        )
+
+
+def check_between(block: nn.Module, path: str) -> None:
+    """Raise GraftError if a step between the halves would not get queries and keys of the tokens that it sees."""
+    if not isinstance(block, Block):
+        return
+    if present := block.steps("between"):
+        raise GraftError(
+            f"{path} already holds {type(present[0]).__name__} between attention and MLP, which may change the tokens; "
+            "a second step there would get queries and keys of tokens that are gone. Expected one step there. Choose other "
+            "layers, or take the other graft out first (vitreous.ungraft)."
+        )
+    if block.merges_within():
+        raise GraftError(
+            f"{path} is already of class {type(block).__name__}, which merges tokens within its first half; a step behind that "
+            "would get queries and keys of tokens that are gone. Expected a block that leaves its tokens. Choose other layers, "
+            "or take the other graft out first (vitreous.ungraft)."
+        )
+
+
+def check_within(block: nn.Module, cls: type[Block], path: str) -> None:
+    """Raise if this block cannot become a `cls` that merges tokens within its first half.
+
+    HostError where it is not known what attention gets of the block's input, GraftError where a step
+    between the halves reads queries and keys.
+    """
+    if not cls.merges_within():
+        return
+    if halves_of(block).attention_input is None:
+        host = block.host if isinstance(block, Block) else type(block)
+        known = ", ".join(cls.__name__ for cls, halves in HALVES.items() if halves.attention_input)
+        raise HostError(
+            f"{path} is a {host.__name__}, of which it is not known what its attention gets of the block's input. Expected one "
+            f"of {known}. Use a mechanism that merges tokens behind attention, such as token_merging, or another host."
+        )
+    if isinstance(block, Block) and (present := block.steps("between")):
+        raise GraftError(
+            f"{path} already holds {type(present[0]).__name__} between attention and MLP, which reads queries and keys of "
+            f"tokens that {cls.__name__} would merge before. Expected no step there. Choose other layers, or take the other "
+            "graft out first (vitreous.ungraft)."
         )
 
 
