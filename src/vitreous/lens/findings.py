@@ -86,6 +86,9 @@ class Findings:
             "probes": [str(probe) for probe in probes],
             "measures": [asdict(record) for record in records(probes, "measures").values()],
             "sources": [asdict(record) for record in records(probes, "sources").values()],
+            "figures": [
+                asdict(record) | {"details": self.of_figure(record.name)} for record in records(probes, "figures").values()
+            ],
             "components": metadata.of_components(first, records(probes, "components"), self.details),
             "scores": [asdict(record) for record in SCORES],
             "baselines": [asdict(record) for record in BASELINES],
@@ -97,6 +100,11 @@ class Findings:
             "skipped": [record for part in parts for record in part.skipped],
             "notes": list(self.notes),
         }
+
+    def of_figure(self, name: str) -> dict[str, dict[str, str]]:
+        """{layer: details} of a figure."""
+        start = f"figure/{name}/"
+        return {key.removeprefix(start): value for key, value in self.details.items() if key.startswith(start)}
 
 
 def traced(model: nn.Module, images: Tensor, required: bool = True) -> Layouts:

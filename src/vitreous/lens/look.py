@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Plan:
     loss: Callable[[Any, Any], Tensor] | None = None
     curve_options: dict[str, Any] = field(default_factory=dict)  # fill, fractions, black
     query_budget: float = 0.0
+    console: Console | None = None  # shows the work within a batch, where nothing else is shown
 
     @property
     def required(self) -> bool:
@@ -247,6 +249,7 @@ def all_parts(plan: Plan, findings: Findings, count: int, writer: Writer | None,
     Parts that the writer has are not made again.
     """
     starts = list(range(0, count, CHUNK))
+    plan = replace(plan, console=console if len(starts) == 1 else None)  # else the parts are shown
     parts: dict[int, Part] = {}  # those in memory; with a writer, those that wait for an image that can be read
     for number in shown(range(len(starts)), "images", console):
         if writer is not None and number in writer.done:
@@ -327,6 +330,7 @@ def look_at_batch(
     block = max(1, min(BLOCK, int(plan.memory * GIB / 16)))  # four buffers of four bytes
     batch = BatchInfo(images, count, layouts, noisy, first, plan.seed, block, has_class_token(plan.model))
     batch.direction, batch.choices, batch.loss = plan.direction, findings.choices, plan.loss
+    batch.shown = partial(shown, console=plan.console)
     batch.query_budget, batch.masks = plan.query_budget, [view.mask for view in views]
     # most probes have nothing to say of a model without attention
     probes = [probe for probe in plan.probes if layouts.calls or probe.reads_modules(plan.model)]
@@ -408,7 +412,7 @@ def maps_of(plan: Plan, findings: Findings, views: Sequence[View]) -> dict[str, 
     return {name: torch.cat([batch[name] for batch in maps]) for name in maps[0]}
 
 
-def shown(items: Sequence[Any], what: str, console: Console | None) -> Iterator[Any]:
+def shown(items: Sequence[Any], what: str, console: Console | None = None) -> Iterator[Any]:
     """The items, with a progress bar if there is a terminal to show it on."""
     if console is None or not console.is_terminal or len(items) < 2:
         return iter(items)

@@ -70,13 +70,32 @@ class Source:
     """What rows of the table are of.
 
     form: how a page draws them: "layers", each measure by layer among the indicators; "bars", in a
-    part of their own, the kinds of a layer side by side, as parts of a sum.
+    part of their own, the kinds of a layer side by side, as parts of a sum; "matrix", in a part of
+    their own, a table of layers and heads.
     """
 
     name: str
     label: str
     explains: str = ""
-    form: Literal["layers", "bars"] = "layers"
+    form: Literal["layers", "bars", "matrix"] = "layers"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Values that a page draws and neither table nor maps hold.
+
+    They are `Readout.others["figure/NAME/LAYER"]`, of each image (n, C, K), a curve for each of C
+    heads, or (n, C, rows, columns), a picture each; the page draws means over images. of: what C
+    counts. axis: of curves. `Readout.details` under the same key may give "names" of the C, joined
+    by "|". explains: as of a measure.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    of: str = "head"
+    axis: str = ""
+    explains: str = ""
 
 
 ATTENTION = Source("attention", "Attention maps", "Measured on the maps that the images produced.")
@@ -132,7 +151,8 @@ class BatchInfo:
     first: number of the first image. block: numbers that a buffer may hold. choices: what the first
     batch of a look decided for all others, such as {"u/6": "raw"}; text, kept with the reading.
     loss: of (output, targets), for probes that need one. query_budget: megabytes of the whole look.
-    masks: of the images, (h, w) each, None where there is none.
+    masks: of the images, (h, w) each, None where there is none. shown: goes through long work with
+    a progress bar, of (items, what they are).
     """
 
     images: Tensor
@@ -149,6 +169,7 @@ class BatchInfo:
     query_budget: float = 0.0
     masks: Sequence[np.ndarray | None] = ()
     objects: dict[Any, Any] = field(default_factory=dict)
+    shown: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, what: items
 
     def clean(self, x: Tensor) -> Tensor:
         """The part of x (B, ...) that is of the images themselves, without their noisy copies."""
@@ -239,6 +260,7 @@ class Probe(Settings):
     measures: ClassVar[tuple[Measure, ...]] = ()
     components: ClassVar[tuple[Component, ...]] = ()
     sources: ClassVar[tuple[Source, ...]] = (ATTENTION,)
+    figures: ClassVar[tuple[Figure, ...]] = ()
     observer: ClassVar[type[Observer]] = Observer
     order: ClassVar[int] = 100
     passes: ClassVar[bool] = False
@@ -301,7 +323,7 @@ def chosen(probes: Sequence[str | Probe] | None, model: nn.Module | None = None)
     return sorted(items, key=lambda probe: (probe.order, probe.name))
 
 
-def records(probes: Sequence[Probe], kind: Literal["measures", "components", "sources"]) -> dict[str, Any]:
+def records(probes: Sequence[Probe], kind: Literal["measures", "components", "sources", "figures"]) -> dict[str, Any]:
     """{name: record} of what these probes give, in order."""
     return {record.name: record for probe in probes for record in getattr(probe, kind)}
 

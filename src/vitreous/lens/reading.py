@@ -16,7 +16,8 @@ A folder.
 
 Of the first images a part has what each patch looks at, too: "queries/LAYER" (`lens.query_rows`);
 behind merged or dropped tokens "tokens/LAYER", and the first one "spectrum/SOURCE/LAYER" and
-"exact/QUANTITY/LAYER", of what mixers tell of themselves (`hosts.mixer.Mixer.reading`).
+"exact/QUANTITY/LAYER", of what mixers tell of themselves (`hosts.mixer.Mixer.reading`). What probes
+have drawn beside table and maps is "figure/NAME/LAYER" (`lens.probe.Figure`).
 
 Parts are what an interrupted look goes on from; the other files follow from them. Numbers are -1
 where a row is of all heads (`head`), of no single image (`image`) or of no single layer (`layer`),
@@ -55,7 +56,8 @@ CHUNK = 16  # images in a part
 # In a part as JSON, in the tensor of bytes "about": of metadata only one key has an order, the
 # images.
 ABOUT = ("skipped", "findings", "tables")
-OTHERS = ("rows", "scores", "picture", "mask", "queries", "tokens", "spectrum", "exact")  # what a part holds beside maps
+# what a part holds beside maps
+OTHERS = ("rows", "scores", "picture", "mask", "queries", "tokens", "spectrum", "exact", "figure")
 
 
 @dataclass

@@ -145,6 +145,7 @@ def _page_content(reading: ReadingFolder, shown: int, pictures: dict[str, int]) 
         "tokens": token_groups(reading, shown),
         "spectra": spectra(reading),
         "exact": exact(reading),
+        "figures": figures(reading),
         "artifacts": artifact_shares(reading),
         "table": table,
         "each": each,
@@ -274,6 +275,28 @@ def exact(reading: ReadingFolder) -> list[dict[str, Any]]:
             if values is not None:
                 content = {"quantity": quantity, "layer": layer["layer"], "name": layer["name"], "shape": list(values.shape)}
                 entries.append(record | content | {"values": packing.plain(values.astype("<f4"))})
+    return entries
+
+
+def figures(reading: ReadingFolder) -> list[dict[str, Any]]:
+    """What probes have drawn beside table and maps: a record and values by figure and layer.
+
+    Values: means over images as float32 of `shape`, (C, n) or (C, rows, columns).
+    """
+    names = {layer["layer"]: layer["name"] for layer in reading.facts["layers"]}
+    entries = []
+    for record in reading.facts.get("figures", ()):
+        for layer in (*names, -1):
+            values = reading.tensors(f"figure/{record['name']}/{layer}")
+            if values is None or not len(values):
+                continue
+            values = np.nanmean(values.astype(np.float64), axis=0)
+            details = record["details"].get(str(layer), {})
+            content = {"quantity": record["name"], "layer": layer, "name": names.get(layer, ""), "shape": list(values.shape)}
+            content |= {"channels": list(range(len(values))), "count": len(values)}
+            content |= {"names": details["names"].split("|")} if "names" in details else {}
+            kept = {key: value for key, value in record.items() if key not in ("name", "details")}
+            entries.append(kept | content | {"values": packing.plain(values.astype("<f4"))})
     return entries
 
 

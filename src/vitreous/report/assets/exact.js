@@ -1,7 +1,8 @@
-// What mixers tell of themselves, drawn: kernels and frequency responses as pictures, decays as bars or curves.
+// What mixers tell of themselves and probes have drawn: kernels as pictures, decays and profiles as bars or curves.
 
 const CURVES = 7; // of a layer that share a chart
 const PICTURES = 8; // of a layer
+const MOST_CURVES = 16; // of heads
 
 /** The values of one entry as float32. */
 function exactValues(entry) {
@@ -12,10 +13,14 @@ function exactValues(entry) {
 
 /** "channel 7", or what stands for all of them. */
 const exactName = (entry, place) =>
-  entry.channels[place] < 0 ? `all ${entry.count} ${entry.of}s` : `${entry.of} ${entry.channels[place]}`;
+  entry.names ? entry.names[place] : entry.channels[place] < 0 ? `all ${entry.count} ${entry.of}s` : `${entry.of} ${entry.channels[place]}`;
 
-function exact() {
-  const { node, show: showPart } = part("exact", "Exact readings");
+const exact = () => drawnPart("exact", "Exact readings", CURVES, "The same for every image.");
+const figures = () => drawnPart("figures", "Profiles and kinds of heads", MOST_CURVES, "Mean over images.");
+
+/** A part of the entries that a reading has under a name. */
+function drawnPart(id, title, most, tail) {
+  const { node, show: showPart } = part(id, title);
   const box = { quantity: "" };
   const quantity = choice("Quantity", (value) => redraw({ quantity: value }));
   const [about, body] = [el("p", { class: "about" }), el("div")];
@@ -24,7 +29,7 @@ function exact() {
   function redraw(changes) {
     Object.assign(box, changes);
     const readings = shownReadings();
-    const entries = readings.flatMap((reading, i) => reading.exact.map((entry) => ({ ...entry, side: i })));
+    const entries = readings.flatMap((reading, i) => reading[id].map((entry) => ({ ...entry, side: i })));
     showPart(entries.length > 0);
     if (!entries.length) return;
     const names = [...new Set(entries.map((entry) => entry.quantity))];
@@ -36,7 +41,7 @@ function exact() {
     );
     const chosen = entries.filter((entry) => entry.quantity === box.quantity);
     const more = chosen.some((entry) => entry.channels[0] < 0);
-    about.textContent = `${chosen[0].explains}${more ? ` First the root mean square of all ${chosen[0].of}s, then the largest ones.` : ""} The same for every image.`;
+    about.textContent = `${chosen[0].explains}${more ? ` First the root mean square of all ${chosen[0].of}s, then the largest ones.` : ""} ${tail}`;
     const pictures = chosen.filter((entry) => entry.shape.length === 3);
     const bars = chosen.filter((entry) => entry.shape.length === 1);
     const curves = chosen.filter((entry) => entry.shape.length === 2);
@@ -55,7 +60,7 @@ function exact() {
     return el(
       "div",
       { class: "multiple" },
-      el("h3", {}, `${sideOf(entry)}layer ${entry.layer}`, el("span", { class: "quiet" }, ` ${entry.name}`)),
+      el("h3", {}, `${sideOf(entry)}${layerName(entry.layer)}`, el("span", { class: "quiet" }, ` ${entry.name}`)),
       el(
         "div",
         { class: "tiles" },
@@ -77,7 +82,7 @@ function exact() {
     const ends = `${fmt(map.low, 2)} to ${fmt(map.high, 2)}`;
     return el(
       "figure",
-      { class: "tile exact-picture", role: "img", "aria-label": `${entry.label}, layer ${entry.layer}, ${name}: ${ends}` },
+      { class: entry.names ? "tile exact-picture named" : "tile exact-picture", role: "img", "aria-label": `${entry.label}, ${layerName(entry.layer)}, ${name}: ${ends}` },
       canvas,
       el("figcaption", {}, el("span", {}, name), el("span", { class: "quiet" }, ends)),
     );
@@ -96,7 +101,7 @@ function exact() {
     return el(
       "div",
       {},
-      chart({ id: `exact-${first.quantity}`, title: first.label, unit: first.unit, xLabel: first.of, series: lines }),
+      chart({ id: `${id}-${first.quantity}`, title: first.label, unit: first.unit, xLabel: first.of, series: lines }),
       key(lines.map((line) => [line.color, line.name])),
     );
   }
@@ -106,7 +111,7 @@ function exact() {
     const values = exactValues(entry);
     const at = (i) => (entry.span && length > 1 ? entry.span[0] + (i / (length - 1)) * (entry.span[1] - entry.span[0]) : i);
     const lines = colored(
-      [...Array(Math.min(count, CURVES)).keys()].map((place) => ({
+      [...Array(Math.min(count, most)).keys()].map((place) => ({
         name: exactName(entry, place),
         points: [...values.subarray(place * length, (place + 1) * length)].map((y, i) => ({ x: Number(at(i).toPrecision(4)), y })),
       })),
@@ -116,7 +121,7 @@ function exact() {
       "div",
       {},
       chart({
-        id: `exact-${entry.quantity}-${entry.layer}-${"ab"[entry.side]}`,
+        id: `${id}-${entry.quantity}-${entry.layer}-${"ab"[entry.side]}`,
         title: `${sideOf(entry)}layer ${entry.layer}`,
         unit: entry.unit,
         xLabel: entry.axis || "place",

@@ -65,6 +65,8 @@ objectScores();
 artifacts();
 indicators();
 sums();
+matrices();
+figures();
 spectra();
 exact();
 faithfulness();

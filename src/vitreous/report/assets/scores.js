@@ -111,7 +111,7 @@ function matrix(caption, rows, best, full = null, called = "the highest") {
   const heads = [...new Set(rows.map((row) => row.head))].sort((a, b) => a - b);
   const values = rows.map((row) => row.value);
   const [low, high] = [Math.min(0, ...values), full ?? Math.max(...values)]; // from zero, so that alike looks alike
-  const short = (value) => (high < 10 ? value.toFixed(2) : fmt(value, 3)).replace("-", "−");
+  const short = (value) => (high < 10 ? value.toFixed(high < 0.1 ? 4 : 2) : fmt(value, 3)).replace("-", "−");
   const cell = (layer, head) => {
     const row = rows.find((one) => one.layer === layer && one.head === head);
     if (!row) return el("td", {}, "–");
