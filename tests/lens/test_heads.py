@@ -124,8 +124,11 @@ def test_planted_patterns_are_separated_and_named(grid):
     labels = formulas.clusters(maps, 8).tolist()
     kinds = {label: {name for name, own in zip(names, labels, strict=True) if own == label} for label in labels}
     assert all(len(kind) == 1 for kind in kinds.values())  # purity 1
-    known = {name: formulas.binned(*pattern, 48) for name, pattern in formulas.known_patterns(grid, True).items()}
-    for name, one in zip(names, maps, strict=True):
+    whole = torch.cat([beside[..., None], rows], dim=-1)
+    known = {
+        name: torch.cat([own[:, None], pattern], dim=1) for name, (pattern, own) in formulas.known_patterns(grid, True).items()
+    }
+    for name, one in zip(names, whole, strict=True):
         assert max(known, key=lambda other: float(formulas.likeness(one, known[other]))) == name
     assert len(set(formulas.clusters(maps, 6).tolist())) == 6
     counts = np.bincount(labels)
@@ -248,8 +251,6 @@ def test_the_page_draws_importance_rings_and_kinds(browser, tmp_path):
         part.get_by_label("Change of the answer", exact=True).check(force=True)
         here = (table["kind"] == "one head alone") & (table["layer"] == 2) & (table["head"] == 1) & (table["image"] == 0)
         assert float(shown.text_content()) == pytest.approx(float(table["head_divergence"][here][0]), abs=0.006)
-        shown.click()
-        assert "layer 2, head 1" in page.locator(".pane figcaption").text_content().lower()
         pattern = page.locator("#matrix-head_pattern")
         pattern.get_by_label("Alike: global", exact=True).check(force=True)
         assert pattern.locator("button.heat").count() == 4 * 2
@@ -260,3 +261,5 @@ def test_the_page_draws_importance_rings_and_kinds(browser, tmp_path):
         assert kinds.count() == 3
         assert "nearest to" in kinds.first.text_content()
         assert "Where the heads look" not in page.locator("#indicators").text_content()
+        shown.click()
+        assert "layer 2, head 1" in page.locator(".pane figcaption").text_content().lower()

@@ -45,8 +45,8 @@ class HeadsObserver(Observer):
         self.pending: tuple[int, int, Tensor] | None = None  # layer, heads, their outputs side by side
         self.projections = self.batch.shared(Projections).found
         self.unread: dict[str, list[str]] = {}
-        self.maps: list[tuple[int, Tensor]] = []  # (layer, (count, H, SIDE, 1 + SIDE))
-        self.known: dict[str, Tensor] = {}  # patterns in bins
+        # layer, maps in bins (count, H, SIDE, 1 + SIDE), likeness to PATTERNS (count, H, 6)
+        self.maps: list[tuple[int, Tensor, Tensor]] = []
 
     def on_attention(self, call: AttentionCall, where: TokenCoordinates) -> None:
         if not self.count:
@@ -94,8 +94,9 @@ class HeadsObserver(Observer):
         }
         self.readout.rows.append(Rows(where.layer, "head_pattern", call.kind, values, self.batch.first))
         if self.batch.first == 0:
-            self.maps.append((where.layer, formulas.binned(rows, beside, SIDE).cpu()))
-            self.known = {name: formulas.binned(*pattern, SIDE).cpu() for name, pattern in patterns.items()}
+            none = torch.zeros_like(rows[..., 0, 0])
+            alike = torch.stack([values.get(f"like_{name}", none) for name in PATTERNS], dim=-1)
+            self.maps.append((where.layer, formulas.binned(rows, beside, SIDE).cpu(), alike.cpu()))
 
     def on_output(self, name: str, call_index: int, output: Any) -> None:
         """Find the module that would give this output of what the heads give side by side."""
@@ -118,18 +119,18 @@ class HeadsObserver(Observer):
 
     def add_clusters(self) -> None:
         """The kinds of maps in the first batch, and the known pattern that each is nearest to."""
-        places = [(layer, head) for layer, maps in self.maps for _ in maps for head in range(maps.shape[1])]
-        every = torch.cat([maps.flatten(0, 1) for _, maps in self.maps])
+        places = [(layer, head) for layer, maps, _ in self.maps for _ in maps for head in range(maps.shape[1])]
+        every, likenesses = (torch.cat([entry[at].flatten(0, 1) for entry in self.maps]) for at in (1, 2))
         labels, names, pictures = formulas.clusters(every, self.probe.clusters), [], []
         for number in range(int(labels.max()) + 1):
             members = labels == number
-            picture = every[members].mean(0)
-            alike = {name: float(formulas.likeness(picture, pattern)) for name, pattern in self.known.items()}
-            nearest = max(alike, key=alike.__getitem__)
+            alike, nearest = (
+                likenesses[members].mean(0).max(0)
+            )  # of whole maps: bins would take a neighbour for the patch itself
             heads = list(dict.fromkeys(place for place, own in zip(places, members.tolist(), strict=True) if own))
             shown = " ".join(f"{layer}.{head}" for layer, head in heads[:NAMED]) + (" ..." if len(heads) > NAMED else "")
-            names.append(f"nearest to {nearest}, {alike[nearest]:.2f} alike; {int(members.sum())} maps of heads {shown}")
-            pictures.append(picture.sqrt())
+            names.append(f"nearest to {PATTERNS[nearest]}, {alike:.2f} alike; {int(members.sum())} maps of heads {shown}")
+            pictures.append(every[members].mean(0).sqrt())
         self.readout.others["figure/patterns/-1"] = torch.stack(pictures)[None].float()
         self.readout.details["figure/patterns/-1"] = {"names": "|".join(names)}
 

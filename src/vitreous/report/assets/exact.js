@@ -41,7 +41,7 @@ function drawnPart(id, title, most, tail) {
     );
     const chosen = entries.filter((entry) => entry.quantity === box.quantity);
     const more = chosen.some((entry) => entry.channels[0] < 0);
-    about.textContent = `${chosen[0].explains}${more ? ` First the root mean square of all ${chosen[0].of}s, then the largest ones.` : ""} ${tail}`;
+    about.textContent = `${chosen[0].explains}${more ? ` First the root mean square of all ${chosen[0].of}s, then the largest ones.` : ""}${chosen[0].names ? "" : ` ${tail}`}`;
     const pictures = chosen.filter((entry) => entry.shape.length === 3);
     const bars = chosen.filter((entry) => entry.shape.length === 1);
     const curves = chosen.filter((entry) => entry.shape.length === 2);
