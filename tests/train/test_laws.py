@@ -36,6 +36,7 @@ CASES = {
     "multi_label": "--task multi_label --graft svda",
     "turned": f"--task {TURNED}",
     "elastic": "--task elastic",
+    "masked": "--task masked_autoencoder:hide=0.5,width=16,depth=1,heads=2",
     "views": "--task train.tasks_elsewhere.TwoViews --aug pad",
     "sam": "--update sam:rho=0.1 --mixup 0.3 --smoothing 0.1",
     "adaptive": "--update sam:rho=1,adaptive=true --task multi_label --graft svda",

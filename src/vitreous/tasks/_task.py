@@ -163,7 +163,10 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def score(self, outputs: Outputs) -> dict[str, float]:
-        """{name of the metric: value} of a whole test set."""
+        """{name of the metric: value} of a whole test set.
+
+        The first metric is always there; others may be left out where the data have no labels.
+        """
 
     def rows(self, outputs: Outputs) -> Iterator[tuple]:
         """The cells of `columns` for each image, in order."""
