@@ -97,7 +97,11 @@ def test_parts_and_processes_take_the_same_steps(tmp_path, case):
 def agree(a, b):
     if (a / "objective.safetensors").exists():
         one, two = (safetensors.torch.load_file(folder / "objective.safetensors") for folder in (a, b))
-        assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+        for name in one:
+            apart = (one[name] - two[name]).abs()
+            if name.endswith("qkv.bias"):  # keys' part cancels in the softmax: its gradient is rounding, which Adam makes large
+                apart = apart.view(3, -1)[[0, 2]]
+            assert apart.max() < 1e-5, name
     alike(a, b)
 
 
