@@ -1,4 +1,4 @@
-"""What tasks without labels are judged by: whether neighbours in features are of one class."""
+"""What tasks without labels are judged by: whether neighbours are of one class."""
 
 from __future__ import annotations
 
