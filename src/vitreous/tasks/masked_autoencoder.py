@@ -1,4 +1,4 @@
-"""Masked autoencoder: from a few visible patches the network paints the hidden ones; no labels."""
+"""Masked autoencoder: the network paints hidden patches from a few visible ones; no labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitreous.base.errors import HostError, SettingError
 from vitreous.base.metrics import Metric
 from vitreous.data import Data, NoTarget
-from vitreous.hosts.host import embed, run, walkable
+from vitreous.hosts.host import embed, host_of, run, walkable
 from vitreous.hosts.mixer import Mixer
 from vitreous.hosts.stream_ends import Embed, StreamEnd
 from vitreous.layers.stream import Stream
@@ -77,7 +77,7 @@ class MaskedAutoencoderObjective(Objective):
         super().__init__(model)
         self.task = task
         patch, channels = model.patch_embed.patch_size, model.patch_embed.proj.in_channels
-        self.decoder = Decoder(model.embed_dim, task, channels * patch[0] * patch[1], model.num_prefix_tokens > 0)
+        self.decoder = Decoder(model.embed_dim, task, channels * patch[0] * patch[1], host_of(model).prefix > 0)
 
     def draw(self, images: Tensor, target: Tensor, dice: Dice) -> Batch:
         """images; keep (B, n): which patches are seen."""
@@ -121,7 +121,7 @@ class MaskedAutoencoderObjective(Objective):
         """All patches (B, N, p) as the decoder paints them from those in keep (B, n)."""
         stream = run(self.model, embed(self.model, images, keep=keep))
         grid = self.model.patch_embed.dynamic_feat_size(images.shape[-2:])
-        return self.decoder(normed(self.model, stream), keep, grid, self.model.num_prefix_tokens)
+        return self.decoder(normed(self.model, stream), keep, grid, host_of(self.model).prefix)
 
 
 class Decoder(nn.Module):

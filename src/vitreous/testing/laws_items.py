@@ -53,7 +53,7 @@ def parts_add_up(task: Task) -> None:
 
 
 def scores_are_declared(task: Task) -> None:
-    """A test gives declared metrics, the first always, and a row of the columns for each image."""
+    """A test gives declared metrics, the first one always, and a row for each image."""
     objective, _ = drawn(task)
     target = TARGETS[task.target]().take(range(COUNT))
     with torch.no_grad():
