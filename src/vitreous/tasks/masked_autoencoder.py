@@ -1,4 +1,4 @@
-"""Masked autoencoder: the network paints hidden patches from a few visible ones; no labels."""
+"""Masked autoencoder: hidden patches are painted from the visible ones; no labels."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def normed(model: nn.Module, stream: Stream) -> Tensor:
 
 
 def check_patches(model: nn.Module) -> None:
-    """Raise HostError unless the network can be run on some of its patches, which are of pixels."""
+    """Raise HostError unless the network can be run on some patches of its pixels."""
     walkable(model)
     if mixers := sorted({type(module).__name__ for module in model.modules() if isinstance(module, Mixer)}):
         raise HostError(
