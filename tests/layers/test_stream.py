@@ -21,6 +21,7 @@ from vitreous.layers.stream import (
     reduce,
     restore,
     split,
+    take_back,
     to_grid,
 )
 
@@ -229,6 +230,26 @@ def test_reducing_gathers_by_size_and_leaves_inserted_tokens(hard):
     assert state.sizes.tolist() == [[1] * 5] * 2
     assert to_grid(z, state, (3, 3), 0).shape == (2, 3, 3, 3)
     torch.testing.assert_close(restore(z, state)[0], first.restore(second.restore(z[:, :3])))
+
+
+def test_what_was_put_aside_is_taken_back():
+    """One reduction keeps its tokens, another and an insertion follow, and the first is undone; so is one around it."""
+    x, sizes = tokens(2, 9 + 1), torch.arange(1.0, 7).expand(2, 6)
+    start = TokenState(grid=(3, 3), read_out=(True,))
+    outer, state = reduce(x, start, assignment(6, 9, True, 1), sizes, aside=True)
+    y, middle = reduce(outer, state, assignment(4, 6, False, 2), aside=True)
+    y, inner = reduce(y, middle, assignment(2, 4, True, 3))
+    y, inner = insert(y, inner, tokens(2, 2), read_out=False)
+    assert inner.aside.x is outer
+    z, after = take_back(y, inner, 2 * outer[:, :6])
+    assert torch.equal(z, torch.cat([2 * outer[:, :6], x[:, 9:], tokens(2, 2)], dim=1))
+    assert after.assignment is state.assignment
+    assert after.sizes.tolist() == [[1, 2, 3, 4, 5, 6, 1, 1, 1]] * 2
+    assert after.read_out == (True, False, False)
+    z, last = take_back(z, after, x[:, :9])
+    assert (last.assignment, last.sizes, last.aside) == (None, None, None)
+    assert torch.equal(z[:, :10], x)
+    assert not TokenState(aside=Stream(x, start)).empty
 
 
 def test_keeping_everything_changes_no_bit():

@@ -153,6 +153,7 @@ class TokenState:
         along them; row i holds what token i receives from each. A merged token has the mean over pairs.
     terms: (name, value per image (B,)) of penalties that depend on activations
         (see `hosts.stream_ends.collect_terms`).
+    aside: the tokens before a reduction that a later step takes back (`reduce`, `take_back`).
     """
 
     grid: tuple[int, ...] | None = None
@@ -166,6 +167,7 @@ class TokenState:
     context: Tensor | None = None
     graph: Tensor | None = None
     terms: tuple[tuple[str, Tensor], ...] = ()
+    aside: Stream | None = None
 
     @property
     def inserted(self) -> int:
@@ -185,7 +187,8 @@ class TokenState:
     @property
     def empty(self) -> bool:
         """True if there is nothing to hand on: a plain tensor of tokens says the same."""
-        return self.plain and self.grid is None and self.context is None and self.graph is None and len(self.terms) == 0
+        bare = self.grid is None and self.context is None and self.graph is None and self.aside is None
+        return self.plain and bare and len(self.terms) == 0
 
 
 PLAIN = TokenState()
@@ -243,13 +246,21 @@ def insert(x: Tensor, state: TokenState, tokens: Tensor, *, read_out: bool) -> t
 
 
 def reduce(
-    x: Tensor, state: TokenState, step: Assignment, sizes: Tensor | None = None, *, tokens: Tensor | None = None
+    x: Tensor,
+    state: TokenState,
+    step: Assignment,
+    sizes: Tensor | None = None,
+    *,
+    tokens: Tensor | None = None,
+    aside: bool = False,
 ) -> tuple[Tensor, TokenState]:
     """Merge or drop present original tokens of x (B, n + m, D); the m inserted ones stay as they are.
 
     step: from the n to n' tokens. sizes: (B, n') of these from now on; None: one each.
     tokens: (B, n', D), where an idea has a formula of its own; None: `step.gather` of them, by size.
+    aside: keep the n tokens for a later `take_back`.
     """
+    before = Stream(x, state) if aside else state.aside
     original, inserted = split(x, state)
     n = original.shape[1]
     if tokens is None:
@@ -260,7 +271,21 @@ def reduce(
     assignment = step if state.assignment is None else state.assignment.then(step)
     joined = torch.cat([tokens, inserted], dim=1) if state.inserted else tokens
     graph = None if state.graph is None else step.gather_pairs(state.graph[:, None])[:, 0]
-    return joined, replace(state, assignment=assignment, sizes=sizes, graph=graph)
+    return joined, replace(state, assignment=assignment, sizes=sizes, graph=graph, aside=before)
+
+
+def take_back(x: Tensor, state: TokenState, tokens: Tensor) -> tuple[Tensor, TokenState]:
+    """Undo the latest reduction that put its tokens aside, and all later ones; what was inserted since then stays.
+
+    tokens: (B, n, D), the values that these n tokens have from now on. `state.aside` is not None.
+    """
+    inserted, before = split(x, state)[1], state.aside.state
+    sizes = before.sizes
+    if sizes is not None:
+        own = sizes[:, : tokens.shape[1]]
+        sizes = torch.cat([own, own.new_ones(len(own), inserted.shape[1])], dim=1)
+    later = replace(state, assignment=before.assignment, sizes=sizes, graph=before.graph, aside=before.aside)
+    return torch.cat([tokens, inserted], dim=1), later
 
 
 def take(values: Tensor, index: Tensor, *, absent: int | None = None) -> Tensor:

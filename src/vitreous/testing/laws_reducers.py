@@ -29,10 +29,13 @@ def streams(model: nn.Module) -> list[Stream]:
 
 
 def reduced(model: nn.Module) -> Stream:
-    """The stream behind the last block. Raises Broken if nothing was merged or dropped."""
-    stream = streams(model)[-1]
-    holds(stream.state.assignment is not None, "no token was merged or dropped")
-    return stream
+    """The last stream with merged or dropped tokens; a later block may have them back.
+
+    Raises Broken if there is none.
+    """
+    found = [stream for stream in streams(model) if stream.state.assignment is not None]
+    holds(bool(found), "no token was merged or dropped")
+    return found[-1]
 
 
 def limit(mechanism: Reducer) -> Reducer:
