@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from vitreous import check, graft, new_parameters, ungraft
+from vitreous import check, graft, look, new_parameters, ungraft
 from vitreous.base.errors import HostError, SettingError
 from vitreous.hosts.host import embed, run
 from vitreous.layers.stream import Assignment, TokenState, normalized, restore, to_grid
@@ -241,6 +241,18 @@ def test_proportional_false_counts_each_token_once():
     sized = graft(vit(), TokenTransforming(**settings))
     torch.testing.assert_close(streams(plain, images())[0][0], streams(sized, images())[0][0])
     assert (plain(images()) - sized(images())).abs().max() > 1e-4
+
+
+def test_attention_behind_several_steps_comes_back_to_the_picture():
+    """The products of a step attend to patches alone, and are not taken for attention of the tokens around it."""
+    reading = look(graft(vit().float(), TokenTransforming(keep=0.5)), images().float(), probes=["attention_maps"], noise=0)
+    names = [layer["name"] for layer in reading.layers]
+    assert [name for name in names if name.endswith("attn")] == [f"blocks.{i}.attn" for i in range(4)]
+    for number, name in enumerate(names):
+        if name.endswith("attn"):
+            assert reading.maps["attention", number].shape == (2, 4, 4)
+        else:  # behind a reduction the patches of a step differ from image to image
+            assert (("attention", number) in reading.maps) == (name == "blocks.1.between.0")
 
 
 @pytest.mark.parametrize("other", ["token_merging:tokens=3,layers=0+2", "evit:keep=0.5,layers=0+2"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitreous.layers.stream import TokenState
+from vitreous.layers.stream import PLAIN, TokenState
 from vitreous.lens.coordinates.coordinate_tracer import CoordinateTracer
 from vitreous.lens.coordinates.layout import Layout, image_layout, without_places
 from vitreous.lens.tap.attention_call import (
@@ -134,13 +134,14 @@ class Capture(Receiver):
         v, output = arrangement.merge(op.v), arrangement.merge(op.output)
         own_output, form = op.output_view
         q, k = (None if side is None else arrangement.merge(side[1](side[0])) for side in (op.q, op.k))
-        weighted_sum, state = op.weighted_sum, stack.state
+        # A step that reduces tokens may attend to others than those of the stream around it.
+        weighted_sum, state = op.weighted_sum, stack.state if holds_tokens(stack.state, v.shape[3]) else PLAIN
         if weighted_sum is None:
             maps = ComputedMap(q, k, op.mask, op.causal, op.scale, arrangement, self.buffers)
         else:
             maps = StoredMap(weighted_sum.probabilities, weighted_sum.effective, arrangement, self.buffers)
         # a reducer of tokens leaves other tokens in every image: no common layout
-        layout = traced.layout if traced is not None and state.assignment is None else None
+        layout = traced.layout if traced is not None and stack.state.assignment is None else None
         if layout is not None and traced.choice and traced.kind != "channel":
             layout = self.image_layout(op, traced, arrangement)
         elif layout is not None and (name, call_index) in self.layouts.moved:
@@ -180,6 +181,15 @@ class Capture(Receiver):
         # an unchanged softmax is stochastic by definition; only changed maps need a look
         call.stochastic = not call.mixed or is_stochastic(call)
         return call
+
+
+def holds_tokens(state: TokenState, count: int) -> bool:
+    """Whether so many keys may be the tokens that a state is of."""
+    if state.assignment is None:
+        return True
+    weights = state.assignment.weights
+    tokens = state.assignment.tokens if weights is None else weights.shape[1]
+    return tokens is None or tokens + state.inserted == count
 
 
 def heads_note(arrangement: Arrangement) -> str:
