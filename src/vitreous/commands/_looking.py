@@ -142,11 +142,30 @@ def remarks(reading: Reading) -> list[str]:
 def overview(reading: Reading) -> list[Table]:
     """A table of layers with attention, one of those with mixing maps, where there are any.
 
+    And one for what is of the whole model.
+
     By layer, means over heads and images of measures with a short heading. The report says what
     each means.
     """
     parts = ([layer for layer in reading.layers if (layer["kind"] == "mixing") is mixing] for mixing in (False, True))
-    return [overview_of(reading, layers) for layers in parts if layers]
+    return [overview_of(reading, layers) for layers in parts if layers] + overview_of_model(reading)
+
+
+def overview_of_model(reading: Reading) -> list[Table]:
+    """A table of measures that are of no layer, a row for each kind; where there are some."""
+    columns = reading.table()
+    here = columns["layer"] == -1
+    headings = {name: record["short"] for name, record in reading.measures.items() if record["short"]}
+    shown = [name for name in headings if name in columns and np.isfinite(columns[name][here]).any()]
+    if not shown:
+        return []
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("whole model", *(headings[name] for name in shown)):
+        table.add_column(name, justify="left" if name == "whole model" else "right")
+    for kind in dict.fromkeys(columns["kind"][here].tolist()):
+        values = [columns[name][here & (columns["kind"] == kind)] for name in shown]
+        table.add_row(kind, *(f"{np.nanmean(value):.3g}" if np.isfinite(value).any() else "" for value in values))
+    return [table]
 
 
 def overview_of(reading: Reading, layers: Sequence[dict]) -> Table:

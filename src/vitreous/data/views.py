@@ -46,7 +46,7 @@ class View:
 
     def jpeg(self) -> np.ndarray:
         """The picture as bytes of a JPEG file, (n,) uint8."""
-        return encoded(Image.fromarray(self.picture), "JPEG", quality=QUALITY)
+        return jpeg(self.picture)
 
     def mask_png(self) -> np.ndarray:
         """The mask as bytes of a PNG file, (n,) uint8."""
@@ -226,6 +226,11 @@ def masks_of_tensors(masks: Any, images: Tensor) -> np.ndarray | None:
             f"{(len(images), *images.shape[-2:])}. Bring the masks to the size of the tensors."
         )
     return array.astype(bool)
+
+
+def jpeg(picture: np.ndarray) -> np.ndarray:
+    """A picture (h, w, 3) uint8 as bytes of a JPEG file, (n,) uint8."""
+    return encoded(Image.fromarray(picture), "JPEG", quality=QUALITY)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> np.ndarray:

@@ -56,12 +56,16 @@ def colours(values: np.ndarray, scale: str, signed: bool) -> np.ndarray:
     return np.where(np.isfinite(values)[..., None], cells.round(), 128).astype(np.uint8)
 
 
-def picture(reading: Reading, image: int) -> Image.Image:
-    """What the model saw of an image, enlarged if small. Raises SettingError for none."""
+def picture(reading: Reading, image: int, component: str = "") -> Image.Image:
+    """What the model saw of an image, enlarged if small. Raises SettingError for none.
+
+    component: whose maps may be of a changed image.
+    """
     for part in reading.parts:
         for record in part.images:
             if record["image"] == image:
-                stored = Image.open(io.BytesIO(part.tensors[f"picture/{image}"].tobytes())).convert("RGB")
+                data = part.tensors.get(f"picture/{component}/{image}", part.tensors[f"picture/{image}"])
+                stored = Image.open(io.BytesIO(data.tobytes())).convert("RGB")
                 times = max(1, LARGE // max(stored.size))
                 return stored.resize([times * side for side in stored.size], Image.Resampling.NEAREST)
     raise SettingError(f"Found image {image} of {len(reading.images)}. Expected one of them. Count from 0.")
@@ -89,12 +93,13 @@ def show(
     """See `Reading.show`."""
     if not 0 <= opacity <= 1:
         raise SettingError(f"Found opacity={opacity}. Expected 0 (the picture) to 1 (the map). Choose a value in between.")
-    ground, scale, signed = picture(reading, image), PLAIN, False
+    if patch is None:
+        component, layer = default_map(reading, component, layer)
+    ground, scale, signed = picture(reading, image, component if patch is None else ""), PLAIN, False
     if patch is not None:
         layer = max(record["layer"] for record in reading.layers) if layer is None else layer
         values = reading.query(image, layer, patch, head)
     else:
-        component, layer = default_map(reading, component, layer)
         per_head = reading.maps.per_head.get(component) and head >= 0
         values = reading.maps[(component, layer, head) if per_head else (component, layer)][image]
         signed = any(record["signed"] for record in reading.facts["components"] if record["name"] == component)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import DataError, HostError, SettingError, VitreousError
 from vitreous.base.processes import ALONE, Team
-from vitreous.data.views import View, Views
+from vitreous.data.preprocess import picture
+from vitreous.data.views import View, Views, jpeg
 from vitreous.grafting import check, grafts
 from vitreous.lens import faithfulness, metadata
 from vitreous.lens.batch_pass import BatchPass, extra_passes, perturbed
@@ -276,7 +277,7 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
         except DataError as error:
             skipped.append({"name": plan.views.name(i), "reason": str(error)})
     part, components = Part({}, [], skipped), records(plan.probes, "components")
-    tensors, others, rows, scored = [], [], [], []
+    tensors, others, rows, scored, pictures = [], [], [], [], {}
     for start in range(0, len(views), plan.batch_size):
         batch = views[start : start + plan.batch_size]
         first = findings.images + start
@@ -284,6 +285,9 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
         tensors.append(stored(readout, components))
         others.append({name: value.cpu().numpy() for name, value in readout.others.items()})
         rows.append(table(readout.rows, plan.probes))
+        for name, changed in readout.pictures.items():
+            drawn = (jpeg(picture(x, plan.views.mean, plan.views.std)) for x in changed)
+            pictures |= {f"picture/{name}/{number}": value for number, value in enumerate(drawn, start=first)}
         for i, view in enumerate(batch):
             classes = {name: numbers[i] for name, numbers in readout.classes.items()}
             part.images.append(metadata.of_image(view, first + i, plan.names, predictions[i], classes))
@@ -292,7 +296,7 @@ def look_at(plan: Plan, findings: Findings, numbers: range) -> Part:
         if any(view.mask is not None and not view.mask.any() for view in batch):
             findings.notes[EMPTY_MASKS] = None
     part.tensors = joined_maps(tensors, [len(views[i : i + plan.batch_size]) for i in range(0, len(views), plan.batch_size)])
-    part.tensors |= joined_others(others)
+    part.tensors |= joined_others(others) | pictures
     for i, view in enumerate(views):
         part.tensors[f"picture/{findings.images + i}"] = view.jpeg()
         if view.mask is not None:
@@ -332,6 +336,7 @@ def look_at_batch(
     batch.direction, batch.choices, batch.loss = plan.direction, findings.choices, plan.loss
     batch.shown = partial(shown, console=plan.console)
     batch.query_budget, batch.masks = plan.query_budget, [view.mask for view in views]
+    batch.mean, batch.std = plan.views.mean, plan.views.std
     # most probes have nothing to say of a model without attention
     probes = [probe for probe in plan.probes if layouts.calls or probe.reads_modules(plan.model)]
     batch_pass = BatchPass(plan.model, probes, batch, findings.remember)
@@ -344,6 +349,7 @@ def look_at_batch(
         readout.confidence |= each.confidence
         readout.others |= each.others
         readout.classes |= each.classes
+        readout.pictures |= each.pictures
         findings.details |= each.details
         findings.notes |= dict.fromkeys(each.notes)
         findings.remember_modules(each.layers)

@@ -129,7 +129,9 @@ class Readout:
     {map: {"rule": how it was made, ...}}, the same for all images. notes: what was left out, and
     why, in words. others: tensors that a part keeps as they are, by names that are not of maps,
     each (n, ...); those of the batches are joined. layers: records of modules that were measured
-    and are no attention, as `layers` of a reading has them.
+    and are no attention, as `layers` of a reading has them. pictures: {NAME: (B, C, h, w)} the
+    images that a component's maps are of, as the model takes them, where those are not the images
+    of the look.
     """
 
     rows: list[Rows] = field(default_factory=list)
@@ -140,6 +142,7 @@ class Readout:
     notes: list[str] = field(default_factory=list)
     others: dict[str, Tensor] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -151,8 +154,9 @@ class BatchInfo:
     first: number of the first image. block: numbers that a buffer may hold. choices: what the first
     batch of a look decided for all others, such as {"u/6": "raw"}; text, kept with the reading.
     loss: of (output, targets), for probes that need one. query_budget: megabytes of the whole look.
-    masks: of the images, (h, w) each, None where there is none. shown: goes through long work with
-    a progress bar, of (items, what they are).
+    masks: of the images, (h, w) each, None where there is none. mean, std: by which pixels of
+    [0, 1] were normalised; None where that is not known. shown: goes through long work with a
+    progress bar, of (items, what they are).
     """
 
     images: Tensor
@@ -168,6 +172,8 @@ class BatchInfo:
     loss: Callable[[Any, Any], Tensor] | None = None
     query_budget: float = 0.0
     masks: Sequence[np.ndarray | None] = ()
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     objects: dict[Any, Any] = field(default_factory=dict)
     shown: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, what: items
 

@@ -19,6 +19,8 @@ behind merged or dropped tokens "tokens/LAYER", and the first one "spectrum/SOUR
 "exact/QUANTITY/LAYER", of what mixers tell of themselves (`hosts.mixer.Mixer.reading`). What probes
 have drawn beside table and maps is "figure/NAME/LAYER" (`lens.probe.Figure`).
 
+Where a map is of a changed image, "picture/NAME/IMAGE" is that image.
+
 Parts are what an interrupted look goes on from; the other files follow from them. Numbers are -1
 where a row is of all heads (`head`), of no single image (`image`) or of no single layer (`layer`),
 and NaN where a measure does not apply.

@@ -29,8 +29,8 @@ IMAGES = 64  # on a page, at most
 LIMIT = 15_000_000  # bytes of a page
 SCRIPTS = (
     "base", "state", "color", "chart", "table", "training", "study", "mistakes", "queries", "tokens",
-    "links", "viewer", "pane", "paint", "indicators", "sums", "matrices", "epochs", "findings", "spectra", "exact", "scores",
-    "curves", "changes", "facts", "main",
+    "links", "viewer", "pane", "paint", "whole", "indicators", "sums", "matrices", "epochs", "findings", "spectra", "exact",
+    "scores", "curves", "changes", "facts", "main",
 )  # fmt: skip
 UNREAD = (
     "base",

@@ -166,6 +166,13 @@ def _image(reading: ReadingFolder, image: dict[str, Any], pictures: dict[str, in
             name = f"{kind}/{image['image']}"
             address = packing.picture(file.get_tensor(name).astype(np.uint8).tobytes()) if name in names else ""
             record[kind] = pictures.setdefault(address, len(pictures)) if address else None
+        record["changed"] = {}  # pictures of changed images, by the component whose maps are of them
+        for component in reading.facts["components"]:
+            name = f"picture/{component['name']}/{image['image']}"
+            if name in names:
+                address = packing.picture(file.get_tensor(name).astype(np.uint8).tobytes())
+                record["changed"][component["name"]] = pictures.setdefault(address, len(pictures))
+        record["classes"] = {name: one.get("name") for name, one in (image.get("classes") or {}).items()}
     return record
 
 

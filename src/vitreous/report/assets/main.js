@@ -61,6 +61,7 @@ mistakes();
 for (const one of epochs || several ? [glance, viewer] : [viewer, glance]) one();
 differences();
 if (epochs) overEpochs();
+wholeModel();
 objectScores();
 artifacts();
 indicators();

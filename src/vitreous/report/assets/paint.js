@@ -4,7 +4,8 @@ function paint(node) {
   const { reading, map, range } = node.shown;
   const image = reading.images[node.shown.image];
   const canvas = node.querySelector("canvas");
-  const photo = image && image.picture !== null ? images[image.picture] : null;
+  const number = image ? pictureOf(image, map) : null;
+  const photo = number !== null ? images[number] : null;
   const [w, h] = photo?.naturalWidth
     ? [photo.naturalWidth, photo.naturalHeight]
     : map
@@ -39,6 +40,9 @@ function paint(node) {
   if (node.cursor && map)
     frame(context, [node.cursor.row, node.cursor.column], [map.height, map.width], [CANVAS, height], ["#000", "#fff"], [6, 3]);
 }
+
+/** The number of the picture that a map is of: of a changed image, where it is one. */
+const pictureOf = (image, map) => (map && !map.query ? own(image.changed, map.component) : undefined) ?? image.picture;
 
 const QUERY_COLOR = "#1fb6ff"; // on no scale of ours
 

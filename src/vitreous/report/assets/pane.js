@@ -157,6 +157,8 @@ function imageFacts(reading, place, map) {
       "Predicted",
       image.predicted + (image.probability === null ? "" : `, probability ${fmt(image.probability)}`),
     ]);
+  const answered = map && !map.query && own(image.classes, map.component);
+  if (answered) rows.push(["Class of this map", answered]);
   if (image.label) rows.push(["Label", image.label]);
   const module = map && reading.layers.find((one) => one.layer === map.layer);
   if (module) rows.push(["Module", module.name]);
@@ -181,7 +183,7 @@ function numbersOf(node, index) {
   const { reading, image } = node.shown;
   const rows = [];
   for (const [source, kind, layer, head, ...cells] of reading.table.rows) {
-    if (layer !== state.layer || (head !== state.head && head !== -1)) continue;
+    if ((layer !== state.layer && layer !== -1) || (head !== state.head && head !== -1)) continue;
     const single = reading.each.values[[source, kind, layer, head, image].join("/")];
     cells.forEach((cell, i) => {
       const name = reading.table.columns[i];
@@ -189,8 +191,8 @@ function numbersOf(node, index) {
         rows.push({
           name: measureWords(name)[0],
           unit: measureWords(name)[1],
-          source,
-          head,
+          source: layer < 0 ? `${words("sources", source)[0]}, ${kind}` : source,
+          head: layer < 0 ? 0 : head,
           here: single ? single[i] : null,
           mean: cell[0],
         });

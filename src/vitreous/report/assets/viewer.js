@@ -137,7 +137,7 @@ function viewer() {
 /** Whether a pane shows the picture or the mask of this number. */
 function usesPicture(pane, number) {
   const image = pane.shown?.reading.images[pane.shown.image];
-  return Boolean(image) && (image.picture === number || image.mask === number);
+  return Boolean(image) && (pictureOf(image, pane.shown.map) === number || image.mask === number);
 }
 
 function limitText() {
