@@ -355,7 +355,7 @@ def before_classifier(model: nn.Module) -> tuple[str, nn.Module]:
     return "head_drop", model.head_drop
 
 
-def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Changes:
+def add_step(model: nn.Module, layer: int, station: str, step: nn.Module, *, behind_mixer: bool = False) -> Changes:
     """Changes that put a token step at a station ("before", "between", "after") of `blocks.layer`.
 
     Every block from there on learns to hand on tokens with their state, and `norm` closes the stream. Raises GraftError
@@ -376,7 +376,7 @@ def add_step(model: nn.Module, layer: int, station: str, step: nn.Module) -> Cha
         new.add_step(station, step)
         if station == "between":
             check_halves(block, f"blocks.{i}")
-            if not isinstance(block.attn, Attention):
+            if not (isinstance(block.attn, Attention) or (behind_mixer and isinstance(block.attn, Mixer))):
                 changes[f"blocks.{i}.attn"] = Attention.of(plain_attention(model, i, "a step after attention"))
     return changes | stream_end(model)
 

@@ -96,7 +96,7 @@ def test_decay():
     steps = [math.exp(s) for s in torch.linspace(math.log(1 / 32), math.log(1 / 512), 6, dtype=torch.float64).tolist()]
     assert (log_decay("vir", 6).exp() - 1 + torch.tensor(steps, dtype=torch.float64)).abs().max() < 1e-15
     assert log_decay("retnet", 24).expm1().neg().log2().tolist() == pytest.approx([-5.0 - h for h in range(24)])
-    mask = decay_mask(torch.tensor([math.log(0.5)]), 3000)[0]
+    mask = decay_mask(torch.tensor([math.log(0.5)]), torch.arange(3000))[0]
     assert mask.isfinite().all()  # a power of negative distances, 2^3000, is not
     assert mask[:3, :3].tolist() == [[1, 0, 0], [0.5, 1, 0], [0.25, 0.5, 1]]
 

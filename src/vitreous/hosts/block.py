@@ -86,15 +86,14 @@ class Block(nn.Module):
         penalized = needs_state and torch.is_grad_enabled() and getattr(self.attn, "has_terms", False)
         if self.splits_halves or needs_state:
             # Queries and keys go into a list, since attention's own output is what hooks on it should see.
-            seen: list[tuple[Tensor, Tensor, Tensor]] = []
+            seen: list[tuple[Tensor, Tensor, Tensor] | Tensor] = []
             arguments |= {"seen": seen} if self.steps("between") or penalized else {}
             arguments |= {"state": state} if needs_state else {}
             x, state = self.attention_step(x, state, arguments)
             if penalized:
                 state = replace(state, terms=(*state.terms, *self.attn.terms(*seen[0], state)))
             for step in self.steps("between"):
-                q, k, v = seen[0]
-                x, state = step(x, state, (q * self.attn.scale, k, v))
+                x, state = step(x, state, for_steps(self.attn, seen[0]))
             token_mask(state, attn_mask, is_causal, x)  # raises: a step that changed the tokens knew of no mask
             x = self.mlp_half(x)
         else:
@@ -120,6 +119,11 @@ class Block(nn.Module):
     def mlp_half(self, x: Tensor) -> Tensor:
         """The second half: x (B, n, D) -> x plus MLP."""
         return halves_of(self).mlp(self, x)
+
+
+def for_steps(attn: nn.Module, seen: Any) -> Any:
+    """What a step at "between" gets: q (scaled), k, v of an attention, or the output (B, n, D) of a mixer."""
+    return seen if isinstance(seen, Tensor) else (seen[0] * attn.scale, *seen[1:])
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,10 @@ CAPABILITIES: dict[str, str] = {
         "blocks.0 is a {block}, whose attn is {attention}. Expected one of {attentions} (matched by class, "
         "since others of the same name work differently). {mechanism} cannot be grafted into this model."
     ),
+    "decaying_mixer": (
+        "No block of this {model} holds a mixer whose weights decay along a sequence, such as retention. Expected one for "
+        "{mechanism}. Graft one first (vitreous.graft(model, 'retention')), or use another reducer, such as evit."
+    ),
     "halves": (
         "blocks.0 is a {block}, whose attention and MLP halves cannot be run apart. Expected one of {halves},"
         " or a block with the methods attention_half and mlp_half. Use a mechanism that stands before or "

@@ -44,13 +44,14 @@ class Mixer(nn.Module):
     Each group of tokens (a channel with tokens of its own) is a picture of its own. Merged tokens:
     every place is mixed with the token that stands for it, and a token gets the mean of what its
     places got. Inserted tokens get nothing, unless `mixes_inserted`, and with `mix` neither do those
-    of the prefix: their residual passes.
+    of the prefix: their residual passes. Dropped places are refused, unless it `decays`.
     """
 
     wants_state = True  # blocks of ours then hand in the state of the stream
     linear: ClassVar[bool] = False
     mixes_inserted: ClassVar[bool] = False  # True: `mix_tokens` gets inserted tokens too, behind the patches
     attends: ClassVar[bool] = False  # True: it takes a softmax attention of its own, which `look` reads like any other
+    decays: ClassVar[bool] = False  # True: weights fall along a sequence, and `mix_present` passes over places
     quantities: ClassVar[dict[str, Quantity]] = {
         "kernel": Quantity(
             "Kernel",
@@ -109,6 +110,17 @@ class Mixer(nn.Module):
         y = self.mix(patches.reshape(-1, *state.grid, patches.shape[-1])).reshape(patches.shape)
         return torch.cat([torch.zeros_like(prefix, dtype=y.dtype), y], dim=1)
 
+    def mix_present(self, tokens: Tensor, place: Tensor, state: TokenState) -> Tensor:
+        """Where places were dropped: tokens (B, n + m, D), m of them inserted, that lie at place (B, n) -> the same shape.
+
+        As if the tokens of the other places gave nothing. Of mixers that say `decays` alone.
+        """
+        raise TypeError(f"{type(self).__name__} does not pass over places: define mix_present(self, tokens, place, state).")
+
+    def products(self) -> tuple[int, int] | None:
+        """Multiply-adds beside its linear layers, (per token, per pair of tokens); None: there is no such formula."""
+        return None
+
     def forward(
         self,
         x: Tensor,
@@ -116,22 +128,36 @@ class Mixer(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         state: TokenState = PLAIN,
+        seen: list[Tensor] | None = None,
     ) -> Tensor:
         """Present tokens (B, n, D) -> (B, n, D). rope: not used, since the places are in the grid.
 
-        Raises MaskError for a mask, and where a place has no token or is not known.
+        seen: a list that gets the output, for token steps behind the mixer. Raises MaskError for a mask, and where a place
+        has no token or is not known.
         """
         name = type(self).__name__
         # beside sizes the mask is our own, of merged tokens; the mean over places stands for it
         if is_causal or (attn_mask is not None and state.sizes is None):
             mask = "is_causal=True" if is_causal else f"attn_mask of shape {tuple(attn_mask.shape)}"
             raise MaskError(f"Found {mask}, but {name} has no scores to mask. Expected none. Call the model without a mask.")
-        if state.grid is None or state.dropped:
+        passes_over = self.decays and state.dropped and state.assignment.single
+        if state.grid is None or (state.dropped and not passes_over):
             lost = "whose places are not known" if state.grid is None else "while some places have no token"
             raise MaskError(
                 f"Found {x.shape[1]} tokens {lost}, but {name} mixes whole pictures. Expected a token for each place. Switch "
                 "off what drops patches before it (patch_drop_rate, evit:fuse=false), or mix in earlier blocks."
             )
+        if passes_over:
+            place = state.assignment.own_places(x.shape[1] - state.inserted)
+            y = self.mix_present(x, place, state).to(x.dtype)
+        else:
+            y = self.mix_restored(x, state)
+        if seen is not None:
+            seen.append(y)
+        return y
+
+    def mix_restored(self, x: Tensor, state: TokenState) -> Tensor:
+        """Present tokens (B, n, D) -> (B, n, D): each at all of its places, and the mean of what these get."""
         original, inserted = restore(x, state)
         if self.mixes_inserted:
             mixed = self.mix_tokens(torch.cat([original, inserted], dim=1), state).to(x.dtype)

@@ -13,6 +13,7 @@ from vitreous.base.errors import HostError
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
 from vitreous.hosts.attention import Attention
 from vitreous.hosts.host import class_names, host_of
+from vitreous.hosts.mixer import Mixer
 
 
 class Count(NamedTuple):
@@ -26,6 +27,7 @@ class BlockCost(NamedTuple):
     """Multiply-adds of one block for n tokens in attention and m in the MLP: attention n + pairs n^2 + mlp m.
 
     attention: linear layers of the attention, per token. pairs: scores and weighted values, 2 H K.
+        Those of a mixer are what it says (`Mixer.products`).
     mlp: all other linear layers, per token. Norms, softmax, sums and biases are not counted.
     """
 
@@ -45,7 +47,11 @@ def block_costs(model: nn.Module) -> tuple[BlockCost, ...]:
 
 def block_cost(model: nn.Module, path: str, attention_path: str) -> BlockCost:
     attention = model.get_submodule(attention_path)
-    if not isinstance(attention, (Attention, *ATTENTIONS)):
+    if isinstance(attention, (Attention, *ATTENTIONS)):
+        products = 0, 2 * attention.proj.in_features
+    else:
+        products = attention.products() if isinstance(attention, Mixer) else None
+    if products is None:
         raise HostError(
             f"{attention_path} is a {type(attention).__name__}, whose multiply-adds have no formula here. Expected one of "
             f"{class_names(ATTENTIONS)}. Give the strength of the reducer itself instead of macs."
@@ -54,8 +60,8 @@ def block_cost(model: nn.Module, path: str, attention_path: str) -> BlockCost:
     inside = {id(module) for module in attention.modules()}
     sizes = [(id(linear) in inside, linear.in_features * linear.out_features) for linear in linears]
     return BlockCost(
-        attention=sum(size for within, size in sizes if within),
-        pairs=2 * attention.proj.in_features,
+        attention=products[0] + sum(size for within, size in sizes if within),
+        pairs=products[1],
         mlp=sum(size for within, size in sizes if not within),
     )
 

@@ -39,6 +39,7 @@ class ViT:
                 "remove": self.tokens_change,
                 "attention": known,
                 "projections": known,
+                "decaying_mixer": any(getattr(attn, "decays", False) for attn in attentions),
                 "halves": any(map(halves_of, model.blocks)),
                 "linear": any(isinstance(module, nn.Linear) for module in model.blocks.modules()),
                 "grid": isinstance(model.patch_embed, Embed) or type(model.patch_embed) is PatchEmbed,

@@ -23,12 +23,14 @@ class Assignment:
     index: (B, N) int64, the present token that stands for each place, -1 for none (hard reducers).
     weights: (B, n, N), not negative, how much each place gives to each present token (soft ones).
     tokens: n of an index. dropped: whether some places may have no token, known without reading it.
+    single: whether no two places have one token, known likewise.
     """
 
     index: Tensor | None = None
     weights: Tensor | None = None
     tokens: int | None = None
     dropped: bool = False
+    single: bool = False
 
     @classmethod
     def keeping(cls, top: Tensor, patches: int, prefix: int, *, fused: bool = False) -> Assignment:
@@ -41,7 +43,7 @@ class Assignment:
         place = torch.arange(rest, device=top.device).expand(b, -1)
         others = torch.full((b, patches), rest if fused else -1, device=top.device)
         index = torch.cat([place[:, :prefix], others.scatter(1, top, place[:, prefix:])], dim=1)  # (B, prefix + patches)
-        return cls(index=index, tokens=rest + fused, dropped=not fused)
+        return cls(index=index, tokens=rest + fused, dropped=not fused, single=not fused)
 
     @classmethod
     def mixing(cls, weights: Tensor, prefix: int) -> Assignment:
@@ -70,7 +72,8 @@ class Assignment:
         """
         if self.weights is None and other.weights is None:
             index = take(other.index, self.index, absent=-1 if self.dropped else None)
-            return replace(other, index=index, dropped=self.dropped or other.dropped)
+            dropped, single = self.dropped or other.dropped, self.single and other.single
+            return replace(other, index=index, dropped=dropped, single=single)
         dtype = (other.weights if self.weights is None else self.weights).dtype
         weights = normalized(other.as_weights(dtype), 1) @ self.as_weights(dtype)
         return Assignment(weights=weights, dropped=self.dropped or other.dropped)
@@ -93,6 +96,10 @@ class Assignment:
             return normalized(self.weights, 1).sum(2)
         counts = self.index.new_zeros(len(self.index), 1 + tokens)
         return counts.scatter_add(1, self.index + 1, torch.ones_like(self.index))[:, 1:]
+
+    def own_places(self, tokens: int) -> Tensor:
+        """(B, n): the place of each of n tokens, none of which stands for two (`single`)."""
+        return self.index.masked_fill(self.index < 0, tokens).argsort(1)[:, :tokens]
 
     def at(self, places: slice) -> Assignment:
         """The assignment of some of the places."""

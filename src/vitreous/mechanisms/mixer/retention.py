@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vitreous import slots
 from vitreous.base.errors import SettingError
 from vitreous.hosts.mixer import Mixer
-from vitreous.layers.stream import TokenState
+from vitreous.layers.stream import TokenState, take
 from vitreous.mechanism import Mechanism
 
 
@@ -28,7 +28,8 @@ class Retention(Mechanism):
         retention); gamma is fixed.
     Differs: class and register tokens of the host stand behind the patches, backwards, so that the
         class token is the last one and sees all others; inserted tokens that are read out stand
-        between, others in front, where all see them. Queries, keys and values come from full
+        between, others in front, where all see them. A dropped token gives nothing, and the state
+        decays over its place. Queries, keys and values come from full
         linear layers.
     At start: changes the output; the displaced attention's weights are not used (keeps_weights is
         False).
@@ -39,8 +40,8 @@ class Retention(Mechanism):
         or chunkwise. chunk: tokens per chunk. decay: vir = 1 - exp(linspace(log 1/32, log 1/512,
         heads)), retnet = 1 - 2^(-5 - h). output: paper or plain. seed: of the weights,
         N(0, 0.02^2) cut at two standard deviations.
-    Raises: HostError where the blocks cannot hand on a state; MaskError for masks and dropped
-        tokens; SettingError.
+    Raises: HostError where the blocks cannot hand on a state; MaskError for masks, and for tokens that
+        were dropped after some were merged; SettingError.
     """
 
     paper: ClassVar[str] = "Hatamizadeh et al. 2023, arXiv 2310.19731"
@@ -78,6 +79,7 @@ class RetentionMixer(Mixer):
     """Retention over the patches in raster order, then the prefix (see `sequence`)."""
 
     mixes_inserted: ClassVar[bool] = True
+    decays: ClassVar[bool] = True
 
     def initialise(self, settings: Retention, width: int, heads: int, generator: torch.Generator) -> None:
         self.settings, self.num_heads = settings, heads
@@ -86,18 +88,28 @@ class RetentionMixer(Mixer):
 
     def mix_tokens(self, tokens: Tensor, state: TokenState) -> Tensor:
         order = sequence(tokens.shape[1], state)
-        q, k, v = self.project(tokens[:, order])
+        return self.retain(tokens[:, order], torch.arange(len(order), device=tokens.device))[:, inverse(order)]
+
+    def mix_present(self, tokens: Tensor, place: Tensor, state: TokenState) -> Tensor:
+        places = state.assignment.places
+        seat = torch.tensor(inverse(sequence(places + state.inserted, state)), device=place.device)
+        seats = torch.cat([seat[place], seat[places:].expand(place.shape[0], -1)], dim=1)  # (B, n + m)
+        order = seats.argsort(1)
+        return take(self.retain(take(tokens, order), take(seats, order)), order.argsort(1))
+
+    def retain(self, tokens: Tensor, seats: Tensor) -> Tensor:
+        """Tokens (B, N, D) in the order in which they are read -> (B, N, D); seats (N) or (B, N) in the whole sequence."""
+        q, k, v = self.project(tokens)
         log_decay = self.log_decay(q)
         with torch.autocast(q.device.type, enabled=False):  # sums over all tokens without a softmax: half is too coarse
             if self.settings.form == "parallel":
-                o = parallel(q, k, v, log_decay)
+                o = parallel(q, k, v, log_decay, seats)
             elif self.settings.form == "recurrent":
-                o = recurrent(q, k, v, log_decay)
+                o = recurrent(q, k, v, log_decay, seats)
             else:
-                o = chunkwise(q, k, v, log_decay, self.settings.chunk)
+                o = chunkwise(q, k, v, log_decay, self.settings.chunk, seats)
         o = self.norm(o.transpose(1, 2).flatten(2).to(tokens.dtype))  # (B, N, D)
-        y = self.proj(F.gelu(o) if self.settings.output == "paper" else o)
-        return y[:, inverse(order)]
+        return self.proj(F.gelu(o) if self.settings.output == "paper" else o)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D) -> queries, keys and values, (B, H, N, K) each, in at least float32."""
@@ -121,6 +133,11 @@ class RetentionMixer(Mixer):
         q, k, _ = self.project(tokens[:, order])
         return weights(q, k, self.log_decay(q))[:, :, inverse(order)][..., inverse(order)]
 
+    def products(self) -> tuple[int, int] | None:
+        width = self.proj.in_features
+        per = {"parallel": (0, 2 * width), "recurrent": (2 * width * width // self.num_heads, 0)}
+        return per.get(self.settings.form)
+
     def reading(self) -> dict[str, Tensor]:
         return {"decay": log_decay(self.settings.decay, self.num_heads).exp()}
 
@@ -135,52 +152,66 @@ def log_decay(kind: str, heads: int) -> Tensor:
     return (-(2.0 ** -torch.arange(5, 5 + heads, dtype=torch.float64))).log1p()
 
 
-def decay_mask(log_decay: Tensor, tokens: int) -> Tensor:
-    """gamma^(i - j) for i >= j, else 0: log gamma (H,) -> (H, N, N)."""
-    place = torch.arange(tokens, device=log_decay.device)
+def counted(x: Tensor, seats: Tensor | None) -> Tensor:
+    """The seats, or 0, 1, 2, ... for the N tokens of x (B, H, N, K)."""
+    return torch.arange(x.shape[2], device=x.device) if seats is None else seats
+
+
+def decayed(log_decay: Tensor, steps: Tensor) -> Tensor:
+    """gamma^steps: log gamma (H,), steps (N) or (B, N) -> (H, N, 1) or (B, H, N, 1)."""
+    return (steps[..., None, :] * log_decay[:, None]).exp()[..., None]
+
+
+def decay_mask(log_decay: Tensor, seats: Tensor) -> Tensor:
+    """gamma^(s_i - s_j) for i >= j, else 0: log gamma (H,), rising seats s (N) or (B, N) -> (H, N, N) or (B, H, N, N)."""
     # in the exponent, and not below 0: powers of negative distances would overflow
-    distance = (place[:, None] - place).clamp(min=0)
-    return (distance * log_decay[:, None, None]).exp().tril()
+    distance = (seats[..., :, None] - seats[..., None, :]).clamp(min=0)
+    return (distance[..., None, :, :] * log_decay[:, None, None]).exp().tril()
 
 
-def weights(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+def weights(q: Tensor, k: Tensor, log_decay: Tensor, seats: Tensor | None = None) -> Tensor:
     """(Q K^T / sqrt(K)) * D, signed and causal: (B, H, N, N).
 
-    q, k: (B, H, N, K). log_decay: log gamma (H,).
+    q, k: (B, H, N, K). log_decay: log gamma (H,). seats: (N) or (B, N), rising: where the tokens are in
+    the whole sequence, where some were dropped; None: one after the other.
     """
-    return (q @ k.mT) * q.shape[-1] ** -0.5 * decay_mask(log_decay, q.shape[2])
+    return (q @ k.mT) * q.shape[-1] ** -0.5 * decay_mask(log_decay, counted(q, seats))
 
 
-def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """Retention at once: q, k, v (B, H, N, K), log gamma (H,) -> (B, H, N, K).
+def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, seats: Tensor | None = None) -> Tensor:
+    """Retention at once: q, k, v (B, H, N, K), log gamma (H,), seats as in `weights` -> (B, H, N, K).
 
     Stores (B, H, N, N).
     """
-    return weights(q, k, log_decay) @ v
+    return weights(q, k, log_decay, seats) @ v
 
 
-def recurrent(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+def recurrent(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, seats: Tensor | None = None) -> Tensor:
     """Retention token by token, equal to `parallel`: N steps, one state (B, H, K, K)."""
-    gamma, scale = log_decay.exp()[:, None, None], q.shape[-1] ** -0.5
+    seats, scale = counted(q, seats), q.shape[-1] ** -0.5
+    gamma = decayed(log_decay, seats.diff(prepend=seats[..., :1]))  # since the token before
     state, outputs = 0, []
-    for q_n, k_n, v_n in zip(*(x.split(1, dim=2) for x in (q, k, v)), strict=True):  # (B, H, 1, K) each
-        state = gamma * state + k_n.mT @ v_n
+    for q_n, k_n, v_n, fall in zip(*(x.split(1, dim=-2) for x in (q, k, v, gamma)), strict=True):  # (B, H, 1, K) each
+        state = fall * state + k_n.mT @ v_n
         outputs.append(scale * (q_n @ state))
     return torch.cat(outputs, dim=2)
 
 
-def chunkwise(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int) -> Tensor:
+def chunkwise(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int, seats: Tensor | None = None) -> Tensor:
     """Retention by chunks of tokens, equal to `parallel`.
 
     Within a chunk at once, between chunks by the state.
     """
-    rate, scale = log_decay[:, None, None], q.shape[-1] ** -0.5
+    seats, scale = counted(q, seats), q.shape[-1] ** -0.5
+    last = seats[..., :1]  # of the chunk before; the state is 0 in the first one
     state, outputs = torch.zeros_like(k[:, :, :1].mT @ v[:, :, :1]), []  # (B, H, K, K)
-    for q_c, k_c, v_c in zip(*(x.split(chunk, dim=2) for x in (q, k, v)), strict=True):  # (B, H, n, K) each
-        n = q_c.shape[2]
-        age = torch.arange(1, n + 1, device=q.device)[:, None]  # of the state, seen from each token
-        outputs.append(parallel(q_c, k_c, v_c, log_decay) + scale * (q_c @ state) * (age * rate).exp())
-        state = (n * rate).exp() * state + k_c.mT @ (v_c * ((n - age) * rate).exp())
+    parts = *(x.split(chunk, dim=2) for x in (q, k, v)), seats.split(chunk, dim=-1)
+    for q_c, k_c, v_c, here in zip(*parts, strict=True):  # (B, H, n, K) each
+        before = scale * (q_c @ state) * decayed(log_decay, here - last)
+        outputs.append(parallel(q_c, k_c, v_c, log_decay, here) + before)
+        end = here[..., -1:]
+        state = decayed(log_decay, end - last) * state + k_c.mT @ (v_c * decayed(log_decay, end - here))
+        last = end
     return torch.cat(outputs, dim=2)
 
 
