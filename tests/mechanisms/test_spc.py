@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from vitreous import SPC, ExtraTokens, check, graft, ungraft
 from vitreous.base.errors import HostError, MaskError, SettingError
+from vitreous.layers.foreground import place_bump, towards_centre
 from vitreous.layers.geometry import centre_prior
 from vitreous.layers.stream import Assignment, TokenState
 from vitreous.lens.look import look
-from vitreous.mechanisms.tokens.spc import Components, foreground_weights, learned_sketch, mixing, place_bump, towards_centre
+from vitreous.mechanisms.tokens.spc import Components, foreground_weights, learned_sketch, mixing
 
 RANDOM = torch.Generator().manual_seed(0)
 
@@ -365,9 +366,9 @@ def test_merged_patches_have_the_mean_bump_of_their_places():
         ]
     )
     rows = torch.zeros(2, 11, 24, dtype=torch.float64)
-    assert (place_bump(state, rows) - expected).abs().max() < 1e-12
+    assert (place_bump(state, rows, "spc") - expected).abs().max() < 1e-12
     channels = TokenState(grid=GRID, prefix=1, groups=2)
-    assert torch.equal(place_bump(channels, torch.zeros(2, 24, 24, dtype=torch.float64)), bump.repeat(2))
+    assert torch.equal(place_bump(channels, torch.zeros(2, 24, 24, dtype=torch.float64), "spc"), bump.repeat(2))
 
 
 @pytest.mark.parametrize("gradient", ["detach", "through"])

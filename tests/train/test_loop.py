@@ -287,6 +287,14 @@ def test_a_classifier_that_does_not_name_its_classes_is_said(settings, quiet, tm
         assert not any(remark.startswith("Classifier:") for remark in prepare(settings(**changes)).remarks)
 
 
+def test_the_plan_of_a_reducer_is_said(settings):
+    (plan,) = [remark for remark in prepare(settings(graft=("evit:macs=0.8",))).remarks if remark.startswith("Plan: ")]
+    assert plan.startswith("Plan: 1. evit:macs=0.8 at blocks.")
+    assert "; tokens in attention: 17, 14; tokens in mlp: 14, 11; " in plan
+    assert plan.endswith(" of those with all tokens.")
+    assert not any(remark.startswith("Plan: ") for remark in prepare(settings(graft=("svda",))).remarks)
+
+
 def test_a_folder_in_use_is_left_alone(settings, quiet, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

@@ -11,16 +11,15 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from vitreous import slots
-from vitreous.base.errors import MaskError, SettingError
+from vitreous.base.errors import SettingError
 from vitreous.hosts.read_out import read_tokens
 from vitreous.layers.exposed import Exposed
-from vitreous.layers.geometry import centre_prior
+from vitreous.layers.foreground import along_direction, place_bump, towards_centre
 from vitreous.layers.spectral import leading_subspace, unit_rows
 from vitreous.layers.stream import PLAIN, TokenState, insert, split
 from vitreous.mechanism import Mechanism
 
 MOMENTUM = 0.05  # share of a training batch in the running direction of basis=calibrated; ten photographs suffice for one
-TINY = 1e-12  # a shorter vector counts as none
 SHARE = "How much each token has to do with the SPC tokens, mean over them: the squared entry of the singular vector, 1 in all."
 
 
@@ -198,21 +197,10 @@ class Components(nn.Module):
         rows = unit_rows(patches.detach() if self.settings.gradient == "detach" else patches)
         direction = self.direction.to(rows)
         if self.training:
-            direction = towards_centre(rows.detach(), place_bump(state, rows))
+            direction = towards_centre(rows.detach(), place_bump(state, rows, "spc:basis=calibrated"))
             if not recomputing():
                 self.direction.lerp_(direction.to(self.direction), MOMENTUM)
         return F.pad(foreground_weights(rows, direction, self.taken), (0, 0, state.prefix, 0))
-
-
-def towards_centre(rows: Tensor, bump: Tensor) -> Tensor:
-    """w (D,) = mean over images of Z^T c, which points at what tends to be central: subjects.
-
-    rows: Z (B, P, D), unit and centred (`unit_rows`). bump: c, (P,) or (B, P). Images with values
-    that are not finite count for nothing.
-    """
-    each = (bump[..., None, :] @ rows).squeeze(-2)  # (B, D)
-    finite = each.isfinite().all(-1, keepdim=True)
-    return torch.where(finite, each, 0).sum(0) / finite.sum().clamp_min(1)
 
 
 def foreground_weights(rows: Tensor, direction: Tensor, n: int) -> Tensor:
@@ -222,23 +210,8 @@ def foreground_weights(rows: Tensor, direction: Tensor, n: int) -> Tensor:
     direction of w (D,) counts; 0, and the weights even, where there is no direction yet.
     rows: Z (B, P, D). Zw: `lens.direction`; pooling by it is ours.
     """
-    along = rows @ direction  # (B, P), mean 0 as rows are centred
-    z = along * (rows.shape[1] ** 0.5 / torch.linalg.vector_norm(along, dim=1, keepdim=True).clamp_min(TINY))
+    z = along_direction(rows, direction)
     return (z[..., None] * torch.arange(1, n + 1, device=z.device)).softmax(1)
-
-
-def place_bump(state: TokenState, rows: Tensor) -> Tensor:
-    """The bump at the centre of the image (`centre_prior`) at each present patch: (P,), or (B, P) where some were merged."""
-    if state.grid is None:
-        raise MaskError(
-            f"Found {rows.shape[1]} tokens whose places in the images are not known. Expected a token for each place, for the "
-            "bump of spc:basis=calibrated. Switch off what drops patches before the blocks (patch_drop_rate)."
-        )
-    bump = centre_prior(state.grid).to(rows).repeat(state.groups)
-    if state.assignment is None:
-        return bump
-    places = F.pad(bump, (state.prefix, 0))[None, :, None].expand(len(rows), -1, -1)
-    return state.assignment.gather(places)[:, state.prefix :, 0]
 
 
 def recomputing() -> bool:
