@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from timm.layers import PatchEmbed, use_reentrant_ckpt
+from timm.layers import DropPath, PatchEmbed, use_reentrant_ckpt
 from torch import nn
 
 from vitreous.base.errors import GraftError, HostError, SettingError
@@ -22,6 +22,7 @@ from vitreous.hosts.directions import Projections, never_calls, projections_of, 
 from vitreous.hosts.host import class_names, host_of
 from vitreous.hosts.mixer import Mixer
 from vitreous.hosts.read_out import read_tokens
+from vitreous.hosts.residual import ATTENTION, MLP, branches_of
 from vitreous.hosts.stream_ends import Embed, StreamEnd
 from vitreous.layers.linear import Linear
 
@@ -290,6 +291,30 @@ def block_of(model: nn.Module, layer: int, cls: type[Block]) -> Block:
     check_halves(block, path)
     check_within(block, cls, path)
     return cls.of(block)
+
+
+def before_the_sums(model: nn.Module, layer: int, mechanism: str) -> list[tuple[str, nn.Module]]:
+    """(path, module) of attention and of MLP: what passes last all that they add to the tokens of `blocks.layer`.
+
+    Raises HostError where the two have not one sum each, GraftError where another graft stands.
+    """
+    block, ends = model.blocks[layer], []
+    check_halves(block, f"blocks.{layer}")
+    paths = {half: path for path, half in branches_of(block).items()}
+    if not {ATTENTION, MLP} <= paths.keys():
+        raise HostError(
+            f"blocks.{layer} is a {getattr(block, 'host', type(block)).__name__}, in which attention and MLP have not one sum "
+            f"each. Expected one for attention and one for MLP. Choose other layers for {mechanism}, or another host."
+        )
+    for path in (paths[ATTENTION], paths[MLP]):
+        end = block.get_submodule(path)
+        if type(end) not in (nn.Identity, DropPath):
+            raise GraftError(
+                f"blocks.{layer}.{path} already holds {type(end).__name__}. Expected the host's own, so that one graft stands "
+                f"before each sum. Take the other graft out first (vitreous.ungraft), or choose other layers for {mechanism}."
+            )
+        ends.append((f"blocks.{layer}.{path}", end))
+    return ends
 
 
 def plain_embedding(model: nn.Module, mechanism: str) -> PatchEmbed:

@@ -62,6 +62,7 @@ class SpectFormer(VisionTransformer):
             gate.initialise(self.patch_embed.grid_size, self.embed_dim)
             block.attn = gate.to(self.patch_embed.proj.weight)
             block.__class__ = SpectralBlock
+            del block.drop_path1  # one sum, one stochastic depth
         for path, module in slots.open_stream(self, "spectformer").items():
             self.set_submodule(path, module)
 
