@@ -45,7 +45,8 @@ def rivals(first: str, second: str) -> bool:
     a, b = known_signature(parse(first)), known_signature(parse(second))
     classes = [{name.partition(".")[0] for name in each.overrides} for each in (a, b)]
     alone = {"attn_pool", "blocks.*:between", "patch_embed.proj"}  # where there is room for one
-    alone |= {place for place in a.places if place.startswith(("blocks.*.attn.", "blocks.*.mlp."))}  # a linear layer
+    # a linear layer, the end of a branch
+    alone |= {place for place in a.places if place.startswith(("blocks.*.attn.", "blocks.*.mlp.", "blocks.*.drop_path"))}
     patches = any("Embed.patches" in one.overrides and "patch_embed.proj" in other.places for one, other in ((a, b), (b, a)))
     pool = any("attn_pool" in one.places and "class_head" in other.requires for one, other in ((a, b), (b, a)))
     displaced = any(  # a mixer takes attention away, and with it whatever stands on it
@@ -68,6 +69,12 @@ def nested(first: str, second: str) -> bool:
 def sets_grid(text: str) -> bool:
     """True if it changes the grid of patches, which others may be made for: it has to be the first in a model."""
     return "patch_embed.grid_size" in known_signature(parse(text)).places
+
+
+def budget_differs(first: str, second: str) -> bool:
+    """True if one solves for a share of what the model costs, in which adapters that are in already count."""
+    pairs = (first, second), (second, first)
+    return any(getattr(parse(one), "macs", None) is not None and folder(other) == "block" for one, other in pairs)
 
 
 def stacked(first: str, second: str, host: str = PRIMARY) -> torch.nn.Module | None:
@@ -95,7 +102,7 @@ def test_a_pair_stacks_or_is_rivals(pair):
     assert both.isfinite().all()
     fewer = per_place(alone) < 1  # of so few places a window may hold all, as the host does
     assert parse(second).exact_at_init or fewer or not torch.equal(both, alone(images()))
-    if folder(first) != folder(second):  # in different slots the order means nothing
+    if folder(first) != folder(second) and not budget_differs(first, second):  # in different slots the order means nothing
         other = stacked(second, first, host)
         if other is None:
             assert nested(first, second) or sets_grid(first)
