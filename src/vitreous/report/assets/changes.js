@@ -3,12 +3,14 @@
 /** Differences of B to A per source, layer, head and measure; largest first, in units of the spread over both readings. */
 function changes(a, b) {
   const found = [];
-  for (const pair of sourcesOf([a, b])) {
+  const pairs = sourcesOf([a, b]);
+  for (const pair of pairs) {
     for (const measure of measuresOf([a], pair).filter((name) => !name.endsWith("_paper"))) {
       const mine = new Map(rowsOf(a, pair).map((row) => [`${row.layer}/${row.head}`, cellOf(a, row, measure)]));
       const both = rowsOf(b, pair)
         .map((row) => ({ ...row, left: mine.get(`${row.layer}/${row.head}`), right: cellOf(b, row, measure) }))
         .filter((row) => row.left && row.right);
+      if (both.length < 2) continue; // there is no spread that a difference could be measured by
       const all = both.flatMap((row) => [row.left[0], row.right[0]]);
       const middle = all.length ? mean(all) : 0;
       const spread = Math.sqrt(mean(all.map((value) => (value - middle) ** 2)));
@@ -16,7 +18,7 @@ function changes(a, b) {
         const difference = row.right[0] - row.left[0];
         if (difference)
           found.push({
-            source: pair[0],
+            source: pairs.filter((other) => other[0] === pair[0]).length > 1 ? pair.join(", ") : pair[0],
             layer: row.layer,
             head: row.head,
             measure,

@@ -43,24 +43,29 @@ function matrixPart(record) {
     );
     const [label, unit, text] = measureWords(box.measure);
     about.textContent = `${text}${unit ? ` Unit or range: ${unit}.` : ""} The highest has a frame.`;
-    body.replaceChildren(...readings.flatMap((reading, i) => sheet(reading, i, pair, label)));
+    const every = readings.map((reading) => valuesOf(reading, pair));
+    const full = Math.max(...every.flat().map((row) => row.value)); // one for all readings, so that equal values look equal
+    body.replaceChildren(...readings.map((reading, i) => sheet(reading, i, every[i], full, label)));
   }
 
-  function sheet(reading, side, pair, label) {
-    const rows = rowsOf(reading, pair).flatMap((row) => {
+  /** [{layer, head, value}] of the mean over images, or of the chosen one. */
+  function valuesOf(reading, pair) {
+    return rowsOf(reading, pair).flatMap((row) => {
       if (row.head < 0) return [];
       const values = reading.each.values[[...pair, row.layer, row.head, state.image].join("/")];
       const value = box.of === "mean" ? cellOf(reading, row, box.measure)?.[0] : values?.[reading.each.columns.indexOf(box.measure)];
       return value === null || value === undefined ? [] : [{ layer: row.layer, head: row.head, value }];
     });
+  }
+
+  function sheet(reading, side, rows, full, label) {
     const image = reading.images[state.image];
     const named = own(image?.classes, record.name);
     const whose = box.of === "one" && image ? `${image.name}${named ? `, class ${named}` : ""}` : "";
     const heading = [state.panes.length > 1 ? tagged(side) : "", whose].filter(Boolean).join(". ");
-    if (!rows.length) return [el("p", { class: "quiet" }, "Not measured for this image.")];
+    if (!rows.length) return el("p", { class: "quiet" }, "Not measured for this image.");
     const best = rows.reduce((a, b) => (b.value > a.value ? b : a));
-
-    return [el("div", {}, heading ? el("h3", {}, heading) : null, matrix(`${label} by layer and head, ${tagged(side)}`, rows, best))];
+    return el("div", {}, heading ? el("h3", {}, heading) : null, matrix(`${label} by layer and head, ${tagged(side)}`, rows, best, full));
   }
   section(["panes", "image"], () => redraw({}));
 }

@@ -33,9 +33,10 @@ function sumPart(record) {
       ],
       box.of,
     );
-    const charts = readings.map((reading, i) => sumChart(reading, i, pairs));
-    legend.replaceChildren(colourKey(charts.flatMap((one) => one.series)));
-    body.replaceChildren(...charts.map((one) => one.figure));
+    const every = readings.map((reading) => seriesOf(reading, pairs));
+    const ends = every.flat().flatMap((one) => one.points.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y]));
+    legend.replaceChildren(colourKey(every.flat()));
+    body.replaceChildren(...readings.map((reading, i) => sumChart(reading, i, every[i], bounds([0, ...ends]))));
   }
 
   /** {x: value, low, high} of the rows of a kind; what is of no layer stands left of the first one. */
@@ -53,7 +54,8 @@ function sumPart(record) {
     });
   }
 
-  function sumChart(reading, side, pairs) {
+  /** A series for each kind, its bars side by side with those of the others. */
+  function seriesOf(reading, pairs) {
     const lonely = pairs.filter((pair) => rowsOf(reading, pair).every((row) => row.layer < 0));
     const found = pairs
       .map((pair, i) => ({
@@ -69,26 +71,28 @@ function sumPart(record) {
       one.slot = 0.8 / most;
       for (const p of one.points) p.shift = (at(p.x).indexOf(one) - (at(p.x).length - 1) / 2) * one.slot;
     }
+    return found;
+  }
+
+  function sumChart(reading, side, series, range) {
     const [title, unit, text] = measureWords(box.measure);
     const image = reading.images[state.image];
     const named = own(image?.classes, record.name);
     const whose = box.of === "one" && image ? `${image.name}${named ? `, class ${named}` : ""}: ` : "";
     const tag = state.panes.length > 1 ? `${tagged(side)}. ` : "";
-    return {
-      series: found,
-      figure: chart({
-        id: `sum-${record.name}-${"ab"[side]}`,
-        title: `${tag}${whose}${title}`,
-        unit,
-        about: `${text}${box.of === "mean" && reading.count > 1 ? " Lines: one standard deviation over images." : ""}`,
-        xLabel: "layer",
-        xName: (x) => (x < 0 ? "–" : String(x)),
-        series: found,
-        spread: "one standard deviation",
-        width: WIDE,
-        pick: (_, p) => p.x >= 0 && set({ layer: p.x }),
-      }),
-    };
+    return chart({
+      id: `sum-${record.name}-${"ab"[side]}`,
+      title: `${tag}${whose}${title}`,
+      unit,
+      about: `${text}${box.of === "mean" && reading.count > 1 ? " Lines: one standard deviation over images." : ""}`,
+      xLabel: "layer",
+      xName: (x) => (x < 0 ? "–" : String(x)),
+      series,
+      range, // one for all readings, so that equal bars look equal
+      spread: "one standard deviation",
+      width: WIDE,
+      pick: (_, p) => p.x >= 0 && set({ layer: p.x }),
+    });
   }
   section(["panes", "image"], () => redraw({}));
 }
