@@ -140,6 +140,22 @@ class Attention(nn.Module):
             out = F.linear(x, self.qkv.weight, bias) if at_once else self.qkv(x) + bias
         return out.unflatten(-1, (3, self.num_heads, -1))
 
+    def parts(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Those of queries, keys and values from start to stop, (B, H, n, K) each.
+
+        The others are not computed where `qkv` is a linear layer that nobody else holds, and `project` is
+        not overridden.
+        """
+        bare = type(self.qkv) is nn.Linear and not (self.qkv._forward_hooks or self.qkv._forward_pre_hooks)
+        if not bare or has_biases_beside(self) or type(self).project is not Attention.project:
+            return self.project(x)[start:stop]
+        width = self.qkv.out_features // 3
+        rows = slice(start * width, stop * width)
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        packed = F.linear(x, self.qkv.weight[rows], bias).unflatten(-1, (stop - start, self.num_heads, -1))
+        norms = (self.q_norm, self.k_norm, nn.Identity())[start:stop]
+        return tuple(norm(part) for norm, part in zip(norms, packed.permute(2, 0, 3, 1, 4), strict=True))
+
     @property
     def packed_is_ours(self) -> bool:
         """True if queries and keys are what `packed` gives, and nobody else holds that: `qkv` is a linear without hooks."""
