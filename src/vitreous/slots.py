@@ -416,7 +416,8 @@ def read_out_moved(model: nn.Module) -> str | None:
     """Why the read-out at `norm` no longer fits the head, or None. `reset_classifier(n, pool)` can change the head."""
     if not walks(model):
         return None
-    steps = any(block.steps(station) for block in model.blocks if isinstance(block, Block) for station in STATIONS)
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    steps = any(block.merges_within() or any(map(block.steps, STATIONS)) for block in blocks)
     if steps and isinstance(model.norm, StreamEnd):
         heads, pooled = read_tokens(model)
         if (model.norm.heads, model.norm.pooled) != (heads, pooled):
