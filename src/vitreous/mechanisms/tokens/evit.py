@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitreous import slots
 from vitreous.base.errors import SettingError
 from vitreous.hosts.token_counts import Count, patch_count
+from vitreous.layers.matching import class_attention
 from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
 from vitreous.reducer import Reducer, counts_between
 
@@ -133,12 +134,3 @@ class Reorganize(nn.Module):
 def kept(patches: int, keep: float) -> int:
     """ceil(keep * patches), where 0.55 of 100 are 55 although the product of the two is a little more in floating point."""
     return math.ceil(keep * patches - 1e-9)
-
-
-def class_attention(q: Tensor, k: Tensor, sizes: Tensor | None) -> Tensor:
-    """The class token's attention (B, n), mean over heads; q (already scaled), k (B, H, n, K), sizes (B, n) or None."""
-    scores = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2)  # (B, H, n)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if sizes is not None:
-        scores = scores + sizes.log()[:, None]
-    return scores.softmax(-1).mean(1)

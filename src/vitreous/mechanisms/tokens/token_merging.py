@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from vitreous import slots
 from vitreous.base.errors import SettingError
 from vitreous.hosts.token_counts import Count, patch_count
-from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
+from vitreous.layers.matching import Pairs, best_pairs, merged, wide
+from vitreous.layers.stream import TokenState, split
 from vitreous.reducer import Reducer, between_schedules, counts_between
 
 
@@ -110,55 +111,12 @@ class Merge(nn.Module):
         merging = min(self.tokens, (end - prefix) // 2)
         if merging == 0:
             return x, state
-        proportional = self.proportional or state.sizes is not None  # an earlier graft counts by sizes
-        sizes = x.new_ones(x.shape[:2], dtype=wide(x)) if state.sizes is None else state.sizes
-        if not proportional and state.assignment is not None:
-            sizes = state.assignment.counts(end).to(sizes.dtype)
         with torch.autocast(x.device.type, enabled=False):  # half precision cannot tell similar keys apart
-            leaving, staying, target = match(qkv[1][:, :, prefix:end], merging)
-            order, place = new_order(leaving, staying, target, prefix, end)
-            stay, go = order[:, : end - merging], order[:, end - merging :]
-            into = place[:, end - merging :]
-            tokens, merged = joined(take(x, stay), sizes.gather(1, stay), take(x, go), sizes.gather(1, go), into)
-        step = Assignment(index=torch.zeros_like(order).scatter(1, order, place), tokens=end - merging)
-        return reduce(x, state, step, merged if proportional else None, tokens=tokens)
+            pairs = match(qkv[1][:, :, prefix:end], merging)
+        return merged(x, state, pairs, prefix, self.proportional)
 
 
-def match(keys: Tensor, merging: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bipartite soft matching on keys (B, H, n, K): who of A (patches 1, 3, ...) joins whom of B (0, 2, ...).
-
-    Returns (leaving (B, merging), staying (B, |A| - merging), target (B, merging)): leaving and staying count in A, target
-    in B; the pairs are those whose keys, mean over heads, have the greatest cosine, each of A with its best of B.
-    """
+def match(keys: Tensor, merging: int) -> Pairs:
+    """Bipartite soft matching on keys (B, H, n, K): those whose keys, mean over heads, have the greatest cosine."""
     keys = F.normalize(keys.to(wide(keys)).mean(1), dim=-1)  # (B, n, K)
-    best, nearest = (keys[:, 1::2] @ keys[:, ::2].transpose(1, 2)).max(-1)  # (B, |A|) each
-    order = best.argsort(dim=1, descending=True)
-    leaving, staying = order[:, :merging], order[:, merging:].sort(1).values
-    return leaving, staying, nearest.gather(1, leaving)
-
-
-def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens b (B, m, D) and sizes (B, m) after each of a (B, r, D) went into its target (B, r): means weighted by size.
-
-    As a product of matrices, whose sums have one order on every device; a token that nothing joins stays as it is.
-    """
-    into = (target[:, None] == torch.arange(b.shape[1], device=b.device)[:, None]).to(size_b.dtype)  # (B, m, r)
-    size = size_b + (into * size_a[:, None]).sum(-1)
-    mean = torch.baddbmm((size_b / size)[..., None] * b, into * size_a[:, None] / size[..., None], a.to(size.dtype))
-    return mean.to(b.dtype), size
-
-
-def new_order(leaving: Tensor, staying: Tensor, target: Tensor, prefix: int, end: int) -> tuple[Tensor, Tensor]:
-    """(order, place), (B, end) each: the original tokens, those that leave last, and where each is found after the merge.
-
-    Before these stand the prefix, what stays of A, and B; leaving, staying and target as `match` returns them.
-    """
-    every = torch.arange(end, device=target.device).expand(target.shape[0], -1)
-    order = torch.cat([every[:, :prefix], prefix + 1 + 2 * staying, every[:, prefix::2], prefix + 1 + 2 * leaving], dim=1)
-    place = torch.cat([every[:, : end - leaving.shape[1]], prefix + staying.shape[1] + target], dim=1)
-    return order, place
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """At least float32, in which sizes are whole numbers and similarities can be told apart."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return best_pairs(keys[:, 1::2] @ keys[:, ::2].transpose(1, 2), merging)
