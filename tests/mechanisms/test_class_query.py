@@ -33,7 +33,14 @@ def operations(model, x):
     return counter.get_total_flops() // 2
 
 
-HOSTS = [{}, {"reg_tokens": 2}, {"cls": VisionTransformerDistilled}, {"qkv_bias": False}, {"qk_norm": True}, {"init_values": 0.5}]
+HOSTS = [
+    {},
+    {"reg_tokens": 2},
+    {"cls": VisionTransformerDistilled},
+    {"qkv_bias": False},
+    {"qk_norm": True},
+    {"init_values": 0.5},
+]
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -61,15 +61,15 @@ def by_hand(x, q, k, sizes, merging, prefix, inserted, power):
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize(("patches", "merging", "prefix", "inserted"), [(9, 3, 1, 0), (12, 6, 3, 2), (5, 8, 1, 1), (2, 1, 1, 0)])
-def test_merges_as_the_loop_does(patches, merging, prefix, inserted, power):
-    n = prefix + patches + inserted
+@pytest.mark.parametrize(("patches", "merging", "prefix", "more"), [(9, 3, 1, 0), (12, 6, 3, 2), (5, 8, 1, 1), (2, 1, 1, 0)])
+def test_merges_as_the_loop_does(patches, merging, prefix, more, power):
+    n = prefix + patches + more
     x, q, k = drawn(2, n, 5), drawn(2, 3, n, 4, seed=4), drawn(2, 3, n, 4, seed=3)
     sizes = torch.randint(1, 6, (2, n), generator=torch.Generator().manual_seed(0)).double()
     for known in (sizes, None):
-        state = TokenState(sizes=known, read_out=(True,) * inserted)
+        state = TokenState(sizes=known, read_out=(True,) * more)
         out, after = WeightedMerge(merging, prefix, power)(x, state, (q, k, None))
-        expected, counts = by_hand(x, q, k, torch.ones(2, n) if known is None else sizes, merging, prefix, inserted, power)
+        expected, counts = by_hand(x, q, k, torch.ones(2, n) if known is None else sizes, merging, prefix, more, power)
         torch.testing.assert_close(out, expected)
         assert after.sizes.tolist() == counts
 
