@@ -14,9 +14,9 @@ from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
 
 
 class Pairs(NamedTuple):
-    """Who of A joins whom of B: leaving (B, r) and staying (B, |A| - r) count in A, target (B, r) in B.
+    """Who of A joins whom of B.
 
-    staying is in rising order.
+    leaving (B, r), and staying (B, |A| - r) in rising order, count in A; target (B, r) in B.
     """
 
     leaving: Tensor
@@ -33,10 +33,11 @@ def best_pairs(similarity: Tensor, merging: int) -> Pairs:
 
 
 def merged(x: Tensor, state: TokenState, pairs: Pairs, prefix: int, proportional: bool) -> tuple[Tensor, TokenState]:
-    """x (B, n, D) -> prefix, what is left of A, B with what merged into it, inserted tokens: means weighed by size.
+    """Patches of x (B, n, D) merged in pairs, as means weighed by size.
 
-    proportional: hand on sizes, which attention counts by; else, unless there are sizes already, they
-    are counted anew from where places went.
+    Behind it stand the prefix, what is left of A, B with what merged into it, and inserted tokens.
+    proportional: hand on sizes, which attention counts by; else, unless there are sizes already,
+    they are counted anew from where places went.
     """
     end, merging = split(x, state)[0].shape[1], pairs.leaving.shape[1]
     proportional = proportional or state.sizes is not None  # an earlier graft counts by sizes
@@ -52,9 +53,10 @@ def merged(x: Tensor, state: TokenState, pairs: Pairs, prefix: int, proportional
 
 
 def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens b (B, m, D) and sizes (B, m) after each of a (B, r, D) went into its target (B, r): means weighted by size.
+    """Tokens b (B, m, D) and their sizes (B, m) after each of a (B, r, D) went into its target (B, r).
 
-    As a product of matrices, whose sums have one order on every device; a token that nothing joins stays as it is.
+    Means weighted by size, as a product of matrices, whose sums have one order on every device; a
+    token that nothing joins stays as it is.
     """
     into = (target[:, None] == torch.arange(b.shape[1], device=b.device)[:, None]).to(size_b.dtype)  # (B, m, r)
     size = size_b + (into * size_a[:, None]).sum(-1)
@@ -63,9 +65,9 @@ def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor)
 
 
 def new_order(pairs: Pairs, prefix: int, end: int) -> tuple[Tensor, Tensor]:
-    """(order, place), (B, end) each: the original tokens, those that leave last, and where each is found after the merge.
+    """(order, place), (B, end) each: the original tokens, and where each is found after the merge.
 
-    Before these stand the prefix, what stays of A, and B.
+    In the order prefix, what stays of A, B, what leaves.
     """
     leaving, staying, target = pairs
     every = torch.arange(end, device=target.device).expand(target.shape[0], -1)
@@ -75,7 +77,10 @@ def new_order(pairs: Pairs, prefix: int, end: int) -> tuple[Tensor, Tensor]:
 
 
 def class_attention(q: Tensor, k: Tensor, sizes: Tensor | None) -> Tensor:
-    """The class token's attention (B, n), mean over heads; q (already scaled), k (B, H, n, K), sizes (B, n) or None."""
+    """The class token's attention (B, n), mean over heads.
+
+    q (already scaled) and k (B, H, n, K); sizes (B, n), or None for one each.
+    """
     scores = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2)  # (B, H, n)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if sizes is not None:
