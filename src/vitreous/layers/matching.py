@@ -53,7 +53,7 @@ def merged(x: Tensor, state: TokenState, pairs: Pairs, prefix: int, proportional
 
 
 def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens b (B, m, D) and their sizes (B, m) after each of a (B, r, D) went into its target (B, r).
+    """Tokens b (B, m, D), sizes (B, m) after each of a (B, r, D) went into its target (B, r).
 
     Means weighted by size, as a product of matrices, whose sums have one order on every device; a
     token that nothing joins stays as it is.
