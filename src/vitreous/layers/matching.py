@@ -1,4 +1,4 @@
-"""Pairs of patches that merge: each of A, every second patch, with its best of B, the others.
+"""Pairs of patches that merge: every second one with its best of the others.
 
 A are patches 1, 3, ..., B are 0, 2, ..., of those that are present.
 """
@@ -25,7 +25,7 @@ class Pairs(NamedTuple):
 
 
 def best_pairs(similarity: Tensor, merging: int) -> Pairs:
-    """The `merging` pairs of greatest similarity (B, |A|, |B|), each of A with its best of B."""
+    """The `merging` pairs of greatest similarity (B, |A|, |B|), with the best of B each."""
     best, nearest = similarity.max(-1)  # (B, |A|) each
     order = best.argsort(dim=1, descending=True)
     leaving, staying = order[:, :merging], order[:, merging:].sort(1).values
@@ -53,7 +53,7 @@ def merged(x: Tensor, state: TokenState, pairs: Pairs, prefix: int, proportional
 
 
 def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens b (B, m, D), sizes (B, m) after each of a (B, r, D) went into its target (B, r).
+    """Tokens b (B, m, D), and sizes, after each of a (B, r, D) joined its target (B, r).
 
     Means weighted by size, as a product of matrices, whose sums have one order on every device; a
     token that nothing joins stays as it is.
@@ -65,7 +65,7 @@ def joined(b: Tensor, size_b: Tensor, a: Tensor, size_a: Tensor, target: Tensor)
 
 
 def new_order(pairs: Pairs, prefix: int, end: int) -> tuple[Tensor, Tensor]:
-    """(order, place), (B, end) each: the original tokens, and where each is found after the merge.
+    """(order, place), (B, end) each: original tokens, and where each is after the merge.
 
     In the order prefix, what stays of A, B, what leaves.
     """
