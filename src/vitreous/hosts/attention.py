@@ -158,10 +158,14 @@ class Attention(nn.Module):
 
     @property
     def packed_is_ours(self) -> bool:
-        """True if queries and keys are what `packed` gives, and nobody else holds that: `qkv` is a linear without hooks."""
+        """True if queries and keys are what `packed` gives, and nobody else holds that: `packed_is_plain`, without hooks."""
+        return self.packed_is_plain and not nn.modules.module._has_any_global_hook()
+
+    @property
+    def packed_is_plain(self) -> bool:
+        """True if queries, keys and values are the output of a linear `qkv` that has no hooks of its own."""
         bare = type(self.qkv) is nn.Linear and not (self.qkv._forward_hooks or self.qkv._backward_hooks)
-        normed = any(type(norm) is not nn.Identity for norm in (self.q_norm, self.k_norm))
-        return bare and not normed and not nn.modules.module._has_any_global_hook()
+        return bare and all(type(norm) is nn.Identity for norm in (self.q_norm, self.k_norm))
 
     def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         """Rotary embedding on all but the prefix tokens of x (B, H, N, K)."""
@@ -239,6 +243,12 @@ def query_key_weights(attention: nn.Module) -> tuple[Tensor, Tensor | None, Tens
         b_q = attention.q_bias if b_q is None else attention.q_bias + b_q
         b_k = attention.k_bias if b_k is None else attention.k_bias + b_k
     return w_q, b_q, w_k, b_k
+
+
+def value_weights(attention: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """W_V (A, D) and b_V (A) or None of an attention whose `packed_is_plain`, A = heads * head width."""
+    weight, bias = affine(attention.qkv)
+    return weight.chunk(3)[2], None if bias is None else bias.chunk(3)[2]
 
 
 def has_biases_beside(attention: nn.Module) -> bool:

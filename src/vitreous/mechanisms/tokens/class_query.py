@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from vitreous import slots
 from vitreous.base.errors import MaskError
-from vitreous.hosts.attention import Attention, query_key_weights
-from vitreous.layers.linear import affine
+from vitreous.hosts.attention import Attention, has_biases_beside, query_key_weights, value_weights
 from vitreous.layers.stream import PLAIN, Assignment, TokenState, reduce, split
 from vitreous.mechanism import Mechanism
 
@@ -77,7 +76,7 @@ class ClassRows(Attention):
             )
         patches = x.shape[1] - state.inserted - self.prefix
         asking = without_patches(x, self.prefix, state)
-        if self.folds:
+        if self.packed_is_plain and not has_biases_beside(self):
             q, k, v = self.folded(asking, x)
             z = self.unfolded(self.weigh(q, k, v, attn_mask, False, state))
         else:
@@ -88,12 +87,6 @@ class ClassRows(Attention):
         nothing = out.new_zeros(1, 1, 1).expand(x.shape[0], patches, out.shape[2])
         return torch.cat([out[:, : self.prefix], nothing, out[:, self.prefix :]], dim=1), (q, k, v)
 
-    @property
-    def folds(self) -> bool:
-        """True if keys and values need not be made: they are an affine map of x, and no hook wants to see them."""
-        normed = any(type(norm) is not nn.Identity for norm in (self.q_norm, self.k_norm))
-        return type(self.qkv) is nn.Linear and not (normed or self.qkv._forward_hooks or self.qkv._backward_hooks)
-
     def folded(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries W_K^T q (B, H, p, D) of asking (B, p, D), and x (B, n, D) as the keys and values of every head."""
         w_q, b_q, w_k, _ = query_key_weights(self)
@@ -103,9 +96,9 @@ class ClassRows(Attention):
 
     def unfolded(self, mixed: Tensor) -> Tensor:
         """Weighted sums of tokens (B, H, p, D) -> weighted sums of values (B, H, p, K); weights sum to one."""
-        weight, bias = affine(self.qkv)
-        z = mixed @ weight.chunk(3)[2].unflatten(0, (self.num_heads, -1)).mT
-        return z if bias is None else z + bias.chunk(3)[2].unflatten(0, (self.num_heads, 1, -1))
+        weight, bias = value_weights(self)
+        z = mixed @ weight.unflatten(0, (self.num_heads, -1)).mT
+        return z if bias is None else z + bias.unflatten(0, (self.num_heads, 1, -1))
 
 
 class DropPatches(nn.Module):
