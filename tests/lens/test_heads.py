@@ -16,6 +16,8 @@ from lens.explicit import explicit, pixels, vit
 from report.test_browser import visit
 from vitreous import look
 from vitreous.base.errors import SettingError
+from vitreous.data import Cutouts
+from vitreous.data.views import Views
 from vitreous.lens.formulas import heads as formulas
 from vitreous.lens.probes.heads import Heads, pruned
 from vitreous.report.page import write
@@ -79,8 +81,8 @@ def test_profiles_are_those_of_the_models_own_attention():
     reading, table = read(model, batch, "heads:prune=false")
     layers = explicit(model, batch)
     for number, layer in enumerate(layers):
-        found = reading.parts[0].tensors[f"figure/rings/{number}"]
-        own = reading.parts[0].tensors[f"figure/class_rings/{number}"]
+        found = reading.figures["rings", number]
+        own = reading.figures["class_rings", number]
         ring = formulas.middle_index((4, 6)).numpy()
         for image in range(2):
             for head in range(2):
@@ -219,6 +221,22 @@ def test_settings_choose_layers_images_and_class():
         Heads(images=0)
     notes = read(model, batch, "heads:layers=9")[0].facts["notes"]
     assert any("Found layers [9]. Expected 0 to 3" in note for note in notes)
+
+
+def test_the_true_class_counts_where_it_is_known():
+    model, scenes = vit(img_size=(16, 16)), Cutouts(4, size=48, seed=1)
+    labels = [Views(model, scenes, None, None)[i].label for i in range(4)]
+    reading, table = read(model, scenes)
+    explained = [image["classes"]["head_pruning"]["class"] for image in reading.images]
+    assert explained == labels
+    assert len(set(labels)) > 1
+    with torch.no_grad():
+        batch = torch.stack([Views(model, scenes, None, None)[i].pixels for i in range(4)])
+        full = model(batch).softmax(-1)
+        with pruned(model.blocks[0].attn.proj, 2, 1, alone=False):
+            less = model(batch).softmax(-1)
+    here = (table["source"] == "head_pruning") & (table["layer"] == 0) & (table["head"] == 1)
+    np.testing.assert_allclose(table["head_drop"][here], (full - less)[range(4), labels], atol=1e-6)
 
 
 def test_what_cannot_be_read_is_named():

@@ -279,6 +279,17 @@ class Reading:
         names = (name.split("/") for name in tensors if name.startswith("exact/"))
         return {(quantity, int(layer)): tensors[f"exact/{quantity}/{layer}"] for _, quantity, layer in names}
 
+    @property
+    def figures(self) -> dict[tuple[str, int], np.ndarray]:
+        """{("rings", layer): (image, C, ...) float32}: what probes have drawn, see `Figure`.
+
+        Of the images that were measured, the first ones.
+        """
+        parts = [part.tensors for part in self.parts if part.images]
+        names = dict.fromkeys(name for tensors in parts for name in tensors if name.startswith("figure/"))
+        joined = {name: np.concatenate([tensors[name] for tensors in parts if name in tensors]) for name in names}
+        return {(name.split("/")[1], int(name.split("/")[2])): values for name, values in joined.items()}
+
     def tokens(self, layer: int) -> np.ndarray:
         """(image, *grid) int32: the token of each patch, -1 where it was dropped before.
 
