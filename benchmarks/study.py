@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+import vitreous
 from vitreous.base.environment import machine, versions
 from vitreous.data import Cutouts
 from vitreous.data.preprocess import Preprocess
@@ -47,6 +48,7 @@ class Arm:
     model_kwargs: tuple[str, ...] = ()
     what: str = ""
     model: str | None = None  # another network than the recipe's; `model_kwargs` are then all that it gets
+    recipe: Mapping[str, object] = field(default_factory=dict)  # in place of the protocol's: a learning rate of its own
     norms: bool = False  # `late_blocks`: LayerNorm of queries and keys, which from scratch is a keyword of the model
 
 
@@ -88,6 +90,22 @@ PROTOCOLS = {
         CIFAR | {"data": "cifar-100-python", "epochs": 100, "aug": "pad"}, (42, 43, 44), 0.2, from_data=True
     ),
     "imagenet-100": Protocol(IMAGENET_100 | {"aug": "flip"}, (42, 43, 44), 0.2, from_data=True),
+    # The network that ships with the package, trained on made scenes, to photographs; `adapters/run.py` says how.
+    "cifar10-from-cutouts": Protocol(
+        {
+            "data": "cifar10/cifar10_5k2k.npz",
+            "model": str(Path(vitreous.__file__).parent / "weights" / "cutouts"),
+            "train": "new+head",
+            "epochs": 5,
+            "limit": 2500,
+            "batch_size": 32,
+            "weight_decay": 0.0,
+            "warmup_epochs": 0.5,
+        },
+        (42, 43, 44),
+        0.15,
+        from_data=True,
+    ),
     # Twice the pixels a side, so that networks that halve the grid from stage to stage have something left to halve.
     "cutouts-64": Protocol(DEMO | {"data": "cutouts:size=64"}, (21, 22, 23), 0.3, model_kwargs=("patch_size=8", *NETWORK[1:])),
     # Rates were chosen on seeds 0 and 1 and on held-out training images, by the plain arm.
@@ -114,6 +132,7 @@ def run_one(folder: Path, name: str, arm_name: str, arm: Arm, seed: int, data: P
         "graft": list(arm.graft),
         "model": arm.model,
         "model_kwargs": arm_arguments(protocol, arm),
+        **({"recipe": dict(arm.recipe)} if arm.recipe else {}),
         "command": f"python {folder.relative_to(HERE.parent)}/run.py {name} --arm {arm_name} --seed {seed}",
         **found,
     }
@@ -133,7 +152,7 @@ def run_one(folder: Path, name: str, arm_name: str, arm: Arm, seed: int, data: P
 
 def from_scratch(name: str, protocol: Protocol, arm: Arm, seed: int, data: Path | None) -> dict:
     """Train this arm as `vitreous train` does; what its result file holds of it."""
-    recipe = dict(protocol.recipe) | ({"model": arm.model} if arm.model else {})
+    recipe = dict(protocol.recipe) | ({"model": arm.model} if arm.model else {}) | dict(arm.recipe)
     if protocol.from_data:
         recipe["data"] = str(data / str(recipe["data"]))
     work = Path(tempfile.mkdtemp(prefix="study-"))
