@@ -97,7 +97,7 @@ PROTOCOLS = {
             "model": str(Path(vitreous.__file__).parent / "weights" / "cutouts"),
             "train": "new+head",
             "epochs": 5,
-            "limit": 2500,
+            "limit": 1000,
             "batch_size": 32,
             "weight_decay": 0.0,
             "warmup_epochs": 0.5,

@@ -16,6 +16,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+from adapters.run import ARMS as ADAPTERS  # noqa: E402
+from adapters.run import NAME as NEW_TASK  # noqa: E402
+from adapters.run import __doc__ as ADAPTERS_TEXT  # noqa: E402
 from networks.run import ARMS as NETWORKS  # noqa: E402
 from networks.run import __doc__ as NETWORKS_TEXT  # noqa: E402
 from study import Arm, broken, results  # noqa: E402
@@ -123,6 +126,20 @@ def networks_page(folder: Path) -> str:
     return "\n".join([*text, *table(arms, stored, ["avg"], ["test", "swapped"], more)])
 
 
+def adapters_page(folder: Path) -> str:
+    """The table of all adapters, against the linear probe and LoRA."""
+    stored = results(folder, NEW_TASK)
+    count = sum(map(len, stored.values()))
+    more = {"parameters": {name: f"{next(iter(runs.values()))['parameters']:,}" for name, runs in stored.items()}}
+    text = ["# Adapters on a new task", "", ADAPTERS_TEXT.split("\n\n", 2)[2].strip(), ""]
+    text += [
+        f"{count} runs, {broken(folder, NEW_TASK)} of them broken and left out. Differences are paired by seed, that is by",
+        "data and order, with Student's 95 % interval; the verdict is the project's one rule.",
+        "",
+    ]
+    return "\n".join([*text, *table(ADAPTERS[NEW_TASK], stored, ["probe", "lora"], ["test"], more)])
+
+
 def attention_table(arms: Mapping[str, Arm], stored: Results, layer: int, scenes: Sequence[str]) -> list[str]:
     """What the trained models attend to in a layer, on images with masks or boxes."""
     columns = {"the object's area, %": looking("area energy_inside, -1", factor=100)}
@@ -177,6 +194,7 @@ def pages() -> dict[Path, str]:
     with_plain = SVD_VIT | {"cutouts": {"plain": SVDA["cutouts"]["plain"], **SVD_VIT["cutouts"]}}
     return {
         svda / "table.md": page(svda, "SVDA: what its parts cost and win", SVDA, ["plain", "qk-norm"], {}),
+        HERE / "adapters" / "table.md": adapters_page(HERE / "adapters"),
         HERE / "networks" / "table.md": networks_page(HERE / "networks"),
         svd_vit / "table.md": page(svd_vit, "SVD-ViT's tokens", with_plain, ["plain", "cls-5", "cls-5-late"], plain),
     }

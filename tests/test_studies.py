@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from vitreous import graft, grafts, parse
+from vitreous.models import model_folder
 from vitreous.models.create import create_model
 from vitreous.train.settings import TrainSettings, key_values
 
@@ -18,7 +19,12 @@ sys.path.insert(0, str(BENCHMARKS))
 import study  # noqa: E402
 import study_tables  # noqa: E402
 
-STUDIES = {"svda": study_tables.SVDA, "svd_vit": study_tables.SVD_VIT, "networks": study_tables.NETWORKS}
+STUDIES = {
+    "svda": study_tables.SVDA,
+    "svd_vit": study_tables.SVD_VIT,
+    "networks": study_tables.NETWORKS,
+    "adapters": study_tables.ADAPTERS,
+}
 STORED = sorted(path for name in STUDIES for path in (BENCHMARKS / name).glob("*/*.json"))
 NEEDED = {"data", "arm", "seed", "command", "accuracy", "epochs", "commit", "versions", "machine", "wall_seconds"}
 
@@ -36,10 +42,11 @@ def test_every_result_says_how_it_was_made_and_lies_at_its_place():
         assert path == study.result_path(BENCHMARKS / name, result["data"], result["arm"], result["seed"])
         arm = STUDIES[name][result["data"]][result["arm"]]
         protocol = study.PROTOCOLS[result["data"]]
-        assert (result["graft"], result["model_kwargs"], result.get("model")) == (
+        assert (result["graft"], result["model_kwargs"], result.get("model"), result.get("recipe", {})) == (
             list(arm.graft),
             study.arm_arguments(protocol, arm),
             arm.model,
+            dict(arm.recipe),
         ), "the arm has changed since: train it again"
         assert result["seed"] in protocol.seeds
         assert f"--arm {result['arm']} --seed {result['seed']}" in result["command"]
@@ -54,7 +61,10 @@ def test_every_arm_of_every_protocol_can_be_built(folder):
         size = {"cutouts-64": 64, "cutouts": 32}.get(data, 112 if protocol.border is not None else None)
         for arm_name, arm in arms.items():
             arguments = key_values(study.arm_arguments(protocol, arm))
-            model = create_model(arm.model or name, image_size=size and (size, size), num_classes=6, **arguments)
+            if Path(arm.model or name).is_dir():  # a trained network to start from
+                model = model_folder.load(arm.model or name, **arguments)
+            else:
+                model = create_model(arm.model or name, image_size=size and (size, size), num_classes=6, **arguments)
             graft(model, *(parse(text) for text in arm.graft))
             assert len(grafts(model)) == len(arm.graft), (folder, arm)
             counts[data, arm_name] = sum(parameter.numel() for parameter in model.parameters())
