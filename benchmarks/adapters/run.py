@@ -38,8 +38,8 @@ KINDS = {  # arm: (graft, what it is)
     "probe": ("", "linear probe: the classifier alone, 650 numbers"),
     "lora": ("lora", "updates of rank 8 of queries and values"),
     "adaptformer": ("adaptformer", "a bottleneck of 64 beside each MLP"),
-    "dense": ("dense_adapter", "bottlenecks of 64 behind attention and MLP, as released: its start changes the output"),
-    "dense-zero": ("dense_adapter:start=zero", "the same, starting as the host"),
+    "dense-zero": ("dense_adapter:start=zero", "bottlenecks of 64 behind attention and MLP, starting as the host"),
+    "dense": ("dense_adapter", "the same with its released start, which changes the output"),
 }
 
 
