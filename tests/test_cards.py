@@ -116,9 +116,9 @@ def test_card(name):
 
 @pytest.mark.parametrize("name", of_a_paper())
 def test_card_of_an_item_with_a_paper(name):
-    """Its tests stand in the one `test_NAME.py` below `tests`."""
+    """Its tests stand in the one `test_NAME.py` below the folder of `tests` that is called like its own of `src`."""
     noun, cls = of_a_paper()[name]
-    (tests,) = (ROOT / "tests").rglob(f"test_{name}.py")
+    (tests,) = (ROOT / "tests" / cls.__module__.split(".")[1]).rglob(f"test_{name}.py")
     check_item(name, cls, f"`{name}` · {noun}", tests)
 
 

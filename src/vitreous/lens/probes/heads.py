@@ -148,13 +148,14 @@ class Heads(ClassProbe):
 
     Rings and patterns need no pass of their own. Ring k of a patch: the patches k rows or columns
     away. Maps are reduced to 48 x 49 and clustered by k-means on principal axes of their square
-    roots; the paper trains a convolutional autoencoder for that. Paper: Li, Wang, Dai, Wang, Yeh,
-    Zheng, Zhang, Ma 2023, arXiv 2303.13731; it has no code, and the formulas are ours.
+    roots; the paper trains a convolutional autoencoder for that. It has no code, and the formulas
+    are ours.
 
     layers: numbers of attentions to prune; default all. clusters: kinds of maps, at most. Raises
     SettingError.
     """
 
+    paper: ClassVar[str] = "Li, Wang, Dai, Wang, Yeh, Zheng, Zhang, Ma 2023, arXiv 2303.13731"
     order: ClassVar[int] = 129
     observer: ClassVar[type[Observer]] = HeadsObserver
     sources: ClassVar[tuple[Source, ...]] = (

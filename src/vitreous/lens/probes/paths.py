@@ -111,7 +111,7 @@ class Paths(ClassProbe):
     last norms frozen, its logits are exactly the sum of what these 2 L + 1 paths contribute, plus a
     constant; that is checked for each image, and a model for which it does not hold is refused.
     Influence is by removal from that last sum alone, with the norms as they are; later blocks see
-    the path still. Paper: Chang, Wang, Luo, Wang, Shou 2023, arXiv 2308.06548.
+    the path still.
 
     Refused by name: blocks that do not add to their tokens (norms behind the sum), merged, dropped
     and inserted tokens, heads that are not linear behind their norm (attention and maximum pool).
@@ -119,6 +119,7 @@ class Paths(ClassProbe):
     the predicted one.
     """
 
+    paper: ClassVar[str] = "Chang, Wang, Luo, Wang, Shou 2023, arXiv 2308.06548"
     order: ClassVar[int] = 128
     sources: ClassVar[tuple[Source, ...]] = (
         Source("path", "Paths to the answer",
