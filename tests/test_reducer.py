@@ -52,6 +52,13 @@ def test_each_block_counts_by_its_own_tokens():
     assert costs[0].of(Count(17, 10)) == 4 * 32**2 * 17 + 2 * 32 * 17**2 + 8 * 32**2 * 10
 
 
+def test_a_budget_does_not_depend_on_the_order_of_grafts():
+    """Neither adapters beside the MLP nor several tokens for each patch change what a budget asks."""
+    plain = TokenMerging(macs=0.7).strength(build("plain"))
+    for text in ("adaptformer", "channelvit", "lora"):
+        assert TokenMerging(macs=0.7).strength(graft(build("plain"), text)) == plain
+
+
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
 

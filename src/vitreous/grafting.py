@@ -16,7 +16,7 @@ from vitreous import slots
 from vitreous.base.errors import GraftError, HostError, NotReached
 from vitreous.base.text_form import written
 from vitreous.hosts.host import family_of, host_of
-from vitreous.hosts.token_counts import Count, block_costs, measured_counts, multiply_adds, whole
+from vitreous.hosts.token_counts import Count, block_costs, measured_counts, multiply_adds
 from vitreous.layers.adoption import REGISTRIES
 from vitreous.layers.tensors import convert, digests, parameters, tensors
 from vitreous.mechanism import Mechanism, parse
@@ -189,7 +189,8 @@ def plan(model: nn.Module, images: Tensor) -> str:
         costs = block_costs(model)
     except HostError as error:
         return "\n".join([*lines, f"multiply-adds: not counted. {error}"])
-    share = multiply_adds(costs, counts) / multiply_adds(costs, whole(model))
+    entering = Count(counts[0].attention, counts[0].attention)
+    share = multiply_adds(costs, counts) / multiply_adds(costs, (entering,) * len(counts))
     return "\n".join([*lines, f"multiply-adds in the blocks: {share:.3f} of those with all tokens"])
 
 

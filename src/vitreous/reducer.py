@@ -23,10 +23,10 @@ class Reducer(Mechanism):
     """Base of mechanisms that merge or drop tokens, as strongly as one setting says.
 
     macs: share of the host's multiply-adds in the blocks that shall be needed, above 0 up to 1;
-        None: the strength is what its setting says. Multiply-adds are those of the linear layers
-        and of the two products of attention (`hosts.token_counts`), for images of the model's own
-        size and without the few of the reducer itself. The strength is the least whose share is
-        not above the budget.
+        None: the strength is what its setting says. Multiply-adds are those of the host's linear
+        layers and of the two products of attention (`hosts.token_counts`), for images of the
+        model's own size, one token for each patch, and without what the reducer itself computes.
+        The strength is the least whose share is not above the budget.
     solves: name of the setting that `macs` decides; with `macs` it has to be left at its default.
 
     A subclass defines `strengths` and `counts`, and takes its strength from `strength(model)`.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from vitreous.base.errors import HostError
@@ -42,10 +43,10 @@ class BlockCost(NamedTuple):
 def block_costs(model: nn.Module) -> tuple[BlockCost, ...]:
     """The cost of every block, each by its own widths. Raises HostError for attention that is not known."""
     host = host_of(model)
-    return tuple(block_cost(model, path, host.attention(i)) for i, path in enumerate(host.blocks))
+    return tuple(block_cost(model, i, host.attention(i)) for i in range(len(host.blocks)))
 
 
-def block_cost(model: nn.Module, path: str, attention_path: str) -> BlockCost:
+def block_cost(model: nn.Module, block: int, attention_path: str) -> BlockCost:
     attention = model.get_submodule(attention_path)
     if isinstance(attention, (Attention, *ATTENTIONS)):
         products = 0, 2 * attention.proj.in_features
@@ -56,14 +57,13 @@ def block_cost(model: nn.Module, path: str, attention_path: str) -> BlockCost:
             f"{attention_path} is a {type(attention).__name__}, whose multiply-adds have no formula here. Expected one of "
             f"{class_names(ATTENTIONS)}. Give the strength of the reducer itself instead of macs."
         )
-    linears = [module for module in model.get_submodule(path).modules() if isinstance(module, nn.Linear)]
-    inside = {id(module) for module in attention.modules()}
-    sizes = [(id(linear) in inside, linear.in_features * linear.out_features) for linear in linears]
-    return BlockCost(
-        attention=products[0] + sum(size for within, size in sizes if within),
-        pairs=products[1],
-        mlp=sum(size for within, size in sizes if not within),
-    )
+
+    def size(*names: str) -> int:
+        paths = {inner for name in names for inner in host_of(model).linears_called(name, block)}
+        linears = [model.get_submodule(inner) for inner in paths]
+        return sum(linear.in_features * linear.out_features for linear in linears)
+
+    return BlockCost(size("qkv", "proj"), 2 * attention.proj.in_features, size("fc1", "fc2"))
 
 
 def multiply_adds(costs: Sequence[BlockCost], counts: Sequence[Count]) -> int:
@@ -72,8 +72,10 @@ def multiply_adds(costs: Sequence[BlockCost], counts: Sequence[Count]) -> int:
 
 
 def patch_count(model: nn.Module) -> int:
-    """How many patches enter the first block, for images of the model's own size; several per place where a graft says so."""
-    return math.prod(model.patch_embed.dynamic_feat_size(model.patch_embed.img_size))
+    """Patches of an image of the model's own size, also where a graft makes several tokens of each."""
+    embed = model.patch_embed
+    kind = PatchEmbed if isinstance(embed, PatchEmbed) else type(embed)
+    return math.prod(kind.dynamic_feat_size(embed, embed.img_size))
 
 
 def whole(model: nn.Module) -> tuple[Count, ...]:
