@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import HostError, SettingError, UnknownName
 from vitreous.hosts.attention import HOSTS as ATTENTIONS
-from vitreous.hosts.block import HALVES, Block
+from vitreous.hosts.block import HALVES, STATIONS, Block
 from vitreous.hosts.by_attention import ByAttention
 from vitreous.hosts.eva import EvaViT
 from vitreous.hosts.stream_ends import StreamEnd
@@ -135,7 +135,7 @@ class Host:
         """{name: dotted path} of the linear layers of a block: qkv, proj, fc1, fc2, ...; a second fc1 by its whole path."""
         path, linears = self.blocks[block], {}
         for inner, module in self.model.get_submodule(path).named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and inner.partition(".")[0] not in STATIONS:  # a step that was grafted
                 name = inner.rpartition(".")[2]
                 linears[inner if name in linears else name] = f"{path}.{inner}".lstrip(".")
         return linears

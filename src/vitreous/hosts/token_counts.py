@@ -63,7 +63,7 @@ def block_cost(model: nn.Module, block: int, attention_path: str) -> BlockCost:
         linears = [model.get_submodule(inner) for inner in paths]
         return sum(linear.in_features * linear.out_features for linear in linears)
 
-    return BlockCost(size("qkv", "proj"), 2 * attention.proj.in_features, size("fc1", "fc2"))
+    return BlockCost(products[0] + size("qkv", "proj"), products[1], size("fc1", "fc2"))
 
 
 def multiply_adds(costs: Sequence[BlockCost], counts: Sequence[Count]) -> int:
