@@ -15,6 +15,7 @@ from contract.hosts import HOSTS, LACKING, PRIMARY, ROTARY, SMALL, TEXTS, build,
 from vitreous import check, graft, slots
 from vitreous.base.errors import HostError, SettingError, UnknownName
 from vitreous.hosts.host import CAPABILITIES, embed, family_of, finish, host_of, run
+from vitreous.hosts.token_counts import block_costs
 from vitreous.layers.stream import TokenState, take
 
 THREE_PARTS = re.compile(r"^\S.+?\. Expected .+?\. \S.+\.$", re.DOTALL)
@@ -165,3 +166,11 @@ def test_the_state_of_a_model_without_grafts_says_the_grid():
 def test_a_requirement_is_asked_before_anything_is_built():
     with pytest.raises(HostError, match=r"lays positions over a fixed list of tokens\. Expected timm's VisionTransformer"):
         graft(build("eva"), "spc:after=99")
+
+
+def test_layers_of_a_grafted_step_are_not_the_hosts():
+    """Neither those that an adapter finds by name, nor those that a budget of multiply-adds counts."""
+    plain, model = build("plain"), graft(build("plain"), "stvit:tokens=4,after=2")
+    assert any(isinstance(module, nn.Linear) for module in model.blocks[1].after.modules())
+    assert [host_of(model).linears(i) for i in range(4)] == [host_of(plain).linears(i) for i in range(4)]
+    assert block_costs(model) == block_costs(plain)
