@@ -45,10 +45,11 @@ def merged(x: Tensor, state: TokenState, pairs: Pairs, prefix: int, proportional
     if not proportional and state.assignment is not None:
         sizes = state.assignment.counts(end).to(sizes.dtype)
     order, place = new_order(pairs, prefix, end)
-    stay, leave, into = order[:, : end - merging], order[:, end - merging :], place[:, end - merging :]
+    left = end - merging
     with torch.autocast(x.device.type, enabled=False):
-        tokens, sizes = joined(take(x, stay), sizes.gather(1, stay), take(x, leave), sizes.gather(1, leave), into)
-    step = Assignment(index=torch.zeros_like(order).scatter(1, order, place), tokens=end - merging)
+        rows, counts = take(x, order), sizes.gather(1, order)
+        tokens, sizes = joined(rows[:, :left], counts[:, :left], rows[:, left:], counts[:, left:], place[:, left:])
+    step = Assignment(index=torch.zeros_like(order).scatter(1, order, place), tokens=left)
     return reduce(x, state, step, sizes if proportional else None, tokens=tokens)
 
 
