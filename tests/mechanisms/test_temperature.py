@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -170,6 +171,20 @@ def test_look_verifies_maps_and_reads_learned_temperatures():
     table = reading.table()
     named = [name for name in table if name not in ("layer", "head", "image", "source", "kind")]
     assert any(((table[name] - 2.0) < 1e-6).any() for name in named)
+
+
+def test_real_weights_bear_little_smoothing(shared_data):
+    """The real ViT-Tiny, untrained: most answers to 16 photographs stay at T = 1.2, hardly one at 3."""
+    model = timm.create_model(f"local-dir:{shared_data}/weights/vit_tiny_patch16_224", pretrained=True).eval()
+    pixels = np.load(shared_data / "imagenet1k-samples" / "imagenet_50_224px.npz")["images"][:16]
+    photographs, same = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, []
+    with torch.no_grad():
+        plain = model(photographs).argmax(1)
+        for value in (1.2, 3):
+            same.append((graft(model, Temperature(temperature=value))(photographs).argmax(1) == plain).sum().item())
+            ungraft(model)
+    assert same[0] > 12
+    assert same[1] < 4
 
 
 def test_only_the_layers_that_are_named():
