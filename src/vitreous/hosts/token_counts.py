@@ -27,9 +27,10 @@ class Count(NamedTuple):
 class BlockCost(NamedTuple):
     """Multiply-adds of one block for n tokens in attention and m in the MLP: attention n + pairs n^2 + mlp m.
 
-    attention: linear layers of the attention, per token. pairs: scores and weighted values, 2 H K.
-        Those of a mixer are what it says (`Mixer.products`).
-    mlp: all other linear layers, per token. Norms, softmax, sums and biases are not counted.
+    attention: qkv and proj, per token. pairs: scores and weighted values, 2 H K. Those of a mixer
+        are what it says (`Mixer.products`), beside layers of these names.
+    mlp: fc1 and fc2, per token. Norms, softmax, sums and biases are not counted, nor is what grafts
+        add, so that a budget does not depend on the order of grafts.
     """
 
     attention: int
