@@ -17,7 +17,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from adapters.run import ARMS as ADAPTERS  # noqa: E402
-from adapters.run import NAME as NEW_TASK  # noqa: E402
 from adapters.run import __doc__ as ADAPTERS_TEXT  # noqa: E402
 from networks.run import ARMS as NETWORKS  # noqa: E402
 from networks.run import __doc__ as NETWORKS_TEXT  # noqa: E402
@@ -127,17 +126,23 @@ def networks_page(folder: Path) -> str:
 
 
 def adapters_page(folder: Path) -> str:
-    """The table of all adapters, against the linear probe and LoRA."""
-    stored = results(folder, NEW_TASK)
-    count = sum(map(len, stored.values()))
-    more = {"parameters": {name: f"{next(iter(runs.values()))['parameters']:,}" for name, runs in stored.items()}}
+    """The tables of all adapters, against the linear probe and LoRA."""
     text = ["# Adapters on a new task", "", ADAPTERS_TEXT.split("\n\n", 2)[2].strip(), ""]
-    text += [
-        f"{count} runs, {broken(folder, NEW_TASK)} of them broken and left out. Differences are paired by seed, that is by",
-        "data and order, with Student's 95 % interval; the verdict is the project's one rule.",
-        "",
-    ]
-    return "\n".join([*text, *table(ADAPTERS[NEW_TASK], stored, ["probe", "lora"], ["test"], more)])
+    for data, arms in ADAPTERS.items():
+        if not (stored := results(folder, data)):
+            continue
+        count, lost = sum(map(len, stored.values())), broken(folder, data)
+        more = {"parameters": {name: f"{next(iter(runs.values()))['parameters']:,}" for name, runs in stored.items()}}
+        text += [
+            f"## {data}",
+            "",
+            f"{count} runs, {lost} of them broken and left out. Differences are paired by seed, that is by data and order,",
+            "with Student's 95 % interval; the verdict is the project's one rule.",
+            "",
+            *table(arms, stored, ["probe", "lora"], ["test"], more),
+            "",
+        ]
+    return "\n".join(text)
 
 
 def attention_table(arms: Mapping[str, Arm], stored: Results, layer: int, scenes: Sequence[str]) -> list[str]:
