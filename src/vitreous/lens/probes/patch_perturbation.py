@@ -28,8 +28,8 @@ BEFORE, AFTER = "rollout_before", "rollout_after"  # names of the maps
 class PatchPerturbation(Probe):
     """Whether a perturbed patch flips the answer, and how much attention it draws.
 
-    Gu, Tresp, Qin 2022, arXiv 2111.10659: patches of the model's own grid get a natural corruption,
-    or an adversarial pattern by steps of the gradient's sign, bounded by the range of pixels alone.
+    Patches of the model's own grid get a natural corruption, or an adversarial pattern by steps of
+    the gradient's sign, bounded by the range of pixels alone.
     The fooling rate is the mean of `patch_fooled`. Attention is that of rollout (Abnar and Zuidema
     2020), as far as it can be followed; what it gives to the patch is a share of what all patches
     get. The first temperature is drawn: the image as perturbed, and rollout before and after.
@@ -47,6 +47,7 @@ class PatchPerturbation(Probe):
     SettingError.
     """
 
+    paper: ClassVar[str] = "Gu, Tresp, Qin 2022, arXiv 2111.10659"
     order: ClassVar[int] = 130
     passes: ClassVar[bool] = True
     sources: ClassVar[tuple[Source, ...]] = (
