@@ -150,7 +150,7 @@ class Keep(nn.Module):
             )
             return reduce(x, state, Assignment.keeping(top, n, prefix), sizes)
         keys = F.normalize(wide(qkv[1][:, :, prefix:end]).mean(1), dim=-1)  # (B, n, K)
-        places = torch.arange(prefix + count, device=x.device).expand(len(x), -1)
+        places = torch.arange(prefix + count, device=x.device).expand(x.shape[0], -1)
         nearest = prefix + (keys @ take(keys, top).mT).argmax(-1)  # (B, n)
         index = torch.cat([places[:, :prefix], nearest.scatter(1, top, places[:, prefix:])], dim=1)
         step = Assignment(index=index, tokens=prefix + count)
@@ -177,7 +177,7 @@ class Keep(nn.Module):
             factors.append(along_direction(rows, self.direction.to(rows)).sigmoid())
         if "random" in by:
             noise = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(rows.shape[1]))
-            factors.append(noise.to(rows).expand(len(rows), -1))
+            factors.append(noise.to(rows).expand(rows.shape[0], -1))
         return math.prod(factors)
 
 
