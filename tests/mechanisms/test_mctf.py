@@ -84,7 +84,7 @@ def block_by_hand(block, x, sizes, count, settings, prefix=1, inserted=0):
     q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, 16)).permute(1, 2, 0, 3)
     attention = (q @ k.mT / 4 + sizes.log()).softmax(-1)
     received = [float(column) for column in attention.mean((0, 1))]
-    taus = settings.similarity, settings.information, settings.size
+    taus = settings.tau
     groups = matched_by_hand(x, received, sizes.tolist(), count, prefix, len(x) - inserted, taus, settings.both_ways)
     pooling = [(received[j] if settings.pooling == "attention" else 1) * float(sizes[j]) for j in range(len(x))]
     total = [sum(pooling[j] for j in group) for group in groups]
@@ -107,8 +107,8 @@ def block_by_hand(block, x, sizes, count, settings, prefix=1, inserted=0):
     [
         MCTF(tokens=7, layers=(0, 2)),
         MCTF(tokens=7, layers=(0, 2), precise=True),
-        MCTF(tokens=6, layers=(0, 2), both_ways=False, pooling="size", similarity=2.0, information=3.0, size=5.0),
-        MCTF(tokens=5, layers=(0, 2), similarity=0.0),
+        MCTF(tokens=6, layers=(0, 2), both_ways=False, pooling="size", tau=(2.0, 3.0, 5.0)),
+        MCTF(tokens=5, layers=(0, 2), tau=(0.0, 20.0, 40.0)),
     ],
     ids=["default", "precise", "one_way", "not_by_similarity"],
 )
@@ -136,16 +136,23 @@ def test_in_a_model_block_by_block(settings, prefix):
 
 def test_each_part_of_the_score_moves_the_output():
     whole = graft(vit(), MCTF(tokens=7))(images())
-    for text in ("similarity=0.0", "information=0.0", "size=0.0", "both_ways=false", "pooling=size", "precise=true"):
+    for text in (
+        "tau=0.0+20.0+40.0",
+        "tau=1.0+0.0+40.0",
+        "tau=1.0+20.0+0.0",
+        "both_ways=false",
+        "pooling=size",
+        "precise=true",
+    ):
         assert (graft(vit(), f"mctf:tokens=7,{text}")(images()) - whole).abs().max() > 1e-6, text
 
 
 def test_scores_are_the_logarithms_of_the_formula():
     x, sizes = drawn(1, 7, 6), torch.tensor([[1.0, 2, 3, 1, 1, 5, 1]]).double()
     received = drawn(1, 7, seed=3).abs() + 0.1
-    for settings in (MCTF(), MCTF(similarity=2.0, information=3.0, size=4.0), MCTF(similarity=0.0), MCTF(information=0.0)):
+    for settings in (MCTF(), MCTF(tau=(2.0, 3.0, 4.0)), MCTF(tau=(0.0, 20.0, 40.0)), MCTF(tau=(1.0, 0.0, 40.0))):
         pairs = scores(x, received, sizes, settings)[0].exp()
-        taus = settings.similarity, settings.information, settings.size
+        taus = settings.tau
         by_hand = [
             [weight(x[0], received[0].tolist(), sizes[0].tolist(), i, j, taus) for j in range(0, 7, 2)] for i in (1, 3, 5)
         ]
@@ -163,7 +170,7 @@ def test_a_key_that_nobody_attends_to_is_no_division_by_zero():
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 def test_by_similarity_alone_and_one_way_it_is_bipartite_merging_of_x(tokens):
     """Matches those of token merging with x in the place of keys, and sizes as weights."""
-    settings = MCTF(tokens=tokens, layers=(1,), both_ways=False, information=0.0, size=0.0, pooling="size")
+    settings = MCTF(tokens=tokens, layers=(1,), both_ways=False, tau=(1.0, 0.0, 0.0), pooling="size")
     x = drawn(2, 17, 6)
     staying, leaving, target = match(scores(x, torch.ones(2, 17), torch.ones(2, 17), settings), tokens, both_ways=False)
     from_a, rest, into = token_merging.match(x[:, None], tokens)
@@ -312,8 +319,8 @@ def test_bad_input():
         MCTF(ratio=0.7)
     with pytest.raises(SettingError, match=r"Found macs=0\.5 and ratio=0\.3\. Expected one of the two.*Leave"):
         MCTF(ratio=0.3, macs=0.5)
-    with pytest.raises(SettingError, match=r"Found size=-1\.0\. Expected a temperature, 0 \(off\) or more\. Give"):
-        MCTF(size=-1.0)
+    with pytest.raises(SettingError, match=r"Found tau=1\.0\+20\.0\+-1\.0\. Expected three temperatures.*Give"):
+        MCTF(tau=(1.0, 20.0, -1.0))
     with pytest.raises(HostError, match=r"blocks\.0 is a ParallelScalingBlock"):
         graft(timm.create_model("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock), MCTF())
     with pytest.raises(GraftError, match=r"blocks\.1\.attn already holds SpectralAttention.*Expected plain"):

@@ -24,7 +24,7 @@ LEAST = 10  # tokens that stay, prefix included, as in the authors' code
 class MCTF(Reducer):
     """Before a block attends, patches fuse that are alike, receive little attention and are small.
 
-        W_ij = ((cos(x_i, x_j) + 1) / 2)^(1/similarity) (I_i I_j)^(1/information) (S_i S_j)^(1/size)
+        W_ij = ((cos(x_i, x_j) + 1) / 2)^(1/tau_1) (I_i I_j)^(1/tau_2) (S_i S_j)^(1/tau_3)
             i in A, j in B, alternate patches;  I = 1 / a, a_j = mean over heads and queries of A_ij;  S = 1 / s, s the size
         the tokens/2 of A of greatest W join their best of B, then as many of B their best of what is left of A (same W)
         x_g <- sum_j a_j s_j x_j / sum_j a_j s_j,   s_g <- sum_j s_j              over the tokens j of group g
@@ -40,10 +40,10 @@ class MCTF(Reducer):
         on. No parameters.
     Settings: tokens: how many patches fuse away per block; at most half of them, and 10 tokens stay. ratio: if given, that
         share of the patches in place of `tokens`. macs: share of the host's multiply-adds in the blocks, which then
-        decides tokens; the first blocks may fuse one more than the others. similarity, information, size: temperatures
-        tau; 0 leaves a criterion out. both_ways: false merges A into B alone. pooling: "attention", or "size", which
-        weighs by size alone. precise: compute attention anew on the fused tokens. layers (0-based; default all but the
-        first).
+        decides tokens; the first blocks may fuse one more than the others. tau: temperatures of similarity, attention
+        received and size; 0 leaves a criterion out. both_ways: false merges A into B alone. pooling: "attention", or
+        "size", which weighs by size alone. precise: compute attention anew on the fused tokens. layers (0-based;
+        default all but the first).
     Raises: HostError on rotary hosts and where halves of a block or its attention are not known; GraftError where another
         mechanism changed attention or a half of the block; SettingError.
     """
@@ -55,14 +55,12 @@ class MCTF(Reducer):
         "mctf:tokens=0",
         "mctf:tokens=5,layers=0+2,precise=true",
         "mctf:macs=0.9",
-        "mctf:tokens=3,both_ways=false,information=0.0,size=0.0,pooling=size",
+        "mctf:tokens=3,both_ways=false,tau=1.0+0.0+0.0,pooling=size",
     )
 
     tokens: int = 16
     ratio: float | None = None
-    similarity: float = 1.0
-    information: float = 20.0
-    size: float = 40.0
+    tau: tuple[float, float, float] = (1.0, 20.0, 40.0)
     both_ways: bool = True
     pooling: Literal["attention", "size"] = "attention"
     precise: bool = False
@@ -84,11 +82,11 @@ class MCTF(Reducer):
                 f"Found macs={self.macs} and ratio={self.ratio}. Expected one of the two, since macs decides how many patches "
                 "fuse. Leave ratio or macs out."
             )
-        for name in ("similarity", "information", "size"):
-            if getattr(self, name) < 0:
-                raise SettingError(
-                    f"Found {name}={getattr(self, name)}. Expected a temperature, 0 (off) or more. Give such a number."
-                )
+        if len(self.tau) != 3 or min(self.tau) < 0:
+            raise SettingError(
+                f"Found tau={'+'.join(map(str, self.tau))}. Expected three temperatures, of similarity, attention and size, "
+                "each 0 (off) or more. Give for example tau=1.0+20.0+40.0."
+            )
 
     @property
     def exact_at_init(self) -> bool:
@@ -256,16 +254,17 @@ def scores(x: Tensor, received: Tensor, sizes: Tensor, settings: MCTF) -> Tensor
     received: (B, n) attention of a patch, above 0. sizes: (B, n). The order is that of W, whose
     powers could vanish.
     """
+    by_similarity, by_attention, by_size = settings.tau
     alone = torch.zeros_like(received)
-    if settings.information > 0:
-        alone = alone - received.log() / settings.information
-    if settings.size > 0:
-        alone = alone - sizes.log() / settings.size
+    if by_attention > 0:
+        alone = alone - received.log() / by_attention
+    if by_size > 0:
+        alone = alone - sizes.log() / by_size
     pairs = alone[:, 1::2, None] + alone[:, None, ::2]
-    if settings.similarity > 0:
+    if by_similarity > 0:
         unit = F.normalize(x, dim=-1)
         half = (unit[:, 1::2] @ unit[:, ::2].mT + 1) / 2
-        pairs = pairs + half.clamp(min=torch.finfo(half.dtype).tiny).log() / settings.similarity
+        pairs = pairs + half.clamp(min=torch.finfo(half.dtype).tiny).log() / by_similarity
     return pairs
 
 
