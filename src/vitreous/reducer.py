@@ -25,7 +25,8 @@ class Reducer(Mechanism):
     macs: share of the host's multiply-adds in the blocks that shall be needed, above 0 up to 1;
         None: the strength is what its setting says. Multiply-adds are those of the host's linear
         layers and of the two products of attention (`hosts.token_counts`), for images of the
-        model's own size, one token for each patch, and without what the reducer itself computes.
+        model's own size, one token for each patch, and without what the reducer itself computes or
+        another one leaves out.
         The strength is the least whose share is not above the budget.
     solves: name of the setting that `macs` decides; with `macs` it has to be left at its default.
 

@@ -71,12 +71,6 @@ def sets_grid(text: str) -> bool:
     return "patch_embed.grid_size" in known_signature(parse(text)).places
 
 
-def budget_differs(first: str, second: str) -> bool:
-    """True if one solves for a share of what the model costs, in which adapters that are in already count."""
-    pairs = (first, second), (second, first)
-    return any(getattr(parse(one), "macs", None) is not None and folder(other) == "block" for one, other in pairs)
-
-
 def stacked(first: str, second: str, host: str = PRIMARY) -> torch.nn.Module | None:
     """Both, in this order; None if the second refuses in good order: with a reason, and the first untouched."""
     model = grafted(first, host)
@@ -102,7 +96,7 @@ def test_a_pair_stacks_or_is_rivals(pair):
     assert both.isfinite().all()
     # a window may hold all of so few places, as the host does
     assert parse(second).exact_at_init or fewer or not torch.equal(both, alone(images()))
-    if folder(first) != folder(second) and not budget_differs(first, second):  # in different slots the order means nothing
+    if folder(first) != folder(second):  # in different slots the order means nothing
         other = stacked(second, first, host)
         if other is None:
             assert nested(first, second) or sets_grid(first)

@@ -125,3 +125,20 @@ def test_refusals():
         graft(vit(), "token_merging", ClassQuery())
     with pytest.raises(MaskError, match=r"Found attn_mask of shape .*only 1 of 17 tokens ask here\. Expected none\. Call"):
         graft(vit(), ClassQuery()).forward_features(images(), attn_mask=torch.ones(17, 17, dtype=torch.bool))
+
+
+def test_dropout_of_attention_is_the_hosts():
+    """With all weights dropped the host's attention is its last bias: weights do not sum to one, so values are not folded."""
+    host = vit()
+    for block in host.blocks:
+        block.attn.attn_drop.p = 1.0
+    expected = host.train()(images())
+    torch.testing.assert_close(graft(host, "class_query")(images()), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_hook_on_the_layer_still_runs(register):
+    model, calls = graft(vit(), "class_query"), []
+    getattr(model.blocks[-1].attn.qkv, register)(lambda *_: calls.append(1))
+    model(images())
+    assert calls

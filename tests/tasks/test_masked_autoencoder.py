@@ -199,9 +199,21 @@ def test_bad_input():
         MaskedAutoencoder(width=30, heads=4)
     with pytest.raises(SettingError, match=r"of which 0 would be seen"):
         objective(hide=0.99)
-    with pytest.raises(HostError, match=r"^patch_embed is a .*one to one"):
-        objective(graft(vit(), "channelvit"))
-    with pytest.raises(HostError, match=r"^The network holds RetentionMixer, which mixes whole pictures"):
-        objective(graft(vit(), "retention"))
     with pytest.raises(HostError, match="ResNet"):
         MaskedAutoencoder().build(timm.create_model("test_resnet"), None)
+
+
+@pytest.mark.parametrize("text", ["channelvit", "tokens_to_token", "ci2p"])
+def test_tokens_that_are_no_patches_are_refused(text):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, embed_dim=24, num_heads=3)
+    with pytest.raises(HostError, match=r"^patch_embed holds .*not one to one"):
+        objective(graft(model, text))
+
+
+@pytest.mark.parametrize("text", ["spectral_gate:layers=0", "class_query", "evit:fuse=false,keep=0.5,layers=1"])
+def test_grafts_that_lose_visible_patches_are_refused(text):
+    model = graft(vit(), text)
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(HostError, match=r"^The network cannot be run on some of its patches"):
+        objective(model)
+    assert [module.training for module in model.modules()] == modes

@@ -146,8 +146,7 @@ class Attention(nn.Module):
         The others are not computed where `qkv` is a linear layer that nobody else holds, and `project` is
         not overridden.
         """
-        bare = type(self.qkv) is nn.Linear and not (self.qkv._forward_hooks or self.qkv._forward_pre_hooks)
-        if not bare or has_biases_beside(self) or type(self).project is not Attention.project:
+        if not untouched(self.qkv) or has_biases_beside(self) or type(self).project is not Attention.project:
             return self.project(x)[start:stop]
         width = self.qkv.out_features // 3
         rows = slice(start * width, stop * width)
@@ -164,8 +163,7 @@ class Attention(nn.Module):
     @property
     def packed_is_plain(self) -> bool:
         """True if queries, keys and values are the output of a linear `qkv` that has no hooks of its own."""
-        bare = type(self.qkv) is nn.Linear and not (self.qkv._forward_hooks or self.qkv._backward_hooks)
-        return bare and all(type(norm) is nn.Identity for norm in (self.q_norm, self.k_norm))
+        return untouched(self.qkv) and all(type(norm) is nn.Identity for norm in (self.q_norm, self.k_norm))
 
     def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         """Rotary embedding on all but the prefix tokens of x (B, H, N, K)."""
@@ -188,6 +186,12 @@ class Attention(nn.Module):
         if self.gate is not None:
             z = z * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(z))
+
+
+def untouched(linear: nn.Module) -> bool:
+    """True for a linear layer without hooks, whose product may be made without calling it."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(linear) is nn.Linear and not any(getattr(linear, name) for name in hooks)
 
 
 def written_out_is_faster(tokens: int, learning: bool, device: torch.device) -> bool:

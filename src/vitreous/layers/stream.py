@@ -49,7 +49,7 @@ class Assignment:
     def mixing(cls, weights: Tensor, prefix: int) -> Assignment:
         """The prefix tokens stay, and n patches give to m tokens behind them by weights (B, m, n)."""
         m, n = weights.shape[1:]
-        own = F.pad(torch.eye(prefix), (0, n, 0, m)).to(weights)
+        own = F.pad(torch.eye(prefix, dtype=weights.dtype, device=weights.device), (0, n, 0, m))
         return cls(weights=F.pad(weights, (prefix, 0, prefix, 0)) + own)
 
     @property
@@ -112,7 +112,7 @@ class Assignment:
             b, n, places = self.weights.shape
             weights = self.weights.new_zeros(b, n + more, places + more)
             weights[:, :n, :places] = self.weights
-            weights[:, n:, places:] = torch.eye(more).to(weights)
+            weights[:, n:, places:] = torch.eye(more, dtype=weights.dtype, device=weights.device)
             return replace(self, weights=weights)
         own = torch.arange(tokens, tokens + more, device=self.index.device).expand(len(self.index), -1)
         return replace(self, index=torch.cat([self.index, own], dim=1), tokens=tokens + more)

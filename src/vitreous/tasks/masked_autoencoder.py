@@ -12,11 +12,10 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vitreous.base.errors import HostError, SettingError
+from vitreous.base.errors import HostError, MaskError, SettingError
 from vitreous.base.metrics import Metric
 from vitreous.data import Data, NoTarget
 from vitreous.hosts.host import embed, host_of, run, walkable
-from vitreous.hosts.mixer import Mixer
 from vitreous.hosts.stream_ends import Embed, StreamEnd
 from vitreous.layers.stream import Stream
 from vitreous.tasks._features import features, neighbour_accuracy
@@ -62,8 +61,7 @@ class MaskedAutoencoder(Task):
             )
 
     def build(self, model: nn.Module, data: Data | None) -> MaskedAutoencoderObjective:
-        check_patches(model)
-        visible(model.patch_embed.num_patches, self.hide)
+        check_patches(model, self.hide)
         return MaskedAutoencoderObjective(model, self)
 
 
@@ -198,17 +196,33 @@ def normed(model: nn.Module, stream: Stream) -> Tensor:
     return norm.host.forward(norm, tokens) if isinstance(norm, StreamEnd) else norm(tokens)
 
 
-def check_patches(model: nn.Module) -> None:
-    """Raise HostError unless the network can be run on some patches of its pixels."""
+@torch.no_grad()
+def check_patches(model: nn.Module, hide: float) -> None:
+    """Raise HostError unless the network runs on some patches and keeps a token for each."""
     walkable(model)
-    if mixers := sorted({type(module).__name__ for module in model.modules() if isinstance(module, Mixer)}):
+    patch_embed = model.patch_embed
+    if type(patch_embed) not in (PatchEmbed, Embed) or type(patch_embed.proj) is not nn.Conv2d:
+        kind = type(patch_embed.proj if type(patch_embed) in (PatchEmbed, Embed) else patch_embed).__name__
         raise HostError(
-            f"The network holds {mixers[0]}, which mixes whole pictures. Expected attention alone for masked_autoencoder: "
-            "the network gets the visible patches only. Take the mixer out first (vitreous.ungraft), or learn by another task."
+            f"patch_embed holds {kind}, whose tokens are not one to one the patches of the picture, so what is hidden would be "
+            "seen. Expected timm's PatchEmbed for masked_autoencoder. Take the graft out first (vitreous.ungraft), or use "
+            "another host."
         )
-    if type(model.patch_embed) not in (PatchEmbed, Embed):
+    like, modes = patch_embed.proj.weight, [(module, module.training) for module in model.modules()]
+    images = torch.zeros(1, like.shape[1], *patch_embed.img_size, dtype=like.dtype, device=like.device)
+    keep = torch.arange(visible(patch_embed.num_patches, hide), device=like.device)[None]
+    reason = "some of the visible patches have no token behind the last block"
+    try:
+        stream = run(model.eval(), embed(model, images, keep=keep))
+        ones = torch.ones(1, stream.x.shape[1] - stream.state.inserted, 1, device=like.device)
+        seen = bool(stream.state.assignment.restore(ones)[0, host_of(model).prefix :][keep[0]].all())
+    except MaskError as error:
+        seen, reason = False, str(error).split(". ")[0]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not seen:
         raise HostError(
-            f"patch_embed is a {type(model.patch_embed).__name__}, whose tokens are not one to one the patches of the picture: "
-            "of several tokens of one place, all but the first would never be hidden. Expected timm's PatchEmbed for "
-            "masked_autoencoder. Take the graft out first (vitreous.ungraft), or use another host."
+            f"The network cannot be run on some of its patches: {reason}. Expected attention to the visible patches, each of "
+            "which keeps a token, for masked_autoencoder. Take the graft out first (vitreous.ungraft), or another task."
         )

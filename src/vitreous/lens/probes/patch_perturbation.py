@@ -154,6 +154,9 @@ class Comparison:
         logits = logits_of(self.model, self.images)
         classes = logits.argmax(-1)
         counted = classes == self.labels if self.probe.counted == "correct" else torch.ones_like(classes, dtype=torch.bool)
+        if self.probe.counted == "correct" and bool((self.labels < 0).all()):
+            note = "patch_perturbation:counted=correct has no numbers: it is not known what the images show. Leave counted out."
+            self.readout.notes.append(note)
         return Clean(classes, of_class(logits, classes), counted, self.rollout(self.images))
 
     def rollout(self, images: Tensor) -> Tensor | None:

@@ -76,7 +76,8 @@ class ClassRows(Attention):
             )
         patches = x.shape[1] - state.inserted - self.prefix
         asking = without_patches(x, self.prefix, state)
-        if self.packed_is_plain and not has_biases_beside(self):
+        whole_rows = not (self.training and self.attn_drop.p)  # with dropout weights do not sum to one
+        if whole_rows and self.packed_is_plain and not has_biases_beside(self):
             q, k, v = self.folded(asking, x)
             z = self.unfolded(self.weigh(q, k, v, attn_mask, False, state))
         else:

@@ -151,7 +151,7 @@ class Generate(nn.Module):
         weights = self.first.joined(start, weights) if settings.shortcut else weights
         tokens, weights = tokens.flatten(1, 2), weights.flatten(1, 2)  # (B, S, D), (B, S, N)
         if state.assignment is not None:  # of places as of the tokens that stand for them
-            unit = torch.eye(original.shape[1]).to(weights).expand(len(x), -1, -1)
+            unit = torch.eye(original.shape[1], dtype=weights.dtype, device=weights.device).expand(len(x), -1, -1)
             weights = weights @ state.assignment.restore(unit)[:, prefix:, prefix:]
         sizes = None if state.sizes is None else state.sizes[:, prefix : original.shape[1]]
         tokens, attention = self.second(
