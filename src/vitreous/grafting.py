@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreous import slots
-from vitreous.base.errors import GraftError, HostError, NotReached
+from vitreous.base.errors import GraftError, HostError, NotReached, SettingError
 from vitreous.base.text_form import written
 from vitreous.hosts.host import family_of, host_of
 from vitreous.hosts.token_counts import Count, block_costs, measured_counts, multiply_adds
@@ -173,8 +173,17 @@ def plan(model: nn.Module, images: Tensor) -> str:
 
     The tokens are counted in one pass over images (B, C, H, W), in the model's present mode, with
     all grafts together. The share of multiply-adds is that of the same blocks with every patch in
-    every one. Raises HostError for a model without a walk over blocks.
+    every one. Raises HostError for a model without a walk over blocks, SettingError for others than
+    such images.
     """
+    if not isinstance(model, nn.Module) or not isinstance(images, Tensor) or images.ndim != 4:
+        given = f"a {type(model).__name__} and " + (
+            f"a tensor of shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        )
+        raise SettingError(
+            f"Found {given}. Expected a model and normalised images (B, C, H, W). Load the model with vitreous.load, and make "
+            "images such as torch.zeros(1, 3, 224, 224)."
+        )
     lines = []
     for number, record in enumerate(grafts(model), 1):
         blocks: dict[str, list[int]] = {}

@@ -86,6 +86,11 @@ class Reducer(Mechanism):
         step = bisect_left(range(STEPS + 1), True, key=fits)
         if step > STEPS:
             least = multiply_adds(costs, self.counts(model, strongest)) / host
+            if least >= 1:
+                raise SettingError(
+                    f"Found macs={self.macs}, but {self.name} with these settings leaves no fewer tokens than the host in this "
+                    "model. Expected settings that leave fewer. Change them, or take smaller patches or larger images."
+                )
             raise SettingError(
                 f"Found macs={self.macs}. Expected a share from {math.ceil(least * 1000) / 1000}, the least that {self.name} "
                 "reaches in this model, to 1. Give such a share, or let it work in more or earlier layers."

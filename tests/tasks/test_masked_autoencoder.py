@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
-from vitreous import graft
+from vitreous import graft, load
 from vitreous.base.errors import HostError, SettingError
+from vitreous.commands.cli import main
 from vitreous.tasks import Dice
 from vitreous.tasks._features import neighbour_accuracy
 from vitreous.tasks.masked_autoencoder import Decoder, MaskedAutoencoder, patches_of, positions, visible
+from vitreous.train.records.run_folder import read_metrics, read_table
 
 SMALL = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 3, "mlp_ratio": 2.0, "num_classes": 3}
 TASK = {"width": 32, "depth": 2, "heads": 4}
@@ -154,11 +157,13 @@ def test_published_counts():
 
 
 def test_neighbours_vote():
-    rows = torch.tensor([[1, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1], [-0.2, 1]])
-    assert neighbour_accuracy(rows, torch.tensor([0, 0, 0, 1, 1, 1]), 2) == {"knn": 1.0}
-    assert neighbour_accuracy(rows, torch.tensor([0, 1, 1, 0, 1, 1]), 2) == {"knn": pytest.approx(0.0)}
-    assert neighbour_accuracy(rows, torch.tensor([0, 0, 1, 1, 1, 0]), 1)["knn"] == pytest.approx(2 / 3)
-    assert neighbour_accuracy(rows, torch.empty(6, 0)) == {}
+    rows = torch.tensor([[1, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1], [-0.2, 1]]).repeat_interleave(2, 0)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1]).repeat_interleave(2)
+    assert neighbour_accuracy(rows, labels, 3) == {"knn": 1.0}
+    assert neighbour_accuracy(rows, labels[torch.randperm(12, generator=torch.Generator().manual_seed(0))], 3)["knn"] < 1
+    one = torch.tensor([[1, 0.0], [1, 0.1], [0, 1], [0.3, 1]])
+    assert neighbour_accuracy(one, torch.tensor([0, 1, 1, 1]), 1)["knn"] == pytest.approx(0.5)
+    assert neighbour_accuracy(rows, torch.empty(12, 0)) == {}
 
 
 def test_steps_on_one_batch_lower_the_loss():
@@ -189,6 +194,44 @@ def test_grafts_learn_with_it(text):
     trained.losses(batch, 0.0)["masked_autoencoder"].backward()
     without = {name for name, p in trained.named_parameters() if p.grad is None}
     assert not [name for name in without if "blocks" in name or "decoder" in name]
+
+
+def test_neighbours_are_few_beside_the_images_of_a_class():
+    """Among all others an image's own class is the rarest: a perfect space would have an accuracy of 0."""
+    rows = torch.eye(3).repeat_interleave(4, 0)
+    assert neighbour_accuracy(rows, torch.arange(3).repeat_interleave(4)) == {"knn": 1.0}
+
+
+@pytest.mark.parametrize("folder", ["flat", "one/deep", "parts"])
+def test_learns_from_pictures_without_labels(tmp_path, folder, capsys):
+    """A folder as photographs lie there; the model that comes out has no classifier, and says so."""
+    random = np.random.default_rng(0)
+    for i in range(12):
+        place = tmp_path / "photos" / (folder if folder != "parts" else ("train" if i < 9 else "val"))
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    small = (
+        "--model-kwargs patch_size=4 depth=1 embed_dim=24 num_heads=3 --image-size 16 --batch-size 4 --epochs 1 --device cpu"
+    )
+    run = tmp_path / "run"
+    words = f"train {tmp_path / 'photos'} {small} --task masked_autoencoder:width=16,depth=1,heads=2 --out {run}"
+    assert main(words.split()) == 0
+    assert load(run).num_classes == 0
+    metrics = read_metrics(run)[-1]
+    assert metrics["tests"]["test"].keys() == {"loss"}
+    assert "Labels: none are read" in (run / "summary.md").read_text()
+    assert "classes.csv" not in (run / "summary.md").read_text()
+    assert len(read_table(run / "predictions.csv")) == (3 if folder == "parts" else 2)
+    capsys.readouterr()
+    assert main(["predict", str(run), str(tmp_path / "photos"), "--out", str(tmp_path / "p.csv")]) == 2
+    assert "without a classifier" in capsys.readouterr().err
+
+
+def test_labels_stay_needed_by_tasks_that_learn_them(tmp_path, capsys):
+    for i in range(4):
+        Image.new("RGB", (16, 16), (9 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    assert main(["train", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    assert "outside any class folder" in capsys.readouterr().err
 
 
 def test_bad_input():

@@ -86,6 +86,10 @@ def values_of(cls: type[Settings], name: str, words: str) -> dict[str, Any]:
                 f"Found {word!r} in {f'{name}:{words}'!r}. Expected setting=value, separated by commas (a list is joined "
                 "by +, as in layers=3+6+9). Write for example svda:scale=one,layers=6-11."
             )
+        if not kinds:
+            raise SettingError(
+                f"Found {word!r} for {name}, which has no settings. Expected its name alone. Leave the rest out."
+            )
         if key not in kinds:
             raise UnknownName(key, f"setting of {name}", kinds)
         if key in values:

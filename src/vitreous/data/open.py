@@ -15,7 +15,7 @@ from vitreous.data.quarantine import Progress
 from vitreous.data.samples import Data
 from vitreous.data.sources.archives import is_archive
 from vitreous.data.sources.cutouts import cutouts
-from vitreous.data.sources.folders import image_folder
+from vitreous.data.sources.folders import image_folder, list_unlabelled
 from vitreous.data.sources.huggingface import list_saved
 from vitreous.data.sources.listing import assemble
 from vitreous.data.sources.named import (
@@ -41,6 +41,7 @@ def open_data(
     download: bool = False,
     strict: bool = False,
     outside: bool = False,
+    labels: bool = True,
     progress: Progress | None = None,
 ) -> Data:
     """Open the data that `spec` names.
@@ -58,8 +59,9 @@ def open_data(
     tests stay whole. download: fetch a named set to PATH if it is not there.
 
     Images that cannot be read are left out and listed in `Data.quarantined`; strict: raise
-    DataError instead. outside: let a table name files outside its folder. progress: told (files
-    decoded, files in all) by folders and tables.
+    DataError instead. outside: let a table name files outside its folder. labels: False: a folder
+    or tar whose images are not in class folders is read without labels, and a remark says why.
+    progress: told (files decoded, files in all) by folders and tables.
 
     Raises UnknownName, SettingError, or DataError for what cannot be read.
     """
@@ -79,7 +81,7 @@ def open_data(
     elif name in NAMES:
         data = _named(name, rest, image_size, download)
     elif spec and Path(spec).expanduser().exists():
-        data = _recognised(Path(spec).expanduser(), image_size, strict, outside, progress)
+        data = _recognised(Path(spec).expanduser(), image_size, strict, outside, labels, progress)
     elif os.sep in str(spec) or "/" in str(spec) or Path(spec).suffix:
         raise DataError(
             f"Found nothing at {str(spec)!r}; expected a folder, a tar archive, a .csv table or an .npz file of images. "
@@ -147,7 +149,9 @@ def _named(name: str, rest: str, image_size: int | None, download: bool) -> Data
     return cifar(name, path, image_size=image_size, download=download)
 
 
-def _recognised(path: Path, image_size: int | None, strict: bool, outside: bool, progress: Progress | None) -> Data:
+def _recognised(
+    path: Path, image_size: int | None, strict: bool, outside: bool, labels: bool, progress: Progress | None
+) -> Data:
     if path.is_dir():
         if has_idx(path):
             return idx_folder(path)
@@ -155,9 +159,8 @@ def _recognised(path: Path, image_size: int | None, strict: bool, outside: bool,
             return cifar(name, path)
         if name := official_kind(path):
             return assemble(list_official(name, path), image_size=image_size, strict=strict, progress=progress)
-        return image_folder(path, image_size=image_size, strict=strict, progress=progress)
-    if is_archive(path):
-        return image_folder(path, image_size=image_size, strict=strict, progress=progress)
+    if path.is_dir() or is_archive(path):
+        return _folder(path, labels, image_size=image_size, strict=strict, progress=progress)
     if path.suffix.lower() == ".csv":
         listing = list_table(path, outside=outside)
         return assemble(listing, image_size=image_size, strict=strict, progress=progress)
@@ -167,3 +170,15 @@ def _recognised(path: Path, image_size: int | None, strict: bool, outside: bool,
         f"Found the file {str(path)!r}; expected a folder, a tar archive (.tar, .tar.gz, .tar.xz, .tar.bz2), "
         "a .csv table or an .npz file. Unpack it and give the folder."
     )
+
+
+def _folder(path: Path, labels: bool, **options) -> Data:
+    """A folder or tar by classes; without labels, where they are not needed and cannot be read."""
+    try:
+        return image_folder(path, **options)
+    except DataError as error:
+        if labels:
+            raise
+        data = assemble(list_unlabelled(path), **options)
+        reason = str(error).split("; expected")[0].split(". Expected")[0]
+        return replace(data, remarks=(f"Labels: none are read ({reason[:1].lower()}{reason[1:]}).", *data.remarks))

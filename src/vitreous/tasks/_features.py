@@ -20,16 +20,18 @@ def neighbour_accuracy(features: Tensor, target: Tensor, neighbours: int = NEIGH
 
     Empty where images have no class each.
 
-    features (n, D), compared by cosine; target (n,) classes. Each of the nearest others has one
-    vote, and of classes with as many votes the lower number wins.
+    features (n, D), compared by cosine; target (n,) classes. The neighbours are at most half of a
+    class's mean number of images, since among all others an image's own class is the rarest. Each
+    has one vote, and of classes with as many votes the lower number wins.
     """
     if target.ndim != 1 or target.is_floating_point() or len(target) < 2:
         return {}
     rows, right = F.normalize(features.float(), dim=1), 0
     classes = int(target.max()) + 1
+    neighbours = min(neighbours, max(1, len(rows) // (2 * classes)))
     for start in range(0, len(rows), ROWS):
         near = rows[start : start + ROWS] @ rows.T
         near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -torch.inf  # an image is no other one
-        votes = F.one_hot(target[near.topk(min(neighbours, len(rows) - 1)).indices], classes).sum(1)
+        votes = F.one_hot(target[near.topk(neighbours).indices], classes).sum(1)
         right += int((votes.argmax(1) == target[start : start + ROWS]).sum())
     return {"knn": right / len(rows)}

@@ -21,7 +21,7 @@ from vitreous.layers.stream import Stream
 from vitreous.tasks._features import features, neighbour_accuracy
 from vitreous.tasks._task import Batch, Dice, Objective, Outputs, Task
 
-KNN = Metric("knn", "%", "higher", "images whose 20 nearest others vote for their class")
+KNN = Metric("knn", "%", "higher", "images whose nearest others are of their class")
 
 
 @dataclass(frozen=True, kw_only=True)

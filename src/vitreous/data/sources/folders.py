@@ -32,6 +32,26 @@ def image_folder(path: Path, *, image_size: int | None = None, strict: bool = Fa
     return assemble(list_folder(path), image_size=image_size, strict=strict, progress=progress)
 
 
+def list_unlabelled(path: Path) -> Listing:
+    """All images of a folder or tar archive, without classes.
+
+    Parts go by folders `train` and `test` (or `val`, ...) at the top, where these hold all images.
+    """
+    all_files, others = list_files(path)
+    files, masks = part_masks(_strip_top(all_files))
+    files = {name: source for name, source in files.items() if is_image(name)}
+    parts = {name: _part_of(name) for name in files}
+    return Listing(
+        name=path.name.split(".")[0] if path.is_file() else path.resolve().name,
+        files=files,
+        classes=dict.fromkeys(files, ""),
+        parts=parts if "train" in parts.values() and None not in parts.values() and len(set(parts.values())) > 1 else None,
+        foregrounds=match_masks(masks, files),
+        passed_over=others,
+        labelled=False,
+    )
+
+
 def list_folder(path: Path, report: Report = raised) -> Listing:
     """The images of a folder or tar archive by class and part, nothing decoded.
 

@@ -19,7 +19,7 @@ from vitreous.data.object_boxes import ObjectBoxes, foreground_mask
 from vitreous.data.problems import Problem, conversions, name_list, order_remark, passed_over, shown
 from vitreous.data.quarantine import Examined, Progress, Quarantined, examine, lines
 from vitreous.data.samples import Data, Samples, pixel_statistics
-from vitreous.data.targets import ClassIndex, ClassSet, Indices, Target
+from vitreous.data.targets import ClassIndex, ClassSet, Indices, NoTarget, Target
 
 PARTS = {
     "train": "train", "training": "train",
@@ -38,7 +38,8 @@ class Listing:
     split by content. set_classes: where an image may have several classes, their names, else empty.
     sets: then {image: 1, 0 or NaN for each of them}, and `classes` holds the names of those
     present, joined by +. passed_over: files by a suffix that is not read. own_order: classes as
-    the data set itself numbers them, empty where it does not.
+    the data set itself numbers them, empty where it does not. labelled: False for images without
+    classes, whose class names are "".
     """
 
     name: str
@@ -50,15 +51,18 @@ class Listing:
     sets: dict[str, tuple[float, ...]] = field(default_factory=dict)
     passed_over: Mapping[str, int] = field(default_factory=dict)
     own_order: tuple[str, ...] = ()
+    labelled: bool = True
 
     def class_names(self, name: str) -> tuple[str, ...]:
-        """The classes of an image: one, or as many as are present."""
+        """The classes of an image: one, as many as are present, or none without labels."""
         if not self.set_classes:
-            return (self.classes[name],)
+            return (self.classes[name],) if self.labelled else ()
         return tuple(label for label, value in zip(self.set_classes, self.sets[name], strict=True) if value == 1)
 
     def target(self, names: Sequence[str], classes: Sequence[str]) -> Target:
         """The target of these images."""
+        if not self.labelled:
+            return NoTarget(len(names))
         if self.set_classes:
             return ClassSet([self.sets[name] for name in names])
         index = {label: k for k, label in enumerate(classes)}
@@ -180,7 +184,7 @@ def class_order(listing: Listing, classes: Sequence[str]) -> list[str]:
     if own and own != list(classes):
         ours, theirs = (", ".join(shown(name) for name in names[:4]) for names in (classes, own))
         return [f"Class order: that of texts ({ours}, ...); the data set itself has {theirs}, .... Compare by name."]
-    return [] if listing.set_classes else order_remark(classes)
+    return order_remark(classes) if classes and not listing.set_classes else []
 
 
 def doubts(listing: Listing, seen: Mapping[str, Examined]) -> list[str]:
@@ -259,7 +263,7 @@ def check_parts(listing: Listing) -> None:
                 f"Found the parts {name_list(sorted(there))} in {listing.name!r}; expected train, and one of test or val (or "
                 "valid, validation), or no parts at all, for a split by content. Add one, or leave the parts out."
             )
-    if listing.set_classes:  # every part has the same columns
+    if listing.set_classes or not listing.labelled:  # every part has the same columns, or no classes
         return
     classes: dict[str, set[str]] = {}
     for name, label in listing.classes.items():
@@ -312,9 +316,8 @@ def class_names(listing: Listing, quarantined: Sequence[Quarantined], names: dic
 
     Raises DataError if no readable image of one is left to train on, or none to test.
     """
-    wanted = listing.set_classes or tuple(
-        sorted({label for name, label in listing.classes.items() if listing.part(name) in ("", "train")})
-    )
+    trained = (name for name in listing.classes if listing.part(name) in ("", "train"))
+    wanted = listing.set_classes or tuple(sorted({label for name in trained for label in listing.class_names(name)}))
     there = {label for name in names["train"] for label in listing.class_names(name)}
     if lacking := [label for label in wanted if label not in there]:
         bad = next((bad for bad in quarantined if lacking[0] in listing.class_names(bad.file)), None)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vitreous.base.errors import HostError, NotReached, SettingError
 from vitreous.base.processes import ALONE, Team
-from vitreous.data import ArraySamples, ClassIndex, ClassSet, Data, Samples, check_target, open_data
+from vitreous.data import ArraySamples, ClassIndex, ClassSet, Data, NoTarget, Samples, check_target, open_data
 from vitreous.data.holdout import hold_out
 from vitreous.data.preprocess import Preprocess
 from vitreous.data.problems import shown
@@ -150,6 +150,7 @@ def data_and_model(
             "Leave the other out."
         )
     loaded, rate = from_weights(settings), recipes.drop_path(settings.drop_path)
+    target = settings.parsed_task().target
     arguments = settings.network_arguments() | ({"drop_path_rate": rate} if rate else {})
     opening_lines: list[str] = []
     if folder:
@@ -171,9 +172,10 @@ def data_and_model(
             download=settings.download,
             strict=settings.strict,
             outside=settings.outside,
+            labels=target is not NoTarget,
             progress=progress,
         )
-        check_target(data, settings.parsed_task().target, settings.task)
+        check_target(data, target, settings.task)
         data = hold_out(data, settings.hold_out, progress) if settings.hold_out else data
     in_memory = isinstance(data.train, ArraySamples)  # all of one size, which a new network can take
     size = data.image_size if settings.image_size or loaded or in_memory else own
@@ -184,7 +186,9 @@ def data_and_model(
         adapt(model, data.classes, size)
     else:  # a new network, or loaded weights for another number of channels, which timm adapts as it builds
         model = start(classes=data.classes, channels=data.channels, image_size=size)
-    if quiet:
+    if target is NoTarget:
+        model.reset_classifier(0)  # nothing would train it, and it would be shipped as it is
+    elif quiet:
         recipes.quiet_classifier(model)
     check_patches(model, size)
     inputs = inputs_of(model, data, loaded).changed(settings.mean, settings.std, settings.interpolation)
@@ -343,6 +347,7 @@ def run_metadata(session: Session) -> dict[str, Any]:
             "grafts": [record.mechanism.full_text() for record in grafts(model)],
             "parameters": sum(p.numel() for p in parameters),
             "learning": sum(p.numel() for p in parameters if p.requires_grad),
+            "classes": model.num_classes,
         },
         "device": str(session.device),
         "processes": session.team.size,

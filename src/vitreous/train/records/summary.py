@@ -17,10 +17,12 @@ from vitreous.train.records.run_folder import read_metrics, read_record
 
 FILES = """\
 - `metrics.jsonl`: one line per epoch; `readings/`: what it looked at, by epoch
-- `predictions.csv`: every test image; `classes.csv`: every class; `report.html`: the wrong answers, as pictures
+{answers}
 - `model.safetensors`, `config.json`, `mechanisms.json`: the model, of the last epoch unless it says otherwise above
 - `run.json`: settings, versions, machine
 """
+OF_CLASSES = "- `predictions.csv`: every test image; `classes.csv`: every class; `report.html`: the wrong answers, as pictures"
+WITHOUT = "- `predictions.csv`: every test image; `report.html`: the run to look at"
 
 
 def line(metrics: dict[str, Any], epochs: int, metric: Metric) -> str:
@@ -51,6 +53,10 @@ def write(folder: Path) -> None:
     spaced = {round(1 + i * (len(epochs) - 1) / 9) for i in range(10)}
     shown = sorted(spaced | {1, len(epochs), early_stopping.to_keep(epochs, patient, metric)["epoch"]})
     done = early_stopping.finished(epochs, settings["epochs"], patient, metric)
+    classes = model.get("classes") != 0
+    next_data, next_step = (
+        (settings["data"], "trains it further") if classes else ("LABELLED", "goes on with images of classes")
+    )
     going_on = f"vitreous resume {shlex.quote(str(folder))}"
     text = [
         f"# {model['architecture']} on {run['data']['name']}\n",
@@ -61,10 +67,10 @@ def write(folder: Path) -> None:
         table(cells([epochs[number - 1] for number in shown], metric)),
         f"{early_stopping.why(epochs, settings['epochs'], patient, metric)}\n",
         *(f"{warning}\n" for warning in warnings(epochs)),
-        FILES,
+        FILES.format(answers=OF_CLASSES if classes else WITHOUT),
         *([] if done else [f"Not finished: `{going_on}` goes on.\n"]),
         f"Typed: `{run['command']}`\n",
-        f"Next: `vitreous train {shlex.quote(settings['data'])} --model {shlex.quote(str(folder))}` trains it further.\n",
+        f"Next: `vitreous train {shlex.quote(next_data)} --model {shlex.quote(str(folder))}` {next_step}.\n",
     ]
     write_text(folder / "summary.md", "\n".join(text))
 
