@@ -142,3 +142,10 @@ def test_a_hook_on_the_layer_still_runs(register):
     getattr(model.blocks[-1].attn.qkv, register)(lambda *_: calls.append(1))
     model(images())
     assert calls
+
+
+def test_steps_that_would_work_on_no_patches_are_refused():
+    for first, second in (("class_query", "spc:after=3"), ("spc:after=3", "class_query")):
+        with pytest.raises(GraftError, match=r"^Found a step behind a block in which the patches end"):
+            graft(graft(vit(), first), second)
+    graft(graft(vit(), "class_query"), "spc:after=2")

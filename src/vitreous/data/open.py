@@ -173,7 +173,7 @@ def _recognised(
 
 
 def _folder(path: Path, labels: bool, **options) -> Data:
-    """A folder or tar by classes; without labels, where they are not needed and cannot be read."""
+    """A folder or tar by classes, or without labels where these are not needed and not there."""
     try:
         return image_folder(path, **options)
     except DataError as error:

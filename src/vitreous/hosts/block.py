@@ -47,7 +47,17 @@ class Block(nn.Module):
         return new
 
     def add_step(self, station: str, step: nn.Module) -> None:
-        """Append a step at a station ("before", "between", "after")."""
+        """Append a step at a station ("before", "between", "after").
+
+        Raises GraftError where one at "between" ends the patches (`ends_patches`) and another stands
+        behind the block, which would read none.
+        """
+        ending = [step, *self.steps("between")] if station != "before" else []
+        if any(getattr(one, "ends_patches", False) for one in ending) and (station == "after" or self.steps("after")):
+            raise GraftError(
+                "Found a step behind a block in which the patches end (class_query), where it would work on none. Expected it "
+                "in an earlier block. Choose such a block, or take the other graft out first (vitreous.ungraft)."
+            )
         if station not in self._modules:
             self.add_module(station, nn.ModuleList())
         self._modules[station].append(step)

@@ -105,6 +105,8 @@ class ClassRows(Attention):
 class DropPatches(nn.Module):
     """The token step: of x (B, n, D) the prefix and inserted tokens stay."""
 
+    ends_patches = True  # nothing may stand behind this block
+
     def __init__(self, prefix: int):
         super().__init__()
         self.prefix = prefix
