@@ -73,7 +73,8 @@ CAPABILITIES: dict[str, str] = {
     ),
     "class_head": (
         "The head of this model pools over the patches, and {mechanism} drops some that nothing stands for. "
-        "Expected a head that reads class tokens. Use a setting that drops none, such as evit:fuse=true."
+        "Expected a head that reads class tokens. Use a setting or mechanism that drops none, such as evit:fuse=true or "
+        "token_merging."
     ),
     "poolable": (
         "{pool}, so {mechanism} cannot stand for it. Expected a head that pools without a module. Call "

@@ -156,9 +156,9 @@ def tables(results: dict[str, Any]) -> list[str]:
         f"{seeds} seed{'s' if seeds > 1 else ''}; runs of one seed have the same data, order, recipe and starting weights. "
         f"Intervals of {article} {metric.label} are {over}. Differences are in {unit(metric)}, paired: *by seed* asks whether "
         "other seeds would show them on these images, *by image* whether other images would with these weights; neither "
-        f"covers both. They hold at {each if many > 1 else '95 %'}. Better or worse is said where no interval holds 0, no "
-        "difference where from three seeds on both lie within one point, else undecided: more seeds and test images narrow "
-        "them. Cost is "
+        f"covers both. They hold at {each if many > 1 else '95 %'}. Better or worse is said where no interval holds 0, "
+        + ("no difference where from three seeds on both lie within one point, " if metric.unit == "%" else "")
+        + "else undecided: more seeds and test images narrow them. Cost is "
         "seconds of training per image, relative to the first arm, as it came while training: `vitreous bench` measures it in "
         "turns.\n"
     )
@@ -167,7 +167,7 @@ def tables(results: dict[str, Any]) -> list[str]:
 
 def unit(metric: Metric) -> str:
     """The unit of a difference, for people."""
-    return "points" if metric.unit == "%" else metric.unit
+    return "points" if metric.unit == "%" else metric.unit or f"units of the {metric.label}"
 
 
 def span(metric: Metric, ends: Sequence[float] | None, signed: bool = True) -> str:
