@@ -183,7 +183,12 @@ class Keep(nn.Module):
 
 def leverage(rows: Tensor, rank: int) -> Tensor:
     """l (B, n): squared lengths of the rows of U (B, n, rank), the leading left singular vectors of rows (B, n, D)."""
-    return leading_subspace(rows, min(rank, *rows.shape[1:])).U.square().sum(-1)
+    n, width = rows.shape[1:]
+    rank = min(rank, n, width)
+    # Centred rows have a rank below n. A sketch of n columns would hold a direction of rounding, which onnxruntime was
+    # seen to mistake for a leading one.
+    oversample = max(0, min(8, n - 1 - rank)) if torch.compiler.is_exporting() else 8
+    return leading_subspace(rows, rank, oversample=oversample).U.square().sum(-1)
 
 
 def staying(patches: int, keep: float) -> int:

@@ -55,8 +55,8 @@ class STViT(Reducer):
     solves: ClassVar[str] = "after"
     examples: ClassVar[tuple[str, ...]] = (
         "stvit:tokens=4,after=2",
-        "stvit:tokens=1,after=1,recover=3,window=2,pool=max,shortcut=false",
-        "stvit:tokens=4,after=3,pool=max",
+        "stvit:tokens=1,after=1,recover=3,window=2,pool=max",
+        "stvit:tokens=4,after=3,pool=max,shortcut=false",
     )
 
     tokens: int = 16
