@@ -164,7 +164,8 @@ def overview_of_model(reading: Reading) -> list[Table]:
         table.add_column(name, justify="left" if name == "whole model" else "right")
     for kind in dict.fromkeys(columns["kind"][here].tolist()):
         values = [columns[name][here & (columns["kind"] == kind)] for name in shown]
-        table.add_row(kind, *(f"{np.nanmean(value):.3g}" if np.isfinite(value).any() else "" for value in values))
+        if any(np.isfinite(value).any() for value in values):
+            table.add_row(kind, *(f"{np.nanmean(value):.3g}" if np.isfinite(value).any() else "" for value in values))
     return [table]
 
 

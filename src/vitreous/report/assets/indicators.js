@@ -15,7 +15,7 @@ function sourcesOf(readings) {
   const order = namesOf("sources");
   const found = new Map();
   for (const reading of readings)
-    for (const row of reading.table.rows) if (row[2] >= 0) found.set(`${row[0]}/${row[1]}`, [row[0], row[1]]);
+    for (const row of reading.table.rows) if (row[2] >= 0 || formOf(row[0]) !== "layers") found.set(`${row[0]}/${row[1]}`, [row[0], row[1]]);
   const place = (name) => (order.includes(name) ? order.indexOf(name) : order.length);
   return [...found.values()].sort((a, b) => place(a[0]) - place(b[0]) || a[1].localeCompare(b[1]));
 }

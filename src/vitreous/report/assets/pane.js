@@ -183,7 +183,8 @@ function numbersOf(node, index) {
   const { reading, image } = node.shown;
   const rows = [];
   for (const [source, kind, layer, head, ...cells] of reading.table.rows) {
-    if ((layer !== state.layer && layer !== -1) || (head !== state.head && head !== -1)) continue;
+    const whole = layer === -1 && formOf(source) === "layers"; // others have a part of their own
+    if ((layer !== state.layer && !whole) || (head !== state.head && head !== -1)) continue;
     const single = reading.each.values[[source, kind, layer, head, image].join("/")];
     cells.forEach((cell, i) => {
       const name = reading.table.columns[i];

@@ -13,7 +13,7 @@ function wholeModel() {
 
 /** A table for each source of a reading that has such numbers, with what they mean. */
 function wholeTables(reading, index) {
-  const rows = reading.table.rows.filter((row) => row[2] < 0);
+  const rows = reading.table.rows.filter((row) => row[2] < 0 && formOf(row[0]) === "layers");
   return [...new Set(rows.map((row) => row[0]))].flatMap((source) => {
     const own = rows.filter((row) => row[0] === source).map(([, kind, , , ...cells]) => ({ kind, cells }));
     const names = reading.table.columns.filter((_, i) => own.some((row) => row.cells[i]));
