@@ -107,6 +107,14 @@ class Reducer(Mechanism):
         return multiply_adds(costs, self.token_counts(model)) / multiply_adds(costs, whole(model))
 
 
+def staying(patches: int, keep: float) -> int:
+    """ceil(keep * patches).
+
+    0.55 of 100 are 55, although the product of the two is a little more in floating point.
+    """
+    return math.ceil(keep * patches - 1e-9)
+
+
 def counts_between(model: nn.Module, behind: Callable[[int, int], int]) -> tuple[Count, ...]:
     """The tokens of each block where steps stand between attention and MLP.
 

@@ -16,7 +16,8 @@ from vitreous import EViT, check, graft, parse, ungraft
 from vitreous.base.errors import GraftError, HostError, NotReached, SettingError
 from vitreous.hosts.host import embed, run
 from vitreous.layers.stream import Assignment, TokenState, to_grid
-from vitreous.mechanisms.tokens.evit import Reorganize, class_attention, kept
+from vitreous.mechanisms.tokens.evit import Reorganize, class_attention
+from vitreous.reducer import staying
 
 
 def vit(cls=None, **kwargs):
@@ -156,10 +157,10 @@ def test_token_schedule_is_the_published_one(deit):
 
 
 def test_counts_are_rounded_up_but_not_by_rounding_errors():
-    assert [kept(n, 0.7) for n in (196, 139, 99)] == [138, 98, 70]
+    assert [staying(n, 0.7) for n in (196, 139, 99)] == [138, 98, 70]
     assert 0.55 * 100 > 55
-    assert kept(100, 0.55) == 55
-    assert [kept(16, keep) for keep in (1e-3, 0.5, 0.51, 1.0)] == [1, 8, 9, 16]
+    assert staying(100, 0.55) == 55
+    assert [staying(16, keep) for keep in (1e-3, 0.5, 0.51, 1.0)] == [1, 8, 9, 16]
 
 
 # -- limits, and back to the picture -----------------------------------------------------------------------------------

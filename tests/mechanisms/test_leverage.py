@@ -15,7 +15,8 @@ from vitreous.hosts.host import embed, run
 from vitreous.layers.geometry import centre_prior
 from vitreous.layers.spectral import unit_rows
 from vitreous.layers.stream import TokenState
-from vitreous.mechanisms.tokens.leverage import Keep, leverage, staying
+from vitreous.mechanisms.tokens.leverage import Keep, leverage
+from vitreous.reducer import staying
 
 
 def vit(**kwargs):

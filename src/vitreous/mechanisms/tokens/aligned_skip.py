@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from vitreous.base.errors import HostError, SettingError
 from vitreous.hosts.mixer import Mixer
 from vitreous.hosts.token_counts import Count, patch_count
 from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
-from vitreous.reducer import Reducer, counts_between
+from vitreous.reducer import Reducer, counts_between, staying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ def importance(y: Tensor) -> Tensor:
 
 def kept(patches: int, keep: float) -> int:
     """ceil(keep * patches), one more if that is even, less the class token; at least 1, and all for keep=1."""
-    count = math.ceil(keep * patches - 1e-9)
+    count = staying(patches, keep)
     return patches if keep == 1 else max(1, count - count % 2)
 
 

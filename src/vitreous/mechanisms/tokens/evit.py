@@ -14,7 +14,7 @@ from vitreous.base.errors import SettingError
 from vitreous.hosts.token_counts import Count, patch_count
 from vitreous.layers.matching import class_attention
 from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
-from vitreous.reducer import Reducer, counts_between
+from vitreous.reducer import Reducer, counts_between, staying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class EViT(Reducer):
 
     def counts(self, model: nn.Module, strength: float) -> tuple[Count, ...]:
         chosen = self.chosen(model)
-        return counts_between(model, lambda block, n: min(n, kept(n, strength) + self.fuse) if block in chosen else n)
+        return counts_between(model, lambda block, n: min(n, staying(n, strength) + self.fuse) if block in chosen else n)
 
     def keep_at(self, progress: float) -> float:
         """The fraction that stays at some progress of a training run, 0 to 1: first 1, then a cosine down to `keep`."""
@@ -111,7 +111,7 @@ class Reorganize(nn.Module):
         original, _ = split(x, state)
         prefix, patches = original[:, : self.prefix], original[:, self.prefix :]
         n = patches.shape[1]
-        count = kept(n, self.training_keep if self.training else self.settings.keep)
+        count = staying(n, self.training_keep if self.training else self.settings.keep)
         if count >= n:
             return x, state
         scores = class_attention(qkv[0], qkv[1], state.sizes)[:, self.prefix : self.prefix + n]  # (B, n)
@@ -129,8 +129,3 @@ class Reorganize(nn.Module):
             return None
         parts = [before[:, : self.prefix], before[:, self.prefix :].gather(1, top)]
         return torch.cat([*parts, torch.ones_like(before[:, : int(self.settings.fuse)])], dim=1)
-
-
-def kept(patches: int, keep: float) -> int:
-    """ceil(keep * patches), where 0.55 of 100 are 55 although the product of the two is a little more in floating point."""
-    return math.ceil(keep * patches - 1e-9)

@@ -13,6 +13,7 @@ from vitreous import slots
 from vitreous.base.errors import MaskError, SettingError
 from vitreous.hosts.token_counts import Count, patch_count
 from vitreous.layers.geometry import offsets
+from vitreous.layers.matching import wide
 from vitreous.layers.stream import Assignment, TokenState, check_places, present_pairs, reduce, split, take
 from vitreous.reducer import Reducer, between_schedules, counts_between
 
@@ -215,8 +216,3 @@ def shares(kept: Tensor, gone: Tensor, handed: Tensor) -> Tensor:
     """How much each of n patches gives to each that stays, (B, kept, n); handed (B, kept, leaving)."""
     weights = handed.new_zeros(*handed.shape[:2], kept.shape[1] + gone.shape[1])
     return weights.scatter(2, gone[:, None].expand_as(handed), handed).scatter(2, kept[..., None], 1.0)
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """At least float32, in which cosines can be told apart."""
-    return torch.promote_types(x.dtype, torch.float32)

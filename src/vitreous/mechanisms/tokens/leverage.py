@@ -16,7 +16,7 @@ from vitreous.hosts.token_counts import Count, patch_count
 from vitreous.layers.foreground import along_direction, place_bump, towards_centre
 from vitreous.layers.spectral import leading_subspace, unit_rows
 from vitreous.layers.stream import Assignment, TokenState, reduce, split, take
-from vitreous.reducer import Reducer, counts_between
+from vitreous.reducer import Reducer, counts_between, staying
 
 FACTORS = ("leverage", "attention", "foreground", "random")
 
@@ -189,11 +189,6 @@ def leverage(rows: Tensor, rank: int) -> Tensor:
     # seen to mistake for a leading one.
     oversample = max(0, min(8, n - 1 - rank)) if torch.compiler.is_exporting() else 8
     return leading_subspace(rows, rank, oversample=oversample).U.square().sum(-1)
-
-
-def staying(patches: int, keep: float) -> int:
-    """ceil(keep * patches), where 0.55 of 100 are 55 although the product of the two is a little more in floating point."""
-    return math.ceil(keep * patches - 1e-9)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +13,7 @@ from vitreous.base.errors import SettingError
 from vitreous.hosts.token_counts import Count, patch_count
 from vitreous.layers.stream import Assignment, TokenState, normalized, reduce, split, take
 from vitreous.layers.unit_norm import unit
-from vitreous.reducer import Reducer, counts_between
+from vitreous.reducer import Reducer, counts_between, staying
 
 COLDEST = 0.025  # exp(-2 / 0.025) over some hundreds of patches is still a normal number in float32
 
@@ -98,7 +97,7 @@ class TokenTransforming(Reducer):
 
     def counts(self, model: nn.Module, strength: float) -> tuple[Count, ...]:
         chosen = self.chosen(model)
-        return counts_between(model, lambda block, n: anchors_of(n, strength) if block in chosen else n)
+        return counts_between(model, lambda block, n: staying(n, strength) if block in chosen else n)
 
 
 class Transform(nn.Module):
@@ -110,7 +109,7 @@ class Transform(nn.Module):
 
     def forward(self, x: Tensor, state: TokenState, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, TokenState]:
         settings, prefix, end = self.settings, self.prefix, split(x, state)[0].shape[1]
-        count = anchors_of(end - prefix, settings.keep)
+        count = staying(end - prefix, settings.keep)
         if count >= end - prefix:
             return x, state
         q, k, _ = qkv
@@ -119,11 +118,6 @@ class Transform(nn.Module):
             features = k.mean(1) if settings.similarity == "keys" else x
             weights = similarity_weights(features[:, prefix:end], top, settings.temperature, settings.normalize)
             return transform(x, state, weights, prefix, proportional=settings.proportional)
-
-
-def anchors_of(patches: int, keep: float) -> int:
-    """ceil(keep * patches), where 0.55 of 100 are 55 although the product is a little more in floating point."""
-    return math.ceil(keep * patches - 1e-9)
 
 
 def patch_scores(q: Tensor, k: Tensor, sizes: Tensor | None, score: str) -> Tensor:
